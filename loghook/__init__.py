@@ -1,0 +1,25 @@
+"""loghook: log a projected gradient for every training sample through hooks, then ask which data made the model say it.
+
+The public names are the ones below; everything else is private or a submodule's own.
+"""
+
+from loghook.api import Log, init, load
+from loghook.capture.adapters import Adapter, Geometry, adapter
+from loghook.capture.frozen import frozen
+from loghook.capture.run import Pass, Run
+from loghook.check import CheckReport, check
+from loghook.errors import LoghookError
+from loghook.influence.scores import Record, Scores
+from loghook.log.query import Query
+
+__version__ = "0.1.0"
+__all__ = [
+    # logging
+    "init", "Run", "Pass", "frozen", "check", "CheckReport",
+    # asking
+    "load", "Log", "Query", "Scores", "Record",
+    # extending
+    "Adapter", "Geometry", "adapter",
+    # errors: the rest are in loghook.errors
+    "LoghookError",
+]  # fmt: skip

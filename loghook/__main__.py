@@ -1,0 +1,5 @@
+"""``python -m loghook``."""
+
+from loghook.cli import app
+
+app()

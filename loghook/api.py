@@ -1,0 +1,207 @@
+"""The door: ``init``, ``load`` and the ``Log`` that they lead to. The only place where capture and influence meet."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torch import nn
+
+from loghook.capture.layers import Watch
+from loghook.capture.run import Config, Hooked, Run
+from loghook.errors import CheckpointWarning, ConfigError, MismatchError
+from loghook.influence import engine
+from loghook.influence.precondition import Curvature
+from loghook.influence.scores import Scores
+from loghook.log.format import LayerSpec
+from loghook.log.query import Query
+from loghook.log.reader import Reader
+
+
+def init(
+    path: str | Path,
+    rank: int = 64,
+    *,
+    projection: str = "random",
+    seed: int = 0,
+    dtype: str = "float32",
+    resume: bool = False,
+    overwrite: bool = False,
+    on_repeat: str | None = None,
+    shard_bytes: int = 256 * 2**20,
+    commit_seconds: float = 30.0,
+) -> Run:
+    """Open a run that logs.
+
+    Args:
+        path: folder of the run.
+        rank: each layer logs at most rank x rank values a sample; sides no wider than this are kept whole.
+        projection: "random" or "none" (whole gradients).
+        seed: of the random projection.
+        dtype: how rows are stored: "float64", "float32", "bfloat16" or "float16".
+        resume: go on with an interrupted run at ``path``, or start one if there is none.
+        overwrite: delete what is there.
+        on_repeat: what happens to a data_id that comes again: "first" keeps the first row, "all" keeps every row,
+            "error" raises. By default "first" inside ``passes()`` and "all" outside, where steps tell rows apart.
+        shard_bytes: size of a shard file, about.
+        commit_seconds: at least how often rows are committed.
+
+    Raises:
+        ConfigError: an argument that cannot work.
+        LogExistsError: a run is there already and neither ``resume`` nor ``overwrite`` was given.
+    """
+    config = Config(
+        path=Path(path),
+        rank=rank,
+        projection=projection,
+        seed=seed,
+        dtype=dtype,
+        on_repeat=on_repeat,
+        shard_bytes=shard_bytes,
+        commit_seconds=commit_seconds,
+    )
+    return Run(config, resume=resume, overwrite=overwrite)
+
+
+def load(path: str | Path) -> "Log":
+    """Open a log for reading and scoring; needs no model.
+
+    Raises:
+        FileNotFoundError: if ``path`` holds no run.
+        VersionError: if a later format wrote it.
+        CorruptLogError: if it does not match its own records.
+    """
+    return Log(path)
+
+
+class Log(Reader):
+    """A run's rows and what can be asked of them."""
+
+    def influence(
+        self,
+        query: Query,
+        method: str = "ekfac",
+        *,
+        damping: float = 0.1,
+        damping_abs: float | None = None,
+        normalize: str | None = None,
+        layers: Sequence[str] | None = None,
+        top: int | None = None,
+        per_layer: bool = False,
+    ) -> Scores:
+        """Score every row for every question: the sum over layers of <H^-1 G_query, G_row>.
+
+        Args:
+            query: rows of the questions, from ``run.query`` or ``log.attach(model).query``.
+            method: "dot": H = I. "cosine": dot at unit norm. "fisher": H = mean vec(G) vec(G)^T (LoGra's default).
+                "kfac": H = S kron A from the streamed statistics. "ekfac": the same eigenbasis with eigenvalues
+                corrected from the rows (George et al. 2018; Grosse et al. 2023).
+            damping: added to H, times the mean eigenvalue of the layer.
+            damping_abs: added to H as it is, instead.
+            normalize: "unit" divides by the roots of both sides' self-influence; "relatif" by that of the row only
+                (RelatIF, Barshan et al. 2020). Over the whole row, in the method's own metric.
+            layers: names of layers to score; all by default.
+            top: keep only the best so many rows of each question, in flat memory.
+            per_layer: also return the scores of every layer.
+
+        Returns:
+            Scores: float32 (queries, rows). The same call gives the same numbers.
+
+        Raises:
+            MismatchError: if the query was made with other layers or another projection.
+            ConfigError: an argument that cannot work.
+        """
+        mine = self.manifest.parameters.get("last") or self.manifest.parameters.get("first")
+        if mine and query.parameters and mine != query.parameters:
+            warnings.warn(
+                "the query was made with other parameter values than the log ended with: scores compare gradients at "
+                "different points. Load the checkpoint that the log was made with.",
+                CheckpointWarning,
+                stacklevel=2,
+            )
+        return engine.influence(
+            self,
+            query,
+            method=method,
+            damping=damping,
+            damping_abs=damping_abs,
+            normalize=normalize,
+            layers=layers,
+            top=top,
+            per_layer=per_layer,
+        )
+
+    def self_influence(
+        self,
+        method: str = "ekfac",
+        *,
+        damping: float = 0.1,
+        damping_abs: float | None = None,
+        layers: Sequence[str] | None = None,
+    ) -> np.ndarray:
+        """Influence of each row on itself, <H^-1 G, G>: float32 (rows,). Large for mislabelled or unusual samples."""
+        curvature = Curvature(method=method, damping=damping, damping_abs=damping_abs)
+        return engine.self_influence(self, curvature, layers)
+
+    def attach(self, model: nn.Module) -> "Asker":
+        """Put this log's hooks on a model, for queries in a new process.
+
+        Args:
+            model: the model whose rows were logged, with its parameters as they were then.
+
+        Raises:
+            MismatchError: if the model's layers are not those of the log.
+        """
+        asker = Asker(self, model)
+        mine = self.manifest.parameters.get("last") or self.manifest.parameters.get("first")
+        if mine and asker.digest() not in (None, mine):
+            warnings.warn(
+                "the model's parameter values are not those that the log ended with: load that checkpoint first.",
+                CheckpointWarning,
+                stacklevel=2,
+            )
+        return asker
+
+
+class Asker(Hooked):
+    """A model under the hooks of a log: asks questions, writes nothing."""
+
+    def __init__(self, log: Log, model: nn.Module) -> None:
+        """See ``Log.attach``."""
+        manifest = log.manifest
+        super().__init__(manifest.projection, manifest.rank, manifest.seed)
+        for arguments, specs in _by_arguments(manifest.layers).items():
+            include = tuple(spec.name for spec in specs)
+            sleepers = tuple(spec.name for spec in specs if spec.may_sleep)
+            bias, batch_dim, activations, output_gradients = arguments
+            try:
+                self._hook(
+                    model,
+                    Watch(
+                        include=include,
+                        exclude=(),
+                        may_sleep=sleepers,
+                        bias=bias,
+                        batch_dim=batch_dim,
+                        activations=activations,
+                        output_gradients=output_gradients,
+                    ),
+                )
+            except ConfigError as error:
+                raise MismatchError(f"the model does not have the layers of {log.path}: {error}") from error
+        self._order(manifest.layers)
+        for mine, theirs in zip(self._layers, manifest.layers, strict=True):
+            if mine.spec != theirs:
+                raise MismatchError(
+                    f"layer {theirs.name!r} is {mine.spec} in the model and {theirs} in {log.path}: attach the model that "
+                    "was logged."
+                )
+
+
+def _by_arguments(specs: Sequence[LayerSpec]) -> dict[tuple[Any, ...], list[LayerSpec]]:
+    """Group layers by the arguments of ``watch`` that made them."""
+    groups: dict[tuple[Any, ...], list[LayerSpec]] = {}
+    for spec in specs:
+        groups.setdefault((spec.bias, spec.batch_dim, spec.activations, spec.output_gradients), []).append(spec)
+    return groups

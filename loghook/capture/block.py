@@ -1,0 +1,258 @@
+"""One ``with run(...)`` block: leaves in, hooks live, one delivery of every watched layer checked on the way out."""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loghook.capture.layers import Layer, Shared, Slots
+from loghook.capture.tap import Tap, sum_tokens
+from loghook.errors import BatchError, DeliveryError
+
+
+@dataclass
+class Captured:
+    """What a block delivered.
+
+    Attributes:
+        rows: (B, width) in float32 or float64, on the device of the first layer.
+        moments: the vector of statistics (see ``Layout``) summed over the block's tokens, or None.
+        asleep: names of layers that may sleep and did; their rows are zero.
+    """
+
+    rows: Tensor
+    moments: Tensor | None
+    asleep: list[str]
+
+
+def make_hook(layer: Layer) -> Callable[..., Tensor | None]:
+    """Return the forward hook of a layer: inert while no block is open."""
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
+        slots = layer.slots
+        # A reentrant checkpoint's first forward has no graph; its recomputation comes here again with one.
+        if slots is None or not torch.is_grad_enabled():
+            return None
+        x = args[0] if args else next(iter(kwargs.values()))
+        if x.shape[layer.spec.batch_dim] != slots.rows.shape[0]:
+            raise BatchError(
+                f"layer {layer.name!r} got an input of shape {tuple(x.shape)} in a block of "
+                f"{slots.rows.shape[0]} ids: axis {layer.spec.batch_dim} must be the batch, one entry for each data_id. Pass one "
+                "id for each sample, or watch(..., batch_dim=1) for sequence-first models, or exclude the layer."
+            )
+        x = x.detach()
+        if layer.spec.batch_dim:
+            x = x.movedim(layer.spec.batch_dim, 0)
+        projected = _project(layer, slots, module, x)
+        weight = _token_weight(slots, projected)
+        activations = None
+        if slots.activations is not None:
+            tokens = layer.adapter.tokens(x).to(slots.activations.dtype)
+            activations = sum_tokens(tokens, _token_weight(slots, tokens))
+        if not torch.compiler.is_compiling():
+            layer.fired = True
+        return Tap.apply(
+            y,
+            projected,
+            weight,
+            layer.output_side.matrix,
+            activations,
+            layer.adapter.channel_dim,
+            layer.spec.batch_dim,
+            slots.rows,
+            slots.moments,
+            slots.activations,
+            slots.outputs,
+        )
+
+    return hook
+
+
+def _project(layer: Layer, slots: Slots, module: nn.Module, x: Tensor) -> Tensor:
+    side, bias = layer.input_side, layer.spec.bias
+    with torch.no_grad():
+        # Under torch.compile the compiler itself merges equal products of equal inputs.
+        if not layer.adapter.shares_input or side.matrix is None or torch.compiler.is_compiling():
+            return layer.adapter.project(module, x, side, bias)
+        shared = slots.shared
+        # Address and version identify a tensor for as long as `source` keeps it alive.
+        key = (x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, side)
+        if shared.key != key:
+            shared.projected = layer.adapter.project(module, x, side, bias)
+            shared.key, shared.source = key, x
+        assert shared.projected is not None
+        return shared.projected
+
+
+def _token_weight(slots: Slots, tokens: Tensor) -> Tensor | None:
+    """What each token of a layer counts in sums over tokens: (B, S), or None where all count once.
+
+    A mask speaks of the model's tokens. A layer with as many tokens uses it as it is, one with a single token
+    (a pooled head) counts samples that have any, and one with its own positions (patches) counts all of them.
+    """
+    B, S = tokens.shape[:2]
+    if slots.mask is not None and slots.mask.shape[1] == S:
+        slots.masked = True
+        return slots.mask
+    if slots.mask is not None and S == 1:
+        return slots.mask.amax(1, keepdim=True)
+    return None if slots.keep is None else slots.keep[:, None].expand(B, S)
+
+
+class Block:
+    """Opens the watched layers for one batch and collects what autograd delivers to their leaves."""
+
+    def __init__(self, layers: Sequence[Layer], size: int, *, moments: bool) -> None:
+        """Prepare a block of ``size`` samples; ``moments`` asks for the statistics as well."""
+        self._layers, self._size, self._moments = layers, size, moments
+
+    def open(self, mask: Tensor | None, keep: Tensor | None) -> None:
+        """Give every layer fresh leaves.
+
+        Args:
+            mask: (B, S) or (B,), which tokens count in moments and means, or None for all.
+            keep: (B,) bool, which samples count at all in them (repeats do not), or None for all.
+        """
+        shared = Shared()
+        if mask is not None and mask.dim() == 1:
+            mask = mask[:, None]
+        if mask is not None and keep is not None:
+            mask = mask * keep[:, None].to(mask.device)
+        for layer in self._layers:
+            spec, (device, dtype) = layer.spec, layer.device_and_dtype()
+            layer.place(device)
+            layer.fired = False
+
+            def leaf(*shape: int, device: torch.device = device, dtype: torch.dtype = dtype) -> Tensor:
+                # Nobody reads a leaf, so that one stored value serves for all of it.
+                return torch.zeros((), device=device, dtype=dtype).expand(shape).requires_grad_()
+
+            layer.slots = slots = Slots(
+                rows=leaf(self._size, spec.k_out, spec.k_in),
+                moments=leaf(spec.k_in**2 + spec.k_out**2 + 1) if self._moments else None,
+                activations=leaf(self._size, spec.channels + 1) if spec.activations else None,
+                outputs=leaf(self._size, spec.out_features + 1) if spec.output_gradients else None,
+                mask=None if mask is None else mask.to(device, dtype),
+                keep=None if keep is None else keep.to(device, dtype),
+                shared=shared,
+            )
+            deliveries = slots.deliveries
+            slots.rows.register_post_accumulate_grad_hook(
+                lambda _, deliveries=deliveries: deliveries.append(bool(deliveries) and _inside_reentrant_checkpoint())
+            )
+
+    def close(self) -> list[Slots | None]:
+        """Make every hook inert again and return the leaves."""
+        slots = [layer.slots for layer in self._layers]
+        for layer in self._layers:
+            layer.slots = None
+        return slots
+
+    def collect(self, leaves: Sequence[Slots | None], *, scale: float | Tensor, mask: Tensor | None) -> Captured:
+        """Check that each layer delivered once and pack the rows.
+
+        Args:
+            leaves: what ``close`` returned.
+            scale: what rows are multiplied by (moments of output gradients by its square).
+            mask: the mask of the block, for its error message.
+
+        Raises:
+            DeliveryError: if a layer that may not sleep delivered nothing, or two backward passes delivered.
+            BatchError: if no layer has as many tokens as the mask.
+        """
+        slots = [leaf for leaf in leaves if leaf is not None]
+        silent = [(layer, s) for layer, s in zip(self._layers, slots, strict=True) if s.rows.grad is None]
+        if len(silent) == len(slots):
+            raise DeliveryError(_nothing(self._layers))
+        missing = [layer for layer, _ in silent if not layer.spec.may_sleep]
+        if missing:
+            raise DeliveryError(_partial(missing, len(slots)))
+        counts = {len(s.deliveries) for s in slots if s.deliveries}
+        reentrant = any(any(s.deliveries) for s in slots)
+        if min(counts) > 1 or (max(counts) > 1 and not reentrant):
+            raise DeliveryError(
+                "a layer got gradients from two backward passes in one block, so rows would add up two losses: open "
+                "one block for each backward pass, or add the losses and call backward() once."
+            )
+        if mask is not None and not torch.compiler.is_compiling():
+            ran = [layer for layer in self._layers if layer.fired]
+            if ran and not any(s.masked for s in slots) and (mask.dim() > 1 and mask.shape[1] > 1):
+                raise BatchError(
+                    f"mask of shape {tuple(mask.shape)} fits no watched layer: none has {mask.shape[1]} tokens a sample. "
+                    "Pass the mask with the shape (batch, tokens) that the watched layers see, or none."
+                )
+        return self._pack(slots, scale, [layer.name for layer, _ in silent])
+
+    def _pack(self, slots: Sequence[Slots], scale: float | Tensor, asleep: list[str]) -> Captured:
+        device = slots[0].rows.device
+        gradients, activations, outputs, moments = [], [], [], []
+        for layer, s in zip(self._layers, slots, strict=True):
+            gradients.append(_delivered(s.rows).flatten(1).mul_(layer.gain).to(device))
+            for leaf, reduction, out, factor in (
+                (s.activations, layer.spec.activations, activations, 1.0),
+                (s.outputs, layer.spec.output_gradients, outputs, scale),
+            ):
+                if leaf is not None:
+                    total, tokens = _delivered(leaf).split([leaf.shape[1] - 1, 1], 1)
+                    value = total / tokens.clamp(min=1) if reduction == "mean" else total
+                    out.append((value * factor).to(device))
+            if s.moments is not None:
+                sizes = [layer.spec.k_in**2, layer.spec.k_out**2, 1]
+                in_moment, out_moment, tokens = _delivered(s.moments).split(sizes)
+                in_moment.mul_(layer.input_side.gain**2)
+                out_moment.mul_(layer.output_side.gain**2).mul_(scale**2)
+                moments += [in_moment.to(device), out_moment.to(device), tokens.to(device)]
+        rows = torch.cat(gradients, 1).mul_(scale)
+        if activations or outputs:
+            rows = torch.cat([rows, *activations, *outputs], 1)
+        return Captured(rows, torch.cat(moments) if moments else None, asleep)
+
+
+def _delivered(leaf: Tensor) -> Tensor:
+    return torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device) if leaf.grad is None else leaf.grad
+
+
+def _inside_reentrant_checkpoint() -> bool:
+    """Whether the backward pass that runs now was started by a reentrant checkpoint inside another one."""
+    frame = sys._getframe()
+    while frame is not None:
+        if frame.f_code.co_name == "backward" and frame.f_globals.get("__name__") == "torch.utils.checkpoint":
+            return True
+        frame = frame.f_back  # type: ignore[assignment]
+    return False
+
+
+def _nothing(layers: Sequence[Layer]) -> str:
+    if not any(layer.fired for layer in layers):
+        return (
+            "no watched layer ran in this block, or its hooks never fired. Run the model's forward and backward inside "
+            "the block, with gradients enabled; if the model was compiled before watch(), call watch() first."
+        )
+    return (
+        "no backward pass reached a watched layer in this block: call loss.backward() inside it, on a loss that "
+        "depends on the model's output."
+    )
+
+
+def _partial(missing: Sequence[Layer], total: int) -> str:
+    names = ", ".join(repr(layer.name) for layer in missing[:5]) + (", ..." if len(missing) > 5 else "")
+    if not any(layer.fired for layer in missing):
+        cause = (
+            "its forward never ran here: a branch not taken, a model compiled before watch(), or a fused kernel that "
+            "reads the weight without calling the module (fused losses do that to lm_head)"
+        )
+    elif all(layer.fired for layer in missing):
+        cause = (
+            "it ran, but no gradient came back: the loss does not depend on it, its output was detached, or a reentrant "
+            "checkpoint got an input that needs no gradient (use loghook.frozen, or use_reentrant=False)"
+        )
+    else:
+        cause = "some never ran, some got no gradient"
+    return (
+        f"{len(missing)} of {total} watched layers delivered no rows in this block: {names}. Likely cause: {cause}. "
+        "Nothing of this batch was written. Exclude such layers, or name them in watch(..., may_sleep=...) if they may "
+        "rightly stay silent."
+    )

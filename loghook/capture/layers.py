@@ -1,0 +1,291 @@
+"""Which layers are watched, what they cover, and what is refused by name."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loghook.capture.adapters import Adapter, find_adapter
+from loghook.errors import ConfigError, UnsupportedError
+from loghook.log.format import LayerSpec, checksum
+from loghook.project.projection import Side, draw_side, shared_input_name
+
+_WRAPPER_PARTS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
+_REDUCTIONS = (None, "mean", "sum")
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the user's own model under DistributedDataParallel and torch.compile."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def canonical_name(name: str) -> str:
+    """Remove what wrappers add to a module's name, so that it is the same however the model is wrapped."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of the unwrapped model with canonical names, wrappers left out, shared modules once."""
+    seen: set[str] = set()
+    for name, module in unwrap(model).named_modules():
+        canonical = canonical_name(name)
+        children = dict(module.named_children())
+        if not (children.keys() & _WRAPPER_PARTS) and canonical not in seen:
+            seen.add(canonical)
+            yield canonical, module
+
+
+def parameters_digest(model: nn.Module) -> str | None:
+    """Digest of a few values of every parameter: tells checkpoints apart; None where they are sharded."""
+    values = []
+    for parameter in unwrap(model).parameters():
+        if type(parameter).__name__ == "DTensor" or parameter.is_meta:
+            return None
+        flat = parameter.detach().reshape(-1)
+        step = max(1, flat.numel() // 8)
+        values.append(flat[::step][:8].to(torch.float64))
+    return checksum(torch.cat([v.cpu() for v in values]).numpy().tobytes()) if values else None
+
+
+class Shared:
+    """The last input that was projected, so that layers which read the same tensor project it once."""
+
+    def __init__(self) -> None:
+        self.key: tuple[Any, ...] | None = None
+        self.source: Tensor | None = None
+        self.projected: Tensor | None = None
+
+
+@dataclass(eq=False)
+class Slots:
+    """The leaves of one layer in one block; autograd puts what was captured into their ``.grad``.
+
+    Attributes:
+        rows: leaf (B, k_out, k_in).
+        moments: leaf, flat (see ``Tap``), or None.
+        activations: leaf (B, channels + 1), or None.
+        outputs: leaf (B, out_features + 1), or None.
+        mask: (B, S) what each token counts in moments and means, or None.
+        keep: (B,) 0 for samples that were logged before, or None.
+        shared: the block's last projected input.
+        deliveries: one entry for each time autograd accumulated a row; True if inside a reentrant checkpoint.
+    """
+
+    rows: Tensor
+    moments: Tensor | None
+    activations: Tensor | None
+    outputs: Tensor | None
+    mask: Tensor | None
+    keep: Tensor | None
+    shared: Shared
+    deliveries: list[bool] = field(default_factory=list)
+    masked: bool = False
+
+
+@dataclass(eq=False)
+class Layer:
+    """A watched layer: its module, how it is read, and the leaves that wait for its rows while a block is open."""
+
+    spec: LayerSpec
+    module: nn.Module
+    adapter: Adapter
+    input_side: Side
+    output_side: Side
+    fired: bool = False
+    slots: Slots | None = None
+
+    @property
+    def name(self) -> str:
+        """Canonical name."""
+        return self.spec.name
+
+    @property
+    def gain(self) -> float:
+        """What the row is multiplied by, so that inner products are unbiased."""
+        return self.input_side.gain * self.output_side.gain
+
+    def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
+        """Where the layer computes, and the dtype in which its rows are summed: float32, or float64."""
+        for tensor in self.module.parameters():
+            return tensor.device, torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        return torch.device("cpu"), torch.float32
+
+    def place(self, device: torch.device) -> None:
+        """Keep the projections where the layer computes."""
+        for side in (self.input_side, self.output_side):
+            if side.matrix is not None and side.matrix.device != device:
+                side.matrix = side.matrix.to(device)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """The arguments of ``run.watch``, checked at birth."""
+
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    may_sleep: tuple[str, ...]
+    bias: bool
+    batch_dim: int
+    activations: str | None
+    output_gradients: str | None
+
+    def __post_init__(self) -> None:
+        for name in ("activations", "output_gradients"):
+            if getattr(self, name) not in _REDUCTIONS:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is unknown: choose None, 'mean' or 'sum'.")
+        if self.batch_dim not in (0, 1):
+            raise ConfigError(f"batch_dim={self.batch_dim} is unknown: 0 (batch first) or 1 (sequence first).")
+
+
+def patterns(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    """One pattern or several, as a tuple."""
+    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
+
+
+def matches(name: str, wanted: Sequence[str]) -> bool:
+    """Whether a whole module name matches one of the patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in wanted)
+
+
+def refuse(model: nn.Module) -> None:
+    """Raise for models whose rows could not be exact."""
+    for module in model.modules():
+        if isinstance(module, nn.DataParallel):
+            raise UnsupportedError(
+                "nn.DataParallel replicates modules in every forward, so hooks see pieces of a batch in no fixed order: "
+                "use DistributedDataParallel (one process per device), or pass model.module."
+            )
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"watch() takes an nn.Module, not {type(model).__name__}: pass the model itself.")
+    sharded = [m for m in model.modules() if type(m).__name__.startswith("FSDP")]
+    for name, parameter in model.named_parameters():
+        mesh = getattr(parameter, "device_mesh", None)
+        if mesh is not None and (not sharded or {"tp", "sp", "cp", "pp"} & set(mesh.mesh_dim_names or ())):
+            raise UnsupportedError(
+                f"parameter {name!r} is split by tensor, sequence, context or pipeline parallelism "
+                f"(mesh dimensions {mesh.mesh_dim_names}): each rank sees a part of a layer's inputs or outputs, so its "
+                "rows would be partial. Use data parallelism (DDP or FSDP) for the logging pass."
+            )
+
+
+def mixing_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules that mix the samples of a batch while they are in training mode."""
+    batch_norms = (nn.modules.batchnorm._BatchNorm,)
+    return [(name, module) for name, module in named_modules(model) if isinstance(module, batch_norms)]
+
+
+def select(
+    model: nn.Module, watch: Watch, *, projection: str, rank: int, seed: int
+) -> tuple[list[Layer], dict[str, Any]]:
+    """Choose the layers to watch and draw their projections.
+
+    Returns:
+        The layers in module order, and the coverage record (see ``Manifest.coverage``).
+
+    Raises:
+        ConfigError: if a pattern matches nothing, or the rank would reduce nothing.
+    """
+    modules = dict(named_modules(model))
+    bypassed = {
+        f"{name}.out_proj".lstrip(".") for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)
+    }
+    for pattern in (*watch.include, *watch.may_sleep):
+        if not any(fnmatchcase(name, pattern) for name in modules):
+            sample = ", ".join([name for name, m in modules.items() if find_adapter(m)][:6])
+            raise ConfigError(
+                f"pattern {pattern!r} matches no module. Patterns are fnmatch patterns over whole names, such as {sample}."
+            )
+    chosen: dict[str, tuple[nn.Module, Adapter]] = {}
+    reasons: dict[str, str] = {}
+    for name, module in modules.items():
+        found = find_adapter(module)
+        wanted = [p for p in watch.include if fnmatchcase(name, p) and (p != "*" or found is None or found.default)]
+        if name in bypassed:
+            reasons[name] = "nn.MultiheadAttention reads its weight without calling it"
+        elif found is None:
+            reasons[name] = f"no adapter for {type(module).__name__}"
+        elif not wanted:
+            reasons[name] = "an embedding is watched only where a pattern names it" if not found.default else "not included"
+        elif matches(name, watch.exclude):
+            reasons[name] = "excluded"
+        else:
+            chosen[name] = (module, found)
+    if not chosen:
+        raise ConfigError(
+            f"include={list(watch.include)} with exclude={list(watch.exclude)} selects no linear or convolution layer: "
+            "widen include or narrow exclude."
+        )
+    layers = _draw(chosen, watch, projection=projection, rank=rank, seed=seed)
+    if projection != "none":
+        widest = max(max(layer.input_side.width, layer.output_side.width) for layer in layers)
+        if rank > widest:
+            raise ConfigError(
+                f"rank={rank} exceeds the width of every watched layer (largest: {widest:,}), so it would reduce nothing: "
+                "choose a smaller rank, or projection='none'."
+            )
+    return layers, coverage(model, layers, reasons)
+
+
+def _draw(
+    chosen: dict[str, tuple[nn.Module, Adapter]], watch: Watch, *, projection: str, rank: int, seed: int
+) -> list[Layer]:
+    shared: dict[tuple[str, int], Side] = {}
+    layers = []
+    for name, (module, found) in chosen.items():
+        shape = found.geometry(module)
+        bias = shape.bias and watch.bias
+        group, width = shared_input_name(name), shape.in_features + bias
+        if (group, width) not in shared:
+            shared[group, width] = draw_side(projection, seed=seed, name=group, side="in", width=width, rank=rank)
+        inputs = shared[group, width]
+        outputs = draw_side(projection, seed=seed, name=name, side="out", width=shape.out_features, rank=rank)
+        if watch.activations and not shape.channels:
+            raise ConfigError(f"layer {name!r} takes indices, so activations={watch.activations!r} has no meaning: exclude it.")
+        spec = LayerSpec(
+            name=name,
+            type=type(found).__name__,
+            in_features=shape.in_features,
+            out_features=shape.out_features,
+            groups=shape.groups,
+            channels=shape.channels,
+            bias=bias,
+            k_in=inputs.k,
+            k_out=outputs.k,
+            activations=watch.activations,
+            output_gradients=watch.output_gradients,
+            batch_dim=watch.batch_dim,
+            may_sleep=matches(name, watch.may_sleep),
+        )
+        layers.append(Layer(spec, module, found, inputs, outputs))
+    return layers
+
+
+def coverage(model: nn.Module, layers: Sequence[Layer], reasons: dict[str, str]) -> dict[str, Any]:
+    """Count the parameters that the watched layers hold, and list the modules whose own parameters are left out."""
+    watched = {layer.spec.name for layer in layers}
+    counted: set[int] = set()
+    covered, left_out = 0, []
+    modules = sorted(named_modules(model), key=lambda item: item[0] not in watched)  # a tied weight counts as covered
+    for name, module in modules:
+        own = [p for p in module.parameters(recurse=False) if id(p) not in counted]
+        counted.update(id(p) for p in own)
+        size = sum(p.numel() for p in own)
+        if name in watched:
+            covered += size
+        elif size:
+            left_out.append({"name": name, "parameters": size, "reason": reasons.get(name, "not included")})
+    left_out.sort(key=lambda item: -item["parameters"])
+    return {
+        "covered": covered,
+        "total": covered + sum(item["parameters"] for item in left_out),
+        "not_covered": left_out,
+    }

@@ -1,0 +1,622 @@
+"""``Run``: the user's handle around a training loop. It conducts capture and writer and holds no mathematics."""
+
+import importlib.metadata
+import os
+import platform
+import time
+import uuid
+import warnings
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from loghook.capture.block import Block, Captured, make_hook
+from loghook.capture.layers import (
+    Layer,
+    Watch,
+    mixing_modules,
+    parameters_digest,
+    patterns,
+    refuse,
+    select,
+    unwrap,
+)
+from loghook.errors import (
+    BatchError,
+    ConfigError,
+    LogExistsError,
+    LoghookError,
+    MismatchError,
+    NotFiniteError,
+    StateError,
+    UnsupportedError,
+)
+from loghook.log.format import DTYPES, MANIFEST, LayerSpec, Layout, Manifest, commits_name, decode_records
+from loghook.log.query import Query
+from loghook.log.writer import Batch, Writer, not_finite
+
+Ids = Sequence[int] | Sequence[str] | np.ndarray | Tensor
+_PROJECTIONS = ("random", "none")
+_ON_REPEAT = (None, "error", "first", "all")
+SEAL_TIMEOUT = 600.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What ``loghook.init`` was given, checked at birth."""
+
+    path: Path
+    rank: int
+    projection: str
+    seed: int
+    dtype: str
+    on_repeat: str | None
+    shard_bytes: int
+    commit_seconds: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+            raise ConfigError(
+                f"rank={self.rank!r} must be a whole number of at least 1: each layer logs up to rank x rank values a sample."
+            )
+        if self.projection not in _PROJECTIONS:
+            raise ConfigError(f"projection={self.projection!r} is unknown: choose one of {', '.join(_PROJECTIONS)}.")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype={self.dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
+        if self.on_repeat not in _ON_REPEAT:
+            raise ConfigError(f"on_repeat={self.on_repeat!r} is unknown: choose None, 'error', 'first' or 'all'.")
+        if self.shard_bytes < 1 or self.commit_seconds <= 0:
+            raise ConfigError(
+                f"shard_bytes={self.shard_bytes} and commit_seconds={self.commit_seconds} must be positive."
+            )
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One pass over the data, as ``run.passes()`` yields it.
+
+    Attributes:
+        index: 0, 1, ...
+        kind: "log": rows are written.
+    """
+
+    index: int
+    kind: str
+
+
+class Hooked:
+    """Layers of a model under inert hooks, and queries through them."""
+
+    def __init__(self, projection: str, rank: int, seed: int) -> None:
+        """Start with nothing watched."""
+        self._projection, self._rank, self._seed = projection, rank, seed
+        self._layers: list[Layer] = []
+        self._models: list[weakref.ref[nn.Module]] = []
+        self._mixing: list[tuple[str, nn.Module]] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._open = False
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the watched layers, in row order."""
+        return tuple(layer.name for layer in self._layers)
+
+    def _hook(self, model: nn.Module, watch: Watch) -> dict[str, Any]:
+        """Select and hook layers of a model; returns the coverage record."""
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"watch() takes an nn.Module, not {type(model).__name__}: pass the model itself.")
+        refuse(model)
+        layers, coverage = select(model, watch, projection=self._projection, rank=self._rank, seed=self._seed)
+        clash = set(self.layers) & {layer.name for layer in layers}
+        if clash:
+            raise ConfigError(f"layer name {min(clash)!r} is watched already: use one run for each model.")
+        self._models.append(weakref.ref(unwrap(model)))
+        self._mixing += mixing_modules(model)
+        for layer in layers:
+            # prepend: taps run inside FSDP2's own post-forward hook, whatever the order of wrapping.
+            handle = layer.module.register_forward_hook(make_hook(layer), prepend=True, with_kwargs=True)
+            self._handles.append(handle)
+        self._layers += layers
+        self._layout = Layout(layer.spec for layer in self._layers)
+        return coverage
+
+    def _order(self, specs: Sequence[LayerSpec]) -> None:
+        """Put the layers in the order of a log."""
+        order = {spec.name: i for i, spec in enumerate(specs)}
+        self._layers.sort(key=lambda layer: order[layer.name])
+        self._layout = Layout(layer.spec for layer in self._layers)
+
+    def close(self) -> None:
+        """Remove the hooks. The model is then as it was before ``watch``."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def digest(self) -> str | None:
+        """Digest of sampled parameter values of the watched models, or None where they are sharded."""
+        digests = [parameters_digest(model) for ref in self._models if (model := ref()) is not None]
+        return None if None in digests else "".join(d[:16] for d in digests if d)
+
+    @contextmanager
+    def _capture(
+        self, size: int, *, mask: Tensor | None, scale: Any, keep: np.ndarray | None, moments: bool
+    ) -> Iterator[list[Captured]]:
+        """Open the layers for one batch; the list holds what was captured once the context ends without an error."""
+        if not self._layers:
+            raise StateError("nothing is watched yet: call run.watch(model) first.")
+        if not self._handles:
+            raise StateError("this run was closed and its hooks are removed: open another with loghook.init.")
+        if self._open:
+            raise StateError("a block of this run is open already: blocks and queries do not nest.")
+        for name, module in self._mixing:
+            if module.training and (module.track_running_stats or module.training):
+                raise UnsupportedError(
+                    f"{type(module).__name__} {name!r} is in training mode and mixes the samples of a batch, so a gradient "
+                    "per sample does not exist: call eval() on it for the logging pass, or use GroupNorm or LayerNorm."
+                )
+        mask, factor = _check_mask(mask, size), _check_scale(scale)
+        block = Block(self._layers, size, moments=moments)
+        captured: list[Captured] = []
+        self._open = True
+        try:
+            block.open(mask, None if keep is None or keep.all() else torch.from_numpy(keep))
+            yield captured
+            captured.append(block.collect(block.close(), scale=factor, mask=mask))
+        finally:
+            block.close()
+            self._open = False
+
+    @contextmanager
+    def query(self, data_id: Ids, *, mask: Tensor | None = None, scale: float | Tensor = 1.0) -> Iterator[Query]:
+        """Capture the rows of questions, to be scored against a log; nothing is written.
+
+        Args:
+            data_id: one int or str for each sample of the batch.
+            mask: (B, S), which tokens count in activation means; never changes a gradient.
+            scale: what rows are multiplied by: n if the loss is a mean over n items.
+
+        Yields:
+            A Query that holds its rows once the block ends.
+        """
+        ids = check_ids(data_id)
+        query = Query(ids=ids)
+        with self._capture(len(ids), mask=mask, scale=scale, keep=None, moments=False) as captured:
+            yield query
+        rows = captured[0].rows.cpu()
+        if not bool(torch.isfinite(rows).all()):
+            raise NotFiniteError(not_finite(ids, rows))
+        query.fill(rows, [layer.spec for layer in self._layers], self._projection, self._seed, self.digest())
+
+
+class Run(Hooked):
+    """A run that logs; made by ``loghook.init``."""
+
+    def __init__(self, config: Config, *, resume: bool, overwrite: bool) -> None:
+        """See ``loghook.init``."""
+        super().__init__(config.projection, config.rank, config.seed)
+        self.path = config.path
+        self._config = config
+        self._resumed = resume and (config.path / MANIFEST).exists()
+        if _rank() == 0:
+            _claim(config.path, resume=resume, overwrite=overwrite)
+        self._coverage: dict[str, Any] = {"covered": 0, "total": 0, "not_covered": []}
+        self._manifest: Manifest | None = None
+        self._writer: Writer | None = None
+        self._seen: set[int | str] = set()
+        self._step = 0
+        self._pass: Pass | None = None
+        self._done_passes: set[int] = set()
+        self._finalized = False
+        if self._resumed:
+            self._read_back()
+
+    def watch(
+        self,
+        model: nn.Module,
+        include: str | Sequence[str] = "*",
+        exclude: str | Sequence[str] = "*lm_head",
+        *,
+        bias: bool = True,
+        may_sleep: str | Sequence[str] = (),
+        batch_dim: int = 0,
+        activations: str | None = None,
+        output_gradients: str | None = None,
+    ) -> None:
+        """Put inert hooks on a model's layers and print what they cover.
+
+        Args:
+            model: the model; call this before ``torch.compile`` where you can.
+            include: fnmatch patterns over whole module names; ``*`` selects linear and convolution layers.
+            exclude: patterns left out; replaces the default.
+            bias: whether a module's bias is logged as the last column.
+            may_sleep: patterns of layers that may rightly not run in a batch; they then get zero rows.
+            batch_dim: axis of samples in the layers' inputs: 0, or 1 for sequence-first models.
+            activations: "mean" or "sum" over tokens logs each layer's input as well, unprojected.
+            output_gradients: the same for the gradients of each layer's output.
+
+        Raises:
+            ConfigError: a pattern that matches nothing, or a rank above every layer's width.
+            UnsupportedError: a wrapper or layer for which rows cannot be exact.
+            StateError: after ``finalize`` or the first block, or for a model watched before.
+        """
+        if self._finalized:
+            raise StateError("this run is finalised, so that it watches nothing more: open another run.")
+        if self._writer is not None:
+            raise StateError("rows are being logged already, with a fixed set of layers: call watch() before the first block.")
+        arguments = Watch(
+            include=patterns(include),
+            exclude=patterns(exclude),
+            may_sleep=patterns(may_sleep),
+            bias=bias,
+            batch_dim=batch_dim,
+            activations=activations,
+            output_gradients=output_gradients,
+        )
+        if isinstance(model, nn.Module) and any(ref() is unwrap(model) for ref in self._models):
+            raise StateError("this model is watched by this run already: one watch() call takes several patterns.")
+        coverage = self._hook(model, arguments)
+        for key in ("covered", "total", "not_covered"):
+            self._coverage[key] += coverage[key]
+        if _rank() == 0:
+            print(describe_coverage(len(self._layers), self._layout.gradient_width, coverage))
+
+    def passes(self) -> Iterator[Pass]:
+        """Yield one pass over the data, or as many as the projection and statistics need.
+
+        Inside, each data_id is kept once, so that a sampler which repeats samples to fill up a batch does no harm.
+        On a resumed run, passes that were completed are skipped.
+        """
+        if not self._layers:
+            raise StateError("nothing is watched yet: call run.watch(model) first.")
+        for current in (Pass(0, "log"),):
+            if current.index in self._done_passes or self._finalized:
+                continue
+            self._pass = current
+            try:
+                yield current
+                if self._writer is not None:
+                    self._writer.put({"pass_end": current.index})
+                self._done_passes.add(current.index)
+            finally:
+                self._pass = None
+
+    @contextmanager
+    def __call__(
+        self,
+        data_id: Ids,
+        *,
+        mask: Tensor | None = None,
+        scale: float | Tensor = 1.0,
+        scaler: Any = None,
+    ) -> Iterator[None]:
+        """Log the samples of one batch: run its forward and backward inside.
+
+        Args:
+            data_id: one int or str for each sample of the batch: a list, an array or a 1-D tensor.
+            mask: (B, S), which tokens count in the statistics and in activation means; never changes a row.
+            scale: what rows are multiplied by: n if the loss is a mean over n items, so that a row is the gradient
+                of its own summed loss.
+            scaler: the GradScaler that scaled the loss; its scale is divided out and rows that are not finite are
+                flagged and left out instead of raising.
+
+        Raises:
+            BatchError: ids, mask or scale that do not fit the batch.
+            DeliveryError: a watched layer delivered nothing, or two backward passes ran.
+            NotFiniteError: rows with infinities (on a device at the latest in the next block).
+            StateError: after ``finalize``, or inside another block.
+        """
+        if self._finalized:
+            raise StateError("this run is finalised: open another run, or ask questions with run.query(...).")
+        ids = check_ids(data_id)
+        keep = self._keep(ids)
+        if scaler is not None:
+            scale = scale / scaler.get_scale()
+        with self._capture(len(ids), mask=mask, scale=scale, keep=keep, moments=True) as captured:
+            yield
+        writer = self._ready(ids)
+        writer.put(self._pack(captured[0], ids, keep, flag=scaler is not None))
+        self._seen.update(ids)
+        self._step += 1
+
+    def finalize(self) -> None:
+        """End logging and seal the run. Harmless when called again; queries still work afterwards.
+
+        Every rank calls it; rank 0 waits for the others' last commit and then seals.
+
+        Raises:
+            StateError: if nothing was logged, or ranks are missing after the timeout.
+        """
+        if self._finalized:
+            return
+        if self._writer is None:
+            raise StateError("nothing was logged, so there is nothing to finalise: run the loop with `with run(...)` first.")
+        self._writer.put({"end": True})
+        self._writer.close()
+        self._writer = None
+        self._finalized = True
+        if _rank() == 0:
+            assert self._manifest is not None
+            self._manifest.parameters["last"] = self.digest()
+            self._manifest.sealed = _seal(self.path, self._manifest.world_size)
+            self._manifest.save(self.path)
+
+    def close(self) -> None:
+        """Remove the hooks and commit what was logged; without ``finalize`` the run can be resumed."""
+        super().close()
+        if self._writer is not None:
+            writer, self._writer = self._writer, None
+            self._finalized = True
+            writer.close()
+
+    def __enter__(self) -> "Run":
+        """Use the run as a context manager that closes it."""
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        """Close; an error on the way out never hides the one that is being raised."""
+        try:
+            self.close()
+        except LoghookError:
+            if error is None:
+                raise
+
+    def _keep(self, ids: list[int] | list[str]) -> np.ndarray:
+        """Which samples of a batch are logged, by the rule for repeats: (B,) bool."""
+        rule = self._config.on_repeat or ("first" if self._pass is not None else "all")
+        keep = np.ones(len(ids), dtype=bool)
+        if rule == "all":
+            return keep
+        fresh: set[int | str] = set()
+        for i, data_id in enumerate(ids):
+            keep[i] = data_id not in self._seen and data_id not in fresh
+            fresh.add(data_id)
+        if rule == "error" and not keep.all():
+            repeat = ids[int(np.argmin(keep))]
+            raise BatchError(
+                f"data_id {repeat!r} was logged before and on_repeat='error': give each sample an id of its own, or pass "
+                "on_repeat='first' to keep the first row, or 'all' to keep every row."
+            )
+        return keep
+
+    def _pack(self, captured: Captured, ids: Any, keep: np.ndarray, *, flag: bool) -> Batch:
+        """Turn what a block delivered into what the writer takes, starting the copy off the device."""
+        rows = captured.rows.to(DTYPES[self._config.dtype])
+        moments, flagged, finite = captured.moments, [], None
+        if flag or rows.device.type == "cpu":
+            finite = torch.isfinite(rows.sum(1, dtype=captured.rows.dtype)).cpu().numpy()
+            if not flag and not finite.all():
+                raise NotFiniteError(not_finite(ids, rows))
+            if not finite.all():
+                flagged = [i for i, good, kept in zip(ids, finite, keep, strict=True) if kept and not good]
+                moments = None  # they are sums over the whole block and hold its infinities too
+                keep = keep & finite
+        kept = [i for i, use in zip(ids, keep, strict=True) if use]
+        dropped = len(ids) - len(kept) - len(flagged)
+        if not keep.all():
+            rows = rows[torch.from_numpy(keep).to(rows.device)]
+        ready = None
+        if rows.device.type == "cuda":
+            rows, moments = _to_pinned(rows), None if moments is None else _to_pinned(moments)
+            ready = torch.cuda.Event()
+            ready.record()
+        elif rows.device.type != "cpu":
+            rows, moments = rows.cpu(), None if moments is None else moments.cpu()
+        index = self._pass.index if self._pass else 0
+        return Batch(rows, kept, moments, index, self._step, flagged, dropped, ready, checked=finite is not None)
+
+    def _ready(self, ids: list[int] | list[str]) -> Writer:
+        """Return the writer, opening it (and the manifest) at the first block."""
+        id_type = type(ids[0]).__name__
+        if self._manifest is not None and self._manifest.id_type != id_type:
+            raise BatchError(
+                f"data_id is {id_type} here and was {self._manifest.id_type} before: use one type throughout the run."
+            )
+        if self._writer is not None:
+            return self._writer
+        manifest = Manifest(
+            run_id=self._manifest.run_id if self._manifest else _run_id(),
+            projection=self._projection,
+            rank=self._rank,
+            seed=self._seed,
+            dtype=self._config.dtype,
+            layers=tuple(layer.spec for layer in self._layers),
+            coverage=self._coverage,
+            id_type=id_type,
+            on_repeat=self._config.on_repeat or ("first" if self._pass is not None else "all"),
+            world_size=_world_size(),
+            provenance=_provenance(),
+            parameters={"first": self.digest()},
+        )
+        if self._manifest is not None:
+            _check_same(self._manifest, manifest)
+            manifest = self._manifest
+        elif _rank() == 0:
+            manifest.save(self.path)
+        self._manifest = manifest
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._writer = Writer(
+            self.path,
+            run_id=manifest.run_id,
+            rank=_rank(),
+            width=self._layout.width,
+            moments_width=self._layout.moments_width,
+            dtype=manifest.dtype,
+            shard_bytes=self._config.shard_bytes,
+            commit_seconds=self._config.commit_seconds,
+        )
+        return self._writer
+
+    def _read_back(self) -> None:
+        """On resume: the manifest, which ids are committed and which passes are done."""
+        self._manifest = Manifest.load(self.path)
+        self._finalized = self._manifest.sealed is not None
+        for rank in range(self._manifest.world_size):
+            file = self.path / commits_name(rank)
+            records = decode_records(file.read_bytes())[0] if file.exists() else []
+            for record in records:
+                self._seen.update(record.get("ids", ()))
+                self._seen.update(record.get("flagged", ()))
+                self._step = max([self._step, *(step + 1 for _, step, _ in record.get("steps", ()))])
+                if rank == _rank() and "pass_end" in record:
+                    self._done_passes.add(record["pass_end"])
+
+
+def check_ids(data_id: Ids) -> list[int] | list[str]:
+    """Turn ids into a list of Python int or str, refusing anything else."""
+    if isinstance(data_id, Tensor):
+        if data_id.dim() != 1 or data_id.is_floating_point() or data_id.dtype == torch.bool:
+            raise BatchError(
+                f"data_id is a {data_id.dtype} tensor of shape {tuple(data_id.shape)}: pass a 1-D integer tensor, one id a sample."
+            )
+        values: list[Any] = data_id.tolist()
+    elif isinstance(data_id, str | bytes) or not hasattr(data_id, "__iter__"):
+        raise BatchError(f"data_id={data_id!r} is a single value: pass a list with one id for each sample, such as [{data_id!r}].")
+    else:
+        values = [v.item() if isinstance(v, np.generic | Tensor) else v for v in data_id]
+    if not values:
+        raise BatchError("data_id is empty: pass one id for each sample of the batch.")
+    kinds = {type(v) for v in values}
+    if kinds != {int} and kinds != {str}:
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise BatchError(f"data_id holds {names}: ids are all int or all str; convert the others.")
+    return values
+
+
+def _check_mask(mask: Any, size: int) -> Tensor | None:
+    if mask is None:
+        return None
+    mask = torch.as_tensor(mask)
+    if mask.dim() not in (1, 2) or mask.shape[0] != size:
+        raise BatchError(
+            f"mask has shape {tuple(mask.shape)} in a block of {size} ids: pass (batch, tokens), its first axis as long as "
+            "data_id."
+        )
+    return mask
+
+
+def _check_scale(scale: Any) -> float | Tensor:
+    if isinstance(scale, Tensor):
+        if scale.dim() != 0:
+            raise BatchError(f"scale is a tensor of shape {tuple(scale.shape)}: pass a number or a 0-d tensor.")
+        return scale.detach()
+    try:
+        value = float(scale)
+    except (TypeError, ValueError) as error:
+        raise BatchError(f"scale={scale!r} is no number: pass n where the loss is a mean over n items.") from error
+    if value == 0 or not np.isfinite(value):
+        raise BatchError(f"scale={scale!r} must be finite and not 0: pass n where the loss is a mean over n items.")
+    return value
+
+
+def _to_pinned(t: Tensor) -> Tensor:
+    """Start copying to page-locked memory on the current stream, without waiting."""
+    return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+
+
+def describe_coverage(layers: int, width: int, coverage: dict[str, Any]) -> str:
+    """Say in a few lines what is watched and what is not."""
+    total = max(1, coverage["total"])
+    lines = [
+        f"loghook watches {layers} layers, {coverage['covered'] / total:.1%} of {coverage['total']:,} parameters; "
+        f"{width:,} values a sample."
+    ]
+    by_reason: dict[str, list[dict[str, Any]]] = {}
+    for item in coverage["not_covered"]:
+        by_reason.setdefault(item["reason"], []).append(item)
+    for reason, items in by_reason.items():
+        names = ", ".join(item["name"] or "(model)" for item in items[:3]) + (", ..." if len(items) > 3 else "")
+        share = sum(item["parameters"] for item in items) / total
+        lines.append(f"  not covered, {share:.1%}: {names} ({reason})")
+    return "\n".join(lines)
+
+
+def _claim(path: Path, *, resume: bool, overwrite: bool) -> None:
+    """Make the run's folder, or say why it cannot be used."""
+    if resume and overwrite:
+        raise ConfigError("resume=True and overwrite=True exclude each other: keep one.")
+    if path.exists() and not path.is_dir():
+        raise LogExistsError(f"{path} is a file: choose another path for the run.")
+    old = [] if not path.exists() else [p for p in path.iterdir() if p.name == MANIFEST or _is_ours(p)]
+    if old and not resume and not overwrite:
+        raise LogExistsError(
+            f"{path} holds a run already: pass resume=True to go on with it, overwrite=True to delete it, or another path."
+        )
+    if overwrite:
+        for file in old:
+            file.unlink()
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def _is_ours(file: Path) -> bool:
+    kinds = ("rows-*.safetensors", "statistics-*.safetensors", "commits-*.jsonl", "lock-*")
+    return any(file.match(kind) for kind in kinds)
+
+
+def _check_same(old: Manifest, new: Manifest) -> None:
+    for name in ("projection", "rank", "seed", "dtype", "id_type", "layers"):
+        was, now = getattr(old, name), getattr(new, name)
+        if was != now:
+            shown = f"{was!r} in the log and {now!r} now" if name != "layers" else "other layers or widths than in the log"
+            raise MismatchError(f"cannot resume: {name} is {shown}. Use the arguments and the model of the first run.")
+
+
+def _seal(path: Path, world_size: int) -> dict[str, Any]:
+    """Wait for every rank's last record, then sum up all commit logs."""
+    from loghook.log.reader import seal
+
+    deadline = time.monotonic() + SEAL_TIMEOUT
+    while True:
+        sealed, missing = seal(path, world_size)
+        if sealed is not None:
+            return sealed
+        if time.monotonic() > deadline:
+            raise StateError(
+                f"ranks {missing} did not finish within {SEAL_TIMEOUT:.0f} s: every rank calls run.finalize(). Their "
+                "committed rows are kept; start again with resume=True."
+            )
+        time.sleep(0.1)
+
+
+def _rank() -> int:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank()
+    return int(os.environ.get("RANK", 0))
+
+
+def _world_size() -> int:
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_world_size()
+    return int(os.environ.get("WORLD_SIZE", 1))
+
+
+def _run_id() -> str:
+    """A fresh id, the same on all ranks."""
+    box = [uuid.uuid4().hex]
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.broadcast_object_list(box)
+    elif _world_size() > 1:
+        warnings.warn("several processes without torch.distributed: initialise it before the first block.", stacklevel=2)
+    return box[0]
+
+
+def _provenance() -> dict[str, Any]:
+    versions = {}
+    for package in ("loghook", "torch", "transformers", "accelerate", "numpy"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "versions": versions,
+    }

@@ -1,0 +1,99 @@
+"""The tap: an identity in the graph whose backward delivers a sample's row as the gradient of a leaf.
+
+``slot`` is a leaf tensor that nobody reads. Because the row arrives as *its gradient*, autograd itself does the
+bookkeeping: a layer called twice accumulates, a recomputed forward counts once, frozen parameters still build a
+graph from the first tap on, and ``torch.compile`` traces it without a break.
+
+Shape suffixes as in ``loghook.project.outer``.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loghook.capture.adapters import as_tokens
+from loghook.project.outer import outer, outer_grouped, project_output, second_moment, second_moment_grouped
+
+
+class Tap(torch.autograd.Function):
+    """Identity on a layer's output; see ``forward`` for what its backward delivers."""
+
+    @staticmethod
+    def forward(  # type: ignore[override]
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        weight_BS: Tensor | None,
+        p_out_kO: Tensor | None,
+        activations: Tensor | None,
+        channel_dim: int,
+        batch_dim: int,
+        row_slot: Tensor,
+        moment_slot: Tensor | None,
+        activation_slot: Tensor | None,
+        output_slot: Tensor | None,
+    ) -> Tensor:
+        """Return ``y`` unchanged and remember what the row needs.
+
+        Args:
+            ctx: autograd's context.
+            y: the layer's output.
+            x: projected inputs (B, S, k_in) or, in groups, (B, S, G, k_in).
+            weight_BS: how much each token counts in the moments; None counts each once. Rows never use it.
+            p_out_kO: the output side's projection, or None.
+            activations: what to deliver to ``activation_slot``, or None.
+            channel_dim: axis of features in ``y``.
+            batch_dim: axis of samples in ``y``.
+            row_slot: leaf (B, k_out, k_in) whose gradient is the row.
+            moment_slot: leaf whose gradient is [sum of x x^T, sum of g g^T, tokens], flat; or None.
+            activation_slot: leaf (B, channels + 1): the last value counts tokens; or None.
+            output_slot: leaf (B, O + 1) for the output gradients summed over tokens, the last value as above; or None.
+        """
+        ctx.save_for_backward(x, weight_BS, p_out_kO, activations)
+        ctx.channel_dim, ctx.batch_dim, ctx.wide = channel_dim, batch_dim, row_slot.dtype
+        # An alias that autograd does not track as a view: in-place code after the layer stays legal (with a view
+        # it raises, with a tensor hook it silently loses the gradient), and nothing is copied.
+        return torch.ops.aten._unsafe_view(y, y.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Pass the output gradient on and deliver the row and the moments."""
+        (g,) = grads
+        x, weight_BS, p_out_kO, activations = ctx.saved_tensors
+        need_moments, need_activations, need_outputs = ctx.needs_input_grad[8:]
+        wide = ctx.wide
+        # Sums over tokens run in float32 or wider, also where the user calls backward() under autocast.
+        with torch.autocast(g.device.type, enabled=False):
+            g_BSO = as_tokens(g.movedim(ctx.batch_dim, 0) if ctx.batch_dim else g, ctx.channel_dim)
+            x = x.to(wide)
+            moments = moment_out = outputs = None
+            if x.dim() == 3:
+                g_BSk = project_output(g_BSO, p_out_kO).to(wide)
+                rows = outer(g_BSk, x)
+                if need_moments:
+                    flat = None if weight_BS is None else weight_BS.reshape(-1).to(wide)
+                    moment_out = second_moment(g_BSk.flatten(0, 1), flat)
+            else:
+                rows = outer_grouped(g_BSO.to(wide), x, p_out_kO)
+                if need_moments:
+                    flat = None if weight_BS is None else weight_BS.repeat_interleave(x.shape[2]).to(wide)
+                    moment_out = second_moment_grouped(g_BSO.to(wide), x.shape[2], p_out_kO, weight_BS)
+            if need_moments:
+                x_Nk = x.flatten(0, -2)
+                tokens = x.new_full((1,), x_Nk.shape[0]) if flat is None else flat.sum().reshape(1)
+                moments = torch.cat([second_moment(x_Nk, flat).flatten(), moment_out.flatten(), tokens])
+            if need_outputs:
+                outputs = sum_tokens(g_BSO.to(wide), weight_BS)
+        return (
+            g, None, None, None, None, None, None,
+            rows, moments, activations if need_activations else None, outputs,
+        )  # fmt: skip
+
+
+def sum_tokens(t_BSC: Tensor, weight_BS: Tensor | None) -> Tensor:
+    """Sum (B, S, C) over tokens, the number of tokens counted appended: (B, C + 1)."""
+    if weight_BS is None:
+        return torch.cat([t_BSC.sum(1), t_BSC.new_full((t_BSC.shape[0], 1), t_BSC.shape[1])], 1)
+    weight_BS = weight_BS.to(t_BSC.dtype)
+    return torch.cat([(t_BSC * weight_BS[:, :, None]).sum(1), weight_BS.sum(1, keepdim=True)], 1)

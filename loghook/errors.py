@@ -1,0 +1,57 @@
+"""Everything loghook raises on purpose. Each message gives the value, the rule and the remedy."""
+
+
+class LoghookError(Exception):
+    """Base of every error that loghook raises on purpose."""
+
+
+class ConfigError(LoghookError, ValueError):
+    """An argument that cannot work: the message names it, the rule it breaks and what to pass instead."""
+
+
+class UnsupportedError(LoghookError):
+    """A model, wrapper or layer for which exact per-sample rows do not exist or cannot be had."""
+
+
+class BatchError(LoghookError, ValueError):
+    """Ids, mask or scale that do not fit the batch they came with."""
+
+
+class StateError(LoghookError, RuntimeError):
+    """A call at the wrong time: logging after ``finalize``, a query inside a logging block."""
+
+
+class DeliveryError(LoghookError, RuntimeError):
+    """A block that did not deliver exactly one set of rows: layers that stayed silent, or two backward passes."""
+
+
+class NotFiniteError(LoghookError, ValueError):
+    """Rows that hold infinities or not-a-numbers, so that they must not be written as if they were good."""
+
+
+class LogExistsError(LoghookError, FileExistsError):
+    """A run that is there already, opened without ``resume`` or ``overwrite``."""
+
+
+class LogLockedError(LoghookError):
+    """A run that another process is writing."""
+
+
+class WriteError(LoghookError, OSError):
+    """The log could not be written (a full disk, a lost folder); what was committed before is intact."""
+
+
+class CorruptLogError(LoghookError):
+    """A log that does not match its own records: truncated, altered or missing files."""
+
+
+class VersionError(LoghookError):
+    """A log written by a later version of the format."""
+
+
+class MismatchError(LoghookError, ValueError):
+    """A query and a log (or a log and a model) that do not belong together."""
+
+
+class CheckpointWarning(UserWarning):
+    """A query that comes from other parameter values than the rows it is compared with."""

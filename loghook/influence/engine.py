@@ -1,0 +1,213 @@
+"""The scan: preconditioned queries against every row of the log, in blocks, with flat memory."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loghook.errors import ConfigError, MismatchError
+from loghook.influence.precondition import Curvature, progress, solvers, working_dtype
+from loghook.influence.scores import Scores
+from loghook.log.format import LayerSpec
+from loghook.log.query import Query
+from loghook.log.reader import Reader
+
+NORMALIZE = (None, "unit", "relatif")
+
+
+@dataclass
+class Prepared:
+    """Queries made ready for the scan.
+
+    Attributes:
+        matrix: (Q, gradient_width) preconditioned, zero in layers that are left out.
+        query_norms: (Q,) roots of the queries' self-influence, or None where not asked for.
+        row_norms: (rows,) roots of the rows' self-influence, or None.
+    """
+
+    matrix: Tensor
+    query_norms: Tensor | None
+    row_norms: Tensor | None
+
+
+def influence(
+    reader: Reader,
+    query: Query,
+    *,
+    method: str,
+    damping: float,
+    damping_abs: float | None,
+    normalize: str | None,
+    layers: Sequence[str] | None,
+    top: int | None,
+    per_layer: bool,
+) -> Scores:
+    """Score every row of a log for every question; see ``Log.influence``."""
+    if normalize not in NORMALIZE:
+        raise ConfigError(f"normalize={normalize!r} is unknown: choose None, 'unit' or 'relatif'.")
+    if top is not None and (not isinstance(top, int) or top < 1):
+        raise ConfigError(f"top={top!r} must be a whole number of at least 1, or None for all scores.")
+    if top is not None and per_layer:
+        raise ConfigError("top and per_layer exclude each other: per-layer scores need all rows; drop one.")
+    check_match(reader, query)
+    if not len(reader):
+        raise ConfigError(f"{reader.path} holds no rows yet: log some first.")
+    normalize = normalize or ("unit" if method == "cosine" else None)
+    curvature = Curvature(method=method, damping=damping, damping_abs=damping_abs)
+    chosen = choose_layers(reader, layers)
+    prepared = _prepare(reader, query, curvature, chosen, normalize)
+    scan = _scan_top if top is not None else _scan_all
+    values, places, by_layer = scan(reader, prepared, chosen, top or 0, per_layer)
+    return Scores(
+        values=values,
+        query_ids=query.data_ids,
+        data_ids=reader.data_ids,
+        places=places,
+        by_layer=by_layer,
+        layers=tuple(spec.name for spec in chosen),
+        method=method,
+        normalize=normalize,
+        damping=None if method in ("dot", "cosine") else damping if damping_abs is None else None,
+        damping_abs=None if method in ("dot", "cosine") else damping_abs,
+        fingerprint=reader.fingerprint,
+        log=str(reader.path),
+    )
+
+
+def self_influence(
+    reader: Reader, curvature: Curvature, layers: Sequence[str] | None
+) -> np.ndarray:
+    """Return <H^-1 G, G> for each row of a log, summed over layers: (rows,) float32; kept with the open log."""
+    return _row_quadratics(reader, curvature, choose_layers(reader, layers)).to(torch.float32).numpy()
+
+
+def choose_layers(reader: Reader, layers: Sequence[str] | None) -> list[LayerSpec]:
+    """Return the specs of some layers, or of all, in row order."""
+    if layers is None:
+        return list(reader.layout.layers)
+    wanted = [layers] if isinstance(layers, str) else list(layers)
+    unknown = [name for name in wanted if name not in reader.layers]
+    if unknown or not wanted:
+        raise ConfigError(f"layers={wanted} names what the log has not; its layers are {', '.join(reader.layers[:6])}, ...")
+    return [spec for spec in reader.layout.layers if spec.name in wanted]
+
+
+def check_match(reader: Reader, query: Query) -> None:
+    """Raise unless query and log share layers and projection."""
+    if query.fingerprint == reader.fingerprint:
+        return
+    mine, theirs = set(reader.layers), set(query.layers)
+    if mine != theirs:
+        odd = sorted(mine ^ theirs)[0]
+        what = f"other layers (for instance {odd!r} is in one of the two only)"
+    else:
+        what = "another rank, projection or seed"
+    raise MismatchError(
+        f"the query was made with {what} than {reader.path}: make it with log.attach(model).query(...), on the same model."
+    )
+
+
+def _prepare(
+    reader: Reader, query: Query, curvature: Curvature, chosen: Sequence[LayerSpec], normalize: str | None
+) -> Prepared:
+    width, columns = reader.layout.gradient_width, reader.layout.kinds["gradients"]
+    rows = query.matrix[:, :width].double()
+    matrix = torch.zeros_like(rows)
+    own = torch.zeros(len(query), dtype=torch.float64)
+    want_rows = normalize is not None and _key(curvature, chosen) not in reader.cache
+    total = torch.zeros(len(reader), dtype=torch.float64)
+    for group in solvers(reader, curvature, chosen):
+        for name, solver in group.items():
+            part = rows[:, columns[name]]
+            matrix[:, columns[name]] = solver.apply(part)
+            own += solver.quadratic(part)
+        if want_rows:
+            _add_quadratics(reader, group, total)
+    if want_rows:
+        reader.cache[_key(curvature, chosen)] = total
+    query_norms = own.clamp(min=0).sqrt() if normalize == "unit" else None
+    row_norms = reader.cache[_key(curvature, chosen)].clamp(min=0).sqrt() if normalize is not None else None
+    return Prepared(matrix.to(working_dtype(reader)), query_norms, row_norms)
+
+
+def _row_quadratics(reader: Reader, curvature: Curvature, chosen: Sequence[LayerSpec]) -> Tensor:
+    key = _key(curvature, chosen)
+    if key not in reader.cache:
+        total = torch.zeros(len(reader), dtype=torch.float64)
+        for group in solvers(reader, curvature, chosen):
+            _add_quadratics(reader, group, total)
+        reader.cache[key] = total
+    return reader.cache[key]
+
+
+def _key(curvature: Curvature, chosen: Sequence[LayerSpec]) -> tuple[object, ...]:
+    return ("self", curvature if curvature.method not in ("dot", "cosine") else "dot", tuple(s.name for s in chosen))
+
+
+def _add_quadratics(reader: Reader, group: dict, total: Tensor) -> None:  # type: ignore[type-arg]
+    columns = reader.layout.kinds["gradients"]
+    for place, block in progress(reader, "self-influence"):
+        for name, solver in group.items():
+            total[place] += solver.quadratic(block[:, columns[name]])
+
+
+def _products(block: Tensor, prepared: Prepared, runs: Sequence[slice], place: slice) -> Tensor:
+    """Scores of a block (Q, n): one product for each contiguous range of columns."""
+    scores = sum(prepared.matrix[:, run] @ block[:, run].T for run in runs)
+    assert isinstance(scores, Tensor)
+    if prepared.query_norms is not None:
+        scores /= _nonzero(prepared.query_norms)[:, None].to(scores.dtype)
+    if prepared.row_norms is not None:
+        scores /= _nonzero(prepared.row_norms[place])[None, :].to(scores.dtype)
+    return scores
+
+
+def _nonzero(norms: Tensor) -> Tensor:
+    """A row without any gradient scores 0, not nan."""
+    return torch.where(norms > 0, norms, torch.ones_like(norms))
+
+
+def _runs(reader: Reader, chosen: Sequence[LayerSpec]) -> list[slice]:
+    """The columns of some layers as few contiguous ranges."""
+    runs: list[slice] = []
+    for spec in chosen:
+        part = reader.layout.kinds["gradients"][spec.name]
+        if runs and runs[-1].stop == part.start:
+            runs[-1] = slice(runs[-1].start, part.stop)
+        else:
+            runs.append(part)
+    return runs
+
+
+def _scan_all(
+    reader: Reader, prepared: Prepared, chosen: Sequence[LayerSpec], _: int, per_layer: bool
+) -> tuple[np.ndarray, None, np.ndarray | None]:
+    queries = len(prepared.matrix)
+    values = torch.empty(queries, len(reader))
+    by_layer = torch.empty(len(chosen), queries, len(reader)) if per_layer else None
+    runs, columns = _runs(reader, chosen), reader.layout.kinds["gradients"]
+    for place, block in progress(reader, "scoring"):
+        values[:, place] = _products(block, prepared, runs, place).float()
+        if by_layer is not None:
+            for i, spec in enumerate(chosen):
+                by_layer[i, :, place] = _products(block, prepared, [columns[spec.name]], place).float()
+    return values.numpy(), None, None if by_layer is None else by_layer.numpy()
+
+
+def _scan_top(
+    reader: Reader, prepared: Prepared, chosen: Sequence[LayerSpec], top: int, _: bool
+) -> tuple[np.ndarray, np.ndarray, None]:
+    """Keep the best ``top`` of every question, merging block by block."""
+    queries = len(prepared.matrix)
+    best = torch.empty(queries, 0, dtype=prepared.matrix.dtype)
+    places = torch.empty(queries, 0, dtype=torch.int64)
+    runs = _runs(reader, chosen)
+    for place, block in progress(reader, "scoring"):
+        scores = _products(block, prepared, runs, place)
+        index = torch.arange(place.start, place.stop).expand(queries, -1)
+        merged, merged_places = torch.cat([best, scores], 1), torch.cat([places, index], 1)
+        best, order = merged.topk(min(top, merged.shape[1]), dim=1)
+        places = merged_places.gather(1, order)
+    return best.float().numpy(), places.numpy(), None

@@ -1,0 +1,151 @@
+"""From a method's name to solvers for every layer, fitted on the log in as few scans as memory allows."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from loghook.errors import ConfigError
+from loghook.influence.solvers import Dense, Diagonal, Identity, LowRank, Solver
+from loghook.log.format import LayerSpec
+from loghook.log.reader import Reader
+from loghook.statistics.factors import Eigenbasis, eigenbasis
+
+METHODS = ("dot", "cosine", "fisher", "kfac", "ekfac")
+FIT_BYTES = 2**30  # what dense curvature of a group of layers may take at a time
+
+
+@dataclass(frozen=True, kw_only=True)
+class Curvature:
+    """Which curvature, and how it is damped.
+
+    Attributes:
+        method: "dot" (none), "fisher", "kfac" or "ekfac".
+        damping: times the layer's mean eigenvalue.
+        damping_abs: added as it is, instead; or None.
+    """
+
+    method: str
+    damping: float = 0.1
+    damping_abs: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise ConfigError(f"method={self.method!r} is unknown: choose one of {', '.join(METHODS)}.")
+        value = self.damping if self.damping_abs is None else self.damping_abs
+        if not 0 < value < float("inf"):
+            name = "damping" if self.damping_abs is None else "damping_abs"
+            raise ConfigError(f"{name}={value!r} must be positive and finite; 0.1 of the mean eigenvalue is usual.")
+
+    def amount(self, mean_eigenvalue: float) -> float:
+        """What is added to a layer's eigenvalues."""
+        return self.damping * mean_eigenvalue if self.damping_abs is None else self.damping_abs
+
+
+def working_dtype(reader: Reader) -> torch.dtype:
+    """The dtype in which rows are multiplied: float64 for a float64 log, else float32."""
+    return torch.float64 if reader.dtype == torch.float64 else torch.float32
+
+
+def progress(reader: Reader, what: str) -> Iterator[tuple[slice, Tensor]]:
+    """Scan a log's blocks in the working dtype, with a bar once it takes more than two seconds."""
+    dtype = working_dtype(reader)
+    with tqdm(total=len(reader), desc=what, unit=" rows", delay=2, leave=False) as bar:
+        for place, block in reader.blocks():
+            yield place, block.to(dtype)
+            bar.update(len(block))
+
+
+def solvers(
+    reader: Reader, curvature: Curvature, layers: Sequence[LayerSpec]
+) -> Iterator[dict[str, Solver]]:
+    """Fit a solver for each layer, in groups whose curvature fits in memory together.
+
+    Args:
+        reader: the log.
+        curvature: method and damping.
+        layers: the layers to fit.
+
+    Yields:
+        {layer name: solver}, one group after the other.
+    """
+    if curvature.method in ("dot", "cosine"):
+        yield {spec.name: Identity() for spec in layers}
+    elif curvature.method == "fisher":
+        for group in _groups(layers, len(reader)):
+            yield _fit_fisher(reader, curvature, group)
+    else:
+        bases = _bases(reader, layers)
+        eigenvalues = {name: basis.products for name, basis in bases.items()}
+        if curvature.method == "ekfac":
+            eigenvalues = _corrected_eigenvalues(reader, bases)
+        yield {
+            name: Diagonal(bases[name], values, curvature.amount(float(values.mean())))
+            for name, values in eigenvalues.items()
+        }
+
+
+def _bases(reader: Reader, layers: Sequence[LayerSpec]) -> dict[str, Eigenbasis]:
+    missing = [spec.name for spec in layers if ("basis", spec.name) not in reader.cache]
+    if missing:
+        moments = reader.moments()
+        for name in tqdm(missing, desc="eigenbases", unit=" layers", delay=2, leave=False):
+            reader.cache["basis", name] = eigenbasis(reader.layout, moments, name)
+    return {spec.name: reader.cache["basis", spec.name] for spec in layers}
+
+
+def _corrected_eigenvalues(reader: Reader, bases: dict[str, Eigenbasis]) -> dict[str, Tensor]:
+    """EK-FAC's eigenvalues: the mean over rows of ``(Q_S^T G Q_A)^2`` (George et al. 2018), float64."""
+    missing = {name: basis for name, basis in bases.items() if ("corrected", name) not in reader.cache}
+    if missing:
+        sums = {name: torch.zeros_like(basis.products) for name, basis in missing.items()}
+        for _, block in progress(reader, "eigenvalues"):
+            for name, basis in missing.items():
+                rows = block[:, reader.layout.kinds["gradients"][name]].unflatten(1, basis.products.shape)
+                sums[name] += basis.rotate(rows).square().sum(0, dtype=torch.float64)
+        for name, total in sums.items():
+            reader.cache["corrected", name] = total / len(reader)
+    return {name: reader.cache["corrected", name] for name in bases}
+
+
+def _fit_fisher(reader: Reader, curvature: Curvature, group: Sequence[LayerSpec]) -> dict[str, Solver]:
+    columns = reader.layout.kinds["gradients"]
+    few = {spec.name: len(reader) < spec.width for spec in group}
+    rows = {s.name: torch.empty(len(reader), s.width, dtype=torch.float64) for s in group if few[s.name]}
+    sums = {s.name: torch.zeros(s.width, s.width, dtype=torch.float64) for s in group if not few[s.name]}
+    for place, block in progress(reader, "Fisher"):
+        for spec in group:
+            part = block[:, columns[spec.name]].double()
+            if few[spec.name]:
+                rows[spec.name][place] = part
+            else:
+                sums[spec.name].addmm_(part.T, part)
+    fitted: dict[str, Solver] = {}
+    for spec in group:
+        # The mean eigenvalue is trace / w, which is the mean squared norm of a row over w.
+        if few[spec.name]:
+            layer_rows = rows.pop(spec.name)
+            mean = float(layer_rows.square().sum()) / len(reader) / spec.width
+            fitted[spec.name] = LowRank(layer_rows, curvature.amount(mean)) if mean > 0 else Identity()
+        else:
+            matrix = sums.pop(spec.name) / len(reader)
+            mean = float(matrix.diagonal().mean())
+            fitted[spec.name] = Dense(matrix, curvature.amount(mean)) if mean > 0 else Identity()
+    return fitted
+
+
+def _groups(layers: Sequence[LayerSpec], rows: int) -> Iterator[list[LayerSpec]]:
+    """Split layers so that a group's matrices, (min(w, N), w) in float64 and their factors, fit in FIT_BYTES."""
+    group: list[LayerSpec] = []
+    size = 0
+    for spec in layers:
+        need = 2 * 8 * spec.width * min(spec.width, rows)
+        if group and size + need > FIT_BYTES:
+            yield group
+            group, size = [], 0
+        group.append(spec)
+        size += need
+    if group:
+        yield group

@@ -1,0 +1,146 @@
+"""Rows held in memory: what questions are made of."""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from loghook.errors import ConfigError, CorruptLogError, MismatchError, StateError
+from loghook.log.format import LayerSpec, Layout, fingerprint, write_atomically
+
+
+class Query:
+    """Rows of one or many questions, in the layout of the log they will be scored against.
+
+    Queries from several batches add up: ``a + b``, or ``Query.concat(queries)``.
+    """
+
+    def __init__(self, ids: Sequence[int] | Sequence[str]) -> None:
+        """An empty query for these ids; the block that made it fills it when it ends."""
+        self.data_ids: list[int] | list[str] = list(ids)  # type: ignore[assignment]
+        self._rows: Tensor | None = None
+        self._specs: tuple[LayerSpec, ...] = ()
+        self._projection, self._seed = "", 0
+        self.parameters: str | None = None
+
+    def fill(
+        self, rows: Tensor, specs: Iterable[LayerSpec], projection: str, seed: int, parameters: str | None
+    ) -> None:
+        """Take the rows, (Q, width), and what they were made with."""
+        self._rows, self._specs = rows, tuple(specs)
+        self._projection, self._seed, self.parameters = projection, seed, parameters
+
+    @property
+    def matrix(self) -> Tensor:
+        """The rows as they are laid out in a log: (Q, width), float32 or float64.
+
+        Raises:
+            StateError: while the block that makes the query is still open, or if it raised.
+        """
+        if self._rows is None:
+            raise StateError("this query holds no rows: its block has not ended, or it raised. Use it after the `with`.")
+        return self._rows
+
+    @property
+    def layout(self) -> Layout:
+        """Where each layer's values are in a row."""
+        return Layout(self._specs)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers, in row order."""
+        return tuple(spec.name for spec in self._specs)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of layers and projection; a log must have the same."""
+        return fingerprint(self._specs, self._projection, self._seed)
+
+    def __len__(self) -> int:
+        """Number of questions."""
+        return len(self.data_ids)
+
+    def rows(self, layer: str, kind: str = "gradients") -> np.ndarray:
+        """Rows of one layer: (Q, k_out, k_in) gradients, or (Q, features) of another kind; see ``Log.rows``."""
+        spec, columns = find_columns(self.layout, layer, kind)
+        values = self.matrix[:, columns].numpy()
+        return values.reshape(len(self), spec.k_out, spec.k_in) if kind == "gradients" else values
+
+    def __add__(self, other: "Query") -> "Query":
+        """Both queries' rows, one after the other."""
+        return Query.concat([self, other])
+
+    @staticmethod
+    def concat(queries: Sequence["Query"]) -> "Query":
+        """Join queries, for instance those of a loader's batches.
+
+        Raises:
+            MismatchError: if they were made with different layers or projections, or ids of different types.
+        """
+        if not queries:
+            raise ConfigError("Query.concat got no queries: pass at least one.")
+        first = queries[0]
+        for query in queries[1:]:
+            if query.fingerprint != first.fingerprint or query._specs != first._specs:
+                raise MismatchError("these queries come from different layers or projections and cannot be joined.")
+            if type(query.data_ids[0]) is not type(first.data_ids[0]):
+                raise MismatchError("these queries have ids of different types: use int or str throughout.")
+        joined = Query([i for query in queries for i in query.data_ids])  # type: ignore[misc]
+        same = all(query.parameters == first.parameters for query in queries)
+        rows = torch.cat([query.matrix for query in queries])
+        joined.fill(rows, first._specs, first._projection, first._seed, first.parameters if same else None)
+        return joined
+
+    def save(self, path: str | Path) -> None:
+        """Write the query to one safetensors file."""
+        header = {
+            "layers": [spec.__dict__ for spec in self._specs],
+            "projection": self._projection,
+            "seed": self._seed,
+            "data_ids": self.data_ids,
+            "parameters": self.parameters,
+        }
+        data = safetensors.torch.save({"rows": self.matrix.contiguous()}, {"loghook_query": json.dumps(header)})
+        write_atomically(Path(path), data)
+
+    @staticmethod
+    def load(path: str | Path) -> "Query":
+        """Read a query that ``save`` wrote.
+
+        Raises:
+            CorruptLogError: if the file is something else.
+        """
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                header: dict[str, Any] = json.loads(file.metadata()["loghook_query"])
+                rows = file.get_tensor("rows")
+            specs = [LayerSpec(**spec) for spec in header["layers"]]
+            query = Query(header["data_ids"])
+            if rows.shape != (len(query), Layout(specs).width):
+                raise ValueError(f"its rows have shape {tuple(rows.shape)}")
+        except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise CorruptLogError(f"{path} is no query file ({error}): save it again.") from error
+        query.fill(rows, specs, header["projection"], header["seed"], header["parameters"])
+        return query
+
+
+def find_columns(layout: Layout, layer: str, kind: str) -> tuple[LayerSpec, slice]:
+    """Return a layer's spec and its columns of a row, for one kind of rows.
+
+    Raises:
+        ConfigError: for an unknown layer or kind.
+    """
+    if kind not in layout.kinds:
+        raise ConfigError(f"kind={kind!r} is unknown: choose one of {', '.join(layout.kinds)}.")
+    specs = {spec.name: spec for spec in layout.layers}
+    if layer not in specs:
+        raise ConfigError(f"layer {layer!r} is not in the log; its layers are {', '.join(list(specs)[:6])}, ...")
+    if layer not in layout.kinds[kind]:
+        raise ConfigError(f"layer {layer!r} was logged without {kind}: pass watch(..., {kind}='mean').")
+    return specs[layer], layout.kinds[kind][layer]

@@ -1,0 +1,404 @@
+"""The reader: committed rows of every rank, mapped read-only, verified on first touch."""
+
+import json
+import mmap
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from torch import Tensor
+
+from loghook.errors import CorruptLogError
+from loghook.log.format import (
+    DTYPES,
+    SHARD_HEADER,
+    Layout,
+    Manifest,
+    checksum,
+    commits_name,
+    decode_records,
+    shard_header,
+    shard_name,
+)
+from loghook.log.query import find_columns
+from loghook.log.writer import load_moments
+
+BLOCK_BYTES = 32 * 2**20  # what one step of a scan looks at
+
+
+@dataclass(eq=False)
+class Shard:
+    """Committed rows of one file: ``rows`` of them, the first at row ``first`` of the log.
+
+    Attributes:
+        file: the safetensors file.
+        first: index in the log (before repeats are left out) of its first row.
+        rows: committed rows.
+        parts: (first row in the shard, rows, checksum) of every record.
+        data: the mapped rows (rows, width) once touched.
+    """
+
+    file: Path
+    first: int
+    rows: int
+    parts: list[tuple[int, int, str]]
+    data: Tensor | None = None
+    map: mmap.mmap | None = None
+
+
+@dataclass(frozen=True)
+class RowKeys:
+    """Where each row comes from: ``pass_index``, ``step`` and ``rank``, int64 arrays (rows,)."""
+
+    pass_index: np.ndarray
+    step: np.ndarray
+    rank: np.ndarray
+
+
+class Reader:
+    """A run's committed rows, read lazily; the base of ``loghook.load``.
+
+    Attributes:
+        path: the run's folder.
+        manifest: its ``loghook.json``.
+        layout: where each layer's values are in a row.
+        data_ids: one id for each row.
+        keys: pass, step and rank of each row.
+        flagged: ids of samples left out because their rows were not finite.
+        repeats: rows left out because their id came before.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Open a run.
+
+        Raises:
+            FileNotFoundError: if there is none.
+            VersionError: if a later format wrote it.
+            CorruptLogError: if its records do not match each other or its seal.
+        """
+        self.path = Path(path)
+        self.manifest = Manifest.load(self.path)
+        self.layout = Layout(self.manifest.layers)
+        self.cache: dict[Any, Any] = {}  # what was computed from the rows, for as long as the log is open
+        self._row_bytes = self.layout.width * DTYPES[self.manifest.dtype].itemsize
+        self._shards: list[Shard] = []
+        self._snapshots: list[dict[str, str]] = []
+        self.flagged: list[int | str] = []
+        self.torn: list[str] = []
+        self.repeats = 0
+        self._read_records()
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers, in row order."""
+        return tuple(spec.name for spec in self.layout.layers)
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of layers and projection; a query must have the same."""
+        return self.manifest.fingerprint
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """How rows are stored."""
+        return DTYPES[self.manifest.dtype]
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return len(self.data_ids)
+
+    def rows(self, layer: str, kind: str = "gradients") -> "Rows":
+        """Rows of one layer, read lazily from the memory map.
+
+        Args:
+            layer: a name of ``layers``.
+            kind: "gradients" (rows, k_out, k_in); "activations" (rows, channels); or "output_gradients"
+                (rows, out_features), where ``watch`` asked for them.
+
+        Returns:
+            An array-like: slices are numpy views where the dtype has a numpy equal (bfloat16 comes as float32).
+        """
+        spec, columns = find_columns(self.layout, layer, kind)
+        return Rows(self, columns, (spec.k_out, spec.k_in) if kind == "gradients" else (columns.stop - columns.start,))
+
+    def moments(self) -> np.ndarray:
+        """The streamed statistics, summed over ranks: (moments_width,) float64; see ``Layout``."""
+        total = np.zeros(self.layout.moments_width)
+        for entry in self._snapshots:
+            total += load_moments(self.path, entry, len(total))
+        return total
+
+    def blocks(self, rows: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+        """Walk through the log in blocks.
+
+        Args:
+            rows: rows of a block at most; by default as many as fit in 32 MB.
+
+        Yields:
+            The block's place among the rows, and its rows (n, width) in the storage dtype: a view of the map.
+        """
+        step = rows or max(1, BLOCK_BYTES // self._row_bytes)
+        place = 0
+        for shard in self._shards:
+            data = self._touch(shard)
+            for start in range(0, shard.rows, step):
+                stop = min(start + step, shard.rows)
+                block = data[start:stop]
+                if self._keep is not None:
+                    kept = self._keep[shard.first + start : shard.first + stop]
+                    if not kept.all():
+                        block = block[torch.from_numpy(kept)]
+                yield slice(place, place + len(block)), block
+                place += len(block)
+                self._release(shard, start, stop)
+
+    def gather(self, index: np.ndarray) -> Tensor:
+        """Copy rows out by their place in the log: (len(index), width) in the storage dtype."""
+        physical = index if self._keep is None else np.flatnonzero(self._keep)[index]
+        out = torch.empty(len(physical), self.layout.width, dtype=self.dtype)
+        for shard in self._shards:
+            inside = (physical >= shard.first) & (physical < shard.first + shard.rows)
+            if inside.any():
+                places = torch.from_numpy(physical[inside] - shard.first)
+                out[torch.from_numpy(inside)] = self._touch(shard)[places]
+        return out
+
+    def view(self, start: int, stop: int) -> Tensor | None:
+        """Rows as a view of the map, or None if they lie in several shards or around repeats."""
+        if self._keep is not None:
+            return None
+        for shard in self._shards:
+            if shard.first <= start and stop <= shard.first + shard.rows:
+                return self._touch(shard)[start - shard.first : stop - shard.first]
+        return None
+
+    def verify(self) -> list[str]:
+        """Read every committed byte against its checksum.
+
+        Returns:
+            One line for each problem, with the file and what to do; empty if all is well.
+        """
+        problems = []
+        for shard in self._shards:
+            try:
+                self._map(shard)
+            except CorruptLogError as error:
+                problems.append(str(error))
+        for entry in self._snapshots:
+            try:
+                load_moments(self.path, entry, self.layout.moments_width)
+            except CorruptLogError as error:
+                problems.append(str(error))
+        return problems
+
+    def _read_records(self) -> None:
+        ids: list[Any] = []
+        keys: list[tuple[int, int, int, int]] = []
+        digest = xxhash.xxh3_128()
+        for rank in range(self.manifest.world_size):
+            file = self.path / commits_name(rank)
+            data = file.read_bytes() if file.exists() else b""
+            records, size, wrong = decode_records(data)
+            if wrong == "torn" and self.manifest.sealed is None:
+                self.torn.append(f"{file}: {len(data) - size} bytes of an unfinished record, ignored")
+            elif wrong:
+                raise CorruptLogError(f"{file}: {wrong}: restore it from a copy.")
+            digest.update(data[:size])
+            snapshot = None
+            for record in records:
+                if record.get("run") != self.manifest.run_id:
+                    raise CorruptLogError(f"{file}: record {record['n']} belongs to another run: restore it from a copy.")
+                if "shard" in record:
+                    self._add(rank, record)
+                    ids += record["ids"]
+                    keys += [(p, s, rank, n) for p, s, n in record["steps"]]
+                    self.flagged += record["flagged"]
+                    self.repeats += record["dropped"]
+                    snapshot = record["statistics"]
+            if snapshot is not None:
+                self._snapshots.append(snapshot)
+        sealed = self.manifest.sealed
+        if sealed is not None and (sealed["rows"] != len(ids) or sealed["digest"] != digest.hexdigest()):
+            raise CorruptLogError(
+                f"{self.path}: the commit logs hold {len(ids):,} rows where {sealed['rows']:,} were sealed, or were altered: "
+                "restore them from a copy."
+            )
+        counts = np.array([n for *_, n in keys], dtype=np.int64)
+        columns = np.array([k[:3] for k in keys], dtype=np.int64).reshape(-1, 3)
+        repeated = np.repeat(columns, counts, axis=0)
+        self._keep: np.ndarray | None = None
+        if self.manifest.on_repeat == "first" and len(set(ids)) < len(ids):
+            self._keep = _first_of_each(ids, repeated)
+            ids = [i for i, kept in zip(ids, self._keep, strict=True) if kept]
+            self.repeats += int((~self._keep).sum())
+            repeated = repeated[self._keep]
+        self.data_ids: list[int] | list[str] = ids
+        self.keys = RowKeys(*repeated.T)
+
+    def _add(self, rank: int, record: dict[str, Any]) -> None:
+        file = self.path / shard_name(rank, int(record["shard"]))
+        part = (int(record["start"]), int(record["rows"]), record["checksum"])
+        if len(record["ids"]) != part[1] or sum(n for *_, n in record["steps"]) != part[1] or part[1] < 0:
+            raise CorruptLogError(f"{file}: a record's ids and rows differ in number: restore the commit log from a copy.")
+        if not self._shards or self._shards[-1].file != file:
+            first = self._shards[-1].first + self._shards[-1].rows if self._shards else 0
+            self._shards.append(Shard(file, first, 0, []))
+        shard = self._shards[-1]
+        if part[0] != shard.rows:
+            raise CorruptLogError(f"{file}: its records leave a gap at row {shard.rows}: restore the commit log from a copy.")
+        shard.rows += part[1]
+        shard.parts.append(part)
+
+    def _touch(self, shard: Shard) -> Tensor:
+        if shard.data is None:
+            shard.data = self._map(shard)
+        return shard.data
+
+    def _map(self, shard: Shard) -> Tensor:
+        """Map a shard after checking its size, its header and the checksum of every record."""
+        end = SHARD_HEADER + shard.rows * self._row_bytes
+        remedy = "restore it from a copy, or log its samples again"
+        try:
+            with open(shard.file, "rb") as handle:
+                size = handle.seek(0, 2)
+                if size < end:
+                    raise CorruptLogError(f"{shard.file} has {size:,} bytes where {end:,} were committed: {remedy}.")
+                shard.map = mmap.mmap(handle.fileno(), end, access=mmap.ACCESS_READ)
+        except OSError as error:
+            raise CorruptLogError(f"{shard.file} cannot be read ({error}): {remedy}.") from error
+        view = memoryview(shard.map)
+        if not self._header_is_ours(bytes(view[:SHARD_HEADER]), shard.rows):
+            raise CorruptLogError(f"{shard.file} has a header that is not this run's: {remedy}.")
+        if self.manifest.sealed is not None and size != end:
+            raise CorruptLogError(f"{shard.file} has {size:,} bytes where {end:,} were sealed: {remedy}.")
+        for start, rows, expected in shard.parts:
+            first = SHARD_HEADER + start * self._row_bytes
+            if checksum(view[first : first + rows * self._row_bytes]) != expected:
+                raise CorruptLogError(
+                    f"{shard.file}: rows {start} to {start + rows - 1} do not match their checksum: {remedy}."
+                )
+        self._release(shard, 0, shard.rows)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # the map is read-only and stays so
+            flat = torch.frombuffer(shard.map, dtype=self.dtype, offset=SHARD_HEADER, count=shard.rows * self.layout.width)
+        return flat.view(shard.rows, self.layout.width)
+
+    def _header_is_ours(self, header: bytes, rows: int) -> bool:
+        """Whether a header is what the writer writes: for no rows while the shard grows, for all once it is closed."""
+        try:
+            stated = json.loads(header[8:])["rows"]["shape"][0]
+        except (ValueError, KeyError, TypeError, IndexError):
+            return False
+        expected = shard_header(stated, self.layout.width, self.manifest.dtype, self.manifest.run_id)
+        return header == expected and (stated == 0 or stated >= rows)
+
+    def _release(self, shard: Shard, start: int, stop: int) -> None:
+        """Let go of scanned pages, so that a scan's resident memory stays flat; they remain in the page cache."""
+        if shard.map is not None and hasattr(mmap, "MADV_DONTNEED"):
+            first = (SHARD_HEADER + start * self._row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            shard.map.madvise(mmap.MADV_DONTNEED, first, SHARD_HEADER + stop * self._row_bytes - first)
+
+
+class Rows:
+    """One layer's rows as a lazy array: indexing reads what it is asked for."""
+
+    def __init__(self, reader: Reader, columns: slice, shape: tuple[int, ...]) -> None:
+        """Rows of ``reader`` in ``columns``, each of ``shape``."""
+        self._reader, self._columns = reader, columns
+        self.shape = (len(reader), *shape)
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The numpy dtype that indexing gives."""
+        stored = self._reader.dtype
+        return torch.empty(0, dtype=torch.float32 if stored == torch.bfloat16 else stored).numpy().dtype
+
+    def __len__(self) -> int:
+        """Number of rows."""
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        """Index as numpy does; the first axis decides what is read."""
+        first, rest = (key[0], key[1:]) if isinstance(key, tuple) and key else (key, ())
+        if first is Ellipsis:
+            first, rest = slice(None), key if isinstance(key, tuple) else (key,)
+            return self[first][rest]
+        if isinstance(first, int | np.integer):
+            if not -len(self) <= first < len(self):
+                raise IndexError(f"row {first} of {len(self)}")
+            place = int(first) % len(self)
+            return self._read(place, place + 1)[0][rest]
+        if isinstance(first, slice):
+            start, stop, step = first.indices(len(self))
+            if step > 0:
+                values = self._read(start, max(start, stop))[::step]
+            else:
+                values = self._numpy(self._reader.gather(np.arange(start, stop, step)))
+            return values[(slice(None), *rest)]
+        index = np.asarray(first)
+        index = np.flatnonzero(index) if index.dtype == bool else index.astype(np.int64).reshape(-1) % max(1, len(self))
+        return self._numpy(self._reader.gather(index))[(slice(None), *rest)]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Read everything."""
+        values = self[:]
+        return np.array(values, dtype=dtype or values.dtype, copy=copy)
+
+    def __repr__(self) -> str:
+        """Say what it is without reading it."""
+        return f"Rows(shape={self.shape}, dtype={self.dtype})"
+
+    def _read(self, start: int, stop: int) -> np.ndarray:
+        view = self._reader.view(start, stop)
+        return self._numpy(self._reader.gather(np.arange(start, stop)) if view is None else view)
+
+    def _numpy(self, rows: Tensor) -> np.ndarray:
+        values = rows[:, self._columns]
+        if values.dtype == torch.bfloat16:
+            values = values.float()
+        array = values.numpy().reshape(len(rows), *self.shape[1:])
+        array.flags.writeable = False
+        return array
+
+
+def _first_of_each(ids: Sequence[Any], keys: np.ndarray) -> np.ndarray:
+    """Which rows are the first of their id by (pass, step, rank), whatever rank wrote them: (rows,) bool."""
+    order = np.lexsort((keys[:, 2], keys[:, 1], keys[:, 0]))
+    seen: set[Any] = set()
+    keep = np.zeros(len(ids), dtype=bool)
+    for place in order:
+        if ids[place] not in seen:
+            seen.add(ids[place])
+            keep[place] = True
+    return keep
+
+
+def seal(path: Path, world_size: int) -> tuple[dict[str, Any] | None, list[int]]:
+    """Sum up the commit logs of a finished run.
+
+    Returns:
+        {"rows", "digest"}, or None with the ranks whose last record is not there yet.
+    """
+    digest, rows, missing = xxhash.xxh3_128(), 0, []
+    for rank in range(world_size):
+        file = path / commits_name(rank)
+        data = file.read_bytes() if file.exists() else b""
+        records, size, wrong = decode_records(data)
+        if wrong not in (None, "torn"):
+            raise CorruptLogError(f"{file}: {wrong}: restore it from a copy.")
+        if not records or not records[-1].get("end"):
+            missing.append(rank)
+        digest.update(data[:size])
+        rows += sum(record.get("rows", 0) for record in records)
+    return (None if missing else {"rows": rows, "digest": digest.hexdigest()}), missing
+

@@ -1,0 +1,358 @@
+"""The writer: rows and statistics from a queue to shards, committed so that a kill loses only what was not committed.
+
+Order of a commit: rows written and flushed, statistics snapshot written and flushed, then one appended record that
+names both, flushed. A reader trusts records only. One background thread does all of it, off the training loop; a full
+queue blocks the loop (and is counted), it never drops.
+"""
+
+import fcntl
+import json
+import os
+import queue
+import socket
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.numpy
+import torch
+import xxhash
+from torch import Tensor
+
+from loghook.errors import CorruptLogError, LogLockedError, LoghookError, NotFiniteError, WriteError
+from loghook.log.format import (
+    DTYPES,
+    SHARD_HEADER,
+    checksum,
+    commits_name,
+    decode_records,
+    encode_record,
+    shard_header,
+    shard_name,
+    statistics_name,
+    sync_folder,
+)
+
+QUEUE = 8  # blocks under way between the loop and the disk
+COMMIT, CLOSE = {"commit": True}, {"close": True}
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one block hands to the writer.
+
+    Attributes:
+        rows: (B, width) on the CPU, in the storage dtype; with ``ready``, still being copied there.
+        ids: one for each row.
+        moments: statistics of the block, or None.
+        pass_index: which pass it belongs to.
+        step: which block of the run it is.
+        flagged: ids of samples left out because their rows were not finite.
+        dropped: how many repeats were left out.
+        ready: CUDA event after which ``rows`` and ``moments`` may be read, or None.
+        checked: whether the rows are known to be finite; otherwise the writer looks.
+    """
+
+    rows: Tensor
+    ids: list[int] | list[str]
+    moments: Tensor | None
+    pass_index: int
+    step: int
+    flagged: Sequence[int | str] = ()
+    dropped: int = 0
+    ready: Any = None
+    checked: bool = True
+
+
+class Writer:
+    """Appends to one rank's shards and commit log."""
+
+    def __init__(
+        self,
+        path: Path,
+        *,
+        run_id: str,
+        rank: int,
+        width: int,
+        moments_width: int,
+        dtype: str,
+        shard_bytes: int,
+        commit_seconds: float,
+    ) -> None:
+        """Open the rank's files, cut off a torn tail, and start the thread.
+
+        Raises:
+            LogLockedError: if another process writes to this run as the same rank.
+            CorruptLogError: if what is there does not match its records.
+        """
+        self._path, self._run_id, self._rank, self._dtype = path, run_id, rank, dtype
+        self._width, self._row_bytes = width, width * DTYPES[dtype].itemsize
+        self._capacity = max(1, shard_bytes // self._row_bytes)
+        self._commit_seconds = commit_seconds
+        self._lock = _lock(path / f"lock-{rank:05d}")
+        self.moments = np.zeros(moments_width)
+        self.records = self._recover()
+        self._commits = open(path / commits_name(rank), "ab", buffering=0)  # noqa: SIM115
+        sync_folder(path)
+        self._shard: int | None = None  # descriptor of the open shard
+        self._shard_index = -1 if not self.records else max(r.get("shard", -1) for r in self.records)
+        self._shard_rows = 0
+        self._start_record()
+        self._committed_at = time.monotonic()
+        self._queue: queue.Queue[Batch | dict[str, Any]] = queue.Queue(QUEUE)
+        self._error: Exception | None = None
+        self._broken = False  # an operating system error: nothing is written after it
+        self.waited = 0
+        self._thread = threading.Thread(target=self._work, name="loghook-writer", daemon=True)
+        self._thread.start()
+
+    def put(self, item: Batch | dict[str, Any]) -> None:
+        """Queue a block's rows, or a record of the run's own (the end of a pass); raise what went wrong before."""
+        self.check()
+        if self._queue.full():
+            self.waited += 1
+        self._queue.put(item)
+
+    def check(self) -> None:
+        """Raise the error that the thread met, if any."""
+        if self._error is not None:
+            error = self._error
+            self._error = error if self._broken else None
+            raise error
+
+    def flush(self) -> None:
+        """Wait until everything queued is committed."""
+        self._queue.put(COMMIT)
+        self._queue.join()
+        self.check()
+
+    def close(self) -> None:
+        """Commit, close the shard and let others write."""
+        try:
+            if self._thread.is_alive():
+                self._queue.put(CLOSE)
+                self._thread.join()
+            self.check()
+        finally:
+            self._commits.close()
+            self._lock.close()
+
+    # Everything below runs in the thread, but for recovery.
+
+    def _work(self) -> None:
+        while True:
+            timed_out, item = False, None
+            try:
+                item = self._queue.get(timeout=self._commit_seconds)
+            except queue.Empty:
+                timed_out = True
+            try:
+                if not self._broken:
+                    self._commit() if timed_out else self._handle(item)
+            except LoghookError as error:
+                self._error = self._error or error
+            except Exception as error:
+                self._broken = True
+                self._error = WriteError(
+                    f"writing to {self._path} failed ({error}). What was committed is intact; the rows since the last "
+                    "commit are lost. Make room or mend the folder, then start again with resume=True."
+                )
+            if not timed_out:
+                self._queue.task_done()
+            if item == CLOSE:
+                return
+
+    def _handle(self, item: Batch | dict[str, Any] | None) -> None:
+        if isinstance(item, Batch):
+            self._write(item)
+            if time.monotonic() - self._committed_at > self._commit_seconds:
+                self._commit()
+            return
+        self._commit()
+        if item == CLOSE:
+            self._close_shard()
+        elif item is not None and item != COMMIT:
+            self._append(item)
+
+    def _write(self, batch: Batch) -> None:
+        if batch.ready is not None:
+            batch.ready.synchronize()
+        if not batch.checked and not bool(torch.isfinite(batch.rows.sum(1, dtype=torch.float32)).all()):
+            raise NotFiniteError(not_finite(batch.ids, batch.rows))
+        n = len(batch.ids)
+        # A batch is never split: its rows and its moments are committed together or not at all.
+        if self._shard is None or (self._shard_rows and self._shard_rows + n > self._capacity):
+            self._commit()
+            self._open_shard()
+        assert self._shard is not None
+        data = memoryview(batch.rows.contiguous().view(torch.uint8).numpy()).cast("B")
+        _write_all(self._shard, data, SHARD_HEADER + self._shard_rows * self._row_bytes)
+        self._shard_rows += n
+        self._hash.update(data)
+        self._ids += batch.ids
+        self._steps.append([batch.pass_index, batch.step, n])
+        self._flagged += batch.flagged
+        self._dropped += batch.dropped
+        if batch.moments is not None:
+            self.moments += batch.moments.to(torch.float64).numpy()
+
+    def _commit(self) -> None:
+        self._committed_at = time.monotonic()
+        if not self._steps:
+            return
+        assert self._shard is not None
+        os.fsync(self._shard)
+        # One snapshot for each record: a resumed run starts from statistics that match its rows exactly.
+        self._append(
+            {
+                "shard": self._shard_index,
+                "start": self._shard_rows - len(self._ids),
+                "rows": len(self._ids),
+                "checksum": self._hash.hexdigest(),
+                "ids": self._ids,
+                "steps": self._steps,
+                "statistics": self._save_statistics(len(self.records)),
+                "flagged": self._flagged,
+                "dropped": self._dropped,
+            }
+        )
+        self._start_record()
+        self._forget_statistics()
+
+    def _start_record(self) -> None:
+        self._ids: list[int | str] = []
+        self._steps: list[list[int]] = []
+        self._flagged: list[int | str] = []
+        self._dropped = 0
+        self._hash = xxhash.xxh3_128()
+
+    def _append(self, record: dict[str, Any]) -> None:
+        record = {"n": len(self.records), "run": self._run_id} | record
+        position = self._commits.seek(0, os.SEEK_END)
+        try:
+            _write_all(self._commits.fileno(), memoryview(encode_record(record)), position)
+            os.fsync(self._commits.fileno())
+        except OSError:
+            os.ftruncate(self._commits.fileno(), position)
+            raise
+        self.records.append({key: value for key, value in record.items() if key != "ids"})
+
+    def _save_statistics(self, sequence: int) -> dict[str, str]:
+        data = safetensors.numpy.save({"moments": self.moments}, {"run_id": self._run_id})
+        file = self._path / statistics_name(self._rank, sequence)
+        with open(file, "wb") as handle:
+            handle.write(data)
+            handle.flush()
+            os.fsync(handle.fileno())
+        sync_folder(self._path)
+        return {"file": file.name, "checksum": checksum(data)}
+
+    def _forget_statistics(self) -> None:
+        named = [record["statistics"]["file"] for record in self.records if "statistics" in record]
+        for name in named[-4:-1]:
+            (self._path / name).unlink(missing_ok=True)
+
+    def _open_shard(self) -> None:
+        self._close_shard()
+        self._shard_index += 1
+        file = self._path / shard_name(self._rank, self._shard_index)
+        self._shard = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+        header = shard_header(0, self._width, self._dtype, self._run_id)
+        _write_all(self._shard, memoryview(header), 0)
+        self._shard_rows = 0
+        sync_folder(self._path)
+
+    def _close_shard(self) -> None:
+        """Make the file a valid safetensors file of the committed rows."""
+        if self._shard is None:
+            return
+        header = shard_header(self._shard_rows, self._width, self._dtype, self._run_id)
+        _write_all(self._shard, memoryview(header), 0)
+        os.ftruncate(self._shard, SHARD_HEADER + self._shard_rows * self._row_bytes)
+        os.fsync(self._shard)
+        os.close(self._shard)
+        self._shard = None
+
+    def _recover(self) -> list[dict[str, Any]]:
+        """Read what is committed, cut off what is not, and load the statistics that belong to it."""
+        file = self._path / commits_name(self._rank)
+        if not file.exists():
+            return []
+        records, size, wrong = decode_records(file.read_bytes())
+        if wrong not in (None, "torn"):
+            raise CorruptLogError(f"{file}: {wrong}. Run `loghook verify` on the run, and restore the file from a copy.")
+        os.truncate(file, size)
+        last = next((r for r in reversed(records) if "statistics" in r), None)
+        if last is not None:
+            self.moments = load_moments(self._path, last["statistics"], len(self.moments))
+        ends: dict[int, int] = {}
+        for record in records:
+            if "shard" in record:
+                ends[record["shard"]] = record["start"] + record["rows"]
+        for index, rows in ends.items():
+            shard = self._path / shard_name(self._rank, index)
+            end = SHARD_HEADER + rows * self._row_bytes
+            if not shard.exists() or shard.stat().st_size < end:
+                raise CorruptLogError(f"{shard} is missing or shorter than its records say: restore it from a copy.")
+            with open(shard, "r+b") as handle:
+                handle.write(shard_header(rows, self._width, self._dtype, self._run_id))
+                handle.truncate(end)
+        for shard in self._path.glob(f"rows-{self._rank:05d}-*.safetensors"):
+            if int(shard.stem.rpartition("-")[2]) not in ends:
+                shard.unlink()
+        return records
+
+
+def load_moments(path: Path, entry: dict[str, str], width: int) -> np.ndarray:
+    """Read and check a statistics snapshot that a record names: (width,) float64."""
+    file = path / Path(entry["file"]).name
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise CorruptLogError(f"{file} cannot be read ({error}): restore it from a copy.") from error
+    if checksum(data) != entry["checksum"]:
+        raise CorruptLogError(f"{file} does not match the checksum in its record: restore it from a copy.")
+    moments = safetensors.numpy.load(data)["moments"]
+    if moments.shape != (width,):
+        raise CorruptLogError(f"{file} holds {moments.shape} values where the layers need ({width},).")
+    return moments.copy()
+
+
+def not_finite(ids: Sequence[int | str], rows: Tensor) -> str:
+    """Message for rows that must not be written; ``rows`` (B, width)."""
+    bad = (~torch.isfinite(rows)).any(1).tolist()
+    names = [i for i, wrong in zip(ids, bad, strict=True) if wrong]
+    return (
+        f"the rows of {len(names)} samples are not finite (data_id {', '.join(map(repr, names[:5]))}"
+        f"{', ...' if len(names) > 5 else ''}), so nothing of this batch was written. Look at the loss of these samples; "
+        "if the storage dtype is too narrow for them choose bfloat16 or float32; under a GradScaler pass "
+        "run(..., scaler=scaler), which flags such rows and leaves them out."
+    )
+
+
+def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
+    """Write at an offset; a full disk is an OSError here, where a sparse memory map would be killed by SIGBUS."""
+    while data:
+        written = os.pwrite(descriptor, data, offset)
+        data, offset = data[written:], offset + written
+
+
+def _lock(file: Path) -> Any:
+    handle = open(file, "a+")  # noqa: SIM115
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        handle.seek(0)
+        owner = handle.read().strip() or "an unknown process"
+        handle.close()
+        raise LogLockedError(
+            f"{file.parent} is being written by {owner}: wait until it ends, or write to another path."
+        ) from error
+    handle.truncate(0)
+    handle.write(json.dumps({"process": os.getpid(), "host": socket.gethostname()}))
+    handle.flush()
+    return handle

@@ -1,0 +1,74 @@
+"""Per-sample outer products, straight in projected space.
+
+Shape suffixes: B samples, S tokens (positions), G groups, I inputs of one group, O outputs of all groups,
+o outputs of one group, k any width after projection. A layer without groups has no G axis.
+The row of a sample is ``P_out (sum_t g_t x_t^T) P_in^T``: (k_out, k_in), never the full (O, I).
+"""
+
+import torch
+from torch import Tensor
+
+
+def project_input(x: Tensor, matrix_kI: Tensor | None, bias: bool) -> Tensor:
+    """Project layer inputs to k_in values a token.
+
+    Args:
+        x: (..., I) inputs of any leading shape.
+        matrix_kI: (k_in, I), or (k_in, I + 1) with ``bias``; None keeps every input.
+        bias: whether a constant 1 is appended to the inputs, so that the bias is the last column of the row.
+
+    Returns:
+        (..., k_in) in the dtype of ``x``.
+    """
+    if matrix_kI is None:
+        return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1) if bias else x
+    matrix_kI = matrix_kI.to(x.dtype)
+    if not bias:
+        return x @ matrix_kI.T
+    return x @ matrix_kI[:, :-1].T + matrix_kI[:, -1]
+
+
+def project_output(g_BSO: Tensor, matrix_kO: Tensor | None) -> Tensor:
+    """Project output gradients to k_out values a token: (B, S, k_out); None keeps every output."""
+    return g_BSO if matrix_kO is None else g_BSO @ matrix_kO.to(g_BSO.dtype).T
+
+
+def outer(g_BSk: Tensor, x_BSk: Tensor) -> Tensor:
+    """Sum over tokens of the outer products of projected gradients and inputs: (B, k_out, k_in)."""
+    return g_BSk.transpose(1, 2) @ x_BSk
+
+
+def outer_grouped(g_BSO: Tensor, x_BSGk: Tensor, matrix_kO: Tensor | None) -> Tensor:
+    """Rows of a layer whose groups of outputs see inputs of their own (grouped convolutions).
+
+    Tokens are contracted before the output side is projected, since one group has few outputs:
+    at no time is there more than (B, O, k_in).
+
+    Args:
+        g_BSO: (B, S, O) output gradients, groups one after the other along O.
+        x_BSGk: (B, S, G, k_in) projected inputs of every group.
+        matrix_kO: (k_out, O) or None.
+
+    Returns:
+        (B, k_out, k_in).
+    """
+    B, S, G, _ = x_BSGk.shape
+    g_BSGo = g_BSO.reshape(B, S, G, -1)
+    rows_BOk = torch.einsum("bsgo,bsgi->bgoi", g_BSGo, x_BSGk).flatten(1, 2)
+    return rows_BOk if matrix_kO is None else matrix_kO.to(rows_BOk.dtype) @ rows_BOk
+
+
+def second_moment(z_Nk: Tensor, weight_N: Tensor | None = None) -> Tensor:
+    """Sum over tokens of ``z z^T``, each token counted with its weight: (k, k)."""
+    return z_Nk.T @ (z_Nk if weight_N is None else z_Nk * weight_N[:, None])
+
+
+def second_moment_grouped(g_BSO: Tensor, groups: int, matrix_kO: Tensor | None, weight_BS: Tensor | None) -> Tensor:
+    """Sum over tokens and groups of ``(P g)(P g)^T`` where a token of one group has no other outputs: (k, k)."""
+    g_GNo = g_BSO.reshape(-1, groups, g_BSO.shape[-1] // groups).movedim(1, 0)
+    weighted = g_GNo if weight_BS is None else g_GNo * weight_BS.reshape(-1, 1)
+    blocks_Goo = g_GNo.transpose(1, 2) @ weighted
+    if matrix_kO is None:
+        return torch.block_diag(*blocks_Goo)
+    matrix_Gko = matrix_kO.to(g_BSO.dtype).reshape(matrix_kO.shape[0], groups, -1).movedim(1, 0)
+    return (matrix_Gko @ blocks_Goo @ matrix_Gko.transpose(1, 2)).sum(0)

@@ -1,0 +1,75 @@
+"""Projections: for each side of a layer a matrix, or nothing where the side is no wider than the rank.
+
+The random projection is a subsampled randomised Hadamard transform (Ailon and Chazelle 2006; Tropp 2011):
+``k`` distinct rows of a Hadamard matrix with random column signs. Against Gaussian entries it has three merits:
+inner products are unbiased with less variance, because rows are orthogonal where the width is a power of two; the
+entries are plus or minus one power of two, hence *exact* in every dtype down to bfloat16; and they come from
+integers alone, so the same seed gives the same bits on every machine.
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(eq=False)
+class Side:
+    """One side of a layer's projection.
+
+    Attributes:
+        width: values a token before the projection (with the bias column, where there is one).
+        matrix: (k, width), or None for identity.
+        gain: what rows are multiplied by afterwards, so that ``gain * matrix`` preserves inner products on average.
+    """
+
+    width: int
+    matrix: Tensor | None
+    gain: float = 1.0
+
+    @property
+    def k(self) -> int:
+        """Values a token after the projection."""
+        return self.width if self.matrix is None else self.matrix.shape[0]
+
+
+def shared_input_name(name: str) -> str:
+    """Name under which the input side is drawn: siblings share one, so that q, k and v project their input once.
+
+    A numbered module (``layers.3``) is a step of a sequence, not one of several readers of the same input, and
+    keeps a projection of its own: the noise of separate projections averages out over layers.
+    """
+    parent, _, leaf = name.rpartition(".")
+    return name if leaf.isdigit() or not parent else parent
+
+
+def draw_side(kind: str, *, seed: int, name: str, side: str, width: int, rank: int) -> Side:
+    """Make one side of a projection.
+
+    Args:
+        kind: "random" or "none".
+        seed: the run's seed.
+        name: whose side it is; with the seed, the side and the width all that the matrix depends on.
+        side: "in" or "out".
+        width: values a token before the projection.
+        rank: values a token after it; a side no wider than this is kept whole.
+    """
+    if kind == "none" or width <= rank:
+        return Side(width, None)
+    return Side(width, *_hadamard(f"{seed}/{name}/{side}/{width}", width, rank))
+
+
+def _hadamard(key: str, width: int, k: int) -> tuple[Tensor, float]:
+    n = 1 << (width - 1).bit_length()
+    # Raw Philox output is part of numpy's stability promise; the methods of Generator are not.
+    stream = np.random.Philox(key=int.from_bytes(hashlib.blake2b(key.encode(), digest_size=16).digest(), "little"))
+    rows = np.argsort(stream.random_raw(n), kind="stable")[:k].astype(np.uint64)
+    flips = (stream.random_raw(width) >> np.uint64(63)).astype(np.uint8)
+    parity = (np.bitwise_count(rows[:, None] & np.arange(width, dtype=np.uint64)) & 1) ^ flips
+    # Entries near 1/sqrt(width), as an exact power of two: float16 inputs cannot overflow in the product.
+    exponent = math.ceil(math.log2(width) / 2)
+    matrix = torch.from_numpy(1.0 - 2.0 * parity.astype(np.float32)) * 2.0**-exponent
+    return matrix, 2.0**exponent / math.sqrt(k)

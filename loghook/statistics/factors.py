@@ -1,0 +1,65 @@
+"""Kronecker factors of one layer, from the moments in the log (Martens and Grosse 2015; George et al. 2018)."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loghook.errors import ConfigError
+from loghook.log.format import Layout
+
+
+@dataclass(frozen=True)
+class Eigenbasis:
+    """Eigenvectors of a layer's two Kronecker factors, float64.
+
+    Attributes:
+        q_in: (k_in, k_in), columns are eigenvectors of A = mean over tokens of x x^T.
+        q_out: (k_out, k_out), columns are eigenvectors of S = mean over tokens of g g^T.
+        products: (k_out, k_in) products of eigenvalues, those of S kron A (KFAC).
+    """
+
+    q_in: Tensor
+    q_out: Tensor
+    products: Tensor
+
+    def rotate(self, rows: Tensor) -> Tensor:
+        """Express rows (..., k_out, k_in) in the eigenbasis: ``Q_S^T G Q_A``."""
+        return self.q_out.T.to(rows.dtype) @ rows @ self.q_in.to(rows.dtype)
+
+    def rotate_back(self, rows: Tensor) -> Tensor:
+        """Undo ``rotate``."""
+        return self.q_out.to(rows.dtype) @ rows @ self.q_in.T.to(rows.dtype)
+
+
+def factors(layout: Layout, moments: np.ndarray, layer: str) -> tuple[Tensor, Tensor]:
+    """Return a layer's factors A (k_in, k_in) and S (k_out, k_out): means over tokens, float64.
+
+    Args:
+        layout: where the layer's moments are.
+        moments: the log's vector of statistics.
+        layer: its name.
+
+    Raises:
+        ConfigError: if no token was counted.
+    """
+    inputs, outputs, count = layout.moments[layer]
+    tokens = float(moments[count])
+    if tokens <= 0:
+        raise ConfigError(
+            f"no token of layer {layer!r} was counted while logging (a mask that is all zero, or a layer that never ran), "
+            "so it has no Kronecker factors: use method='fisher', 'dot' or 'cosine', or leave the layer out with layers=."
+        )
+    vector = torch.from_numpy(moments)
+    k_in, k_out = round((inputs.stop - inputs.start) ** 0.5), round((outputs.stop - outputs.start) ** 0.5)
+    return vector[inputs].view(k_in, k_in) / tokens, vector[outputs].view(k_out, k_out) / tokens
+
+
+def eigenbasis(layout: Layout, moments: np.ndarray, layer: str) -> Eigenbasis:
+    """Return the eigenbasis of a layer's factors, by ``eigh`` in float64."""
+    a, s = factors(layout, moments, layer)
+    a_values, q_in = torch.linalg.eigh((a + a.T) / 2)
+    s_values, q_out = torch.linalg.eigh((s + s.T) / 2)
+    products = s_values.clamp(min=0)[:, None] * a_values.clamp(min=0)[None, :]
+    return Eigenbasis(q_in, q_out, products)
