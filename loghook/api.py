@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from torch import nn
 
+from loghook.capture.hooked import Hooked
 from loghook.capture.layers import Watch
-from loghook.capture.run import Config, Hooked, Run
+from loghook.capture.run import Config, Run
 from loghook.errors import CheckpointWarning, ConfigError, MismatchError
 from loghook.influence import engine
 from loghook.influence.precondition import Curvature
@@ -194,7 +195,8 @@ class Asker(Hooked):
         for mine, theirs in zip(self._layers, manifest.layers, strict=True):
             if mine.spec != theirs:
                 raise MismatchError(
-                    f"layer {theirs.name!r} is {mine.spec} in the model and {theirs} in {log.path}: attach the model that "
+                    f"layer {theirs.name!r} is {mine.spec} in the model and {theirs} in {log.path}: attach the model "
+                    "that "
                     "was logged."
                 )
 

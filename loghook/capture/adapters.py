@@ -125,9 +125,7 @@ class LinearAdapter(Adapter):
     def geometry(self, module: nn.Module) -> Geometry:
         """Return widths as the module states them."""
         assert isinstance(module, nn.Linear)
-        return Geometry(
-            in_features=module.in_features, out_features=module.out_features, bias=module.bias is not None
-        )
+        return Geometry(in_features=module.in_features, out_features=module.out_features, bias=module.bias is not None)
 
 
 class TransposedLinearAdapter(Adapter):

@@ -40,7 +40,8 @@ def make_hook(layer: Layer) -> Callable[..., Tensor | None]:
         if x.shape[layer.spec.batch_dim] != slots.rows.shape[0]:
             raise BatchError(
                 f"layer {layer.name!r} got an input of shape {tuple(x.shape)} in a block of "
-                f"{slots.rows.shape[0]} ids: axis {layer.spec.batch_dim} must be the batch, one entry for each data_id. Pass one "
+                f"{slots.rows.shape[0]} ids: axis {layer.spec.batch_dim} must be the batch, one entry for each "
+                "data_id. Pass one "
                 "id for each sample, or watch(..., batch_dim=1) for sequence-first models, or exclude the layer."
             )
         x = x.detach()
@@ -181,14 +182,18 @@ class Block:
             ran = [layer for layer in self._layers if layer.fired]
             if ran and not any(s.masked for s in slots) and (mask.dim() > 1 and mask.shape[1] > 1):
                 raise BatchError(
-                    f"mask of shape {tuple(mask.shape)} fits no watched layer: none has {mask.shape[1]} tokens a sample. "
+                    f"mask of shape {tuple(mask.shape)} fits no watched layer: none has {mask.shape[1]} tokens a "
+                    "sample. "
                     "Pass the mask with the shape (batch, tokens) that the watched layers see, or none."
                 )
         return self._pack(slots, scale, [layer.name for layer, _ in silent])
 
     def _pack(self, slots: Sequence[Slots], scale: float | Tensor, asleep: list[str]) -> Captured:
         device = slots[0].rows.device
-        gradients, activations, outputs, moments = [], [], [], []
+        gradients: list[Tensor] = []
+        activations: list[Tensor] = []
+        outputs: list[Tensor] = []
+        moments: list[Tensor] = []
         for layer, s in zip(self._layers, slots, strict=True):
             gradients.append(_delivered(s.rows).flatten(1).mul_(layer.gain).to(device))
             for leaf, reduction, out, factor in (
@@ -246,7 +251,8 @@ def _partial(missing: Sequence[Layer], total: int) -> str:
         )
     elif all(layer.fired for layer in missing):
         cause = (
-            "it ran, but no gradient came back: the loss does not depend on it, its output was detached, or a reentrant "
+            "it ran, but no gradient came back: the loss does not depend on it, its output was detached, or a "
+            "reentrant "
             "checkpoint got an input that needs no gradient (use loghook.frozen, or use_reentrant=False)"
         )
     else:

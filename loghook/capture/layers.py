@@ -161,7 +161,8 @@ def refuse(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, nn.DataParallel):
             raise UnsupportedError(
-                "nn.DataParallel replicates modules in every forward, so hooks see pieces of a batch in no fixed order: "
+                "nn.DataParallel replicates modules in every forward, so hooks see pieces of a batch in no fixed "
+                "order: "
                 "use DistributedDataParallel (one process per device), or pass model.module."
             )
     if not isinstance(model, nn.Module):
@@ -172,7 +173,8 @@ def refuse(model: nn.Module) -> None:
         if mesh is not None and (not sharded or {"tp", "sp", "cp", "pp"} & set(mesh.mesh_dim_names or ())):
             raise UnsupportedError(
                 f"parameter {name!r} is split by tensor, sequence, context or pipeline parallelism "
-                f"(mesh dimensions {mesh.mesh_dim_names}): each rank sees a part of a layer's inputs or outputs, so its "
+                f"(mesh dimensions {mesh.mesh_dim_names}): each rank sees a part of a layer's inputs or outputs, so "
+                "its "
                 "rows would be partial. Use data parallelism (DDP or FSDP) for the logging pass."
             )
 
@@ -202,7 +204,8 @@ def select(
         if not any(fnmatchcase(name, pattern) for name in modules):
             sample = ", ".join([name for name, m in modules.items() if find_adapter(m)][:6])
             raise ConfigError(
-                f"pattern {pattern!r} matches no module. Patterns are fnmatch patterns over whole names, such as {sample}."
+                f"pattern {pattern!r} matches no module. Patterns are fnmatch patterns over whole names, such as "
+                f"{sample}."
             )
     chosen: dict[str, tuple[nn.Module, Adapter]] = {}
     reasons: dict[str, str] = {}
@@ -214,7 +217,9 @@ def select(
         elif found is None:
             reasons[name] = f"no adapter for {type(module).__name__}"
         elif not wanted:
-            reasons[name] = "an embedding is watched only where a pattern names it" if not found.default else "not included"
+            reasons[name] = (
+                "an embedding is watched only where a pattern names it" if not found.default else "not included"
+            )
         elif matches(name, watch.exclude):
             reasons[name] = "excluded"
         else:
@@ -225,13 +230,6 @@ def select(
             "widen include or narrow exclude."
         )
     layers = _draw(chosen, watch, projection=projection, rank=rank, seed=seed)
-    if projection != "none":
-        widest = max(max(layer.input_side.width, layer.output_side.width) for layer in layers)
-        if rank > widest:
-            raise ConfigError(
-                f"rank={rank} exceeds the width of every watched layer (largest: {widest:,}), so it would reduce nothing: "
-                "choose a smaller rank, or projection='none'."
-            )
     return layers, coverage(model, layers, reasons)
 
 
@@ -249,7 +247,9 @@ def _draw(
         inputs = shared[group, width]
         outputs = draw_side(projection, seed=seed, name=name, side="out", width=shape.out_features, rank=rank)
         if watch.activations and not shape.channels:
-            raise ConfigError(f"layer {name!r} takes indices, so activations={watch.activations!r} has no meaning: exclude it.")
+            raise ConfigError(
+                f"layer {name!r} takes indices, so activations={watch.activations!r} has no meaning: exclude it."
+            )
         spec = LayerSpec(
             name=name,
             type=type(found).__name__,
@@ -273,7 +273,8 @@ def coverage(model: nn.Module, layers: Sequence[Layer], reasons: dict[str, str])
     """Count the parameters that the watched layers hold, and list the modules whose own parameters are left out."""
     watched = {layer.spec.name for layer in layers}
     counted: set[int] = set()
-    covered, left_out = 0, []
+    covered = 0
+    left_out: list[dict[str, Any]] = []
     modules = sorted(named_modules(model), key=lambda item: item[0] not in watched)  # a tied weight counts as covered
     for name, module in modules:
         own = [p for p in module.parameters(recurse=False) if id(p) not in counted]
@@ -289,3 +290,19 @@ def coverage(model: nn.Module, layers: Sequence[Layer], reasons: dict[str, str])
         "total": covered + sum(item["parameters"] for item in left_out),
         "not_covered": left_out,
     }
+
+
+def describe_coverage(layers: int, coverage: dict[str, Any]) -> str:
+    """Say in a few lines what is watched and what is not."""
+    total = max(1, coverage["total"])
+    lines = [
+        f"loghook watches {layers} layers with {coverage['covered'] / total:.1%} of {coverage['total']:,} parameters"
+    ]
+    by_reason: dict[str, list[dict[str, Any]]] = {}
+    for item in coverage["not_covered"]:
+        by_reason.setdefault(item["reason"], []).append(item)
+    for reason, items in by_reason.items():
+        names = ", ".join(item["name"] or "(model)" for item in items[:3]) + (", ..." if len(items) > 3 else "")
+        share = sum(item["parameters"] for item in items) / total
+        lines.append(f"  not covered, {share:.1%}: {names} ({reason})")
+    return "\n".join(lines)

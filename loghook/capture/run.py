@@ -1,12 +1,8 @@
 """``Run``: the user's handle around a training loop. It conducts capture and writer and holds no mathematics."""
 
 import importlib.metadata
-import os
 import platform
 import time
-import uuid
-import warnings
-import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,35 +14,18 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from loghook.capture.block import Block, Captured, make_hook
-from loghook.capture.layers import (
-    Layer,
-    Watch,
-    mixing_modules,
-    parameters_digest,
-    patterns,
-    refuse,
-    select,
-    unwrap,
-)
-from loghook.errors import (
-    BatchError,
-    ConfigError,
-    LogExistsError,
-    LoghookError,
-    MismatchError,
-    NotFiniteError,
-    StateError,
-    UnsupportedError,
-)
-from loghook.log.format import DTYPES, MANIFEST, LayerSpec, Layout, Manifest, commits_name, decode_records
-from loghook.log.query import Query
+from loghook.capture.batch import Ids, check_ids
+from loghook.capture.block import Captured
+from loghook.capture.hooked import Hooked
+from loghook.capture.layers import Watch, describe_coverage, patterns, unwrap
+from loghook.capture.processes import process_rank, shared_run_id, world_size
+from loghook.errors import BatchError, ConfigError, LoghookError, NotFiniteError, StateError
+from loghook.log.folder import check_same, claim, seal
+from loghook.log.format import DTYPES, MANIFEST, Manifest, commits_name, decode_records
 from loghook.log.writer import Batch, Writer, not_finite
 
-Ids = Sequence[int] | Sequence[str] | np.ndarray | Tensor
 _PROJECTIONS = ("random", "none")
 _ON_REPEAT = (None, "error", "first", "all")
-SEAL_TIMEOUT = 600.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +44,8 @@ class Config:
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
             raise ConfigError(
-                f"rank={self.rank!r} must be a whole number of at least 1: each layer logs up to rank x rank values a sample."
+                f"rank={self.rank!r} must be a whole number of at least 1: each layer logs up to rank x rank values "
+                "a sample."
             )
         if self.projection not in _PROJECTIONS:
             raise ConfigError(f"projection={self.projection!r} is unknown: choose one of {', '.join(_PROJECTIONS)}.")
@@ -92,110 +72,6 @@ class Pass:
     kind: str
 
 
-class Hooked:
-    """Layers of a model under inert hooks, and queries through them."""
-
-    def __init__(self, projection: str, rank: int, seed: int) -> None:
-        """Start with nothing watched."""
-        self._projection, self._rank, self._seed = projection, rank, seed
-        self._layers: list[Layer] = []
-        self._models: list[weakref.ref[nn.Module]] = []
-        self._mixing: list[tuple[str, nn.Module]] = []
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
-        self._open = False
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the watched layers, in row order."""
-        return tuple(layer.name for layer in self._layers)
-
-    def _hook(self, model: nn.Module, watch: Watch) -> dict[str, Any]:
-        """Select and hook layers of a model; returns the coverage record."""
-        if not isinstance(model, nn.Module):
-            raise ConfigError(f"watch() takes an nn.Module, not {type(model).__name__}: pass the model itself.")
-        refuse(model)
-        layers, coverage = select(model, watch, projection=self._projection, rank=self._rank, seed=self._seed)
-        clash = set(self.layers) & {layer.name for layer in layers}
-        if clash:
-            raise ConfigError(f"layer name {min(clash)!r} is watched already: use one run for each model.")
-        self._models.append(weakref.ref(unwrap(model)))
-        self._mixing += mixing_modules(model)
-        for layer in layers:
-            # prepend: taps run inside FSDP2's own post-forward hook, whatever the order of wrapping.
-            handle = layer.module.register_forward_hook(make_hook(layer), prepend=True, with_kwargs=True)
-            self._handles.append(handle)
-        self._layers += layers
-        self._layout = Layout(layer.spec for layer in self._layers)
-        return coverage
-
-    def _order(self, specs: Sequence[LayerSpec]) -> None:
-        """Put the layers in the order of a log."""
-        order = {spec.name: i for i, spec in enumerate(specs)}
-        self._layers.sort(key=lambda layer: order[layer.name])
-        self._layout = Layout(layer.spec for layer in self._layers)
-
-    def close(self) -> None:
-        """Remove the hooks. The model is then as it was before ``watch``."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-
-    def digest(self) -> str | None:
-        """Digest of sampled parameter values of the watched models, or None where they are sharded."""
-        digests = [parameters_digest(model) for ref in self._models if (model := ref()) is not None]
-        return None if None in digests else "".join(d[:16] for d in digests if d)
-
-    @contextmanager
-    def _capture(
-        self, size: int, *, mask: Tensor | None, scale: Any, keep: np.ndarray | None, moments: bool
-    ) -> Iterator[list[Captured]]:
-        """Open the layers for one batch; the list holds what was captured once the context ends without an error."""
-        if not self._layers:
-            raise StateError("nothing is watched yet: call run.watch(model) first.")
-        if not self._handles:
-            raise StateError("this run was closed and its hooks are removed: open another with loghook.init.")
-        if self._open:
-            raise StateError("a block of this run is open already: blocks and queries do not nest.")
-        for name, module in self._mixing:
-            if module.training and (module.track_running_stats or module.training):
-                raise UnsupportedError(
-                    f"{type(module).__name__} {name!r} is in training mode and mixes the samples of a batch, so a gradient "
-                    "per sample does not exist: call eval() on it for the logging pass, or use GroupNorm or LayerNorm."
-                )
-        mask, factor = _check_mask(mask, size), _check_scale(scale)
-        block = Block(self._layers, size, moments=moments)
-        captured: list[Captured] = []
-        self._open = True
-        try:
-            block.open(mask, None if keep is None or keep.all() else torch.from_numpy(keep))
-            yield captured
-            captured.append(block.collect(block.close(), scale=factor, mask=mask))
-        finally:
-            block.close()
-            self._open = False
-
-    @contextmanager
-    def query(self, data_id: Ids, *, mask: Tensor | None = None, scale: float | Tensor = 1.0) -> Iterator[Query]:
-        """Capture the rows of questions, to be scored against a log; nothing is written.
-
-        Args:
-            data_id: one int or str for each sample of the batch.
-            mask: (B, S), which tokens count in activation means; never changes a gradient.
-            scale: what rows are multiplied by: n if the loss is a mean over n items.
-
-        Yields:
-            A Query that holds its rows once the block ends.
-        """
-        ids = check_ids(data_id)
-        query = Query(ids=ids)
-        with self._capture(len(ids), mask=mask, scale=scale, keep=None, moments=False) as captured:
-            yield query
-        rows = captured[0].rows.cpu()
-        if not bool(torch.isfinite(rows).all()):
-            raise NotFiniteError(not_finite(ids, rows))
-        query.fill(rows, [layer.spec for layer in self._layers], self._projection, self._seed, self.digest())
-
-
 class Run(Hooked):
     """A run that logs; made by ``loghook.init``."""
 
@@ -205,8 +81,8 @@ class Run(Hooked):
         self.path = config.path
         self._config = config
         self._resumed = resume and (config.path / MANIFEST).exists()
-        if _rank() == 0:
-            _claim(config.path, resume=resume, overwrite=overwrite)
+        if process_rank() == 0:
+            claim(config.path, resume=resume, overwrite=overwrite)
         self._coverage: dict[str, Any] = {"covered": 0, "total": 0, "not_covered": []}
         self._manifest: Manifest | None = None
         self._writer: Writer | None = None
@@ -250,7 +126,9 @@ class Run(Hooked):
         if self._finalized:
             raise StateError("this run is finalised, so that it watches nothing more: open another run.")
         if self._writer is not None:
-            raise StateError("rows are being logged already, with a fixed set of layers: call watch() before the first block.")
+            raise StateError(
+                "rows are being logged already, with a fixed set of layers: call watch() before the first block."
+            )
         arguments = Watch(
             include=patterns(include),
             exclude=patterns(exclude),
@@ -260,13 +138,26 @@ class Run(Hooked):
             activations=activations,
             output_gradients=output_gradients,
         )
-        if isinstance(model, nn.Module) and any(ref() is unwrap(model) for ref in self._models):
+        if isinstance(model, nn.Module) and self._watches(model):
             raise StateError("this model is watched by this run already: one watch() call takes several patterns.")
         coverage = self._hook(model, arguments)
+        if self._projection != "none":
+            widest = max(max(layer.input_side.width, layer.output_side.width) for layer in self._layers)
+            if self._rank > widest:
+                self.close()
+                raise ConfigError(
+                    f"rank={self._rank} exceeds the width of every watched layer (largest: {widest:,}), so it would "
+                    "reduce "
+                    "nothing: choose a smaller rank, or projection='none'."
+                )
         for key in ("covered", "total", "not_covered"):
             self._coverage[key] += coverage[key]
-        if _rank() == 0:
-            print(describe_coverage(len(self._layers), self._layout.gradient_width, coverage))
+        if process_rank() == 0:
+            print(describe_coverage(len(self.layers), coverage))
+            print(
+                f"  {self._layout.width:,} values a sample, "
+                f"{self._layout.width * DTYPES[self._config.dtype].itemsize:,} bytes"
+            )
 
     def passes(self) -> Iterator[Pass]:
         """Yield one pass over the data, or as many as the projection and statistics need.
@@ -316,6 +207,12 @@ class Run(Hooked):
         if self._finalized:
             raise StateError("this run is finalised: open another run, or ask questions with run.query(...).")
         ids = check_ids(data_id)
+        if self._manifest is not None and self._manifest.id_type != type(ids[0]).__name__:
+            raise BatchError(
+                f"data_id is {type(ids[0]).__name__} here and was {self._manifest.id_type} before: use one type "
+                "throughout "
+                "the run."
+            )
         keep = self._keep(ids)
         if scaler is not None:
             scale = scale / scaler.get_scale()
@@ -337,15 +234,17 @@ class Run(Hooked):
         if self._finalized:
             return
         if self._writer is None:
-            raise StateError("nothing was logged, so there is nothing to finalise: run the loop with `with run(...)` first.")
+            raise StateError(
+                "nothing was logged, so there is nothing to finalise: run the loop with `with run(...)` first."
+            )
         self._writer.put({"end": True})
         self._writer.close()
         self._writer = None
         self._finalized = True
-        if _rank() == 0:
+        if process_rank() == 0:
             assert self._manifest is not None
             self._manifest.parameters["last"] = self.digest()
-            self._manifest.sealed = _seal(self.path, self._manifest.world_size)
+            self._manifest.sealed = seal(self.path, self._manifest.world_size)
             self._manifest.save(self.path)
 
     def close(self) -> None:
@@ -360,7 +259,9 @@ class Run(Hooked):
         """Use the run as a context manager that closes it."""
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         """Close; an error on the way out never hides the one that is being raised."""
         try:
             self.close()
@@ -381,7 +282,8 @@ class Run(Hooked):
         if rule == "error" and not keep.all():
             repeat = ids[int(np.argmin(keep))]
             raise BatchError(
-                f"data_id {repeat!r} was logged before and on_repeat='error': give each sample an id of its own, or pass "
+                f"data_id {repeat!r} was logged before and on_repeat='error': give each sample an id of its own, or "
+                "pass "
                 "on_repeat='first' to keep the first row, or 'all' to keep every row."
             )
         return keep
@@ -414,38 +316,33 @@ class Run(Hooked):
 
     def _ready(self, ids: list[int] | list[str]) -> Writer:
         """Return the writer, opening it (and the manifest) at the first block."""
-        id_type = type(ids[0]).__name__
-        if self._manifest is not None and self._manifest.id_type != id_type:
-            raise BatchError(
-                f"data_id is {id_type} here and was {self._manifest.id_type} before: use one type throughout the run."
-            )
         if self._writer is not None:
             return self._writer
         manifest = Manifest(
-            run_id=self._manifest.run_id if self._manifest else _run_id(),
+            run_id=self._manifest.run_id if self._manifest else shared_run_id(),
             projection=self._projection,
             rank=self._rank,
             seed=self._seed,
             dtype=self._config.dtype,
             layers=tuple(layer.spec for layer in self._layers),
             coverage=self._coverage,
-            id_type=id_type,
+            id_type=type(ids[0]).__name__,
             on_repeat=self._config.on_repeat or ("first" if self._pass is not None else "all"),
-            world_size=_world_size(),
+            world_size=world_size(),
             provenance=_provenance(),
             parameters={"first": self.digest()},
         )
         if self._manifest is not None:
-            _check_same(self._manifest, manifest)
+            check_same(self._manifest, manifest)
             manifest = self._manifest
-        elif _rank() == 0:
+        elif process_rank() == 0:
             manifest.save(self.path)
         self._manifest = manifest
         self.path.mkdir(parents=True, exist_ok=True)
         self._writer = Writer(
             self.path,
             run_id=manifest.run_id,
-            rank=_rank(),
+            rank=process_rank(),
             width=self._layout.width,
             moments_width=self._layout.moments_width,
             dtype=manifest.dtype,
@@ -465,146 +362,13 @@ class Run(Hooked):
                 self._seen.update(record.get("ids", ()))
                 self._seen.update(record.get("flagged", ()))
                 self._step = max([self._step, *(step + 1 for _, step, _ in record.get("steps", ()))])
-                if rank == _rank() and "pass_end" in record:
+                if rank == process_rank() and "pass_end" in record:
                     self._done_passes.add(record["pass_end"])
-
-
-def check_ids(data_id: Ids) -> list[int] | list[str]:
-    """Turn ids into a list of Python int or str, refusing anything else."""
-    if isinstance(data_id, Tensor):
-        if data_id.dim() != 1 or data_id.is_floating_point() or data_id.dtype == torch.bool:
-            raise BatchError(
-                f"data_id is a {data_id.dtype} tensor of shape {tuple(data_id.shape)}: pass a 1-D integer tensor, one id a sample."
-            )
-        values: list[Any] = data_id.tolist()
-    elif isinstance(data_id, str | bytes) or not hasattr(data_id, "__iter__"):
-        raise BatchError(f"data_id={data_id!r} is a single value: pass a list with one id for each sample, such as [{data_id!r}].")
-    else:
-        values = [v.item() if isinstance(v, np.generic | Tensor) else v for v in data_id]
-    if not values:
-        raise BatchError("data_id is empty: pass one id for each sample of the batch.")
-    kinds = {type(v) for v in values}
-    if kinds != {int} and kinds != {str}:
-        names = ", ".join(sorted(kind.__name__ for kind in kinds))
-        raise BatchError(f"data_id holds {names}: ids are all int or all str; convert the others.")
-    return values
-
-
-def _check_mask(mask: Any, size: int) -> Tensor | None:
-    if mask is None:
-        return None
-    mask = torch.as_tensor(mask)
-    if mask.dim() not in (1, 2) or mask.shape[0] != size:
-        raise BatchError(
-            f"mask has shape {tuple(mask.shape)} in a block of {size} ids: pass (batch, tokens), its first axis as long as "
-            "data_id."
-        )
-    return mask
-
-
-def _check_scale(scale: Any) -> float | Tensor:
-    if isinstance(scale, Tensor):
-        if scale.dim() != 0:
-            raise BatchError(f"scale is a tensor of shape {tuple(scale.shape)}: pass a number or a 0-d tensor.")
-        return scale.detach()
-    try:
-        value = float(scale)
-    except (TypeError, ValueError) as error:
-        raise BatchError(f"scale={scale!r} is no number: pass n where the loss is a mean over n items.") from error
-    if value == 0 or not np.isfinite(value):
-        raise BatchError(f"scale={scale!r} must be finite and not 0: pass n where the loss is a mean over n items.")
-    return value
 
 
 def _to_pinned(t: Tensor) -> Tensor:
     """Start copying to page-locked memory on the current stream, without waiting."""
     return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
-
-
-def describe_coverage(layers: int, width: int, coverage: dict[str, Any]) -> str:
-    """Say in a few lines what is watched and what is not."""
-    total = max(1, coverage["total"])
-    lines = [
-        f"loghook watches {layers} layers, {coverage['covered'] / total:.1%} of {coverage['total']:,} parameters; "
-        f"{width:,} values a sample."
-    ]
-    by_reason: dict[str, list[dict[str, Any]]] = {}
-    for item in coverage["not_covered"]:
-        by_reason.setdefault(item["reason"], []).append(item)
-    for reason, items in by_reason.items():
-        names = ", ".join(item["name"] or "(model)" for item in items[:3]) + (", ..." if len(items) > 3 else "")
-        share = sum(item["parameters"] for item in items) / total
-        lines.append(f"  not covered, {share:.1%}: {names} ({reason})")
-    return "\n".join(lines)
-
-
-def _claim(path: Path, *, resume: bool, overwrite: bool) -> None:
-    """Make the run's folder, or say why it cannot be used."""
-    if resume and overwrite:
-        raise ConfigError("resume=True and overwrite=True exclude each other: keep one.")
-    if path.exists() and not path.is_dir():
-        raise LogExistsError(f"{path} is a file: choose another path for the run.")
-    old = [] if not path.exists() else [p for p in path.iterdir() if p.name == MANIFEST or _is_ours(p)]
-    if old and not resume and not overwrite:
-        raise LogExistsError(
-            f"{path} holds a run already: pass resume=True to go on with it, overwrite=True to delete it, or another path."
-        )
-    if overwrite:
-        for file in old:
-            file.unlink()
-    path.mkdir(parents=True, exist_ok=True)
-
-
-def _is_ours(file: Path) -> bool:
-    kinds = ("rows-*.safetensors", "statistics-*.safetensors", "commits-*.jsonl", "lock-*")
-    return any(file.match(kind) for kind in kinds)
-
-
-def _check_same(old: Manifest, new: Manifest) -> None:
-    for name in ("projection", "rank", "seed", "dtype", "id_type", "layers"):
-        was, now = getattr(old, name), getattr(new, name)
-        if was != now:
-            shown = f"{was!r} in the log and {now!r} now" if name != "layers" else "other layers or widths than in the log"
-            raise MismatchError(f"cannot resume: {name} is {shown}. Use the arguments and the model of the first run.")
-
-
-def _seal(path: Path, world_size: int) -> dict[str, Any]:
-    """Wait for every rank's last record, then sum up all commit logs."""
-    from loghook.log.reader import seal
-
-    deadline = time.monotonic() + SEAL_TIMEOUT
-    while True:
-        sealed, missing = seal(path, world_size)
-        if sealed is not None:
-            return sealed
-        if time.monotonic() > deadline:
-            raise StateError(
-                f"ranks {missing} did not finish within {SEAL_TIMEOUT:.0f} s: every rank calls run.finalize(). Their "
-                "committed rows are kept; start again with resume=True."
-            )
-        time.sleep(0.1)
-
-
-def _rank() -> int:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return int(os.environ.get("RANK", 0))
-
-
-def _world_size() -> int:
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", 1))
-
-
-def _run_id() -> str:
-    """A fresh id, the same on all ranks."""
-    box = [uuid.uuid4().hex]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        torch.distributed.broadcast_object_list(box)
-    elif _world_size() > 1:
-        warnings.warn("several processes without torch.distributed: initialise it before the first block.", stacklevel=2)
-    return box[0]
 
 
 def _provenance() -> dict[str, Any]:

@@ -20,7 +20,7 @@ class Tap(torch.autograd.Function):
     """Identity on a layer's output; see ``forward`` for what its backward delivers."""
 
     @staticmethod
-    def forward(  # type: ignore[override]
+    def forward(
         ctx: Any,
         y: Tensor,
         x: Tensor,
@@ -67,22 +67,24 @@ class Tap(torch.autograd.Function):
         with torch.autocast(g.device.type, enabled=False):
             g_BSO = as_tokens(g.movedim(ctx.batch_dim, 0) if ctx.batch_dim else g, ctx.channel_dim)
             x = x.to(wide)
-            moments = moment_out = outputs = None
-            if x.dim() == 3:
+            moments = outputs = None
+            groups = 1 if x.dim() == 3 else x.shape[2]
+            if groups == 1:
                 g_BSk = project_output(g_BSO, p_out_kO).to(wide)
-                rows = outer(g_BSk, x)
-                if need_moments:
-                    flat = None if weight_BS is None else weight_BS.reshape(-1).to(wide)
-                    moment_out = second_moment(g_BSk.flatten(0, 1), flat)
+                rows = outer(g_BSk, x.reshape(*g_BSk.shape[:2], -1))
             else:
-                rows = outer_grouped(g_BSO.to(wide), x, p_out_kO)
-                if need_moments:
-                    flat = None if weight_BS is None else weight_BS.repeat_interleave(x.shape[2]).to(wide)
-                    moment_out = second_moment_grouped(g_BSO.to(wide), x.shape[2], p_out_kO, weight_BS)
+                g_BSO = g_BSO.to(wide)
+                rows = outer_grouped(g_BSO, x, p_out_kO)
             if need_moments:
+                weight = None if weight_BS is None else weight_BS.reshape(-1).to(wide)
+                if groups == 1:
+                    moment_out = second_moment(g_BSk.flatten(0, 1), weight)
+                else:
+                    moment_out = second_moment_grouped(g_BSO, groups, p_out_kO, weight)
+                    weight = None if weight is None else weight.repeat_interleave(groups)
                 x_Nk = x.flatten(0, -2)
-                tokens = x.new_full((1,), x_Nk.shape[0]) if flat is None else flat.sum().reshape(1)
-                moments = torch.cat([second_moment(x_Nk, flat).flatten(), moment_out.flatten(), tokens])
+                tokens = x.new_full((1,), x_Nk.shape[0]) if weight is None else weight.sum().reshape(1)
+                moments = torch.cat([second_moment(x_Nk, weight).flatten(), moment_out.flatten(), tokens])
             if need_outputs:
                 outputs = sum_tokens(g_BSO.to(wide), weight_BS)
         return (

@@ -10,6 +10,7 @@ from torch import Tensor
 from loghook.errors import ConfigError, MismatchError
 from loghook.influence.precondition import Curvature, progress, solvers, working_dtype
 from loghook.influence.scores import Scores
+from loghook.influence.solvers import Solver
 from loghook.log.format import LayerSpec
 from loghook.log.query import Query
 from loghook.log.reader import Reader
@@ -76,9 +77,7 @@ def influence(
     )
 
 
-def self_influence(
-    reader: Reader, curvature: Curvature, layers: Sequence[str] | None
-) -> np.ndarray:
+def self_influence(reader: Reader, curvature: Curvature, layers: Sequence[str] | None) -> np.ndarray:
     """Return <H^-1 G, G> for each row of a log, summed over layers: (rows,) float32; kept with the open log."""
     return _row_quadratics(reader, curvature, choose_layers(reader, layers)).to(torch.float32).numpy()
 
@@ -90,7 +89,9 @@ def choose_layers(reader: Reader, layers: Sequence[str] | None) -> list[LayerSpe
     wanted = [layers] if isinstance(layers, str) else list(layers)
     unknown = [name for name in wanted if name not in reader.layers]
     if unknown or not wanted:
-        raise ConfigError(f"layers={wanted} names what the log has not; its layers are {', '.join(reader.layers[:6])}, ...")
+        raise ConfigError(
+            f"layers={wanted} names what the log has not; its layers are {', '.join(reader.layers[:6])}, ..."
+        )
     return [spec for spec in reader.layout.layers if spec.name in wanted]
 
 
@@ -105,7 +106,8 @@ def check_match(reader: Reader, query: Query) -> None:
     else:
         what = "another rank, projection or seed"
     raise MismatchError(
-        f"the query was made with {what} than {reader.path}: make it with log.attach(model).query(...), on the same model."
+        f"the query was made with {what} than {reader.path}: make it with log.attach(model).query(...), on the same "
+        "model."
     )
 
 
@@ -146,7 +148,7 @@ def _key(curvature: Curvature, chosen: Sequence[LayerSpec]) -> tuple[object, ...
     return ("self", curvature if curvature.method not in ("dot", "cosine") else "dot", tuple(s.name for s in chosen))
 
 
-def _add_quadratics(reader: Reader, group: dict, total: Tensor) -> None:  # type: ignore[type-arg]
+def _add_quadratics(reader: Reader, group: dict[str, Solver], total: Tensor) -> None:
     columns = reader.layout.kinds["gradients"]
     for place, block in progress(reader, "self-influence"):
         for name, solver in group.items():

@@ -58,9 +58,7 @@ def progress(reader: Reader, what: str) -> Iterator[tuple[slice, Tensor]]:
             bar.update(len(block))
 
 
-def solvers(
-    reader: Reader, curvature: Curvature, layers: Sequence[LayerSpec]
-) -> Iterator[dict[str, Solver]]:
+def solvers(reader: Reader, curvature: Curvature, layers: Sequence[LayerSpec]) -> Iterator[dict[str, Solver]]:
     """Fit a solver for each layer, in groups whose curvature fits in memory together.
 
     Args:

@@ -79,7 +79,9 @@ class Scores:
             ConfigError: if only the best were kept.
         """
         if self.places is not None:
-            raise ConfigError("these scores keep only the best rows (top=...): score again without top to see opponents.")
+            raise ConfigError(
+                "these scores keep only the best rows (top=...): score again without top to see opponents."
+            )
         return self._ranked(k, best=False)
 
     def to_pandas(self) -> "pandas.DataFrame":
@@ -129,7 +131,9 @@ class Scores:
         return f"Scores({size}, {kind}, damping={self.damping or self.damping_abs}, log={self.log!r})"
 
     def _all_places(self) -> np.ndarray:
-        return np.broadcast_to(np.arange(self.values.shape[1]), self.values.shape) if self.places is None else self.places
+        return (
+            np.broadcast_to(np.arange(self.values.shape[1]), self.values.shape) if self.places is None else self.places
+        )
 
     def _ranked(self, k: int, *, best: bool) -> list[list[Record]]:
         if k < 1:

@@ -44,7 +44,9 @@ class Query:
             StateError: while the block that makes the query is still open, or if it raised.
         """
         if self._rows is None:
-            raise StateError("this query holds no rows: its block has not ended, or it raised. Use it after the `with`.")
+            raise StateError(
+                "this query holds no rows: its block has not ended, or it raised. Use it after the `with`."
+            )
         return self._rows
 
     @property
@@ -91,7 +93,8 @@ class Query:
                 raise MismatchError("these queries come from different layers or projections and cannot be joined.")
             if type(query.data_ids[0]) is not type(first.data_ids[0]):
                 raise MismatchError("these queries have ids of different types: use int or str throughout.")
-        joined = Query([i for query in queries for i in query.data_ids])  # type: ignore[misc]
+        ids: list[Any] = [i for query in queries for i in query.data_ids]
+        joined = Query(ids)
         same = all(query.parameters == first.parameters for query in queries)
         rows = torch.cat([query.matrix for query in queries])
         joined.fill(rows, first._specs, first._projection, first._seed, first.parameters if same else None)

@@ -19,7 +19,6 @@ from loghook.log.format import (
     SHARD_HEADER,
     Layout,
     Manifest,
-    checksum,
     commits_name,
     decode_records,
     shard_header,
@@ -212,20 +211,23 @@ class Reader:
             snapshot = None
             for record in records:
                 if record.get("run") != self.manifest.run_id:
-                    raise CorruptLogError(f"{file}: record {record['n']} belongs to another run: restore it from a copy.")
+                    raise CorruptLogError(
+                        f"{file}: record {record['n']} belongs to another run: restore it from a copy."
+                    )
+                self.flagged += record["flagged"]
+                self.repeats += record["dropped"]
                 if "shard" in record:
                     self._add(rank, record)
                     ids += record["ids"]
                     keys += [(p, s, rank, n) for p, s, n in record["steps"]]
-                    self.flagged += record["flagged"]
-                    self.repeats += record["dropped"]
                     snapshot = record["statistics"]
             if snapshot is not None:
                 self._snapshots.append(snapshot)
         sealed = self.manifest.sealed
         if sealed is not None and (sealed["rows"] != len(ids) or sealed["digest"] != digest.hexdigest()):
             raise CorruptLogError(
-                f"{self.path}: the commit logs hold {len(ids):,} rows where {sealed['rows']:,} were sealed, or were altered: "
+                f"{self.path}: the commit logs hold {len(ids):,} rows where {sealed['rows']:,} were sealed, or were "
+                "altered: "
                 "restore them from a copy."
             )
         counts = np.array([n for *_, n in keys], dtype=np.int64)
@@ -238,19 +240,23 @@ class Reader:
             self.repeats += int((~self._keep).sum())
             repeated = repeated[self._keep]
         self.data_ids: list[int] | list[str] = ids
-        self.keys = RowKeys(*repeated.T)
+        self.keys = RowKeys(repeated[:, 0], repeated[:, 1], repeated[:, 2])
 
     def _add(self, rank: int, record: dict[str, Any]) -> None:
         file = self.path / shard_name(rank, int(record["shard"]))
         part = (int(record["start"]), int(record["rows"]), record["checksum"])
         if len(record["ids"]) != part[1] or sum(n for *_, n in record["steps"]) != part[1] or part[1] < 0:
-            raise CorruptLogError(f"{file}: a record's ids and rows differ in number: restore the commit log from a copy.")
+            raise CorruptLogError(
+                f"{file}: a record's ids and rows differ in number: restore the commit log from a copy."
+            )
         if not self._shards or self._shards[-1].file != file:
             first = self._shards[-1].first + self._shards[-1].rows if self._shards else 0
             self._shards.append(Shard(file, first, 0, []))
         shard = self._shards[-1]
         if part[0] != shard.rows:
-            raise CorruptLogError(f"{file}: its records leave a gap at row {shard.rows}: restore the commit log from a copy.")
+            raise CorruptLogError(
+                f"{file}: its records leave a gap at row {shard.rows}: restore the commit log from a copy."
+            )
         shard.rows += part[1]
         shard.parts.append(part)
 
@@ -277,16 +283,25 @@ class Reader:
         if self.manifest.sealed is not None and size != end:
             raise CorruptLogError(f"{shard.file} has {size:,} bytes where {end:,} were sealed: {remedy}.")
         for start, rows, expected in shard.parts:
-            first = SHARD_HEADER + start * self._row_bytes
-            if checksum(view[first : first + rows * self._row_bytes]) != expected:
+            if self._checksum(shard, view, start, start + rows) != expected:
                 raise CorruptLogError(
                     f"{shard.file}: rows {start} to {start + rows - 1} do not match their checksum: {remedy}."
                 )
-        self._release(shard, 0, shard.rows)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the map is read-only and stays so
-            flat = torch.frombuffer(shard.map, dtype=self.dtype, offset=SHARD_HEADER, count=shard.rows * self.layout.width)
+            flat = torch.frombuffer(
+                shard.map, dtype=self.dtype, offset=SHARD_HEADER, count=shard.rows * self.layout.width
+            )
         return flat.view(shard.rows, self.layout.width)
+
+    def _checksum(self, shard: Shard, view: memoryview, start: int, stop: int) -> str:
+        """Checksum of some rows, a block at a time and with flat memory."""
+        digest, step = xxhash.xxh3_128(), max(1, BLOCK_BYTES // self._row_bytes)
+        for first in range(start, stop, step):
+            last = min(first + step, stop)
+            digest.update(view[SHARD_HEADER + first * self._row_bytes : SHARD_HEADER + last * self._row_bytes])
+            self._release(shard, first, last)
+        return digest.hexdigest()
 
     def _header_is_ours(self, header: bytes, rows: int) -> bool:
         """Whether a header is what the writer writes: for no rows while the shard grows, for all once it is closed."""
@@ -383,7 +398,7 @@ def _first_of_each(ids: Sequence[Any], keys: np.ndarray) -> np.ndarray:
     return keep
 
 
-def seal(path: Path, world_size: int) -> tuple[dict[str, Any] | None, list[int]]:
+def sum_up(path: Path, world_size: int) -> tuple[dict[str, Any] | None, list[int]]:
     """Sum up the commit logs of a finished run.
 
     Returns:
@@ -401,4 +416,3 @@ def seal(path: Path, world_size: int) -> tuple[dict[str, Any] | None, list[int]]
         digest.update(data[:size])
         rows += sum(record.get("rows", 0) for record in records)
     return (None if missing else {"rows": rows, "digest": digest.hexdigest()}), missing
-

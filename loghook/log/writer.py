@@ -23,7 +23,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from loghook.errors import CorruptLogError, LogLockedError, LoghookError, NotFiniteError, WriteError
+from loghook.errors import CorruptLogError, LoghookError, LogLockedError, NotFiniteError, WriteError
 from loghook.log.format import (
     DTYPES,
     SHARD_HEADER,
@@ -176,7 +176,8 @@ class Writer:
         if item == CLOSE:
             self._close_shard()
         elif item is not None and item != COMMIT:
-            self._append(item)
+            self._append(item | {"flagged": self._flagged, "dropped": self._dropped})
+            self._start_record()
 
     def _write(self, batch: Batch) -> None:
         if batch.ready is not None:
@@ -184,19 +185,21 @@ class Writer:
         if not batch.checked and not bool(torch.isfinite(batch.rows.sum(1, dtype=torch.float32)).all()):
             raise NotFiniteError(not_finite(batch.ids, batch.rows))
         n = len(batch.ids)
+        self._flagged += batch.flagged
+        self._dropped += batch.dropped
+        if not n:
+            return
         # A batch is never split: its rows and its moments are committed together or not at all.
         if self._shard is None or (self._shard_rows and self._shard_rows + n > self._capacity):
             self._commit()
             self._open_shard()
         assert self._shard is not None
-        data = memoryview(batch.rows.contiguous().view(torch.uint8).numpy()).cast("B")
+        data = batch.rows.contiguous().view(torch.uint8).numpy().data.cast("B")
         _write_all(self._shard, data, SHARD_HEADER + self._shard_rows * self._row_bytes)
         self._shard_rows += n
         self._hash.update(data)
         self._ids += batch.ids
         self._steps.append([batch.pass_index, batch.step, n])
-        self._flagged += batch.flagged
-        self._dropped += batch.dropped
         if batch.moments is not None:
             self.moments += batch.moments.to(torch.float64).numpy()
 
@@ -284,7 +287,9 @@ class Writer:
             return []
         records, size, wrong = decode_records(file.read_bytes())
         if wrong not in (None, "torn"):
-            raise CorruptLogError(f"{file}: {wrong}. Run `loghook verify` on the run, and restore the file from a copy.")
+            raise CorruptLogError(
+                f"{file}: {wrong}. Run `loghook verify` on the run, and restore the file from a copy."
+            )
         os.truncate(file, size)
         last = next((r for r in reversed(records) if "statistics" in r), None)
         if last is not None:
@@ -328,7 +333,8 @@ def not_finite(ids: Sequence[int | str], rows: Tensor) -> str:
     names = [i for i, wrong in zip(ids, bad, strict=True) if wrong]
     return (
         f"the rows of {len(names)} samples are not finite (data_id {', '.join(map(repr, names[:5]))}"
-        f"{', ...' if len(names) > 5 else ''}), so nothing of this batch was written. Look at the loss of these samples; "
+        f"{', ...' if len(names) > 5 else ''}), so nothing of this batch was written. Look at the loss of these "
+        "samples; "
         "if the storage dtype is too narrow for them choose bfloat16 or float32; under a GradScaler pass "
         "run(..., scaler=scaler), which flags such rows and leaves them out."
     )

@@ -63,10 +63,10 @@ def second_moment(z_Nk: Tensor, weight_N: Tensor | None = None) -> Tensor:
     return z_Nk.T @ (z_Nk if weight_N is None else z_Nk * weight_N[:, None])
 
 
-def second_moment_grouped(g_BSO: Tensor, groups: int, matrix_kO: Tensor | None, weight_BS: Tensor | None) -> Tensor:
+def second_moment_grouped(g_BSO: Tensor, groups: int, matrix_kO: Tensor | None, weight_N: Tensor | None) -> Tensor:
     """Sum over tokens and groups of ``(P g)(P g)^T`` where a token of one group has no other outputs: (k, k)."""
     g_GNo = g_BSO.reshape(-1, groups, g_BSO.shape[-1] // groups).movedim(1, 0)
-    weighted = g_GNo if weight_BS is None else g_GNo * weight_BS.reshape(-1, 1)
+    weighted = g_GNo if weight_N is None else g_GNo * weight_N[:, None]
     blocks_Goo = g_GNo.transpose(1, 2) @ weighted
     if matrix_kO is None:
         return torch.block_diag(*blocks_Goo)

@@ -1,0 +1,99 @@
+"""What the benchmark scripts share: a model, alternating timings, the machine's name, JSON."""
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def llama(hidden: int, layers: int, vocabulary: int = 4096) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=hidden,
+        intermediate_size=int(hidden * 8 / 3) // 64 * 64,
+        num_hidden_layers=layers,
+        num_attention_heads=max(1, hidden // 64),
+        max_position_embeddings=2048,
+    )
+    return LlamaForCausalLM(config)
+
+
+def summed_loss(model: torch.nn.Module, tokens_BS: Tensor) -> Tensor:
+    logits = model(input_ids=tokens_BS).logits[:, :-1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens_BS[:, 1:].flatten(), reduction="sum")
+
+
+def alternate(cases: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Time the cases in turn, so that a busy moment of the machine hits all of them; seconds for each call."""
+    times: dict[str, list[float]] = {name: [] for name in cases}
+    for name, case in cases.items():  # warm-up
+        case()
+    for turn in range(repeats):
+        order = list(cases) if turn % 2 == 0 else list(reversed(cases))
+        for name in order:
+            start = time.perf_counter()
+            cases[name]()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def ratio(times: dict[str, list[float]], over: str, under: str) -> dict[str, float]:
+    """Median and quartiles of the ratios within each turn."""
+    values = sorted(a / b for a, b in zip(times[over], times[under], strict=True))
+    low, _, high = statistics.quantiles(values, n=4) if len(values) > 1 else (values[0],) * 3
+    return {"median": statistics.median(values), "low": low, "high": high}
+
+
+def machine() -> dict[str, Any]:
+    cpu = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {"cpu": cpu, "threads": torch.get_num_threads(), "gpu": gpu, "torch": torch.__version__}
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made.add_argument("--repeats", type=int, default=9, help="turns; the medians of the ratios are reported")
+    made.add_argument("--threads", type=int, default=2)
+    made.add_argument("--save", action="store_true", help="write the JSON to benchmarks/results/")
+    return made
+
+
+def report(name: str, result: dict[str, Any], *, save: bool, targets: dict[str, tuple[float, str]]) -> None:
+    """Print a table of ratios beside their targets; write JSON; end with status 1 if --require was missed."""
+    result = {"benchmark": name, "machine": machine()} | result
+    print(f"\n{name} on {result['machine']['cpu']}, {result['machine']['threads']} threads, torch {torch.__version__}")
+    for key, value in result["ratios"].items():
+        shown = f"{value['median']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
+        goal = f"   target {targets[key][1]} {targets[key][0]}" if key in targets else ""
+        print(f"  {key:<58} {shown}{goal}")
+    if save:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        print(f"  written to {RESULTS.name}/{name}.json")
+    missed = [
+        key
+        for key, (goal, sign) in targets.items()
+        if key in result["ratios"] and not _holds(result["ratios"][key]["median"], goal, sign)
+    ]
+    if missed:
+        print("  missed: " + "; ".join(missed), file=sys.stderr)
+
+
+def _holds(value: float, goal: float, sign: str) -> bool:
+    return value <= goal if sign == "<=" else value >= goal

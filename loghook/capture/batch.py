@@ -1,0 +1,65 @@
+"""What comes with a batch (ids, mask, scale), checked before anything runs."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loghook.errors import BatchError
+
+Ids = Sequence[int] | Sequence[str] | np.ndarray | Tensor
+
+
+def check_ids(data_id: Ids) -> list[int] | list[str]:
+    """Turn ids into a list of Python int or str, refusing anything else."""
+    if isinstance(data_id, Tensor):
+        if data_id.dim() != 1 or data_id.is_floating_point() or data_id.dtype == torch.bool:
+            raise BatchError(
+                f"data_id is a {data_id.dtype} tensor of shape {tuple(data_id.shape)}: pass a 1-D integer tensor, "
+                "one id a sample."
+            )
+        values: list[Any] = data_id.tolist()
+    elif isinstance(data_id, str | bytes) or not hasattr(data_id, "__iter__"):
+        raise BatchError(
+            f"data_id={data_id!r} is a single value: pass a list with one id for each sample, such as [{data_id!r}]."
+        )
+    else:
+        values = [v.item() if isinstance(v, np.generic | Tensor) else v for v in data_id]
+    if not values:
+        raise BatchError("data_id is empty: pass one id for each sample of the batch.")
+    kinds = {type(v) for v in values}
+    if kinds != {int} and kinds != {str}:
+        names = ", ".join(sorted(kind.__name__ for kind in kinds))
+        raise BatchError(f"data_id holds {names}: ids are all int or all str; convert the others.")
+    return values
+
+
+def check_mask(mask: Any, size: int) -> Tensor | None:
+    """Return the mask as a tensor whose first axis is the batch, (B,) or (B, S), or None."""
+    if mask is None:
+        return None
+    mask = torch.as_tensor(mask)
+    if mask.dim() not in (1, 2) or mask.shape[0] != size:
+        raise BatchError(
+            f"mask has shape {tuple(mask.shape)} in a block of {size} ids: pass (batch, tokens), its first axis as "
+            "long as "
+            "data_id."
+        )
+    return mask
+
+
+def check_scale(scale: Any) -> float | Tensor:
+    """Return the scale as a finite number other than 0, or as a 0-d tensor."""
+    if isinstance(scale, Tensor):
+        if scale.dim() != 0:
+            raise BatchError(f"scale is a tensor of shape {tuple(scale.shape)}: pass a number or a 0-d tensor.")
+        return scale.detach()
+    try:
+        value = float(scale)
+    except (TypeError, ValueError) as error:
+        raise BatchError(f"scale={scale!r} is no number: pass n where the loss is a mean over n items.") from error
+    if value == 0 or not np.isfinite(value):
+        raise BatchError(f"scale={scale!r} must be finite and not 0: pass n where the loss is a mean over n items.")
+    return value

@@ -1,0 +1,127 @@
+"""``Hooked``: layers of a model under inert hooks, one open block at a time, and queries through them."""
+
+import weakref
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from loghook.capture.batch import Ids, check_ids, check_mask, check_scale
+from loghook.capture.block import Block, Captured, make_hook
+from loghook.capture.layers import Layer, Watch, mixing_modules, parameters_digest, refuse, select, unwrap
+from loghook.errors import ConfigError, NotFiniteError, StateError, UnsupportedError
+from loghook.log.format import LayerSpec, Layout
+from loghook.log.query import Query
+from loghook.log.writer import not_finite
+
+
+class Hooked:
+    """Layers of a model under inert hooks, and queries through them."""
+
+    def __init__(self, projection: str, rank: int, seed: int) -> None:
+        """Start with nothing watched."""
+        self._projection, self._rank, self._seed = projection, rank, seed
+        self._layers: list[Layer] = []
+        self._models: list[weakref.ref[nn.Module]] = []
+        self._mixing: list[tuple[str, nn.Module]] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._open = False
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the watched layers, in row order."""
+        return tuple(layer.name for layer in self._layers)
+
+    def _hook(self, model: nn.Module, watch: Watch) -> dict[str, Any]:
+        """Select and hook layers of a model; returns the coverage record."""
+        if not isinstance(model, nn.Module):
+            raise ConfigError(f"watch() takes an nn.Module, not {type(model).__name__}: pass the model itself.")
+        refuse(model)
+        layers, coverage = select(model, watch, projection=self._projection, rank=self._rank, seed=self._seed)
+        clash = set(self.layers) & {layer.name for layer in layers}
+        if clash:
+            raise ConfigError(f"layer name {min(clash)!r} is watched already: use one run for each model.")
+        if not self._watches(model):
+            self._models.append(weakref.ref(unwrap(model)))
+            self._mixing += mixing_modules(model)
+        for layer in layers:
+            # prepend: taps run inside FSDP2's own post-forward hook, whatever the order of wrapping.
+            handle = layer.module.register_forward_hook(make_hook(layer), prepend=True, with_kwargs=True)
+            self._handles.append(handle)
+        self._layers += layers
+        self._layout = Layout(layer.spec for layer in self._layers)
+        return coverage
+
+    def _watches(self, model: nn.Module) -> bool:
+        return any(ref() is unwrap(model) for ref in self._models)
+
+    def _order(self, specs: Sequence[LayerSpec]) -> None:
+        """Put the layers in the order of a log."""
+        order = {spec.name: i for i, spec in enumerate(specs)}
+        self._layers.sort(key=lambda layer: order[layer.name])
+        self._layout = Layout(layer.spec for layer in self._layers)
+
+    def close(self) -> None:
+        """Remove the hooks. The model is then as it was before ``watch``."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+
+    def digest(self) -> str | None:
+        """Digest of sampled parameter values of the watched models, or None where they are sharded."""
+        digests = [parameters_digest(model) for ref in self._models if (model := ref()) is not None]
+        return None if None in digests else "".join(d[:16] for d in digests if d)
+
+    @contextmanager
+    def _capture(
+        self, size: int, *, mask: Tensor | None, scale: Any, keep: np.ndarray | None, moments: bool
+    ) -> Iterator[list[Captured]]:
+        """Open the layers for one batch; the list holds what was captured once the context ends without an error."""
+        if not self._layers:
+            raise StateError("nothing is watched yet: call run.watch(model) first.")
+        if not self._handles:
+            raise StateError("this run was closed and its hooks are removed: open another with loghook.init.")
+        if self._open:
+            raise StateError("a block of this run is open already: blocks and queries do not nest.")
+        for name, module in self._mixing:
+            if module.training and (module.track_running_stats or module.training):
+                raise UnsupportedError(
+                    f"{type(module).__name__} {name!r} is in training mode and mixes the samples of a batch, so a "
+                    "gradient "
+                    "per sample does not exist: call eval() on it for the logging pass, or use GroupNorm or LayerNorm."
+                )
+        mask, factor = check_mask(mask, size), check_scale(scale)
+        block = Block(self._layers, size, moments=moments)
+        captured: list[Captured] = []
+        self._open = True
+        try:
+            block.open(mask, None if keep is None or keep.all() else torch.from_numpy(keep))
+            yield captured
+            captured.append(block.collect(block.close(), scale=factor, mask=mask))
+        finally:
+            block.close()
+            self._open = False
+
+    @contextmanager
+    def query(self, data_id: Ids, *, mask: Tensor | None = None, scale: float | Tensor = 1.0) -> Iterator[Query]:
+        """Capture the rows of questions, to be scored against a log; nothing is written.
+
+        Args:
+            data_id: one int or str for each sample of the batch.
+            mask: (B, S), which tokens count in activation means; never changes a gradient.
+            scale: what rows are multiplied by: n if the loss is a mean over n items.
+
+        Yields:
+            A Query that holds its rows once the block ends.
+        """
+        ids = check_ids(data_id)
+        query = Query(ids=ids)
+        with self._capture(len(ids), mask=mask, scale=scale, keep=None, moments=False) as captured:
+            yield query
+        rows = captured[0].rows.cpu()
+        if not bool(torch.isfinite(rows).all()):
+            raise NotFiniteError(not_finite(ids, rows))
+        query.fill(rows, [layer.spec for layer in self._layers], self._projection, self._seed, self.digest())

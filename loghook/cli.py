@@ -1,0 +1,131 @@
+"""The command line: ``loghook info | verify | score | demo``."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+import loghook
+from loghook.errors import LoghookError
+
+app = typer.Typer(
+    name="loghook",
+    help="Log a projected gradient of every training sample, then ask which data made the model say this.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_show_locals=False,
+    rich_markup_mode=None,
+)
+Run = Annotated[Path, typer.Argument(help="The run's folder, as given to loghook.init.", metavar="RUN")]
+
+
+@contextmanager
+def _plain_errors() -> Iterator[None]:
+    """Show what loghook raises on purpose as one line, without a traceback."""
+    try:
+        yield
+    except (LoghookError, FileNotFoundError) as error:
+        typer.secho(f"error: {error}", fg="red", err=True)
+        raise typer.Exit(1) from error
+
+
+def _command(function: Callable[..., Any]) -> Callable[..., Any]:
+    @wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with _plain_errors():
+            return function(*args, **kwargs)
+
+    return app.command()(wrapped)
+
+
+@_command
+def info(
+    run: Run,
+    as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable JSON instead.")] = False,
+) -> None:
+    """Say what a run holds: rows, layers, coverage, projection, statistics, where it came from."""
+    log = loghook.load(run)
+    m = log.manifest
+    facts = {
+        "path": str(log.path),
+        "rows": len(log),
+        "finished": m.sealed is not None,
+        "bytes": sum(file.stat().st_size for file in log.path.iterdir() if file.is_file()),
+        "values_a_row": log.layout.width,
+        "layers": len(log.layers),
+        "covered": m.coverage["covered"] / max(1, m.coverage["total"]),
+        "not_covered": m.coverage["not_covered"],
+        "projection": m.projection,
+        "rank": m.rank,
+        "seed": m.seed,
+        "dtype": m.dtype,
+        "writers": m.world_size,
+        "repeats_left_out": log.repeats,
+        "flagged": log.flagged,
+        "unfinished_records": log.torn,
+        "fingerprint": log.fingerprint,
+        "provenance": m.provenance,
+    }
+    if as_json:
+        typer.echo(json.dumps(facts, indent=1))
+        return
+    state = "finished" if facts["finished"] else "not finished (rows so far; resume=True goes on)"
+    typer.echo(f"{log.path}: {len(log):,} rows, {state}, {facts['bytes'] / 1e6:,.1f} MB on disk")
+    kind = "whole gradients" if m.projection == "none" else f"{m.projection} projection, rank {m.rank}, seed {m.seed}"
+    typer.echo(f"  {log.layout.width:,} values a row in {m.dtype}; {kind}")
+    typer.echo(f"  {len(log.layers)} layers with {facts['covered']:.1%} of {m.coverage['total']:,} parameters")
+    for item in m.coverage["not_covered"][:5]:
+        typer.echo(f"    not covered: {item['name'] or '(model)'}, {item['parameters']:,} parameters ({item['reason']})")
+    if len(m.coverage["not_covered"]) > 5:
+        typer.echo(f"    and {len(m.coverage['not_covered']) - 5} more (--json lists them)")
+    typer.echo(f"  {log.repeats:,} repeats left out, {len(log.flagged):,} samples flagged as not finite")
+    for torn in log.torn:
+        typer.echo(f"  {torn}")
+    created, versions = m.provenance.get("created", "?"), m.provenance.get("versions", {})
+    typer.echo(f"  made {created} with " + ", ".join(f"{k} {v}" for k, v in versions.items()))
+    typer.echo(f"  fingerprint {log.fingerprint}")
+
+
+@_command
+def verify(run: Run) -> None:
+    """Read every committed byte against its checksum; ends with status 1 if something is wrong."""
+    log = loghook.load(run)
+    problems = log.verify()
+    for problem in problems:
+        typer.secho(problem, fg="red", err=True)
+    if problems:
+        raise typer.Exit(1)
+    typer.echo(f"{log.path}: {len(log):,} rows, every checksum matches")
+
+
+@_command
+def score(
+    run: Run,
+    query: Annotated[Path, typer.Argument(help="A query saved with query.save(...).", metavar="QUERY")],
+    method: Annotated[str, typer.Option(help="dot, cosine, fisher, kfac or ekfac.")] = "ekfac",
+    damping: Annotated[float, typer.Option(help="Times the mean eigenvalue of each layer.")] = 0.1,
+    normalize: Annotated[str | None, typer.Option(help="unit or relatif.")] = None,
+    top: Annotated[int, typer.Option(help="Proponents shown for each question.")] = 10,
+    out: Annotated[Path | None, typer.Option(help="Also write all scores to this safetensors file.")] = None,
+) -> None:
+    """Score a log against a saved query and print the strongest proponents of each question."""
+    log, questions = loghook.load(run), loghook.Query.load(query)
+    keep = None if out else top
+    scores = log.influence(questions, method, damping=damping, normalize=normalize, top=keep)
+    if out:
+        scores.save(out)
+        typer.echo(f"scores written to {out}")
+    for query_id, ranked in zip(scores.query_ids, scores.top(top), strict=True):
+        typer.echo(f"{query_id}")
+        for record in ranked:
+            typer.echo(f"  {record.score:+.6g}  {record.data_id}")
+
+
+def main() -> None:
+    """Run the command line."""
+    sys.exit(app())

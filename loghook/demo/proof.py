@@ -1,0 +1,149 @@
+"""The proof: take the strongest proponents away, fine-tune again, and see whether the questions get harder."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from loghook.demo.config import METHODS, DemoConfig
+from loghook.demo.retrain import Task, measure_all
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over held-out passages, with the 95 % bootstrap interval of that mean."""
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What fine-tuning again showed. Methods are ekfac, cosine, dot, bm25, and random where it makes sense.
+
+    Attributes:
+        removed: how many passages a removal takes.
+        full: loss of each question after fine-tuning on everything, nats a token.
+        losses: by method, the loss of each question without its group's strongest proponents.
+        rises: by method, the mean rise over the full fine-tuning.
+        leads: by other method, how much more ekfac's removal raises the loss than this one's, question by question.
+        lds: by method, the linear datamodeling score; empty if none was asked for.
+        subsets: how many random halves it rests on.
+    """
+
+    removed: int
+    full: np.ndarray
+    losses: dict[str, np.ndarray]
+    rises: dict[str, Estimate]
+    leads: dict[str, Estimate]
+    lds: dict[str, Estimate]
+    subsets: int
+
+
+def strongest(scores: np.ndarray, fraction: float) -> np.ndarray:
+    """Places of a group's strongest proponents, by the sum of its questions' scores, best first.
+
+    Args:
+        scores: (questions, passages).
+        fraction: how many of the passages; at least one.
+    """
+    return np.argsort(-scores.sum(0), kind="stable")[: max(1, round(fraction * scores.shape[1]))]
+
+
+def bootstrap(values: np.ndarray, resamples: int, seed: int) -> Estimate:
+    """Mean of some values, and the 2.5 % and 97.5 % quantiles of the means of resamples with replacement."""
+    drawn = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
+    low, high = np.quantile(values[drawn].mean(1), [0.025, 0.975])
+    return Estimate(float(values.mean()), float(low), float(high))
+
+
+def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
+    """Spearman's correlation of two vectors without ties; 0 where one of them is constant."""
+    ranks = [np.argsort(np.argsort(v)).astype(float) for v in (a, b)]
+    return 0.0 if np.ptp(a) == 0 or np.ptp(b) == 0 else float(np.corrcoef(ranks[0], ranks[1])[0, 1])
+
+
+def datamodeling(scores: np.ndarray, kept: np.ndarray, losses: np.ndarray) -> np.ndarray:
+    """Linear datamodeling score of each question (Park et al. 2023).
+
+    The rank correlation over subsets of the training set between the summed scores of a subset's members and the
+    outcome of training on it, which is minus the question's loss.
+
+    Args:
+        scores: (questions, passages).
+        kept: bool (subsets, passages), a subset's members.
+        losses: (subsets, questions).
+    """
+    predicted = kept.astype(scores.dtype) @ scores.T
+    return np.array([rank_correlation(p, -o) for p, o in zip(predicted.T, losses.T, strict=True)])
+
+
+def prove(
+    task: Task, full: np.ndarray, scores: dict[str, np.ndarray], sizes: Sequence[int], config: DemoConfig
+) -> Proof:
+    """Fine-tune again without each group's strongest proponents, for each method and at random.
+
+    Args:
+        task: what to fine-tune; its queries are the groups' passages, one group after the other.
+        full: their losses after fine-tuning on everything.
+        scores: by method, (questions, passages).
+        sizes: how many passages each group has.
+        config: fractions, seeds and counts.
+    """
+    n, rng = len(task.train), np.random.default_rng(config.seed)
+    ends = np.cumsum(sizes)
+    groups = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    removals = [strongest(scores[method][group], config.fraction) for method in METHODS for group in groups]
+    removed = len(removals[0])
+    removals += [rng.permutation(n)[:removed] for _ in range(config.random_removals)]
+    halves = [rng.permutation(n)[: n // 2] for _ in range(config.lds_subsets)]
+    keeps = [~np.isin(np.arange(n), removal) for removal in removals + halves]
+    outcomes = measure_all(task, keeps, "fine-tuning again")
+
+    losses = {}
+    for m, method in enumerate(METHODS):
+        rows = outcomes[m * len(groups) : (m + 1) * len(groups)]
+        losses[method] = np.concatenate([row[group] for row, group in zip(rows, groups, strict=True)])
+    losses["random"] = outcomes[len(METHODS) * len(groups) : len(removals)].mean(0)
+
+    def estimate(values: np.ndarray) -> Estimate:
+        return bootstrap(values, config.resamples, config.seed)
+
+    lds = {}
+    if halves:
+        kept, measured = np.array(keeps[len(removals) :]), outcomes[len(removals) :]
+        lds = {method: estimate(datamodeling(scores[method], kept, measured)) for method in METHODS}
+    return Proof(
+        removed=removed,
+        full=full,
+        losses=losses,
+        rises={method: estimate(values - full) for method, values in losses.items()},
+        leads={method: estimate(losses["ekfac"] - values) for method, values in losses.items() if method != "ekfac"},
+        lds=lds,
+        subsets=len(halves),
+    )
+
+
+NAMES = {"ekfac": "EK-FAC", "cosine": "cosine", "dot": "dot product", "bm25": "BM25", "random": "random"}
+
+
+def story(proof: Proof) -> list[str]:
+    """Say in words what the numbers say, and nothing else."""
+    ekfac, random = proof.rises["ekfac"], proof.rises["random"]
+    effect = "raises" if ekfac.low > 0 else "lowers" if ekfac.high < 0 else "does not clearly change"
+    lines = [
+        f"Leaving out EK-FAC's {proof.removed} strongest proponents of a group {effect} the loss on its passages: "
+        f"{ekfac.mean:+.2f} nats a token ({ekfac.low:+.2f} to {ekfac.high:+.2f}); random removal: {random.mean:+.2f}."
+    ]
+    for method in ("cosine", "dot", "bm25", "random"):
+        lead = proof.leads[method]
+        verdict = "stronger than" if lead.low > 0 else "weaker than" if lead.high < 0 else "not clearly different from"
+        lines.append(
+            f"EK-FAC is {verdict} {NAMES[method]} here: {lead.mean:+.2f} nats, {lead.low:+.2f} to {lead.high:+.2f}."
+        )
+    if proof.lds:
+        ranking = sorted(proof.lds, key=lambda method: -proof.lds[method].mean)
+        best = ", ".join(f"{NAMES[method]} {proof.lds[method].mean:.2f}" for method in ranking)
+        lines.append(f"Rank correlation with training on {proof.subsets} random halves of the passages: {best}.")
+    return lines

@@ -1,0 +1,203 @@
+"""The demo from end to end: pre-train, fine-tune, log, attribute, prove, show."""
+
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import cycle, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from tqdm import tqdm
+
+import loghook
+from loghook.demo import huggingface
+from loghook.demo.attribute import Question, ask, log_passages, score
+from loghook.demo.config import DemoConfig
+from loghook.demo.proof import Proof, prove
+from loghook.demo.retrain import Task, finetune, one_thread
+from loghook.demo.show import make_bars, make_cards, make_story, print_report
+from loghook.demo.text import (
+    Passage,
+    Split,
+    decode,
+    language_reference,
+    library_source,
+    split,
+    start_tokens,
+    tokenize,
+    train_tokenizer,
+)
+from loghook.demo.train import fit, generate, mean_losses, small_llama
+from loghook.views.report import Report, write
+
+
+@dataclass(frozen=True)
+class DemoResult:
+    """What ``run_demo`` found.
+
+    Attributes:
+        page: the HTML page.
+        log: folder of the log.
+        report: what page and terminal show.
+        scores: by method, float (questions, passages): first the held-out passages, then what was generated.
+        questions: the rows of the scores.
+        passages: their columns.
+        proof: what fine-tuning again showed, or None if it was not asked for.
+        seconds: wall-clock time of each stage.
+    """
+
+    page: Path
+    log: Path
+    report: Report
+    scores: dict[str, np.ndarray]
+    questions: Sequence[Question]
+    passages: Sequence[Passage]
+    proof: Proof | None
+    seconds: dict[str, float]
+
+
+@dataclass
+class _Clock:
+    """Names the stages and times them."""
+
+    console: Console
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self.seconds[stage] = time.perf_counter() - begin
+        self.console.print(f"[dim]{stage}: {self.seconds[stage]:.0f} s[/dim]")
+
+
+def run_demo(config: DemoConfig | None = None, *, console: Console | None = None) -> DemoResult:
+    """Run the demo: real text, a real fine-tuning, a log of it, questions, and the proof by fine-tuning again.
+
+    Args:
+        config: what to run; by default the main demo, about five minutes on two cores.
+        console: where results are printed; standard output by default. Progress bars go to standard error.
+
+    Raises:
+        ConfigError: for text, a model or a dataset that is missing or too little.
+    """
+    config, console = config or DemoConfig(), console or Console()
+    clock = _Clock(console)
+    config.out.mkdir(parents=True, exist_ok=True)
+    with _quiet(), one_thread(config.device):
+        with clock("text and base model"):
+            base, tokenizer = _named_base(config) if config.model else _own_base(config)
+            documents = huggingface.load_documents(config.dataset, config) if config.dataset else language_reference()
+            parts = split(documents, tokenizer, config)
+        passages, queries = parts.train, parts.queries
+        console.print(f"{len(passages)} passages to fine-tune on, {len(queries)} held out to ask about: "
+                      f"{', '.join(topic for topic, _ in parts.groups)}", markup=False)  # fmt: skip
+        task = Task(base, [p.tokens for p in passages], [p.tokens for p in queries], config)
+        with clock("fine-tuning"):
+            model: Any = finetune(task, [True] * len(passages), "fine-tuning")
+            full = np.array(mean_losses(model, task.queries, config.batch_size))
+        with clock("log"):
+            log_passages(model, passages, config.out / "log", config)
+        with clock("attribution"):
+            questions, givens = _questions(model, tokenizer, parts, config)
+            log = loghook.load(config.out / "log")
+            scores = score(log, ask(model, questions, log, config), questions, passages, config.damping)
+        proof = None
+        if config.prove:
+            with clock("proof"):
+                held = {method: values[: len(queries)] for method, values in scores.items()}
+                proof = prove(task, full, held, [len(group) for _, group in parts.groups], config)
+
+    # Of the held-out passages a group's first is shown, then all that was generated.
+    shown = [i for i, q in enumerate(questions) if q.kind != "held out" or i % config.group_size == 0]
+    cards = make_cards(
+        [questions[i] for i in shown], [givens[i] for i in shown], passages, scores["ekfac"][shown], config.show
+    )
+    report = Report(
+        title="loghook: which training data made the model say this?",
+        lead=f"A language model was fine-tuned on {len(passages)} passages. Each left one row in the log; EK-FAC "
+        "influence ranks them for each text below.",
+        story=make_story(proof),
+        bars=make_bars(proof, len(queries), len(parts.groups)) if proof else (),
+        cards=cards,
+        facts=tuple((name, str(value)) for name, value in asdict(config).items() if name != "out")
+        + tuple((f"seconds: {stage}", f"{value:.1f}") for stage, value in clock.seconds.items()),
+    )
+    page = write(report, config.out / "index.html")
+    print_report(report, console)
+    console.print(f"\npage: {page}\nlog:  {log.path}", markup=False)
+    return DemoResult(page, config.out / "log", report, scores, questions, passages, proof, clock.seconds)
+
+
+def _own_base(config: DemoConfig) -> tuple[str, Any]:
+    """Folder and tokenizer of the small model, pre-trained now or by an earlier run with the same settings."""
+    from transformers import AutoTokenizer
+
+    folder = config.out / f"base-{config.digest()}"
+    if (folder / "model.safetensors").exists():
+        return str(folder), AutoTokenizer.from_pretrained(folder)
+    library = library_source(config.corpus_bytes)
+    tokenizer = train_tokenizer([*library, *(d.text for d in language_reference())], config.vocabulary)
+    tokenizer.save_pretrained(folder)
+    start, stream = start_tokens(tokenizer), []
+    for text in tqdm(library, "reading", unit="module"):
+        stream += [*start, *tokenize(tokenizer, text)[0]]
+    size = config.pretrain_tokens
+    sequences = [stream[k : k + size] for k in range(0, len(stream) - size + 1, size)]
+    order = np.random.default_rng(config.seed).permutation(len(sequences))
+    endless = (sequences[i] for i in cycle(order))
+    batches = iter(lambda: list(islice(endless, config.batch_size)), [])
+    model: Any = small_llama(config).to(config.device)
+    steps = fit(model, batches, config.pretrain_steps, config.pretrain_lr)
+    with tqdm(steps, "pre-training", total=config.pretrain_steps, unit="step") as bar:
+        for loss in bar:
+            bar.set_postfix(loss=f"{loss:.2f}", refresh=False)
+    model.save_pretrained(folder)  # last: its presence says that the folder is whole
+    return str(folder), tokenizer
+
+
+def _named_base(config: DemoConfig) -> tuple[str, Any]:
+    assert config.model is not None
+    return config.model, huggingface.load_tokenizer(config.model)
+
+
+def _questions(model: Any, tokenizer: Any, parts: Split, config: DemoConfig) -> tuple[list[Question], list[str]]:
+    """What is asked about: held-out passages, what the model makes of their beginnings and of the user's prompts.
+
+    Returns:
+        The questions, and of each the text in front that counts for nothing.
+    """
+    questions = [Question(p.data_id, "held out", p.topic, p.text, p.tokens) for p in parts.queries]
+    givens = [""] * len(questions)
+    for topic, passages in parts.groups:
+        start = passages[0].tokens[: config.chunk_tokens // 8]
+        ids = generate(model, start, config.new_tokens, config.seed)
+        title, text = f"the model goes on from the beginning of a passage on {topic}", decode(tokenizer, ids)
+        questions.append(Question(f"generated#{topic}", "generated", title, text, tuple(ids), len(start)))
+        givens.append(decode(tokenizer, start))
+    for number, prompt in enumerate(config.prompts):
+        start = (*start_tokens(tokenizer), *tokenize(tokenizer, prompt)[0])
+        ids = generate(model, start, config.new_tokens, config.seed)
+        questions.append(Question(f"prompt#{number}", "prompt", prompt, decode(tokenizer, ids), tuple(ids)))
+        givens.append("")
+    return questions, givens
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the bars of weight loading, one for each fine-tuning, off the screen."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
+
+
+__all__ = ["DemoResult", "run_demo"]

@@ -1,0 +1,109 @@
+"""The linear datamodelling score: do summed scores predict what retraining on a subset does?
+
+Ilyas et al. 2022, "Datamodels" (the idea); Park et al. 2023, "TRAK", section 2 (the score).
+
+Shapes: Q queries, N training samples, m subsets of them.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from loghook.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Lds:
+    """A linear datamodelling score.
+
+    Attributes:
+        mean: mean over queries of ``per_query``.
+        low: lower end of its bootstrap interval over queries.
+        high: upper end.
+        per_query: (Q,) float64, Spearman correlations over subsets; 0 where predictions or losses are all equal.
+    """
+
+    mean: float
+    low: float
+    high: float
+    per_query: NDArray[np.float64]
+
+
+def random_subsets(n: int, m: int, fraction: float = 0.5, seed: int = 0) -> NDArray[np.bool_]:
+    """Draw m subsets of n samples, each of ``round(fraction * n)`` without replacement: (m, n) bool.
+
+    Raises:
+        ConfigError: if a subset would hold none of the samples, or all of them.
+    """
+    size = round(fraction * n)
+    if not 0 < size < n or m < 1:
+        raise ConfigError(
+            f"m={m} subsets of fraction={fraction} hold {size} of n={n} samples each: a subset must hold some and leave "
+            "some out, and there must be at least one."
+        )
+    order_mn = np.random.default_rng(seed).random((m, n)).argsort(axis=1)
+    members = np.zeros((m, n), dtype=bool)
+    np.put_along_axis(members, order_mn[:, :size], True, axis=1)
+    return members
+
+
+def lds(
+    scores: ArrayLike,
+    members: ArrayLike,
+    losses: ArrayLike,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Lds:
+    """Correlate summed scores with measured losses.
+
+    For each query, the Spearman correlation over subsets (ties share their mean rank) between the summed scores of a
+    subset's members and *minus* the loss measured after training on it: a positive score promises a lower loss.
+
+    Args:
+        scores: (Q, N), positive for proponents, as ``Scores.values``.
+        members: (m, N) bool, which samples each subset holds.
+        losses: (m, Q), each query's loss after training on each subset, best averaged over several seeds. Hand over
+            the negative of an output that is better when larger (a margin, a log-probability).
+        confidence: of the bootstrap interval, which resamples queries (not subsets).
+        resamples: of the bootstrap.
+        seed: of the bootstrap.
+
+    Raises:
+        ConfigError: shapes that do not fit, fewer than two subsets, or values that are not finite.
+    """
+    scores_QN, losses_mQ = np.asarray(scores, dtype=np.float64), np.asarray(losses, dtype=np.float64)
+    members_mN = np.asarray(members)
+    shapes = f"scores {scores_QN.shape}, members {members_mN.shape}, losses {losses_mQ.shape}"
+    if scores_QN.ndim != 2 or members_mN.ndim != 2 or losses_mQ.shape != (len(members_mN), len(scores_QN)):
+        raise ConfigError(f"{shapes} do not fit: pass (queries, samples), (subsets, samples) and (subsets, queries).")
+    if members_mN.shape[1] != scores_QN.shape[1] or members_mN.dtype != bool:
+        raise ConfigError(f"{shapes}: members is {members_mN.dtype} and must be bool, with one column per sample.")
+    if len(members_mN) < 2 or not len(scores_QN):
+        raise ConfigError(f"{shapes}: a correlation needs at least two subsets and one query.")
+    if not np.isfinite(scores_QN).all() or not np.isfinite(losses_mQ).all():
+        raise ConfigError("scores or losses hold values that are not finite and have no rank: leave those queries out.")
+    predicted_Qm = scores_QN @ members_mN.T.astype(np.float64)
+    per_query = _correlation(_ranks(predicted_Qm), _ranks(-losses_mQ.T))
+    draws = np.random.default_rng(seed).integers(len(per_query), size=(resamples, len(per_query)))
+    tail = (1 - confidence) / 2
+    low, high = np.quantile(per_query[draws].mean(axis=1), [tail, 1 - tail])
+    return Lds(float(per_query.mean()), float(low), float(high), per_query)
+
+
+def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Ranks along the last axis, from 1, ties at their mean: (Q, m) -> (Q, m)."""
+    ranks = np.empty_like(values)
+    for row, out in zip(values, ranks, strict=True):
+        ordered = np.sort(row)
+        out[:] = (np.searchsorted(ordered, row, "left") + np.searchsorted(ordered, row, "right") + 1) / 2
+    return ranks
+
+
+def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Pearson correlation along the last axis; 0 where a side is constant: (Q, m), (Q, m) -> (Q,)."""
+    a, b = a - a.mean(axis=-1, keepdims=True), b - b.mean(axis=-1, keepdims=True)
+    size = np.sqrt((a**2).sum(axis=-1) * (b**2).sum(axis=-1))
+    return np.divide((a * b).sum(axis=-1), size, out=np.zeros_like(size), where=size > 0)

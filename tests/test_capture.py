@@ -1,0 +1,368 @@
+"""Rows against one-sample-at-a-time autograd: layer types, shapes, options, and the ways models use layers."""
+
+import contextlib
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+from torch.nn import functional as F
+from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers.pytorch_utils import Conv1D
+
+import loghook
+from tests.harness import TOLERANCE, assert_rows_exact, check_against_oracle, log_batch
+
+DTYPES = st.sampled_from([torch.float64, torch.float32])
+SETTINGS = settings(max_examples=25, deadline=None)
+
+
+def squared_loss(model, batch):
+    x, target = batch
+    return (model(x) - target).square().sum()
+
+
+def run_case(model, x, dtype, **options):
+    model = model.to(dtype)
+    x = x.to(dtype) if x.is_floating_point() else x
+    with torch.no_grad():
+        target = torch.randn_like(model(x))
+    return check_against_oracle(model, squared_loss, (x, target), dtype, **options)
+
+
+@SETTINGS
+@given(
+    lead=st.lists(st.integers(1, 4), max_size=3),
+    sizes=st.tuples(*[st.integers(1, 9)] * 3),
+    batch=st.integers(1, 5),
+    rank=st.integers(1, 6),
+    bias=st.booleans(),
+    dtype=DTYPES,
+    frozen=st.booleans(),
+    seed=st.integers(0, 10),
+)
+def test_linear_with_inputs_of_any_rank(lead, sizes, batch, rank, bias, dtype, frozen, seed):
+    torch.manual_seed(seed)
+    i, h, o = sizes
+    model = nn.Sequential(nn.Linear(i, h, bias=bias), nn.Tanh(), nn.Linear(h, o))
+    x = torch.randn(batch, *lead, i)
+    run_case(model, x, dtype, rank=min(rank, max(sizes)), frozen=frozen, seed=seed)
+
+
+@SETTINGS
+@given(
+    n=st.integers(1, 3),
+    groups=st.integers(1, 3),
+    width=st.integers(1, 3),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 2),
+    padding=st.sampled_from([0, 1, 2, "same"]),
+    dilation=st.integers(1, 2),
+    mode=st.sampled_from(["zeros", "reflect", "replicate", "circular"]),
+    bias=st.booleans(),
+    projection=st.sampled_from(["random", "none"]),
+    dtype=DTYPES,
+)
+def test_convolutions(n, groups, width, kernel, stride, padding, dilation, mode, bias, projection, dtype):
+    torch.manual_seed(0)
+    convolution = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[n - 1]
+    stride = 1 if padding == "same" else stride
+    layer = convolution(
+        groups * width, groups * 2, kernel, stride=stride, padding=padding, dilation=dilation, groups=groups,
+        bias=bias, padding_mode=mode,
+    )  # fmt: skip
+    run_case(layer_in_model(layer), torch.randn(3, groups * width, *[6] * n), dtype, rank=2, projection=projection)
+
+
+def layer_in_model(layer):
+    return nn.Sequential(layer, nn.Tanh())
+
+
+@SETTINGS
+@given(
+    lead=st.lists(st.integers(1, 4), max_size=2),
+    batch=st.integers(1, 4),
+    rank=st.integers(1, 8),
+    padding=st.booleans(),
+    dtype=DTYPES,
+)
+def test_embedding(lead, batch, rank, padding, dtype):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(11, 5, padding_idx=3 if padding else None), nn.Linear(5, 2))
+    ids = torch.randint(0, 11, (batch, *lead))
+    ids.view(-1)[0] = 7  # at least one index with a gradient
+    run_case(model, ids, dtype, rank=rank, include=["*", "0"])
+
+
+@SETTINGS
+@given(tokens=st.integers(1, 4), rank=st.integers(1, 6), dtype=DTYPES)
+def test_transformers_conv1d(tokens, rank, dtype):
+    torch.manual_seed(0)
+    run_case(nn.Sequential(Conv1D(6, 4), nn.GELU(), Conv1D(3, 6)), torch.randn(3, tokens, 4), dtype, rank=rank)
+
+
+def tiny_llama(**changes):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, **changes,
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def causal_loss(model, batch):
+    ids, mask = batch
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+    losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    return (losses * mask[:, 1:]).sum()
+
+
+def text_batch(batch=4, tokens=9):
+    torch.manual_seed(1)
+    mask = torch.ones(batch, tokens, dtype=torch.long)
+    for i in range(batch):
+        mask[i, tokens - i :] = 0
+    return torch.randint(0, 60, (batch, tokens)), mask
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_llama_with_grouped_query_attention(dtype, frozen):
+    check_against_oracle(tiny_llama().to(dtype), causal_loss, text_batch(), dtype, frozen=frozen, rank=8)
+
+
+def test_tied_embedding_and_head_each_get_their_own_share():
+    model = tiny_llama(tie_word_embeddings=True).double()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    check_against_oracle(
+        model, causal_loss, text_batch(), torch.float64, include=["*", "*embed_tokens"], exclude=[], rank=8
+    )
+
+
+def test_gpt2():
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=60, n_positions=16, n_embd=16, n_layer=2, n_head=2, resid_pdrop=0, attn_pdrop=0, embd_pdrop=0
+    )
+    check_against_oracle(GPT2LMHeadModel(config).double(), causal_loss, text_batch(), torch.float64, rank=5)
+
+
+class Twice(nn.Module):
+    """One module called twice, and one weight shared by two modules."""
+
+    def __init__(self):
+        super().__init__()
+        self.again = nn.Linear(6, 6)
+        self.first = nn.Linear(6, 6)
+        self.second = nn.Linear(6, 6)
+        self.second.weight = self.first.weight
+
+    def forward(self, x):
+        return self.second(torch.tanh(self.first(torch.tanh(self.again(torch.tanh(self.again(x)))))))
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_layer_called_twice_and_shared_weight(dtype):
+    run_case(Twice(), torch.randn(4, 3, 6), dtype, rank=3)
+
+
+class KeywordOnly(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.b(input=torch.relu(self.a(input=x)))
+
+
+def test_layers_called_with_keywords_only():
+    run_case(KeywordOnly(), torch.randn(3, 2, 5), torch.float64, rank=3)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("shape", [(5,), (4, 5)], ids=["2d", "3d"])
+def test_inplace_activation_right_after_a_layer(shape, frozen):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(inplace=True), nn.Linear(7, 6), nn.ReLU(inplace=True), nn.Linear(6, 2))
+    run_case(model, torch.randn(4, *shape), torch.float64, rank=3, frozen=frozen)
+
+
+def test_vgg_style_inplace_convolutions():
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 3, padding=1), nn.ReLU(inplace=True), nn.Conv2d(4, 4, 3, padding=1), nn.ReLU(inplace=True),
+        nn.MaxPool2d(2), nn.Flatten(), nn.Linear(36, 3),
+    )  # fmt: skip
+    run_case(model, torch.randn(3, 2, 6, 6), torch.float64, rank=4)
+
+
+def test_sequence_first_inputs():
+    torch.manual_seed(0)
+    layer = nn.Linear(5, 3).double()
+    x = torch.randn(4, 6, 5).double()  # (batch, tokens, features)
+
+    def loss(model, batch):
+        return model(batch.transpose(0, 1)).pow(3).sum()
+
+    check_against_oracle(layer_in_model(layer), loss, x, torch.float64, rank=2, batch_dim=1)
+
+
+def test_layer_that_does_not_run_in_a_batch_gets_zero_rows():
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.expert = nn.Linear(4, 3), nn.Linear(4, 3)
+
+        def forward(self, x):
+            return self.a(x)
+
+    torch.manual_seed(0)
+    batch = (torch.randn(3, 4), torch.randn(3, 3))
+    log = log_batch(Branch(), squared_loss, batch, may_sleep="*expert", rank=2, dtype="float32")
+    assert not log.rows("expert")[:].any() and log.rows("a")[:].any()
+
+
+def test_scale_turns_a_mean_into_a_sum():
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(nn.Linear(4, 3)).double(), (torch.randn(5, 4).double(), torch.randn(5, 3).double())
+    log = log_batch(model, lambda m, b: squared_loss(m, b) / 7, batch, scale=torch.tensor(7.0), rank=2)
+    assert_rows_exact(log, model, squared_loss, batch, 1e-9)
+
+
+def test_mask_never_changes_a_row_but_decides_which_tokens_count():
+    model, (ids, mask) = tiny_llama().double(), text_batch()
+    with_mask = log_batch(model, causal_loss, (ids, mask), mask=mask, rank=4)
+    without = log_batch(model, causal_loss, (ids, mask), rank=4)
+    for name in with_mask.layers:
+        assert (with_mask.rows(name)[:] == without.rows(name)[:]).all()
+    counts = [with_mask.moments()[index] for *_, index in with_mask.layout.moments.values()]
+    assert set(counts) == {float(mask.sum())}
+
+
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_activations_and_output_gradients_are_logged(reduction):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double()
+    x, mask = torch.randn(3, 5, 4).double(), torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
+    seen = {}
+    handles = [
+        model[2].register_forward_hook(lambda m, a, y: seen.update(x=a[0].detach())),
+        model[2].register_full_backward_hook(lambda m, gi, go: seen.update(g=go[0])),
+    ]
+    log = log_batch(
+        model, lambda m, b: m(b).pow(3).sum(), x, mask=mask, rank=2, activations=reduction, output_gradients=reduction
+    )
+    for handle in handles:
+        handle.remove()
+    weight = mask[:, :, None].double()
+    count = weight.sum(1) if reduction == "mean" else 1.0
+    for kind, value in (("activations", seen["x"]), ("output_gradients", seen["g"])):
+        expected = (value * weight).sum(1) / count
+        torch.testing.assert_close(torch.from_numpy(log.rows("2", kind)[:].copy()), expected)
+    assert log.rows("0", "activations").shape == (3, 4)
+    assert log.rows("2").shape == (3, 2, 2)
+
+
+def test_activations_do_not_change_scores():
+    torch.manual_seed(0)
+    model, batch = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 3)).double(), torch.randn(5, 4).double()
+    loss = lambda m, b: m(b).pow(3).sum()  # noqa: E731
+    plain = log_batch(model, loss, batch, rank=3)
+    rich = log_batch(model, loss, batch, rank=3, activations="mean", output_gradients="sum")
+    queries = []
+    for log in (plain, rich):
+        asker = log.attach(model)
+        with asker.query(data_id=["q"]) as query:
+            loss(model, batch[:1]).backward()
+        asker.close()
+        queries.append(query)
+    for method in ("dot", "ekfac", "fisher"):
+        a, b = plain.influence(queries[0], method), rich.influence(queries[1], method)
+        assert a.values == pytest.approx(b.values, rel=1e-6)
+
+
+def test_shared_inputs_are_projected_once(monkeypatch):
+    model, batch = tiny_llama(), text_batch()
+    calls = []
+    from loghook.capture import adapters
+
+    original = adapters.LinearAdapter.project
+    monkeypatch.setattr(
+        adapters.LinearAdapter, "project", lambda self, *a: calls.append(1) or original(self, *a), raising=True
+    )
+    log = log_batch(model, causal_loss, batch, rank=8, dtype="float32")
+    assert len(log.layers) == 14
+    assert len(calls) == 8  # a layer has q+k+v, o, gate+up and down
+
+
+def test_projected_inner_products_are_unbiased():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 20)).double()
+    batch = (torch.randn(2, 24).double(), torch.randn(2, 20).double())
+    exact = log_batch(model, squared_loss, batch, projection="none").rows("0")[:].reshape(2, -1)
+    estimates = []
+    for seed in range(300):
+        rows = log_batch(model, squared_loss, batch, rank=8, seed=seed).rows("0")[:].reshape(2, -1)
+        estimates.append([rows[0] @ rows[1], rows[0] @ rows[0]])
+    truth = torch.tensor([exact[0] @ exact[1], exact[0] @ exact[0]])
+    estimates = torch.tensor(estimates)
+    error = estimates.mean(0) - truth
+    assert (error.abs() <= 4 * estimates.std(0) / 300**0.5).all()
+
+
+def test_frozen_computes_no_weight_gradient_and_restores():
+    model = tiny_llama()
+    model.model.embed_tokens.weight.requires_grad_(False)
+    before = [p.requires_grad for p in model.parameters()]
+    run_folder = log_batch(model, causal_loss, text_batch(), frozen=True, dtype="float32")
+    assert len(run_folder) == 4
+    assert all(p.grad is None for p in model.parameters())
+    assert [p.requires_grad for p in model.parameters()] == before
+    with contextlib.suppress(ZeroDivisionError), loghook.frozen(model):
+        raise ZeroDivisionError
+    assert [p.requires_grad for p in model.parameters()] == before
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradient_checkpointing_as_transformers_does_it(reentrant, frozen):
+    model = tiny_llama().double().train()
+    model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+    if not frozen:
+        model.enable_input_require_grads()
+    log = log_batch(model, causal_loss, text_batch(), frozen=frozen, rank=4)
+    model.gradient_checkpointing_disable()
+    assert_rows_exact(log, model, causal_loss, text_batch(), TOLERANCE[torch.float64])
+
+
+def test_compiled_model_without_graph_breaks():
+    model, (ids, mask) = tiny_llama().double(), text_batch(6)
+    folder = log_batch(model, causal_loss, (ids, mask), rank=4)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    log = log_batch(compiled, causal_loss, (ids, mask), rank=4)
+    assert log.layers == folder.layers
+    assert_rows_exact(log, model, causal_loss, (ids, mask), TOLERANCE[torch.float64])
+
+
+def test_hooks_leave_the_model_as_it_was(tmp_path):
+    model, batch = tiny_llama(), text_batch()
+    keys, loss = list(model.state_dict()), causal_loss(model, batch)
+    with loghook.init(tmp_path, rank=4) as run:
+        run.watch(model)
+        assert list(model.state_dict()) == keys
+        assert causal_loss(model, batch) == loss  # inert outside a block
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_two_runs_watch_one_model(tmp_path):
+    model, batch = tiny_llama().double(), text_batch()
+    runs = [loghook.init(tmp_path / str(rank), rank=rank, dtype="float64") for rank in (4, 8)]
+    for run in runs:
+        run.watch(model)
+    with runs[0](data_id=[0, 1, 2, 3]), runs[1](data_id=[0, 1, 2, 3]):
+        causal_loss(model, batch).backward()
+    for run in runs:
+        run.finalize()
+        assert_rows_exact(loghook.load(run.path), model, causal_loss, batch, 1e-9)

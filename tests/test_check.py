@@ -1,0 +1,152 @@
+"""``loghook.check`` finds and names what makes rows wrong."""
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM
+
+import loghook
+from loghook.errors import BatchError
+
+
+def mlp(*middle):
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(12, 16), nn.ReLU(inplace=True), *middle, nn.Linear(16, 20))
+
+
+def classes(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1], reduction="sum")
+
+
+@pytest.fixture
+def batch():
+    torch.manual_seed(1)
+    return torch.randn(6, 12), torch.randint(0, 4, (6,))
+
+
+def only_problem(report):
+    assert not report and len(report.problems) == 1, str(report)
+    return report.problems[0]
+
+
+def test_exact_rows_pass_and_are_shown_layer_by_layer(batch, capsys):
+    model = mlp()
+    report = loghook.check(model, classes, batch)
+    assert report and set(report.errors) == {"0", "2"} and max(report.errors.values()) < 1e-5
+    printed = capsys.readouterr().out
+    assert "100.0%" in printed and "all rows are exact" in printed
+    assert all(p.grad is None for p in model.parameters())
+    assert not any(module._forward_hooks for module in model.modules())
+
+
+def test_causal_language_model_in_a_dict_batch():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=50, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4
+    )
+    model = LlamaForCausalLM(config)
+
+    def loss(model, batch):
+        logits = model(**batch).logits[:, :-1]
+        return F.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="sum")
+
+    report = loghook.check(model, loss, {"input_ids": torch.randint(0, 50, (3, 8))})
+    assert report, str(report)
+    assert "lm_head (excluded)" in str(report) and "no adapter for LlamaRMSNorm" in str(report)
+
+
+def test_batch_norm_in_training_mode_is_named(batch):
+    model = mlp(nn.BatchNorm1d(16))
+    problem = only_problem(loghook.check(model, classes, batch))
+    assert "BatchNorm in training mode (2)" in problem and "eval()" in problem
+    assert loghook.check(model.eval(), classes, batch)
+
+
+def test_dropout_that_differs_between_runs_is_named(batch):
+    model = mlp(nn.Dropout(0.5))
+    problem = only_problem(loghook.check(model, classes, batch))
+    assert "dropout" in problem and "'2'" in problem
+    assert loghook.check(model.eval(), classes, batch)
+
+
+def test_a_mean_over_samples_is_named_with_its_scale(batch):
+    problem = only_problem(loghook.check(mlp(), lambda m, b: F.cross_entropy(m(b[0]), b[1]), batch))
+    assert "scale=6" in problem and "mean over the 6 samples" in problem
+
+
+def test_a_mean_over_tokens_is_named():
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 5, 12), torch.randint(0, 4, (4, 5))
+    y[0, 2:] = y[1, 4:] = -100
+    problem = only_problem(loghook.check(mlp(), lambda m, b: F.cross_entropy(m(b[0]).transpose(1, 2), b[1]), (x, y)))
+    assert "mean over tokens" in problem and "scale=n" in problem
+
+
+class Centre(nn.Module):
+    def forward(self, h):
+        return h - h.mean(0)
+
+
+def test_samples_that_influence_each_other_are_located(batch):
+    problem = only_problem(loghook.check(mlp(Centre()), classes, batch))
+    assert "influence each other" in problem and "the input of '3' is the first" in problem
+
+
+def test_a_loss_over_the_batch_is_told_from_a_layer_over_the_batch(batch):
+    def contrastive(model, batch):
+        z = F.normalize(model(batch[0]), dim=1)
+        return F.cross_entropy(z @ z.T, torch.arange(len(z)), reduction="sum")
+
+    problem = only_problem(loghook.check(mlp(), contrastive, batch))
+    assert "influence each other" in problem and "look at the loss" in problem
+
+
+def test_layers_that_never_ran_and_that_got_no_gradient_are_named(batch):
+    class Branch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.cut, self.never = nn.Linear(12, 4), nn.Linear(12, 4), nn.Linear(12, 4)
+
+        def forward(self, x):
+            return self.a(x) + self.cut(x).detach()
+
+    problem = only_problem(loghook.check(Branch(), classes, batch, rank=4))
+    assert "never ran: 'never'" in problem and "no gradient reached them: 'cut'" in problem
+
+
+def test_a_weight_that_is_read_without_calling_its_module_is_found(batch):
+    class Fused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a = nn.Linear(12, 12)
+
+        def forward(self, x):
+            return F.linear(self.a(x).tanh(), self.a.weight)
+
+    report = loghook.check(Fused(), classes, batch, rank=8)
+    assert not report and report.errors["a"] > 1e-2
+
+
+def test_nothing_delivered_at_all(batch):
+    problem = only_problem(
+        loghook.check(mlp(), lambda m, b: (m(b[0]).detach() * torch.ones((), requires_grad=True)).sum(), batch)
+    )
+    assert "backward" in problem
+
+
+def test_autocast_is_judged_by_its_own_rounding(batch):
+    def loss(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(batch[0])
+        return F.cross_entropy(logits.float(), batch[1], reduction="sum")
+
+    report = loghook.check(mlp(), loss, batch)
+    assert max(report.errors.values(), default=0) < 3e-2
+
+
+def test_batches_that_cannot_be_compared(batch):
+    with pytest.raises(BatchError, match="at least two"):
+        loghook.check(mlp(), classes, (batch[0][:1], batch[1][:1]))
+    with pytest.raises(BatchError, match="first axes"):
+        loghook.check(mlp(), classes, (batch[0], batch[1][:3]))

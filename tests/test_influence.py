@@ -1,0 +1,294 @@
+"""Scores against dense references, and what must not change them: repetition, batch, shard and block size."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import loghook
+from loghook.influence import precondition
+from loghook.log import reader
+from tests import dense
+from tests.harness import sides, whole
+
+METHODS = ("dot", "fisher", "kfac", "ekfac")
+
+
+def make_model(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6, bias=False), nn.Tanh(), nn.Linear(6, 3)).double()
+
+
+def loss_fn(model, x):
+    return model(x).pow(3).sum()
+
+
+def data(n, seed=1):
+    return torch.randn(n, 3, 5, generator=torch.Generator().manual_seed(seed)).double()
+
+
+def make_log(path, n=40, batch=8, dtype="float64", rank=4, mask=None, **options):
+    model, x = make_model(), data(n)
+    run = loghook.init(path, rank=rank, dtype=dtype, **options)
+    run.watch(model)
+    for start in range(0, n, batch):
+        stop = min(start + batch, n)
+        with run(data_id=list(range(start, stop)), mask=None if mask is None else mask[start:stop]):
+            loss_fn(model, x[start:stop]).backward()
+    with run.query(data_id=["a", "b", "c"]) as query:
+        loss_fn(model, data(3, seed=2)).backward()
+    run.finalize()
+    run.close()
+    return loghook.load(path), query, model
+
+
+@pytest.fixture(scope="module")
+def logged(tmp_path_factory):
+    return make_log(tmp_path_factory.mktemp("log") / "run")
+
+
+def token_factors(log, model, x, mask=None):
+    """A and S of every layer from plain hooks, projected by hand: means over the tokens that count."""
+    inputs, gradients, handles = {}, {}, []
+    modules = dict(model.named_modules())
+    for name in log.layers:
+        handles.append(
+            modules[name].register_forward_hook(lambda m, a, y, name=name: inputs.update({name: a[0].detach()}))
+        )
+        handles.append(
+            modules[name].register_full_backward_hook(lambda m, gi, go, name=name: gradients.update({name: go[0]}))
+        )
+    loss_fn(model, x.clone().requires_grad_()).backward()
+    for handle in handles:
+        handle.remove()
+    keep = torch.ones(x.shape[:2], dtype=torch.bool) if mask is None else mask.bool()
+    out = {}
+    for spec in log.manifest.layers:
+        p_out, p_in = (whole(side) for side in sides(log, spec.name))
+        z, g = inputs[spec.name][keep], gradients[spec.name][keep]
+        if spec.bias:
+            z = torch.cat([z, torch.ones(len(z), 1).double()], 1)
+        z, g = z if p_in is None else z @ p_in.T, g if p_out is None else g @ p_out.T
+        out[spec.name] = (z.T @ z / len(z), g.T @ g / len(g))
+    return out
+
+
+def as_dense(log, model, x, mask=None):
+    factors = token_factors(log, model, x, mask)
+    return [{"G": log.rows(n)[:], "A": factors[n][0].numpy(), "S": factors[n][1].numpy()} for n in log.layers]
+
+
+@pytest.mark.parametrize("damping", [{"damping": 0.1}, {"damping": 0.01}, {"damping_abs": 0.3}], ids=str)
+@pytest.mark.parametrize("method", METHODS)
+def test_scores_against_dense_references(logged, method, damping):
+    log, query, model = logged
+    layers = as_dense(log, model, data(40))
+    queries = [query.rows(name) for name in log.layers]
+    reference = dense.dot(layers, queries) if method == "dot" else getattr(dense, method)(layers, queries, **damping)
+    scores = log.influence(query, method, per_layer=True, **damping)
+    np.testing.assert_allclose(scores.values, reference.total, rtol=1e-5, atol=1e-7 * np.abs(reference.total).max())
+    np.testing.assert_allclose(
+        scores.by_layer, reference.layers, rtol=1e-5, atol=1e-7 * np.abs(reference.layers).max()
+    )
+    own = dense.self_influence(method, layers, **damping)
+    np.testing.assert_allclose(log.self_influence(method, **damping), own, rtol=1e-5)
+    for kind in ("unit", "relatif"):
+        expected = dense.cosine(reference.total, dense.self_influence(method, layers, queries, **damping), own, kind)
+        values = log.influence(query, method, normalize=kind, **damping).values
+        np.testing.assert_allclose(values, expected, rtol=1e-5, atol=1e-7 * np.abs(expected).max())
+
+
+def test_fisher_with_more_rows_than_values_uses_the_same_formula(tmp_path):
+    log, query, model = make_log(tmp_path, n=80, rank=2)
+    layers = as_dense(log, model, data(80))
+    reference = dense.fisher(layers, [query.rows(name) for name in log.layers])
+    assert max(spec.width for spec in log.manifest.layers) < len(log)
+    np.testing.assert_allclose(log.influence(query, "fisher").values, reference.total, rtol=1e-5)
+
+
+def test_fisher_in_groups_of_layers_that_fit_in_memory(logged, monkeypatch, tmp_path):
+    log, query, _ = logged
+    whole_fit = log.influence(query, "fisher", normalize="unit").values
+    monkeypatch.setattr(precondition, "FIT_BYTES", 1)
+    np.testing.assert_array_equal(loghook.load(log.path).influence(query, "fisher", normalize="unit").values, whole_fit)
+
+
+def test_masked_tokens_do_not_count_in_the_factors(tmp_path):
+    mask = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 1, 1], [1, 1, 0]]).repeat(10, 1)
+    log, query, model = make_log(tmp_path, mask=mask)
+    layers = as_dense(log, model, data(40), mask)
+    reference = dense.ekfac(layers, [query.rows(name) for name in log.layers])
+    np.testing.assert_allclose(log.influence(query, "ekfac").values, reference.total, rtol=1e-5, atol=1e-5)
+
+
+def test_cosine_is_dot_at_unit_norm(logged):
+    log, query, _ = logged
+    rows = np.concatenate([log.rows(n)[:].reshape(len(log), -1) for n in log.layers], 1)
+    q = np.concatenate([query.rows(n).reshape(len(query), -1) for n in log.layers], 1)
+    unit = lambda a: a / np.linalg.norm(a, axis=1, keepdims=True)  # noqa: E731
+    np.testing.assert_allclose(log.influence(query, "cosine").values, unit(q) @ unit(rows).T, rtol=1e-5)
+    relatif = log.influence(query, "cosine", normalize="relatif").values
+    np.testing.assert_allclose(relatif, q @ unit(rows).T, rtol=1e-5)
+
+
+@pytest.mark.parametrize("method", (*METHODS, "cosine"))
+def test_same_call_twice_gives_the_same_numbers(logged, method):
+    log, query, _ = logged
+    first = log.influence(query, method).values
+    log.self_influence(method)
+    log.influence(query, method, damping=0.7)
+    np.testing.assert_array_equal(log.influence(query, method).values, first)
+    np.testing.assert_array_equal(loghook.load(log.path).influence(query, method).values, first)
+
+
+@settings(max_examples=8, deadline=None)
+@given(
+    batch=st.integers(1, 40),
+    shard_rows=st.integers(1, 50),
+    block=st.integers(1, 50),
+    dtype=st.sampled_from(["float64", "float32"]),
+)
+def test_batch_shard_and_block_size_change_nothing_beyond_rounding(logged, tmp_path_factory, batch, shard_rows, block, dtype):
+    log, query, _ = logged
+    folder = tmp_path_factory.mktemp("sizes") / "run"
+    width = log.layout.width
+    other, _, _ = make_log(folder, batch=batch, dtype=dtype, shard_bytes=shard_rows * width * 8)
+    tolerance = 1e-6 if dtype == "float64" else 1e-3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reader, "BLOCK_BYTES", block * width * 8)
+        for method in METHODS:
+            expected = log.influence(query, method).values
+            np.testing.assert_allclose(
+                other.influence(query, method).values, expected, atol=tolerance * np.abs(expected).max()
+            )
+
+
+@pytest.mark.parametrize("dtype,tolerance", [("float32", 1e-5), ("bfloat16", 2e-2), ("float16", 3e-3)])
+def test_narrow_rows_score_alike(logged, tmp_path, dtype, tolerance):
+    log, query, _ = logged
+    narrow, _, _ = make_log(tmp_path, dtype=dtype)
+    for method in METHODS:
+        a, b = log.influence(query, method).values, narrow.influence(query, method).values
+        assert np.abs(a - b).max() <= tolerance * np.abs(a).max()
+    expected = np.dtype({"float32": "float32", "bfloat16": "float32", "float16": "float16"}[dtype])
+    assert narrow.rows(narrow.layers[0]).dtype == np.asarray(narrow.rows(narrow.layers[0])).dtype == expected
+
+
+@pytest.mark.parametrize("method", (*METHODS, "cosine"))
+def test_top_keeps_the_best_without_all_scores(logged, method):
+    log, query, _ = logged
+    full, best = log.influence(query, method), log.influence(query, method, top=7)
+    assert best.values.shape == best.places.shape == (3, 7)
+    for a, b in zip(full.top(7), best.top(7), strict=True):
+        assert [r.data_id for r in a] == [r.data_id for r in b]
+        assert [r.score for r in a] == pytest.approx([r.score for r in b])
+    with pytest.raises(loghook.LoghookError, match="keep only the best"):
+        best.bottom(1)
+    assert log.influence(query, method, top=1000).values.shape == (3, 40)
+
+
+def test_top_in_small_blocks(logged, monkeypatch):
+    log, query, _ = logged
+    expected = log.influence(query, "ekfac").top(5)
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 3 * log.layout.width * 8)
+    found = log.influence(query, "ekfac", top=5).top(5)
+    assert [[r.data_id for r in q] for q in found] == [[r.data_id for r in q] for q in expected]
+
+
+def test_layers_restricts_to_some(logged):
+    log, query, _ = logged
+    full = log.influence(query, "ekfac", per_layer=True)
+    some = log.influence(query, "ekfac", layers=[log.layers[0], log.layers[2]])
+    np.testing.assert_allclose(some.values, full.by_layer[[0, 2]].sum(0), rtol=1e-5, atol=1e-7)
+    assert some.layers == (log.layers[0], log.layers[2])
+    np.testing.assert_allclose(full.by_layer.sum(0), full.values, rtol=1e-4, atol=1e-6)
+
+
+def test_positive_score_means_training_on_the_row_lowers_the_loss(tmp_path):
+    """A small gradient step on one row changes each question's loss by minus the step times the score."""
+    log, query, _ = make_log(tmp_path, rank=7)  # no layer is wider: nothing is projected
+    scores, x, questions, step = log.influence(query, "dot"), data(40), data(3, seed=2), 1e-6
+    for row in (0, 7, 31):
+        model = make_model()
+        loss_fn(model, x[row : row + 1]).backward()
+        before = [loss_fn(model, q[None]).item() for q in questions]
+        with torch.no_grad():
+            for p in model.parameters():
+                p -= step * p.grad
+        change = [loss_fn(model, q[None]).item() - b for q, b in zip(questions, before, strict=True)]
+        np.testing.assert_allclose(change, -step * scores.values[:, row], rtol=1e-3)
+
+
+def test_scores_carry_their_provenance_and_come_back_from_disk(logged, tmp_path):
+    log, query, _ = logged
+    for options in ({}, {"top": 4}, {"per_layer": True}):
+        scores = log.influence(query, "ekfac", damping=0.2, normalize="relatif", **options)
+        scores.save(tmp_path / "s.safetensors")
+        back = loghook.Scores.load(tmp_path / "s.safetensors")
+        for key in ("query_ids", "data_ids", "layers", "method", "normalize", "damping", "damping_abs", "fingerprint"):
+            assert getattr(back, key) == getattr(scores, key)
+        np.testing.assert_array_equal(back.values, scores.values)
+        assert back.top(3) == scores.top(3)
+    assert scores.query_ids == ["a", "b", "c"] and scores.data_ids == list(range(40))
+    assert scores.fingerprint == log.fingerprint and "lowers" in scores.sign
+    assert scores.values.dtype == np.float32
+    assert "ekfac" in repr(scores)
+
+
+def test_to_pandas(logged):
+    log, query, _ = logged
+    table = log.influence(query, "dot").to_pandas()
+    assert list(table.columns) == ["query_id", "data_id", "score"] and len(table) == 120
+    best = table[table.query_id == "b"].sort_values("score", ascending=False).iloc[0]
+    assert best.data_id == log.influence(query, "dot").top(1)[1][0].data_id
+
+
+def test_queries_of_a_loader_concatenate_save_and_load(logged, tmp_path):
+    log, whole_query, model = logged
+    asker = log.attach(model)
+    parts = []
+    for i, name in enumerate("abc"):
+        with asker.query(data_id=[name]) as part:
+            loss_fn(model, data(3, seed=2)[i : i + 1]).backward()
+        parts.append(part)
+    asker.close()
+    joined = loghook.Query.concat(parts)
+    assert joined.data_ids == (parts[0] + parts[1] + parts[2]).data_ids == whole_query.data_ids
+    torch.testing.assert_close(joined.matrix, whole_query.matrix)
+    joined.save(tmp_path / "q.safetensors")
+    loaded = loghook.Query.load(tmp_path / "q.safetensors")
+    assert (loaded.matrix == joined.matrix).all() and loaded.fingerprint == log.fingerprint
+    np.testing.assert_array_equal(loaded.rows("0"), joined.rows("0"))
+    np.testing.assert_array_equal(log.influence(loaded).values, log.influence(joined).values)
+
+
+def test_query_from_another_checkpoint_warns(logged):
+    log, query, _ = logged
+    other = make_model(seed=5)
+    with pytest.warns(UserWarning, match="checkpoint"):
+        asker = log.attach(other)
+    with asker.query(data_id=["q"]) as moved:
+        loss_fn(other, data(1)).backward()
+    with pytest.warns(UserWarning, match="other parameter values"):
+        log.influence(moved)
+
+
+def test_mislabelled_rows_have_large_self_influence(tmp_path):
+    torch.manual_seed(0)
+    x = torch.randn(200, 4).double()
+    y = (x[:, 0] > 0).double() * 2 - 1
+    y[:10] *= -1
+    model = nn.Linear(4, 1).double()
+    with torch.no_grad():
+        model.weight.copy_(torch.tensor([[1.0, 0, 0, 0]]))
+        model.bias.zero_()
+    net = nn.Sequential(model)
+    run = loghook.init(tmp_path, rank=4)
+    run.watch(net)
+    with run(data_id=list(range(200))):
+        nn.functional.softplus(-y * net(x)[:, 0] * 3).sum().backward()
+    run.finalize()
+    worst = np.argsort(-loghook.load(tmp_path).self_influence("ekfac"))[:10]
+    assert len(set(worst.tolist()) & set(range(10))) >= 7

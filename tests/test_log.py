@@ -1,0 +1,227 @@
+"""The log as a user sees it: lazy reading, ids, resuming, what a kill leaves behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import loghook
+from tests.test_influence import data, loss_fn, make_log, make_model
+
+
+def test_reading_is_lazy_and_zero_copy(tmp_path):
+    log, _, _ = make_log(tmp_path)
+    rows = log.rows(log.layers[0])
+    assert rows.shape == (40, 4, 4) and len(rows) == 40 and rows.ndim == 3
+    view = rows[3:9]
+    assert view.base is not None and not view.flags.writeable and not view.flags.owndata
+    full = np.asarray(rows)
+    for key in (0, -1, slice(None), slice(5, 2), slice(30, 3, -4), [7, 3, 3], np.arange(40) % 2 == 0, ..., (slice(2), 1)):
+        np.testing.assert_array_equal(rows[key], full[key])
+    with pytest.raises(IndexError):
+        rows[40]
+
+
+def test_many_shards_read_like_one(tmp_path):
+    one, _, _ = make_log(tmp_path / "one")
+    many, _, _ = make_log(tmp_path / "many", shard_bytes=1)
+    assert len(list((tmp_path / "many").glob("rows-*"))) == 5  # a batch is never split
+    for name in one.layers:
+        np.testing.assert_array_equal(one.rows(name)[:], many.rows(name)[:])
+        np.testing.assert_array_equal(one.rows(name)[::-3], many.rows(name)[::-3])
+    np.testing.assert_array_equal(one.moments(), many.moments())
+
+
+def test_ids_are_python_values_with_their_step(tmp_path):
+    model = make_model()
+    for ids, expected in (
+        (torch.arange(4), [0, 1, 2, 3]),
+        (np.array([5, 6, 7, 8], dtype=np.int32), [5, 6, 7, 8]),
+        (["w", "x", "y", "z"], ["w", "x", "y", "z"]),
+        (np.array(["w", "x", "y", "z"]), ["w", "x", "y", "z"]),
+    ):
+        run = loghook.init(tmp_path, rank=4, overwrite=True)
+        run.watch(model)
+        for _ in range(2):
+            with run(data_id=ids):
+                loss_fn(model, data(4)).backward()
+        run.finalize()
+        log = loghook.load(tmp_path)
+        assert log.data_ids == expected * 2 and type(log.data_ids[0]) in (int, str)
+        assert log.keys.step.tolist() == [0] * 4 + [1] * 4
+        assert set(log.keys.rank) == {0} and set(log.keys.pass_index) == {0}
+
+
+def test_repeats_inside_passes_are_kept_once_and_counted_once_in_the_statistics(tmp_path):
+    model, x = make_model(), data(8)
+    clean = loghook.init(tmp_path / "clean", rank=4, dtype="float64")
+    filled = loghook.init(tmp_path / "filled", rank=4, dtype="float64")
+    for run, batches in ((clean, [[0, 1, 2, 3], [4, 5, 6, 7]]), (filled, [[0, 1, 2, 3], [4, 5, 6, 7, 7, 0, 1]])):
+        run.watch(model)
+        for _ in run.passes():
+            for ids in batches:
+                with run(data_id=ids):
+                    loss_fn(model, x[ids]).backward()
+        run.finalize()
+        run.close()
+    a, b = loghook.load(tmp_path / "clean"), loghook.load(tmp_path / "filled")
+    assert a.data_ids == b.data_ids and b.repeats == 3 and a.repeats == 0
+    np.testing.assert_allclose(a.moments(), b.moments(), rtol=1e-12)
+    np.testing.assert_array_equal(a.rows("0")[:], b.rows("0")[:])
+
+
+def test_resume_completes_an_interrupted_log(tmp_path):
+    whole_log, _, _ = make_log(tmp_path / "whole")
+    model, x = make_model(), data(40)
+    for stop in (16, 40):
+        run = loghook.init(tmp_path / "parts", rank=4, dtype="float64", resume=True, on_repeat="first")
+        run.watch(model)
+        for start in range(0, stop, 8):
+            with run(data_id=list(range(start, start + 8))):
+                loss_fn(model, x[start : start + 8]).backward()
+        run.finalize() if stop == 40 else run.close()
+    parts = loghook.load(tmp_path / "parts")
+    assert parts.data_ids == whole_log.data_ids and not parts.verify()
+    for name in parts.layers:
+        np.testing.assert_array_equal(parts.rows(name)[:], whole_log.rows(name)[:])
+    np.testing.assert_allclose(parts.moments(), whole_log.moments(), rtol=1e-12)
+
+
+def test_resume_refuses_other_arguments(tmp_path):
+    make_unfinished(tmp_path)
+    for changed in ({"rank": 3}, {"seed": 1}, {"dtype": "float32"}):
+        run = loghook.init(tmp_path, **({"rank": 4, "dtype": "float64"} | changed), resume=True)
+        model = make_model()
+        run.watch(model)
+        with pytest.raises(loghook.LoghookError, match="cannot resume"):
+            with run(data_id=[0]):
+                loss_fn(model, data(1)).backward()
+        run.close()
+
+
+def make_unfinished(path):
+    model = make_model()
+    with loghook.init(path, rank=4, dtype="float64") as run:
+        run.watch(model)
+        with run(data_id=[100, 101]):
+            loss_fn(model, data(2)).backward()
+
+
+def test_an_unfinished_log_reads_up_to_its_last_commit(tmp_path):
+    make_unfinished(tmp_path)
+    log = loghook.load(tmp_path)
+    assert log.manifest.sealed is None and log.data_ids == [100, 101] and not log.verify()
+
+
+def test_a_torn_record_is_cut_off(tmp_path):
+    make_unfinished(tmp_path)
+    with open(tmp_path / "commits-00000.jsonl", "ab") as file:
+        file.write(b"000000ff 0123456789")
+    log = loghook.load(tmp_path)
+    assert log.data_ids == [100, 101] and len(log.torn) == 1
+    run = loghook.init(tmp_path, rank=4, dtype="float64", resume=True)
+    model = make_model()
+    run.watch(model)
+    with run(data_id=[102]):
+        loss_fn(model, data(1)).backward()
+    run.finalize()
+    assert loghook.load(tmp_path).data_ids == [100, 101, 102]
+
+
+def test_a_reader_sees_only_committed_rows_while_a_writer_works(tmp_path):
+    model = make_model()
+    run = loghook.init(tmp_path, rank=4, commit_seconds=0.01)
+    run.watch(model)
+    for step in range(3):
+        with run(data_id=[2 * step, 2 * step + 1]):
+            loss_fn(model, data(2)).backward()
+        deadline = time.time() + 20
+        while len(loghook.load(tmp_path)) < 2 * step + 2:
+            assert time.time() < deadline, "rows were never committed"
+            time.sleep(0.01)
+        log = loghook.load(tmp_path)
+        assert log.data_ids == list(range(2 * step + 2)) and not log.verify()
+        assert np.isfinite(log.rows("0")[:]).all()
+    run.finalize()
+
+
+KILLED = """
+    import os, sys, torch, loghook
+    sys.path.insert(0, os.getcwd())
+    from tests.test_influence import data, loss_fn, make_model
+    torch.set_num_threads(1)
+    model, x = make_model(), data(40)
+    run = loghook.init(sys.argv[1], rank=4, dtype="float64", resume=True, shard_bytes=4000, commit_seconds=1e-4)
+    run.watch(model)
+    for _ in run.passes():
+        for start in range(0, 40, 5):
+            with run(data_id=list(range(start, start + 5))):
+                loss_fn(model, x[start : start + 5]).backward()
+            print("block", flush=True)
+    run.finalize()
+    print("done", flush=True)
+"""
+
+
+def test_a_killed_run_resumes_to_the_same_log(tmp_path):
+    whole_log, _, _ = make_log(tmp_path / "whole", batch=5)
+    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path / "killed")]
+    for blocks in (2, 5, None):
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": "."})
+        seen = 0
+        for line in process.stdout:
+            seen += line.startswith("block")
+            if blocks is not None and seen == blocks:
+                process.send_signal(signal.SIGKILL)
+                break
+        process.stdout.close()
+        process.wait()
+    assert process.returncode == 0
+    log = loghook.load(tmp_path / "killed")
+    assert log.data_ids == whole_log.data_ids and not log.verify()
+    for name in log.layers:
+        np.testing.assert_array_equal(log.rows(name)[:], whole_log.rows(name)[:])
+    np.testing.assert_allclose(log.moments(), whole_log.moments(), rtol=1e-12)
+
+
+def test_memory_of_scoring_is_flat_in_the_number_of_rows(tmp_path):
+    """Score logs of 16 and 128 MB in fresh processes; the larger one takes hardly more memory."""
+    script = """
+        import sys, torch, loghook
+        from pathlib import Path
+        torch.set_num_threads(1)
+        log = loghook.load(sys.argv[1])
+        query = loghook.Query.load(sys.argv[2])
+        Path("/proc/self/clear_refs").write_text("5")
+        log.influence(query, "ekfac", normalize="unit", top=5)
+        status = Path("/proc/self/status").read_text()
+        print(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM")))
+    """
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 128, bias=False), nn.Tanh(), nn.Linear(128, 64, bias=False))
+    peaks = []
+    for rows in (1024, 8192):
+        folder = tmp_path / str(rows)
+        run = loghook.init(folder, rank=64, projection="random")
+        run.watch(model)
+        for start in range(0, rows, 1024):
+            with run(data_id=list(range(start, start + 1024))):
+                model(torch.randn(1024, 64)).square().sum().backward()
+        with run.query(data_id=["q"]) as query:
+            model(torch.randn(1, 64)).square().sum().backward()
+        run.finalize()
+        run.close()
+        query.save(tmp_path / "q.safetensors")
+        command = [sys.executable, "-c", textwrap.dedent(script), str(folder), str(tmp_path / "q.safetensors")]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": "."})
+        peaks.append(int(done.stdout.split()[-1]) * 1024)
+    sizes = [sum(f.stat().st_size for f in (tmp_path / str(rows)).glob("rows-*")) for rows in (1024, 8192)]
+    assert sizes[1] - sizes[0] > 200e6
+    assert peaks[1] - peaks[0] < 64e6
