@@ -44,7 +44,8 @@ def main():
 
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), gradient_accumulation_steps=ACCUMULATE)
     set_seed(0)
-    samples = make_samples(arguments.steps * BATCH)
+    samples = make_samples(arguments.steps * BATCH + 1)
+    question = samples.pop(len(samples) // 2)  # a passage that is held out
     config = GPT2Config(
         vocab_size=256, n_embd=64, n_layer=2, n_head=4, n_positions=LENGTH, bos_token_id=None, eos_token_id=None,
         resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
@@ -76,7 +77,6 @@ def main():
     if accelerator.is_main_process:
         log = loghook.load(arguments.out)
         asker = log.attach(accelerator.unwrap_model(model))
-        question = samples[len(samples) // 2]
         tokens = question["tokens"][None].to(accelerator.device)
         with loghook.frozen(model), asker.query(data_id=["question"], scale=LENGTH - 1) as query:
             accelerator.unwrap_model(model)(input_ids=tokens, labels=tokens).loss.backward()

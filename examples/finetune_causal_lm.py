@@ -1,6 +1,6 @@
 """Fine-tune a small language model in a plain PyTorch loop, log it in a frozen pass, ask what made it say something.
 
-Runs in about half a minute on a CPU and downloads nothing: the text is Python's own reference, which comes with CPython.
+Runs in about half a minute on a CPU and downloads nothing: the text is Python's own reference.
 
     python examples/finetune_causal_lm.py
 """

@@ -127,10 +127,7 @@ def check(
     if size < 2:
         raise BatchError(f"check got a batch of {size} sample: pass at least two, so that samples can be told apart.")
     probe = _Probe(model, include, exclude, batch_dim, rank)
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
-    if any(torch.is_autocast_enabled(kind) for kind in ("cpu", "cuda")):
-        dtype = torch.bfloat16
-    report = CheckReport(tolerance=_TOLERANCE.get(dtype, 3e-2), coverage=probe.coverage, watched=len(probe.layers))
+    report = CheckReport(tolerance=_TOLERANCE[torch.float32], coverage=probe.coverage, watched=len(probe.layers))
     saved = [(p, p.grad) for p in model.parameters()]
     try:
         _examine(probe, loss_fn, batch, size, report)
@@ -159,6 +156,8 @@ def _examine(probe: _Probe, loss_fn: LossFunction, batch: Any, size: int, report
     except (DeliveryError, UnsupportedError, BatchError) as error:
         report.problems.append(str(error))
         return
+    # The narrowest dtype that a layer computed in decides what is rounding, also under autocast inside loss_fn.
+    report.tolerance = max(_TOLERANCE.get(layer.computes_in or torch.float64, 3e-2) for layer in probe.watched)
     if silent:
         never = sorted(layer.name for layer in probe.watched if layer.name in silent and not layer.fired)
         unreached = sorted(silent - set(never))

@@ -80,7 +80,9 @@ def info(
     typer.echo(f"  {log.layout.width:,} values a row in {m.dtype}; {kind}")
     typer.echo(f"  {len(log.layers)} layers with {facts['covered']:.1%} of {m.coverage['total']:,} parameters")
     for item in m.coverage["not_covered"][:5]:
-        typer.echo(f"    not covered: {item['name'] or '(model)'}, {item['parameters']:,} parameters ({item['reason']})")
+        typer.echo(
+            f"    not covered: {item['name'] or '(model)'}, {item['parameters']:,} parameters ({item['reason']})"
+        )
     if len(m.coverage["not_covered"]) > 5:
         typer.echo(f"    and {len(m.coverage['not_covered']) - 5} more (--json lists them)")
     typer.echo(f"  {log.repeats:,} repeats left out, {len(log.flagged):,} samples flagged as not finite")
@@ -124,6 +126,38 @@ def score(
         typer.echo(f"{query_id}")
         for record in ranked:
             typer.echo(f"  {record.score:+.6g}  {record.data_id}")
+
+
+@_command
+def demo(
+    prompt: Annotated[list[str] | None, typer.Option(help="A text for the model to continue; may be repeated.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the log, the small model and the page.")] = Path("loghook-demo"),
+    model: Annotated[str | None, typer.Option(help="A Hugging Face model instead of the small one.")] = None,
+    dataset: Annotated[str | None, typer.Option(help="A Hugging Face dataset or a text, JSON or CSV file.")] = None,
+    rank: Annotated[int, typer.Option(help="Of the log's projection.")] = 64,
+    seed: Annotated[int, typer.Option(help="Of weights, orders and projections.")] = 0,
+    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.")] = "cpu",
+    proof: Annotated[bool, typer.Option(help="Fine-tune again without the strongest proponents.")] = True,
+    lds: Annotated[int, typer.Option(help="Random halves for the linear datamodelling score; 0: none.")] = 0,
+    fast: Annotated[bool, typer.Option(help="A smoke test of the same code in seconds; its numbers mean little.")] = False,
+) -> None:
+    """Fine-tune on Python's reference, log it, ask what made the model say this, and prove it: about five minutes."""
+    from loghook.demo import DemoConfig, run_demo
+
+    make = DemoConfig.fast if fast else DemoConfig
+    run_demo(
+        make(
+            out=out,
+            prompts=tuple(prompt or ()),
+            model=model,
+            dataset=dataset,
+            rank=rank,
+            seed=seed,
+            device=device,
+            prove=proof,
+            lds_subsets=lds,
+        )
+    )
 
 
 def main() -> None:

@@ -59,7 +59,9 @@ def assert_rows_exact(log: loghook.Log, model: nn.Module, loss_fn: Loss, batch: 
         assert error <= tolerance, f"{name}: relative error {error:.1e}"
 
 
-def check_against_oracle(model: nn.Module, loss_fn: Loss, batch: Any, dtype: torch.dtype, **options: Any) -> loghook.Log:
+def check_against_oracle(
+    model: nn.Module, loss_fn: Loss, batch: Any, dtype: torch.dtype, **options: Any
+) -> loghook.Log:
     log = log_batch(model, loss_fn, batch, **options)
     assert_rows_exact(log, model, loss_fn, batch, TOLERANCE[dtype])
     return log

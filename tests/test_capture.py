@@ -184,7 +184,9 @@ def test_layers_called_with_keywords_only():
 @pytest.mark.parametrize("shape", [(5,), (4, 5)], ids=["2d", "3d"])
 def test_inplace_activation_right_after_a_layer(shape, frozen):
     torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 7), nn.ReLU(inplace=True), nn.Linear(7, 6), nn.ReLU(inplace=True), nn.Linear(6, 2))
+    model = nn.Sequential(
+        nn.Linear(5, 7), nn.ReLU(inplace=True), nn.Linear(7, 6), nn.ReLU(inplace=True), nn.Linear(6, 2)
+    )
     run_case(model, torch.randn(4, *shape), torch.float64, rank=3, frozen=frozen)
 
 

@@ -15,8 +15,8 @@ from rich.console import Console
 
 from loghook.demo import DemoConfig, run_demo
 from loghook.demo.bm25 import bm25
-from loghook.demo.huggingface import load_documents, load_tokenizer
-from loghook.demo.proof import Estimate, Proof, bootstrap, datamodeling, rank_correlation, story, strongest
+from loghook.demo.huggingface import load_documents, load_model, load_tokenizer
+from loghook.demo.proof import Estimate, Proof, bootstrap, story, strongest
 from loghook.demo.retrain import Task, measure_all
 from loghook.demo.text import Document, cut, language_reference, split, start_tokens, tokenize, train_tokenizer
 from loghook.demo.train import collate, generate, sequence_losses, shuffled, small_llama
@@ -144,15 +144,6 @@ def test_bootstrap_interval_covers():
     assert 0.88 <= covered / 200 <= 0.99
 
 
-def test_datamodeling_score_finds_the_truth():
-    rng = np.random.default_rng(0)
-    scores, kept = rng.normal(size=(5, 40)), rng.random((30, 40)) < 0.5
-    losses = -(kept @ scores.T)
-    np.testing.assert_allclose(datamodeling(scores, kept, losses), 1.0)
-    np.testing.assert_allclose(datamodeling(-scores, kept, losses), -1.0)
-    assert rank_correlation(np.ones(4), np.arange(4.0)) == 0.0
-
-
 def test_story_follows_the_numbers():
     def proof(ekfac, lead):
         leads = {method: Estimate(lead, lead - 0.1, lead + 0.1) for method in ("cosine", "dot", "bm25", "random")}
@@ -220,8 +211,8 @@ def test_the_terminal_and_the_page_show_the_same(demo):
 def test_every_question_is_scored_against_every_passage(demo):
     config, result, _ = demo
     assert set(result.scores) == {"ekfac", "cosine", "dot", "bm25"}
-    assert all(values.shape == (4 + 2 + 1, config.passages) for values in result.scores.values())
-    assert [question.kind for question in result.questions] == ["held out"] * 4 + ["generated"] * 2 + ["prompt"]
+    assert all(values.shape == (4 + 2 + 2, config.passages) for values in result.scores.values())
+    assert [question.kind for question in result.questions] == ["held out"] * 4 + ["generated"] * 2 + ["prompt"] * 2
     assert result.proof.removed == round(config.fraction * config.passages)
     card = result.report.cards[0]
     assert card.proponents[0].score == result.scores["ekfac"][0].max()
@@ -267,6 +258,8 @@ def test_records_without_a_topic_are_grouped_in_blocks(tmp_path):
 def test_missing_things_are_named(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"model='.*nothing' cannot be loaded"):
         load_tokenizer(str(tmp_path / "nothing"))
+    with pytest.raises(ConfigError, match=r"model='.*nothing' cannot be loaded"):
+        load_model(str(tmp_path / "nothing"), "cpu")
     monkeypatch.setitem(sys.modules, "datasets", None)
     with pytest.raises(ConfigError, match=r"dataset='x' needs the datasets library: pip install 'loghook\[hub\]'"):
         next(load_documents("x", DemoConfig()))

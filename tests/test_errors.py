@@ -14,6 +14,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -197,7 +198,9 @@ def assert_log(path: Path, model: nn.Module, ids: Sequence[Any]) -> loghook.Log:
     return opened
 
 
-def assert_goes_on(run: loghook.Run, model: nn.Module, before: Sequence[Any] = (), new: Sequence[Any] = (100, 101)) -> None:
+def assert_goes_on(
+    run: loghook.Run, model: nn.Module, before: Sequence[Any] = (), new: Sequence[Any] = (100, 101)
+) -> None:
     """After an error: the next batch is logged, and the finished log holds exactly the good rows."""
     log(run, model, list(new))
     run.finalize()
@@ -227,7 +230,7 @@ def test_rank_above_every_width_is_refused_and_the_path_stays_free(path: Path, m
     with pytest.raises(ConfigError) as error:
         run.watch(model)
     says(error, "rank=64", "largest: 7", "smaller rank", "projection='none'")
-    assert not model.first._forward_hooks
+    assert not model.first._forward_hooks and run.layers == ()
     again = loghook.init(path, rank=7)
     again.watch(model)
     log(again, model, [1])
@@ -490,7 +493,7 @@ def test_two_forward_and_two_backward_passes_in_a_block_are_refused(path: Path, 
     assert_log(path, Net(), [0, 100, 101])
 
 
-@pytest.mark.parametrize("make", [Net, lambda: Checkpointed(False)], ids=["plain", "checkpoint"])
+@CHECKPOINTING
 def test_two_backward_passes_through_one_graph_are_refused(path: Path, make: Callable[[], nn.Module]) -> None:
     model = make()
     with watched(path, model) as run:
@@ -622,18 +625,21 @@ def spoilt(ids: Sequence[int], bad: int, value: float) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_rows_that_are_not_finite_are_refused_by_id_on_cpu(run: loghook.Run, model: Net, value: float) -> None:
     log(run, model, [0])
-    with torch.no_grad():
-        model.second.weight.mul_(1e10)  # so that 1e30 overflows
     with pytest.raises(NotFiniteError) as error:
         log(run, model, [1, 2, 3], x=spoilt([1, 2, 3], 2, value))
     says(error, "1 samples are not finite", "data_id 2)", "nothing of this batch was written", "scaler=scaler")
-    with torch.no_grad():
-        model.second.weight.div_(1e10)
-    run.finalize()
-    assert_log(run.path, model, [0])
+    assert_goes_on(run, model, before=[0])
+
+
+def test_rows_that_are_finite_but_whose_sum_is_not_are_good(path: Path, model: Net) -> None:
+    with watched(path, model, watch={"include": "second"}) as run:
+        with run(data_id=[1]):
+            (model(samples([1])) * 1e38).sum().backward()  # three tokens: 3e38 in each bias, 9e38 in all
+        run.finalize()
+    assert np.isfinite(loghook.load(path).rows("second")[:]).all()
 
 
 def test_rows_too_large_for_float16_are_refused_by_id(path: Path, model: Net) -> None:
@@ -984,7 +990,7 @@ MANIFEST_DAMAGE: dict[str, Callable[[dict[str, Any]], Any]] = {
     "on_repeat": lambda body: body.update(on_repeat="first"),
     "world_size": lambda body: body.update(world_size=2),
     "sealed removed": lambda body: body.update(sealed=None),
-    "sealed rows": lambda body: body["sealed"].update(rows=4),
+    "sealed rows": lambda body: body["sealed"].update(rows=3),
     "a layer's name": lambda body: body["layers"][0].update(name="second"),
     "a layer's k": lambda body: body["layers"][0].update(k_in=6),
     "layers swapped": lambda body: body["layers"].reverse(),
@@ -1000,9 +1006,7 @@ MANIFEST_DAMAGE: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("change", MANIFEST_DAMAGE.values(), ids=MANIFEST_DAMAGE.keys())
-def test_altered_manifest_is_caught(
-    path: Path, model: Net, change: Callable[[dict[str, Any]], Any]
-) -> None:
+def test_altered_manifest_is_caught(path: Path, model: Net, change: Callable[[dict[str, Any]], Any]) -> None:
     with watched(path, model, seed=0) as run:  # an id twice, so that on_repeat matters
         log(run, model, [1, 2])
         log(run, model, [2, 1])
@@ -1026,8 +1030,12 @@ def test_manifest_that_is_no_manifest_is_refused(path: Path, finished: loghook.Q
     file = path / "loghook.json"
     good = file.read_bytes()
     bad = {
-        "truncated": good[: len(good) // 2], "empty": b"", "not json": b"loghook", "a list": b"[1]", "not utf-8": b"\xff",
-    }  # fmt: skip
+        "truncated": good[: len(good) // 2],
+        "empty": b"",
+        "not json": b"loghook",
+        "a list": b"[1]",
+        "not utf-8": b"\xff",
+    }
     file.write_bytes(bad[damage])
     with pytest.raises(CorruptLogError) as error:
         loghook.load(path)
@@ -1302,17 +1310,27 @@ def fill_disk_after(monkeypatch: pytest.MonkeyPatch, room: int) -> None:
     monkeypatch.setattr(os, "pwrite", pwrite)
 
 
-# Bytes into: the second shard's header, its rows, the record, and the header that closes the shard.
-@pytest.mark.parametrize("room", [100, 700, 1300, 2300])
+def wait_for_rows(path: Path, rows: int) -> None:
+    """Until the writer's thread has committed so many."""
+    for _ in range(1000):
+        if (path / "commits-00000.jsonl").exists() and len(loghook.load(path)) == rows:
+            return
+        time.sleep(0.01)
+    raise AssertionError(f"{rows} rows were not committed within 10 s")
+
+
+# The disk fills up in the rows of the next batch, in its record, and in the header of a shard at its end or beginning.
+@pytest.mark.parametrize("room", [0, 100, 600, 1000, 1500, 2500])
 def test_full_disk_is_an_error_that_loses_nothing_committed(
     path: Path, model: Net, room: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches = [[start, start + 1] for start in range(0, 40, 2)]
-    run = watched(path, model, commit_seconds=1e-6, shard_bytes=4 * ROW_BYTES)
+    run = watched(path, model, commit_seconds=1e-3, shard_bytes=4 * ROW_BYTES)
     with pytest.raises(WriteError) as error:
         for _ in run.passes():
             for number, batch in enumerate(batches):
                 if number == 3:
+                    wait_for_rows(path, 6)
                     fill_disk_after(monkeypatch, room)
                 log(run, model, batch)
         run.finalize()
@@ -1322,7 +1340,7 @@ def test_full_disk_is_an_error_that_loses_nothing_committed(
         run.close()
     monkeypatch.undo()
     committed = loghook.load(path).data_ids
-    assert committed == list(range(len(committed)))
+    assert len(committed) >= 6 and committed == list(range(len(committed)))
     assert_log(path, model, committed)
     with watched(path, model, resume=True, shard_bytes=4 * ROW_BYTES) as resumed:
         for _ in resumed.passes():
@@ -1350,8 +1368,9 @@ def test_full_disk_at_the_first_block_is_a_write_error(
 
 
 def test_folder_that_disappears_is_a_write_error(path: Path, model: Net) -> None:
-    run = watched(path, model, commit_seconds=1e-6)
+    run = watched(path, model, commit_seconds=1e-3)
     log(run, model, [1, 2])
+    wait_for_rows(path, 2)
     shutil.rmtree(path)
     with pytest.raises(WriteError) as error:
         for start in range(3, 100):
@@ -1374,7 +1393,6 @@ def test_file_size_limit_is_an_error_that_loses_nothing_committed(path: Path, mo
         model, path = Net(), Path(sys.argv[1])
         run = watched(path, model, commit_seconds=1e-6)
         log(run, model, [0, 1])
-        run.query(data_id=["unused"])
         resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
         try:
             for start in range(2, 60, 2):
@@ -1391,8 +1409,8 @@ def test_file_size_limit_is_an_error_that_loses_nothing_committed(path: Path, mo
     assert 0 < len(committed) < 60 and committed == list(range(len(committed)))
     assert_log(path, model, committed)
     with watched(path, model, resume=True, on_repeat="first") as resumed:
-        for start in range(0, 60, 4):
-            log(resumed, model, list(range(start, start + 4)))
+        for start in range(0, 60, 2):
+            log(resumed, model, [start, start + 1])
         resumed.finalize()
     assert_log(path, model, range(60))
 
@@ -1416,12 +1434,15 @@ def test_second_writer_is_refused_by_process_and_host(path: Path, run: loghook.R
 def test_second_writer_that_opened_the_folder_while_it_was_empty_spoils_nothing(
     path: Path, run: loghook.Run, model: Net
 ) -> None:
-    with pytest.raises((LogLockedError, LogExistsError)):  # at init, or at the latest with its first block
-        second = watched(path, other := Net())
-        log(run, model, [1, 2])
-        log(second, other, [3, 4])
-    if not (path / "loghook.json").exists():
-        log(run, model, [1, 2])
+    second = watched(path, model, seed=1)
+    log(run, model, [1, 2])
+    manifest = (path / "loghook.json").read_bytes()
+    with pytest.raises((LogLockedError, LogExistsError)) as error:
+        log(second, model, [3, 4])
+    says(error, path)
+    assert (path / "loghook.json").read_bytes() == manifest, (
+        "the loser replaced the manifest of the run that is going on"
+    )
     assert_goes_on(run, model, before=[1, 2])
 
 
@@ -1463,9 +1484,7 @@ def test_lock_of_another_process_is_respected_and_dies_with_it(path: Path, run: 
 
 @pytest.mark.parametrize("name", ["damping", "damping_abs"])
 @pytest.mark.parametrize("value", [0, 0.0, -0.1, float("nan"), float("inf")])
-def test_damping_that_is_not_positive_is_refused(
-    path: Path, finished: loghook.Query, name: str, value: float
-) -> None:
+def test_damping_that_is_not_positive_is_refused(path: Path, finished: loghook.Query, name: str, value: float) -> None:
     opened = loghook.load(path)
     uses: list[Callable[[], Any]] = [
         lambda: opened.influence(finished, "ekfac", **{name: value}),

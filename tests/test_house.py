@@ -64,8 +64,13 @@ def test_the_import_finder_finds_every_form(tmp_path: Path, monkeypatch: pytest.
         "    importlib.import_module('loghook.api')\n"
     )
     assert [name for _, name in imports(file)] == [
-        "loghook.capture.tap", "loghook.capture", "loghook.capture.run", "loghook.api", "loghook.log.format", "loghook.api",
-    ]  # fmt: skip
+        "loghook.capture.tap",
+        "loghook.capture",
+        "loghook.capture.run",
+        "loghook.api",
+        "loghook.log.format",
+        "loghook.api",
+    ]
 
 
 def test_nothing_behind_the_log_imports_capture_or_the_door() -> None:
@@ -80,7 +85,7 @@ def test_nothing_behind_the_log_imports_capture_or_the_door() -> None:
 
 
 def public(name: str) -> bool:
-    """Whether a name is one that only loghook/__init__.py gives (``from loghook import init``), hence api's or capture's."""
+    """Whether only loghook/__init__.py gives a name (``from loghook import init``): it is then api's or capture's."""
     if name == "loghook":
         return True
     parts = name.split(".")

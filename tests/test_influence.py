@@ -89,9 +89,7 @@ def test_scores_against_dense_references(logged, method, damping):
     reference = dense.dot(layers, queries) if method == "dot" else getattr(dense, method)(layers, queries, **damping)
     scores = log.influence(query, method, per_layer=True, **damping)
     np.testing.assert_allclose(scores.values, reference.total, rtol=1e-5, atol=1e-7 * np.abs(reference.total).max())
-    np.testing.assert_allclose(
-        scores.by_layer, reference.layers, rtol=1e-5, atol=1e-7 * np.abs(reference.layers).max()
-    )
+    np.testing.assert_allclose(scores.by_layer, reference.layers, rtol=1e-5, atol=1e-7 * np.abs(reference.layers).max())
     own = dense.self_influence(method, layers, **damping)
     np.testing.assert_allclose(log.self_influence(method, **damping), own, rtol=1e-5)
     for kind in ("unit", "relatif"):
@@ -150,7 +148,9 @@ def test_same_call_twice_gives_the_same_numbers(logged, method):
     block=st.integers(1, 50),
     dtype=st.sampled_from(["float64", "float32"]),
 )
-def test_batch_shard_and_block_size_change_nothing_beyond_rounding(logged, tmp_path_factory, batch, shard_rows, block, dtype):
+def test_batch_shard_and_block_size_change_nothing_beyond_rounding(
+    logged, tmp_path_factory, batch, shard_rows, block, dtype
+):
     log, query, _ = logged
     folder = tmp_path_factory.mktemp("sizes") / "run"
     width = log.layout.width

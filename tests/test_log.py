@@ -23,7 +23,17 @@ def test_reading_is_lazy_and_zero_copy(tmp_path):
     view = rows[3:9]
     assert view.base is not None and not view.flags.writeable and not view.flags.owndata
     full = np.asarray(rows)
-    for key in (0, -1, slice(None), slice(5, 2), slice(30, 3, -4), [7, 3, 3], np.arange(40) % 2 == 0, ..., (slice(2), 1)):
+    for key in (
+        0,
+        -1,
+        slice(None),
+        slice(5, 2),
+        slice(30, 3, -4),
+        [7, 3, 3],
+        np.arange(40) % 2 == 0,
+        ...,
+        (slice(2), 1),
+    ):
         np.testing.assert_array_equal(rows[key], full[key])
     with pytest.raises(IndexError):
         rows[40]

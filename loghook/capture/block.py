@@ -54,7 +54,7 @@ def make_hook(layer: Layer) -> Callable[..., Tensor | None]:
             tokens = layer.adapter.tokens(x).to(slots.activations.dtype)
             activations = sum_tokens(tokens, _token_weight(slots, tokens))
         if not torch.compiler.is_compiling():
-            layer.fired = True
+            layer.fired, layer.computes_in = True, y.dtype
         return Tap.apply(
             y,
             projected,
@@ -129,7 +129,12 @@ class Block:
 
             def leaf(*shape: int, device: torch.device = device, dtype: torch.dtype = dtype) -> Tensor:
                 # Nobody reads a leaf, so that one stored value serves for all of it.
-                return torch.zeros((), device=device, dtype=dtype).expand(shape).requires_grad_()
+                made = torch.zeros((), device=device, dtype=dtype).expand(shape).requires_grad_()
+                if "torch._dynamo" in sys.modules and len(shape) > 1:
+                    # The compiler takes what it reaches through a module's hooks for fixed in size, and would compile
+                    # the model anew for every batch size.
+                    torch._dynamo.maybe_mark_dynamic(made, 0)
+                return made
 
             layer.slots = slots = Slots(
                 rows=leaf(self._size, spec.k_out, spec.k_in),

@@ -100,7 +100,8 @@ class Layer:
     adapter: Adapter
     input_side: Side
     output_side: Side
-    fired: bool = False
+    fired: bool = False  # its forward ran in this block
+    computes_in: torch.dtype | None = None  # dtype of its last output
     slots: Slots | None = None
 
     @property

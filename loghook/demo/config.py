@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import platform
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +22,7 @@ class DemoConfig:
 
     Attributes:
         out: folder for the log, the pre-trained model and the page.
-        prompts: texts that the fine-tuned model continues; prompt and continuation are attributed.
+        prompts: texts that the fine-tuned model continues; both prompt and continuation are attributed.
         model: name or folder of a Hugging Face model; None builds and pre-trains a small one.
         dataset: name of a Hugging Face dataset, or a .jsonl, .json, .csv, .parquet or .txt file; None takes Python's
             own reference.
@@ -51,7 +52,7 @@ class DemoConfig:
         fraction: share of the fine-tuning passages that is removed.
         prove: fine-tune again without the strongest proponents; False leaves that out and is quick.
         random_removals: how many random removals make the control.
-        lds_subsets: random halves for the linear datamodeling score; 0 leaves it out.
+        lds_subsets: random halves for the linear datamodelling score; 0 leaves it out.
         show: how many proponents and opponents are shown of each question.
         new_tokens: length of what the model generates.
         resamples: of the bootstrap.
@@ -91,7 +92,7 @@ class DemoConfig:
     random_removals: int = 3
     lds_subsets: int = 0
     show: int = 5
-    new_tokens: int = 48
+    new_tokens: int = 32
     resamples: int = 4000
 
     def __post_init__(self) -> None:
@@ -153,7 +154,7 @@ class DemoConfig:
 
     def digest(self) -> str:
         """Names what pre-training depends on: a pre-trained model with this digest need not be made again."""
-        values = {name: getattr(self, name) for name in _PRETRAINING}
+        values = {name: getattr(self, name) for name in _PRETRAINING} | {"python": platform.python_version()}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -1,9 +1,12 @@
 """A model and a dataset by name, from the hub or from a folder, in place of the small model and Python's reference."""
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from loghook.demo.config import DemoConfig
 from loghook.demo.text import Document
@@ -22,8 +25,27 @@ def load_tokenizer(name: str) -> Any:
     """
     from transformers import AutoTokenizer
 
-    try:
+    with _loading(name):
         return AutoTokenizer.from_pretrained(name)
+
+
+def load_model(name: str, device: str) -> Any:
+    """A causal language model in float32.
+
+    Raises:
+        ConfigError: if there is none to be had.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with _loading(name):
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    return model.to(device)
+
+
+@contextmanager
+def _loading(name: str) -> Iterator[None]:
+    try:
+        yield
     except (OSError, ValueError) as error:
         raise ConfigError(
             f"model={name!r} cannot be loaded ({_first_line(error)}): give the name of a public causal language model "

@@ -7,6 +7,7 @@ import numpy as np
 
 from loghook.demo.config import METHODS, DemoConfig
 from loghook.demo.retrain import Task, measure_all
+from loghook.evaluate.lds import Lds, lds, random_subsets
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Proof:
         losses: by method, the loss of each question without its group's strongest proponents.
         rises: by method, the mean rise over the full fine-tuning.
         leads: by other method, how much more ekfac's removal raises the loss than this one's, question by question.
-        lds: by method, the linear datamodeling score; empty if none was asked for.
+        lds: by method, the linear datamodelling score; empty if none was asked for.
         subsets: how many random halves it rests on.
     """
 
@@ -37,7 +38,7 @@ class Proof:
     losses: dict[str, np.ndarray]
     rises: dict[str, Estimate]
     leads: dict[str, Estimate]
-    lds: dict[str, Estimate]
+    lds: dict[str, Lds]
     subsets: int
 
 
@@ -58,27 +59,6 @@ def bootstrap(values: np.ndarray, resamples: int, seed: int) -> Estimate:
     return Estimate(float(values.mean()), float(low), float(high))
 
 
-def rank_correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Spearman's correlation of two vectors without ties; 0 where one of them is constant."""
-    ranks = [np.argsort(np.argsort(v)).astype(float) for v in (a, b)]
-    return 0.0 if np.ptp(a) == 0 or np.ptp(b) == 0 else float(np.corrcoef(ranks[0], ranks[1])[0, 1])
-
-
-def datamodeling(scores: np.ndarray, kept: np.ndarray, losses: np.ndarray) -> np.ndarray:
-    """Linear datamodeling score of each question (Park et al. 2023).
-
-    The rank correlation over subsets of the training set between the summed scores of a subset's members and the
-    outcome of training on it, which is minus the question's loss.
-
-    Args:
-        scores: (questions, passages).
-        kept: bool (subsets, passages), a subset's members.
-        losses: (subsets, questions).
-    """
-    predicted = kept.astype(scores.dtype) @ scores.T
-    return np.array([rank_correlation(p, -o) for p, o in zip(predicted.T, losses.T, strict=True)])
-
-
 def prove(
     task: Task, full: np.ndarray, scores: dict[str, np.ndarray], sizes: Sequence[int], config: DemoConfig
 ) -> Proof:
@@ -97,8 +77,9 @@ def prove(
     removals = [strongest(scores[method][group], config.fraction) for method in METHODS for group in groups]
     removed = len(removals[0])
     removals += [rng.permutation(n)[:removed] for _ in range(config.random_removals)]
-    halves = [rng.permutation(n)[: n // 2] for _ in range(config.lds_subsets)]
-    keeps = [~np.isin(np.arange(n), removal) for removal in removals + halves]
+    keeps = [~np.isin(np.arange(n), removal) for removal in removals]
+    if config.lds_subsets:
+        keeps += list(random_subsets(n, config.lds_subsets, seed=config.seed))
     outcomes = measure_all(task, keeps, "fine-tuning again")
 
     losses = {}
@@ -110,18 +91,15 @@ def prove(
     def estimate(values: np.ndarray) -> Estimate:
         return bootstrap(values, config.resamples, config.seed)
 
-    lds = {}
-    if halves:
-        kept, measured = np.array(keeps[len(removals) :]), outcomes[len(removals) :]
-        lds = {method: estimate(datamodeling(scores[method], kept, measured)) for method in METHODS}
+    members, measured = np.array(keeps[len(removals) :]), outcomes[len(removals) :]
     return Proof(
         removed=removed,
         full=full,
         losses=losses,
         rises={method: estimate(values - full) for method, values in losses.items()},
         leads={method: estimate(losses["ekfac"] - values) for method, values in losses.items() if method != "ekfac"},
-        lds=lds,
-        subsets=len(halves),
+        lds={method: lds(scores[method], members, measured) for method in METHODS if len(members)},
+        subsets=len(members),
     )
 
 

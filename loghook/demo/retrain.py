@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import torch
@@ -13,6 +12,7 @@ from torch import nn
 from tqdm import tqdm
 
 from loghook.demo.config import DemoConfig
+from loghook.demo.huggingface import load_model
 from loghook.demo.train import Sequences, fit, mean_losses, shuffled
 
 
@@ -31,14 +31,6 @@ class Task:
     train: Sequences
     queries: Sequences
     config: DemoConfig
-
-
-def load_model(base: str, device: str) -> Any:
-    """A causal language model in float32."""
-    from transformers import AutoModelForCausalLM
-
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    return model.to(device)
 
 
 def finetune(task: Task, keep: Sequence[bool], progress: str | None = None) -> nn.Module:

@@ -18,7 +18,7 @@ from loghook.demo.attribute import Question, ask, log_passages, score
 from loghook.demo.config import DemoConfig
 from loghook.demo.proof import Proof, prove
 from loghook.demo.retrain import Task, finetune, one_thread
-from loghook.demo.show import make_bars, make_cards, make_story, print_report
+from loghook.demo.show import make_bars, make_cards, make_story, print_cards, print_proof
 from loghook.demo.text import (
     Passage,
     Split,
@@ -77,6 +77,9 @@ class _Clock:
 def run_demo(config: DemoConfig | None = None, *, console: Console | None = None) -> DemoResult:
     """Run the demo: real text, a real fine-tuning, a log of it, questions, and the proof by fine-tuning again.
 
+    Fine-tuning again starts processes: call this under ``if __name__ == "__main__":`` in a script, or with
+    ``workers=1`` where a process cannot import the main module (a notebook, code read from standard input).
+
     Args:
         config: what to run; by default the main demo, about five minutes on two cores.
         console: where results are printed; standard output by default. Progress bars go to standard error.
@@ -105,17 +108,17 @@ def run_demo(config: DemoConfig | None = None, *, console: Console | None = None
             questions, givens = _questions(model, tokenizer, parts, config)
             log = loghook.load(config.out / "log")
             scores = score(log, ask(model, questions, log, config), questions, passages, config.damping)
+        # Of the held-out passages a group's first is shown, then all that was generated.
+        shown = [i for i, q in enumerate(questions) if q.kind != "held out" or i % config.group_size == 0]
+        asked, before = [questions[i] for i in shown], [givens[i] for i in shown]
+        cards = make_cards(asked, before, passages, scores["ekfac"][shown], config.show)
+        print_cards(cards, console)
         proof = None
         if config.prove:
             with clock("proof"):
                 held = {method: values[: len(queries)] for method, values in scores.items()}
                 proof = prove(task, full, held, [len(group) for _, group in parts.groups], config)
 
-    # Of the held-out passages a group's first is shown, then all that was generated.
-    shown = [i for i, q in enumerate(questions) if q.kind != "held out" or i % config.group_size == 0]
-    cards = make_cards(
-        [questions[i] for i in shown], [givens[i] for i in shown], passages, scores["ekfac"][shown], config.show
-    )
     report = Report(
         title="loghook: which training data made the model say this?",
         lead=f"A language model was fine-tuned on {len(passages)} passages. Each left one row in the log; EK-FAC "
@@ -127,7 +130,7 @@ def run_demo(config: DemoConfig | None = None, *, console: Console | None = None
         + tuple((f"seconds: {stage}", f"{value:.1f}") for stage, value in clock.seconds.items()),
     )
     page = write(report, config.out / "index.html")
-    print_report(report, console)
+    print_proof(report, console)
     console.print(f"\npage: {page}\nlog:  {log.path}", markup=False)
     return DemoResult(page, config.out / "log", report, scores, questions, passages, proof, clock.seconds)
 
@@ -137,11 +140,10 @@ def _own_base(config: DemoConfig) -> tuple[str, Any]:
     from transformers import AutoTokenizer
 
     folder = config.out / f"base-{config.digest()}"
-    if (folder / "model.safetensors").exists():
+    if folder.exists():
         return str(folder), AutoTokenizer.from_pretrained(folder)
     library = library_source(config.corpus_bytes)
     tokenizer = train_tokenizer([*library, *(d.text for d in language_reference())], config.vocabulary)
-    tokenizer.save_pretrained(folder)
     start, stream = start_tokens(tokenizer), []
     for text in tqdm(library, "reading", unit="module"):
         stream += [*start, *tokenize(tokenizer, text)[0]]
@@ -155,7 +157,10 @@ def _own_base(config: DemoConfig) -> tuple[str, Any]:
     with tqdm(steps, "pre-training", total=config.pretrain_steps, unit="step") as bar:
         for loss in bar:
             bar.set_postfix(loss=f"{loss:.2f}", refresh=False)
-    model.save_pretrained(folder)  # last: its presence says that the folder is whole
+    unfinished = folder.with_name(folder.name + ".tmp")
+    tokenizer.save_pretrained(unfinished)
+    model.save_pretrained(unfinished)
+    unfinished.rename(folder)  # a folder of this name is whole
     return str(folder), tokenizer
 
 
@@ -172,17 +177,22 @@ def _questions(model: Any, tokenizer: Any, parts: Split, config: DemoConfig) -> 
     """
     questions = [Question(p.data_id, "held out", p.topic, p.text, p.tokens) for p in parts.queries]
     givens = [""] * len(questions)
+
+    def go_on(data_id: str, kind: str, title: str, start: tuple[int, ...]) -> None:
+        ids = generate(model, start, config.new_tokens, config.seed)
+        questions.append(Question(data_id, kind, title, decode(tokenizer, ids), tuple(ids), len(start)))
+        givens.append(decode(tokenizer, start))
+
     for topic, passages in parts.groups:
         start = passages[0].tokens[: config.chunk_tokens // 8]
-        ids = generate(model, start, config.new_tokens, config.seed)
-        title, text = f"the model goes on from the beginning of a passage on {topic}", decode(tokenizer, ids)
-        questions.append(Question(f"generated#{topic}", "generated", title, text, tuple(ids), len(start)))
-        givens.append(decode(tokenizer, start))
+        title = f"the beginning of a passage on {topic}, and how the model goes on"
+        go_on(f"generated#{topic}", "generated", title, start)
     for number, prompt in enumerate(config.prompts):
         start = (*start_tokens(tokenizer), *tokenize(tokenizer, prompt)[0])
-        ids = generate(model, start, config.new_tokens, config.seed)
-        questions.append(Question(f"prompt#{number}", "prompt", prompt, decode(tokenizer, ids), tuple(ids)))
-        givens.append("")
+        if len(start) > 1:  # a single token is never predicted
+            questions.append(Question(f"prompt#{number}", "prompt", "the prompt itself", prompt, start))
+            givens.append("")
+        go_on(f"continuation#{number}", "prompt", "how the model goes on", start)
     return questions, givens
 
 
@@ -198,6 +208,3 @@ def _quiet() -> Iterator[None]:
     finally:
         if enabled:
             logging.enable_progress_bar()
-
-
-__all__ = ["DemoResult", "run_demo"]

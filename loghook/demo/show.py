@@ -1,6 +1,6 @@
 """What was found, as a report: the page and the terminal show the same one."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from rich.console import Console
@@ -8,8 +8,9 @@ from rich.table import Table
 from rich.text import Text
 
 from loghook.demo.attribute import Question
-from loghook.demo.proof import NAMES, Proof, story
+from loghook.demo.proof import NAMES, Estimate, Proof, story
 from loghook.demo.text import Passage
+from loghook.evaluate.lds import Lds
 from loghook.views.report import Bars, Card, Entry, Report
 
 
@@ -48,7 +49,7 @@ def make_cards(
 def make_bars(proof: Proof, passages: int, groups: int) -> tuple[Bars, ...]:
     """The proof's numbers."""
 
-    def rows(estimates: dict) -> tuple[tuple[str, float, float, float], ...]:
+    def rows(estimates: Mapping[str, Estimate | Lds]) -> tuple[tuple[str, float, float, float], ...]:
         return tuple((NAMES[name], e.mean, e.low, e.high) for name, e in estimates.items())
 
     bars = [
@@ -68,7 +69,7 @@ def make_bars(proof: Proof, passages: int, groups: int) -> tuple[Bars, ...]:
     if proof.lds:
         bars.append(
             Bars(
-                title="Linear datamodeling score",
+                title="Linear datamodelling score",
                 note="Rank correlation of predicted and real outcomes of fine-tuning on "
                 f"{proof.subsets} random halves of the passages.",
                 rows=rows(proof.lds),
@@ -82,11 +83,10 @@ def make_story(proof: Proof | None) -> tuple[str, ...]:
     return tuple(story(proof)) if proof else ()
 
 
-def print_report(report: Report, console: Console) -> None:
-    """Print what the page shows, texts shortened."""
-    console.rule(Text(report.title))
+def print_cards(cards: Sequence[Card], console: Console) -> None:
+    """Print questions and rankings, texts shortened."""
     kind = ""
-    for card in report.cards:
+    for card in cards:
         if card.kind != kind:
             kind = card.kind
             console.print(Text(f"\n{kind.upper()}", "bold"))
@@ -100,6 +100,10 @@ def print_report(report: Report, console: Console) -> None:
                 text = _line(entry.text, max(20, console.width - 40))
                 table.add_row(Text(f"{entry.score:+.4g}", style), Text(_line(entry.data_id, 24)), Text(text, "dim"))
         console.print(table)
+
+
+def print_proof(report: Report, console: Console) -> None:
+    """Print the report's measurements and what they say."""
     for bars in report.bars:
         console.print(Text.assemble("\n", (bars.title, "bold")))
         console.print(Text(bars.note, "dim"))

@@ -109,11 +109,11 @@ def mean_losses(model: nn.Module, sequences: Sequences, size: int) -> list[float
 
 @torch.no_grad()
 def generate(model: Any, start: Sequence[int], new_tokens: int, seed: int) -> list[int]:
-    """Continue ``start`` by sampling at temperature 0.7 among the 40 likeliest tokens."""
+    """Continue ``start`` by sampling at temperature 0.5 among the 40 likeliest tokens."""
     generator = torch.Generator().manual_seed(seed)
     device, ids = next(model.parameters()).device, list(start)
     for _ in range(new_tokens):
         logits_V = model(input_ids=torch.tensor([ids], device=device), use_cache=False).logits[0, -1].float().cpu()
         top = torch.topk(logits_V, min(40, len(logits_V)))
-        ids.append(int(top.indices[torch.multinomial(torch.softmax(top.values / 0.7, 0), 1, generator=generator)]))
+        ids.append(int(top.indices[torch.multinomial(torch.softmax(top.values / 0.5, 0), 1, generator=generator)]))
     return ids

@@ -39,8 +39,8 @@ def random_subsets(n: int, m: int, fraction: float = 0.5, seed: int = 0) -> NDAr
     size = round(fraction * n)
     if not 0 < size < n or m < 1:
         raise ConfigError(
-            f"m={m} subsets of fraction={fraction} hold {size} of n={n} samples each: a subset must hold some and leave "
-            "some out, and there must be at least one."
+            f"m={m} subsets of fraction={fraction} hold {size} of n={n} samples each: a subset must hold some and "
+            "leave some out, and there must be at least one."
         )
     order_mn = np.random.default_rng(seed).random((m, n)).argsort(axis=1)
     members = np.zeros((m, n), dtype=bool)
@@ -87,10 +87,21 @@ def lds(
         raise ConfigError("scores or losses hold values that are not finite and have no rank: leave those queries out.")
     predicted_Qm = scores_QN @ members_mN.T.astype(np.float64)
     per_query = _correlation(_ranks(predicted_Qm), _ranks(-losses_mQ.T))
-    draws = np.random.default_rng(seed).integers(len(per_query), size=(resamples, len(per_query)))
+    low, high = interval(per_query, confidence=confidence, resamples=resamples, seed=seed)
+    return Lds(float(per_query.mean()), low, high, per_query)
+
+
+def interval(
+    per_query: ArrayLike, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> tuple[float, float]:
+    """Bootstrap a mean over queries (percentile interval): its lower and upper end. per_query: (Q,)."""
+    if not 0 < confidence < 1 or resamples < 1:
+        raise ConfigError(f"confidence={confidence} must lie between 0 and 1, and resamples={resamples} be at least 1.")
+    values = np.asarray(per_query, dtype=np.float64)
+    draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
     tail = (1 - confidence) / 2
-    low, high = np.quantile(per_query[draws].mean(axis=1), [tail, 1 - tail])
-    return Lds(float(per_query.mean()), float(low), float(high), per_query)
+    low, high = np.quantile(values[draws].mean(axis=1), [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -52,7 +52,7 @@ def working_dtype(reader: Reader) -> torch.dtype:
 def progress(reader: Reader, what: str) -> Iterator[tuple[slice, Tensor]]:
     """Scan a log's blocks in the working dtype, with a bar once it takes more than two seconds."""
     dtype = working_dtype(reader)
-    with tqdm(total=len(reader), desc=what, unit=" rows", delay=2, leave=False) as bar:
+    with tqdm(total=len(reader), desc=what, unit=" rows", delay=2, leave=False, disable=None) as bar:
         for place, block in reader.blocks():
             yield place, block.to(dtype)
             bar.update(len(block))
@@ -89,7 +89,7 @@ def _bases(reader: Reader, layers: Sequence[LayerSpec]) -> dict[str, Eigenbasis]
     missing = [spec.name for spec in layers if ("basis", spec.name) not in reader.cache]
     if missing:
         moments = reader.moments()
-        for name in tqdm(missing, desc="eigenbases", unit=" layers", delay=2, leave=False):
+        for name in tqdm(missing, desc="eigenbases", unit=" layers", delay=2, leave=False, disable=None):
             reader.cache["basis", name] = eigenbasis(reader.layout, moments, name)
     return {spec.name: reader.cache["basis", spec.name] for spec in layers}
 
@@ -102,7 +102,7 @@ def _corrected_eigenvalues(reader: Reader, bases: dict[str, Eigenbasis]) -> dict
         for _, block in progress(reader, "eigenvalues"):
             for name, basis in missing.items():
                 rows = block[:, reader.layout.kinds["gradients"][name]].unflatten(1, basis.products.shape)
-                sums[name] += basis.rotate(rows).square().sum(0, dtype=torch.float64)
+                sums[name] += basis.rotate(rows).square().sum(0).double()  # a block is short, the log is long
         for name, total in sums.items():
             reader.cache["corrected", name] = total / len(reader)
     return {name: reader.cache["corrected", name] for name in bases}

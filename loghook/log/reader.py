@@ -12,6 +12,7 @@ import numpy as np
 import torch
 import xxhash
 from torch import Tensor
+from tqdm import tqdm
 
 from loghook.errors import CorruptLogError
 from loghook.log.format import (
@@ -183,7 +184,7 @@ class Reader:
             One line for each problem, with the file and what to do; empty if all is well.
         """
         problems = []
-        for shard in self._shards:
+        for shard in tqdm(self._shards, "verifying", unit=" shards", delay=2, leave=False, disable=None):
             try:
                 self._map(shard)
             except CorruptLogError as error:

@@ -1,0 +1,303 @@
+"""How accurate the scores are on scikit-learn's digits, judged by retraining: the linear datamodelling score (LDS).
+
+The truth: a 3-layer MLP is trained on 100 random halves of 1,200 digits, five seeds each, and the loss of each of 200
+test digits is measured; a file beside this one keeps it, `--retrain` measures it again. A method's scores are judged by
+the Spearman correlation over halves between the summed scores of a half's digits and minus that loss. The queries'
+output is the same loss, so scores and truth speak of one quantity.
+
+Each figure uses the gradients of one model trained on all 1,200 digits; it is the mean over five such models (and five
+seeds of the projection), with a bootstrap interval over the test digits. Rows called "5 models" sum their scores first.
+
+Shapes: E models trained at once, N training digits, Q test digits, m halves.
+"""
+
+import argparse
+import contextlib
+import io
+import itertools
+import json
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+import torch
+from _common import RESULTS, machine
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+import loghook
+from loghook.evaluate.lds import interval, lds, random_subsets
+
+TRUTH = RESULTS / "digits_truth.safetensors"
+LAST = "4"  # name of the last linear layer; its input is the representation
+DAMPINGS = (0.001, 0.01, 0.1, 1.0, 10.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """How a model is trained: SGD, momentum 0.9, constant rate, mean cross-entropy, whole batches only."""
+
+    hidden: int = 128
+    epochs: int = 30
+    batch: int = 64
+    rate: float = 0.05
+    decay: float = 1e-3
+
+
+class Digits(NamedTuple):
+    x: Tensor  # (N, 64), in 0..1
+    y: Tensor  # (N,)
+    query_x: Tensor  # (Q, 64)
+    query_y: Tensor  # (Q,)
+
+
+class Truth(NamedTuple):
+    members: np.ndarray  # (m, N) bool
+    losses: np.ndarray  # (m, Q) float32, mean over seeds
+    about: dict[str, Any]  # recipe, seeds, accuracy, ceiling
+
+
+def digits() -> Digits:
+    from sklearn.datasets import load_digits
+
+    x, y = load_digits(return_X_y=True)
+    order = np.random.RandomState(0).permutation(len(x))  # whose stream is fixed for good
+    inputs, labels = torch.tensor(x[order] / 16, dtype=torch.float32), torch.tensor(y[order])
+    return Digits(inputs[:1200], labels[:1200], inputs[1200:1400], labels[1200:1400])
+
+
+def train(index: Tensor, data: Digits, recipe: Recipe, seed: int) -> list[Tensor]:
+    """Train E models at once, each on its samples `index` (E, n): stacked weights (E, out, in), biases (E, 1, out)."""
+    noise = torch.Generator().manual_seed(seed)
+    widths = (data.x.shape[1], recipe.hidden, recipe.hidden, 10)
+    stacked = []
+    for k_in, k_out in itertools.pairwise(widths):  # PyTorch's own initialisation of nn.Linear
+        for shape in ((k_out, k_in), (1, k_out)):
+            stacked.append((torch.rand(len(index), *shape, generator=noise) * 2 - 1) * k_in**-0.5)
+    for parameter in stacked:
+        parameter.requires_grad_()
+    optimizer = torch.optim.SGD(stacked, lr=recipe.rate, momentum=0.9, weight_decay=recipe.decay)
+    for _ in range(recipe.epochs):
+        order = index.gather(1, torch.rand(index.shape, generator=noise).argsort(1))
+        for part in order.split(recipe.batch, 1)[: index.shape[1] // recipe.batch]:
+            loss = losses(stacked, data.x[part], data.y[part]).sum() / recipe.batch
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+    return [parameter.detach() for parameter in stacked]
+
+
+def logits(stacked: list[Tensor], x: Tensor) -> Tensor:
+    """Return the outputs of E models on (E, B, 64): (E, B, 10)."""
+    for i in range(0, len(stacked), 2):
+        x = torch.baddbmm(stacked[i + 1], x.relu() if i else x, stacked[i].transpose(1, 2))
+    return x
+
+
+def losses(stacked: list[Tensor], x: Tensor, y: Tensor) -> Tensor:
+    """Return the cross-entropies of E models on (E, B, 64): (E, B)."""
+    return F.cross_entropy(logits(stacked, x).transpose(1, 2), y, reduction="none")
+
+
+def module(stacked: list[Tensor], which: int) -> nn.Sequential:
+    """Return one of E models as an ordinary one."""
+    hidden = stacked[0].shape[1]
+    model = nn.Sequential(nn.Linear(64, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU(), nn.Linear(hidden, 10))
+    with torch.no_grad():
+        for parameter, values in zip(model.parameters(), stacked, strict=True):
+            parameter.copy_(values[which].view_as(parameter))
+    return model
+
+
+def models(data: Digits, recipe: Recipe, count: int) -> list[nn.Sequential]:
+    """Train models on all training digits, with seeds that the truth does not use."""
+    every = torch.arange(len(data.x)).repeat(count, 1)
+    stacked = train(every, data, recipe, seed=1000)
+    return [module(stacked, i) for i in range(count)]
+
+
+def retrain(data: Digits, recipe: Recipe, halves: int = 100, seeds: int = 5) -> Truth:
+    """Measure the truth: 500 trainings."""
+    members = random_subsets(len(data.x), halves, 0.5, seed=0)
+    index = torch.from_numpy(np.stack([np.flatnonzero(half) for half in members]))
+    x, y = data.query_x.expand(halves, -1, -1), data.query_y.expand(halves, -1)
+    measured, accuracy, start = [], [], time.perf_counter()
+    for seed in tqdm(range(1, seeds + 1), desc="retraining", unit=" seeds"):
+        stacked = train(index, data, recipe, seed)
+        measured.append(losses(stacked, x, y).numpy())
+        accuracy.append(float((logits(stacked, x).argmax(2) == y).float().mean()))
+    about = {
+        "recipe": asdict(recipe),
+        "halves": halves,
+        "seeds": seeds,
+        "output": "cross-entropy of the test digit",
+        "accuracy": float(np.mean(accuracy)),
+        "ceiling": ceiling(np.stack(measured)),
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+    return Truth(members, np.mean(measured, axis=0, dtype=np.float64).astype(np.float32), about)
+
+
+def ceiling(measured_SmQ: np.ndarray) -> float:
+    """LDS of a perfect prediction, which the retrainings' own noise keeps below 1.
+
+    Spearman and Brown: with r between single seeds, the mean of S of them has reliability S r / (1 + (S - 1) r), and
+    what it correlates with at most is the root of that.
+    """
+    everything = np.eye(measured_SmQ.shape[1], dtype=bool)  # one "sample" a half: its score is what one seed measured
+    pairs = itertools.combinations(measured_SmQ, 2)
+    r = float(np.mean([lds(-one.T, everything, other, resamples=1).mean for one, other in pairs]))
+    return float(np.sqrt(len(measured_SmQ) * r / (1 + (len(measured_SmQ) - 1) * r)))
+
+
+def save(truth: Truth, path: Path = TRUTH) -> None:
+    path.parent.mkdir(exist_ok=True)
+    arrays = {"members": np.packbits(truth.members, axis=1), "losses": truth.losses}
+    safetensors.numpy.save_file(arrays, path, {"about": json.dumps(truth.about)})
+
+
+def load(path: Path = TRUTH) -> Truth:
+    with safetensors.safe_open(path, framework="np") as file:
+        about = json.loads(file.metadata()["about"])
+        members = np.unpackbits(file.get_tensor("members"), axis=1, count=1200).astype(bool)
+        return Truth(members, file.get_tensor("losses"), about)
+
+
+@contextlib.contextmanager
+def logged(
+    model: nn.Module, data: Digits, *, rank: int | None, seed: int = 0
+) -> Iterator[tuple[loghook.Log, loghook.Query]]:
+    """Log all training digits in a frozen pass and ask the test digits; rank None keeps whole gradients."""
+    projection = {"projection": "none"} if rank is None else {"rank": rank}
+    with tempfile.TemporaryDirectory() as folder, loghook.init(f"{folder}/log", seed=seed, **projection) as run:
+        with contextlib.redirect_stdout(io.StringIO()):
+            run.watch(model, activations="sum")
+        with loghook.frozen(model):
+            for ids in torch.arange(len(data.x)).split(200):
+                with run(data_id=ids):
+                    F.cross_entropy(model(data.x[ids]), data.y[ids], reduction="sum").backward()
+            run.finalize()
+            with run.query(data_id=range(len(data.query_x))) as query:
+                F.cross_entropy(model(data.query_x), data.query_y, reduction="sum").backward()
+        yield loghook.load(run.path), query
+
+
+def settings(rank: int | None) -> Iterator[dict[str, Any]]:
+    """Arguments of `Log.influence` to judge at a rank."""
+    yield {"method": "dot"}
+    yield {"method": "dot", "normalize": "relatif"}
+    yield {"method": "cosine"}
+    for method in ("fisher", "kfac", "ekfac"):
+        for damping in DAMPINGS if rank in (32, None) else (0.1,):
+            yield {"method": method, "damping": damping}
+        if rank in (32, None):
+            yield {"method": method, "damping": 0.1, "normalize": "relatif"}
+            yield {"method": method, "damping": 0.1, "normalize": "unit"}
+
+
+def controls(log: loghook.Log, query: loghook.Query, data: Digits, seed: int) -> Iterator[tuple[str, np.ndarray]]:
+    """Yield scores that know nothing of gradients, (Q, N)."""
+    yield "random scores", np.random.default_rng(seed).standard_normal((len(query), len(log)))
+    yield "same label", (data.query_y[:, None] == data.y[None, :]).numpy()
+    one, other = query.rows(LAST, "activations"), np.asarray(log.rows(LAST, "activations"))
+    sizes = np.linalg.norm(one, axis=1)[:, None] * np.linalg.norm(other, axis=1)[None, :]
+    yield "cosine of last hidden layer", one @ other.T / sizes
+
+
+def name(setting: dict[str, Any]) -> str:
+    method = setting["method"]
+    if "damping" in setting:
+        method += f", damping {setting['damping']:g}"
+    return method + (f", {setting['normalize']}" if "normalize" in setting else "")
+
+
+def judge(trained: list[nn.Sequential], data: Digits, truth: Truth, ranks: list[int | None]) -> list[dict[str, Any]]:
+    """Score and compare with the truth: a record for each line of the table."""
+    rows = []
+    for rank in ranks:
+        by_name: dict[str, list[np.ndarray]] = {}
+        for seed, model in enumerate(tqdm(trained, desc=f"rank {rank}", unit=" models", delay=2, leave=False)):
+            with logged(model, data, rank=rank, seed=seed) as (log, query):
+                for setting in settings(rank):
+                    by_name.setdefault(name(setting), []).append(log.influence(query, **setting).values)
+                if rank == ranks[-1]:
+                    for control, scores in controls(log, query, data, seed):
+                        by_name.setdefault(f"control: {control}", []).append(scores)
+        for key, scores in by_name.items():
+            kind = "-" if key.startswith("control") else "none" if rank is None else f"random {rank}"
+            each = np.stack([lds(one, truth.members, truth.losses, resamples=1).per_query for one in scores])
+            low, high = interval(each.mean(0))
+            together = lds(np.sum(scores, axis=0), truth.members, truth.losses)
+            rows.append(
+                {
+                    "projection": kind,
+                    "method": key,
+                    "lds": float(each.mean()),
+                    "low": low,
+                    "high": high,
+                    "models": each.mean(1).tolist(),
+                    "lds_5_models": together.mean,
+                }
+            )
+    return rows
+
+
+def main() -> None:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--retrain", action="store_true", help="measure the truth again (500 trainings, some minutes)")
+    made.add_argument("--models", type=int, default=5, help="models whose gradients are logged (default: 5)")
+    made.add_argument("--threads", type=int, default=2)
+    made.add_argument("--save", action="store_true", help="write the truth, if measured, and the JSON")
+    for field, value in asdict(Recipe()).items():
+        made.add_argument(f"--{field}", type=type(value), default=value, help=f"of the recipe (default: {value})")
+    a = made.parse_args()
+    torch.set_num_threads(a.threads)
+    data, recipe = digits(), Recipe(**{field: getattr(a, field) for field in asdict(Recipe())})
+    if a.retrain:
+        truth = retrain(data, recipe)
+        if a.save:
+            save(truth)
+    else:
+        truth = load()
+        if truth.about["recipe"] != asdict(recipe):
+            raise SystemExit(
+                f"{TRUTH.name} was measured with {truth.about['recipe']}: pass --retrain for another recipe."
+            )
+    start = time.perf_counter()
+    trained = models(data, recipe, a.models)
+    rows = judge(trained, data, truth, [8, 16, 32, None])
+    seconds = time.perf_counter() - start
+    with torch.no_grad():
+        train_loss = float(np.mean([F.cross_entropy(model(data.x), data.y) for model in trained]))
+        right = [(model(data.query_x).argmax(1) == data.query_y).float().mean() for model in trained]
+    result = {
+        "benchmark": "digits",
+        "machine": machine(),
+        "truth": truth.about,
+        "model": {"train_loss": train_loss, "test_accuracy": float(np.mean(right)), "models": a.models},
+        "seconds": round(seconds, 1),
+        "rows": rows,
+    }
+    print(f"digits: {json.dumps(truth.about)}\n{json.dumps(result['model'])}; scored in {seconds:.0f} s")
+    print(f"{'projection':<12}{'method':<40}{'LDS':>6}  {'95 % interval':<17}{'single models':<18}{'summed':>6}")
+    for row in rows:
+        each = f"{min(row['models']):.3f} to {max(row['models']):.3f}"
+        print(
+            f"{row['projection']:<12}{row['method']:<40}{row['lds']:>6.3f}  {row['low']:>6.3f} to {row['high']:<6.3f} "
+            f"{each:<18}{row['lds_5_models']:>6.3f}"
+        )
+    if a.save:
+        RESULTS.mkdir(exist_ok=True)
+        (RESULTS / "digits.json").write_text(json.dumps(result, indent=1) + "\n")
+        print(f"written to {RESULTS.name}/digits.json")
+
+
+if __name__ == "__main__":
+    main()
