@@ -39,7 +39,7 @@ def summed_loss(model: torch.nn.Module, tokens_BS: Tensor) -> Tensor:
 def alternate(cases: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
     """Time the cases in turn, so that a busy moment of the machine hits all of them; seconds for each call."""
     times: dict[str, list[float]] = {name: [] for name in cases}
-    for name, case in cases.items():  # warm-up
+    for case in cases.values():  # warm-up
         case()
     for turn in range(repeats):
         order = list(cases) if turn % 2 == 0 else list(reversed(cases))

@@ -18,7 +18,7 @@ import itertools
 import json
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -42,13 +42,19 @@ DAMPINGS = (0.001, 0.01, 0.1, 1.0, 10.0)
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """How a model is trained: SGD, momentum 0.9, constant rate, mean cross-entropy, whole batches only."""
+    """How a model is trained: constant rate, mean cross-entropy, whole batches only."""
 
+    optimizer: str = "adam"  # or "sgd", with momentum 0.9
     hidden: int = 128
-    epochs: int = 30
+    epochs: int = 20
     batch: int = 64
-    rate: float = 0.05
-    decay: float = 1e-3
+    rate: float = 3e-3
+    decay: float = 0.0
+
+    def build(self, parameters: Iterable[Tensor]) -> torch.optim.Optimizer:
+        if self.optimizer == "sgd":
+            return torch.optim.SGD(parameters, lr=self.rate, momentum=0.9, weight_decay=self.decay)
+        return torch.optim.Adam(parameters, lr=self.rate, weight_decay=self.decay)
 
 
 class Digits(NamedTuple):
@@ -83,7 +89,7 @@ def train(index: Tensor, data: Digits, recipe: Recipe, seed: int) -> list[Tensor
             stacked.append((torch.rand(len(index), *shape, generator=noise) * 2 - 1) * k_in**-0.5)
     for parameter in stacked:
         parameter.requires_grad_()
-    optimizer = torch.optim.SGD(stacked, lr=recipe.rate, momentum=0.9, weight_decay=recipe.decay)
+    optimizer = recipe.build(stacked)
     for _ in range(recipe.epochs):
         order = index.gather(1, torch.rand(index.shape, generator=noise).argsort(1))
         for part in order.split(recipe.batch, 1)[: index.shape[1] // recipe.batch]:

@@ -64,7 +64,9 @@ def main() -> None:
             },
             a.repeats,
         )
-    ratios = {f"{case} / matrix product": ratio(times, case, "matrix product") for case in times if case != "matrix product"}
+    ratios = {
+        f"{case} / matrix product": ratio(times, case, "matrix product") for case in times if case != "matrix product"
+    }
     seconds = {name: sorted(values)[len(values) // 2] for name, values in times.items()}
     pairs = a.rows * a.queries / seconds["dot"]
     flops = 2 * a.rows * a.queries * a.layers * a.width / seconds["matrix product"]

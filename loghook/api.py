@@ -3,19 +3,16 @@
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from torch import nn
 
-from loghook.capture.hooked import Hooked
-from loghook.capture.layers import Watch
+from loghook.capture.asker import Asker
 from loghook.capture.run import Config, Run
-from loghook.errors import CheckpointWarning, ConfigError, MismatchError
+from loghook.errors import CheckpointWarning
 from loghook.influence import engine
 from loghook.influence.precondition import Curvature
 from loghook.influence.scores import Scores
-from loghook.log.format import LayerSpec
 from loghook.log.query import Query
 from loghook.log.reader import Reader
 
@@ -145,7 +142,7 @@ class Log(Reader):
         curvature = Curvature(method=method, damping=damping, damping_abs=damping_abs)
         return engine.self_influence(self, curvature, layers)
 
-    def attach(self, model: nn.Module) -> "Asker":
+    def attach(self, model: nn.Module) -> Asker:
         """Put this log's hooks on a model, for queries in a new process.
 
         Args:
@@ -154,7 +151,7 @@ class Log(Reader):
         Raises:
             MismatchError: if the model's layers are not those of the log.
         """
-        asker = Asker(self, model)
+        asker = Asker(model, self.manifest, str(self.path))
         mine = self.manifest.parameters.get("last") or self.manifest.parameters.get("first")
         if mine and asker.digest() not in (None, mine):
             warnings.warn(
@@ -163,47 +160,3 @@ class Log(Reader):
                 stacklevel=2,
             )
         return asker
-
-
-class Asker(Hooked):
-    """A model under the hooks of a log: asks questions, writes nothing."""
-
-    def __init__(self, log: Log, model: nn.Module) -> None:
-        """See ``Log.attach``."""
-        manifest = log.manifest
-        super().__init__(manifest.projection, manifest.rank, manifest.seed)
-        for arguments, specs in _by_arguments(manifest.layers).items():
-            include = tuple(spec.name for spec in specs)
-            sleepers = tuple(spec.name for spec in specs if spec.may_sleep)
-            bias, batch_dim, activations, output_gradients = arguments
-            try:
-                self._hook(
-                    model,
-                    Watch(
-                        include=include,
-                        exclude=(),
-                        may_sleep=sleepers,
-                        bias=bias,
-                        batch_dim=batch_dim,
-                        activations=activations,
-                        output_gradients=output_gradients,
-                    ),
-                )
-            except ConfigError as error:
-                raise MismatchError(f"the model does not have the layers of {log.path}: {error}") from error
-        self._order(manifest.layers)
-        for mine, theirs in zip(self._layers, manifest.layers, strict=True):
-            if mine.spec != theirs:
-                raise MismatchError(
-                    f"layer {theirs.name!r} is {mine.spec} in the model and {theirs} in {log.path}: attach the model "
-                    "that "
-                    "was logged."
-                )
-
-
-def _by_arguments(specs: Sequence[LayerSpec]) -> dict[tuple[Any, ...], list[LayerSpec]]:
-    """Group layers by the arguments of ``watch`` that made them."""
-    groups: dict[tuple[Any, ...], list[LayerSpec]] = {}
-    for spec in specs:
-        groups.setdefault((spec.bias, spec.batch_dim, spec.activations, spec.output_gradients), []).append(spec)
-    return groups

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loghook.capture.block import nothing_delivered
 from loghook.capture.hooked import Hooked
 from loghook.capture.layers import Layer, Watch, describe_coverage, mixing_modules, patterns, unwrap
 from loghook.errors import BatchError, DeliveryError, UnsupportedError
@@ -140,12 +141,11 @@ def check(
 
 
 def _examine(probe: _Probe, loss_fn: LossFunction, batch: Any, size: int, report: CheckReport) -> None:
-    training = [name for name, module in mixing_modules(probe.model) if module.training]
+    training = [name for name, m in mixing_modules(probe.model) if m.training or m.running_mean is None]
     if training:
         report.problems.append(
-            f"BatchNorm in training mode ({', '.join(training[:3])}) mixes the samples of a batch, so a gradient per "
-            "sample "
-            "does not exist: call eval() on it for logging, or use GroupNorm or LayerNorm."
+            f"BatchNorm that uses the batch's own statistics ({', '.join(training[:3])}) mixes the samples of a batch, "
+            "so a gradient per sample does not exist: call eval() on it for logging, or use GroupNorm or LayerNorm."
         )
         return
     try:
@@ -158,6 +158,9 @@ def _examine(probe: _Probe, loss_fn: LossFunction, batch: Any, size: int, report
         return
     # The narrowest dtype that a layer computed in decides what is rounding, also under autocast inside loss_fn.
     report.tolerance = max(_TOLERANCE.get(layer.computes_in or torch.float64, 3e-2) for layer in probe.watched)
+    if len(silent) == len(probe.watched):
+        report.problems.append(nothing_delivered(probe.watched))
+        return
     if silent:
         never = sorted(layer.name for layer in probe.watched if layer.name in silent and not layer.fired)
         unreached = sorted(silent - set(never))
@@ -173,9 +176,8 @@ def _examine(probe: _Probe, loss_fn: LossFunction, batch: Any, size: int, report
         cause = f"dropout in training mode ({_some(dropouts)})" if dropouts else "something random in the forward pass"
         report.problems.append(
             f"two runs over the same batch give different rows: {cause} differs between runs. Rows are those of the "
-            "masks "
-            "that were drawn; call model.eval() for reproducible rows (training-mode logging is legitimate, but this "
-            "check cannot compare it)."
+            "masks that were drawn; call model.eval() for reproducible rows (training-mode logging is legitimate, but "
+            "this check cannot compare it)."
         )
         return
     alone, single_losses = _one_at_a_time(probe, loss_fn, batch, size)
@@ -263,16 +265,14 @@ def _influence_message(probe: _Probe, loss_fn: LossFunction, batch: Any, size: i
         first = min([first, *off] if first else off, key=names.index, default=first)
     where = (
         f"the input of {first!r} is the first that depends on the rest of the batch: look at what comes before it "
-        "(batch "
-        "statistics, padding that leaks, an attention kernel)"
+        "(batch statistics, padding that leaks, an attention kernel)"
         if first
-        else "the inputs of all layers agree, so look at the loss (a contrastive term, in-batch negatives) and for weights "
-        "that are read without calling their module"
+        else "the inputs of all layers agree, so look at the loss (a contrastive term, in-batch negatives) and for "
+        "weights that are read without calling their module"
     )
     return (
         f"samples influence each other: the rows of {len(wrong)} layers ({_some(wrong)}) differ from those of each "
-        "sample "
-        f"alone; {where}. Rows of such a model depend on how it was batched."
+        f"sample alone; {where}. Rows of such a model depend on how it was batched."
     )
 
 
@@ -283,14 +283,12 @@ def _mean_message(loss: float, singles: Sequence[float], factors: Tensor, size: 
     else:
         remedy = (
             "each sample's factor differs, as in a mean over tokens: sum the loss over tokens (reduction='sum'), or "
-            "pass "
-            "run(..., scale=n) with the number n of items that the mean runs over"
+            "pass run(..., scale=n) with the number n of items that the mean runs over"
         )
     low, high = float(factors.min()), float(factors.max())
     return (
         f"the loss is no sum over samples: rows in the batch are {low:.3g} to {high:.3g} times those of each sample "
-        "alone "
-        f"{shown}. {remedy[0].upper()}{remedy[1:]}."
+        f"alone {shown}. {remedy[0].upper()}{remedy[1:]}."
     )
 
 

@@ -139,7 +139,9 @@ def demo(
     device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.")] = "cpu",
     proof: Annotated[bool, typer.Option(help="Fine-tune again without the strongest proponents.")] = True,
     lds: Annotated[int, typer.Option(help="Random halves for the linear datamodelling score; 0: none.")] = 0,
-    fast: Annotated[bool, typer.Option(help="A smoke test of the same code in seconds; its numbers mean little.")] = False,
+    fast: Annotated[
+        bool, typer.Option(help="A smoke test of the same code in seconds; its numbers mean little.")
+    ] = False,
 ) -> None:
     """Fine-tune on Python's reference, log it, ask what made the model say this, and prove it: about five minutes."""
     from loghook.demo import DemoConfig, run_demo

@@ -59,7 +59,7 @@ def test_causal_language_model_in_a_dict_batch():
 def test_batch_norm_in_training_mode_is_named(batch):
     model = mlp(nn.BatchNorm1d(16))
     problem = only_problem(loghook.check(model, classes, batch))
-    assert "BatchNorm in training mode (2)" in problem and "eval()" in problem
+    assert "BatchNorm that uses the batch's own statistics (2)" in problem and "eval()" in problem
     assert loghook.check(model.eval(), classes, batch)
 
 

@@ -65,7 +65,7 @@ def test_the_ensemble_trains_as_a_plain_loop_does(digits: ModuleType) -> None:
     orders = [index.gather(1, torch.rand(index.shape, generator=noise).argsort(1)) for _ in range(recipe.epochs)]
     for which in range(2):
         model = digits.module(start, which)
-        optimizer = torch.optim.SGD(model.parameters(), lr=recipe.rate, momentum=0.9, weight_decay=recipe.decay)
+        optimizer = recipe.build(model.parameters())
         for order in orders:
             for batch in order[which].split(recipe.batch)[: len(order[which]) // recipe.batch]:
                 optimizer.zero_grad()

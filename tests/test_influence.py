@@ -265,7 +265,7 @@ def test_queries_of_a_loader_concatenate_save_and_load(logged, tmp_path):
 
 
 def test_query_from_another_checkpoint_warns(logged):
-    log, query, _ = logged
+    log, *_ = logged
     other = make_model(seed=5)
     with pytest.warns(UserWarning, match="checkpoint"):
         asker = log.attach(other)

@@ -66,7 +66,7 @@ def test_ids_are_python_values_with_their_step(tmp_path):
         log = loghook.load(tmp_path)
         assert log.data_ids == expected * 2 and type(log.data_ids[0]) in (int, str)
         assert log.keys.step.tolist() == [0] * 4 + [1] * 4
-        assert set(log.keys.rank) == {0} and set(log.keys.pass_index) == {0}
+        assert set(log.keys.rank) == {0} and set(log.keys.pass_index) == {-1}  # outside passes()
 
 
 def test_repeats_inside_passes_are_kept_once_and_counted_once_in_the_statistics(tmp_path):

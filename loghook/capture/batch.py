@@ -21,12 +21,12 @@ def check_ids(data_id: Ids) -> list[int] | list[str]:
                 "one id a sample."
             )
         values: list[Any] = data_id.tolist()
-    elif isinstance(data_id, str | bytes) or not hasattr(data_id, "__iter__"):
+    elif isinstance(data_id, str | bytes) or not hasattr(data_id, "__iter__") or getattr(data_id, "ndim", 1) == 0:
         raise BatchError(
             f"data_id={data_id!r} is a single value: pass a list with one id for each sample, such as [{data_id!r}]."
         )
     else:
-        values = [v.item() if isinstance(v, np.generic | Tensor) else v for v in data_id]
+        values = [v.item() if isinstance(v, np.generic | Tensor) and v.ndim == 0 else v for v in data_id]
     if not values:
         raise BatchError("data_id is empty: pass one id for each sample of the batch.")
     kinds = {type(v) for v in values}
@@ -44,18 +44,18 @@ def check_mask(mask: Any, size: int) -> Tensor | None:
     if mask.dim() not in (1, 2) or mask.shape[0] != size:
         raise BatchError(
             f"mask has shape {tuple(mask.shape)} in a block of {size} ids: pass (batch, tokens), its first axis as "
-            "long as "
-            "data_id."
+            "long as data_id."
         )
     return mask
 
 
 def check_scale(scale: Any) -> float | Tensor:
-    """Return the scale as a finite number other than 0, or as a 0-d tensor."""
+    """Return the scale as a finite number other than 0, or as a 0-d tensor that is still on a device."""
     if isinstance(scale, Tensor):
         if scale.dim() != 0:
             raise BatchError(f"scale is a tensor of shape {tuple(scale.shape)}: pass a number or a 0-d tensor.")
-        return scale.detach()
+        if scale.device.type != "cpu":  # reading it would wait for the device; rows that are not finite show later
+            return scale.detach()
     try:
         value = float(scale)
     except (TypeError, ValueError) as error:

@@ -1,6 +1,6 @@
 """One ``with run(...)`` block: leaves in, hooks live, one delivery of every watched layer checked on the way out."""
 
-import sys
+import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +11,10 @@ from torch import Tensor, nn
 from loghook.capture.layers import Layer, Shared, Slots
 from loghook.capture.tap import Tap, sum_tokens
 from loghook.errors import BatchError, DeliveryError
+
+# The leaves of open blocks by layer. They lie in a global of their own, because the compiler takes whatever it reaches
+# through a module's hooks for fixed in size, and would compile the model anew for every batch size.
+_OPEN: dict[int, Slots] = {}
 
 
 @dataclass
@@ -30,11 +34,16 @@ class Captured:
 
 def make_hook(layer: Layer) -> Callable[..., Tensor | None]:
     """Return the forward hook of a layer: inert while no block is open."""
+    key = layer.key
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
-        slots = layer.slots
-        # A reentrant checkpoint's first forward has no graph; its recomputation comes here again with one.
-        if slots is None or not torch.is_grad_enabled():
+        slots = _OPEN.get(key)
+        if slots is None:
+            return None
+        if not torch.is_grad_enabled():
+            # A reentrant checkpoint's first forward has no graph; its recomputation comes here again with one.
+            if not torch.compiler.is_compiling():
+                slots.quiet += 1
             return None
         x = args[0] if args else next(iter(kwargs.values()))
         if x.shape[layer.spec.batch_dim] != slots.rows.shape[0]:
@@ -55,6 +64,8 @@ def make_hook(layer: Layer) -> Callable[..., Tensor | None]:
             activations = sum_tokens(tokens, _token_weight(slots, tokens))
         if not torch.compiler.is_compiling():
             layer.fired, layer.computes_in = True, y.dtype
+            # -1 outside a backward pass: this is no recomputation.
+            slots.shared.restarted |= slots.shared.delivered and torch._C._current_graph_task_id() == -1
         return Tap.apply(
             y,
             projected,
@@ -129,14 +140,9 @@ class Block:
 
             def leaf(*shape: int, device: torch.device = device, dtype: torch.dtype = dtype) -> Tensor:
                 # Nobody reads a leaf, so that one stored value serves for all of it.
-                made = torch.zeros((), device=device, dtype=dtype).expand(shape).requires_grad_()
-                if "torch._dynamo" in sys.modules and len(shape) > 1:
-                    # The compiler takes what it reaches through a module's hooks for fixed in size, and would compile
-                    # the model anew for every batch size.
-                    torch._dynamo.maybe_mark_dynamic(made, 0)
-                return made
+                return torch.zeros((), device=device, dtype=dtype).expand(shape).requires_grad_()
 
-            layer.slots = slots = Slots(
+            _OPEN[layer.key] = slots = Slots(
                 rows=leaf(self._size, spec.k_out, spec.k_in),
                 moments=leaf(spec.k_in**2 + spec.k_out**2 + 1) if self._moments else None,
                 activations=leaf(self._size, spec.channels + 1) if spec.activations else None,
@@ -145,17 +151,11 @@ class Block:
                 keep=None if keep is None else keep.to(device, dtype),
                 shared=shared,
             )
-            deliveries = slots.deliveries
-            slots.rows.register_post_accumulate_grad_hook(
-                lambda _, deliveries=deliveries: deliveries.append(bool(deliveries) and _inside_reentrant_checkpoint())
-            )
+            slots.rows.register_post_accumulate_grad_hook(_count(slots))
 
     def close(self) -> list[Slots | None]:
         """Make every hook inert again and return the leaves."""
-        slots = [layer.slots for layer in self._layers]
-        for layer in self._layers:
-            layer.slots = None
-        return slots
+        return [_OPEN.pop(layer.key, None) for layer in self._layers]
 
     def collect(self, leaves: Sequence[Slots | None], *, scale: float | Tensor, mask: Tensor | None) -> Captured:
         """Check that each layer delivered once and pack the rows.
@@ -171,25 +171,23 @@ class Block:
         """
         slots = [leaf for leaf in leaves if leaf is not None]
         silent = [(layer, s) for layer, s in zip(self._layers, slots, strict=True) if s.rows.grad is None]
-        if len(silent) == len(slots):
-            raise DeliveryError(_nothing(self._layers))
         missing = [layer for layer, _ in silent if not layer.spec.may_sleep]
+        if missing and len(silent) == len(slots):
+            raise DeliveryError(nothing_delivered(self._layers))
         if missing:
             raise DeliveryError(_partial(missing, len(slots)))
-        counts = {len(s.deliveries) for s in slots if s.deliveries}
-        reentrant = any(any(s.deliveries) for s in slots)
-        if min(counts) > 1 or (max(counts) > 1 and not reentrant):
+        # A layer shared by several reentrant checkpoints delivers once for each of them.
+        if slots[0].shared.restarted or any(s.deliveries > max(1, s.quiet) for s in slots):
             raise DeliveryError(
-                "a layer got gradients from two backward passes in one block, so rows would add up two losses: open "
-                "one block for each backward pass, or add the losses and call backward() once."
+                "two backward passes ran in this block, so rows would add up two losses: open one block for each "
+                "backward pass, or add the losses and call backward() once. Nothing of this batch was written."
             )
         if mask is not None and not torch.compiler.is_compiling():
             ran = [layer for layer in self._layers if layer.fired]
             if ran and not any(s.masked for s in slots) and (mask.dim() > 1 and mask.shape[1] > 1):
                 raise BatchError(
                     f"mask of shape {tuple(mask.shape)} fits no watched layer: none has {mask.shape[1]} tokens a "
-                    "sample. "
-                    "Pass the mask with the shape (batch, tokens) that the watched layers see, or none."
+                    "sample. Pass the mask with the shape (batch, tokens) that the watched layers see, or none."
                 )
         return self._pack(slots, scale, [layer.name for layer, _ in silent])
 
@@ -225,17 +223,21 @@ def _delivered(leaf: Tensor) -> Tensor:
     return torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device) if leaf.grad is None else leaf.grad
 
 
-def _inside_reentrant_checkpoint() -> bool:
-    """Whether the backward pass that runs now was started by a reentrant checkpoint inside another one."""
-    frame = sys._getframe()
-    while frame is not None:
-        if frame.f_code.co_name == "backward" and frame.f_globals.get("__name__") == "torch.utils.checkpoint":
-            return True
-        frame = frame.f_back  # type: ignore[assignment]
-    return False
+def _count(slots: Slots) -> Callable[[Tensor], None]:
+    """Return a hook that counts deliveries; it must not hold the leaf, or their cycle would keep rows alive."""
+    reference = weakref.ref(slots)
+
+    def counted(_: Tensor) -> None:
+        counting = reference()
+        if counting is not None:
+            counting.deliveries += 1
+            counting.shared.delivered = True
+
+    return counted
 
 
-def _nothing(layers: Sequence[Layer]) -> str:
+def nothing_delivered(layers: Sequence[Layer]) -> str:
+    """Say why a block without a single row may have none."""
     if not any(layer.fired for layer in layers):
         return (
             "no watched layer ran in this block, or its hooks never fired. Run the model's forward and backward inside "
@@ -257,8 +259,7 @@ def _partial(missing: Sequence[Layer], total: int) -> str:
     elif all(layer.fired for layer in missing):
         cause = (
             "it ran, but no gradient came back: the loss does not depend on it, its output was detached, or a "
-            "reentrant "
-            "checkpoint got an input that needs no gradient (use loghook.frozen, or use_reentrant=False)"
+            "reentrant checkpoint got an input that needs no gradient (use loghook.frozen, or use_reentrant=False)"
         )
     else:
         cause = "some never ran, some got no gradient"

@@ -35,8 +35,8 @@ class Hooked:
         """Names of the watched layers, in row order."""
         return tuple(layer.name for layer in self._layers)
 
-    def _hook(self, model: nn.Module, watch: Watch) -> dict[str, Any]:
-        """Select and hook layers of a model; returns the coverage record."""
+    def _hook(self, model: nn.Module, watch: Watch, *, check_rank: bool = False) -> dict[str, Any]:
+        """Select and hook layers of a model; returns the coverage record. An error leaves nothing behind."""
         if not isinstance(model, nn.Module):
             raise ConfigError(f"watch() takes an nn.Module, not {type(model).__name__}: pass the model itself.")
         refuse(model)
@@ -44,6 +44,12 @@ class Hooked:
         clash = set(self.layers) & {layer.name for layer in layers}
         if clash:
             raise ConfigError(f"layer name {min(clash)!r} is watched already: use one run for each model.")
+        widest = max(max(side.width for side in (x.input_side, x.output_side)) for x in (*self._layers, *layers))
+        if check_rank and self._projection != "none" and self._rank > widest:
+            raise ConfigError(
+                f"rank={self._rank} exceeds the width of every watched layer (largest: {widest:,}), so it would reduce "
+                "nothing: choose a smaller rank, or projection='none'."
+            )
         if not self._watches(model):
             self._models.append(weakref.ref(unwrap(model)))
             self._mixing += mixing_modules(model)
@@ -87,11 +93,12 @@ class Hooked:
         if self._open:
             raise StateError("a block of this run is open already: blocks and queries do not nest.")
         for name, module in self._mixing:
-            if module.training and (module.track_running_stats or module.training):
+            if module.training or module.running_mean is None:
+                state = "is in training mode" if module.training else "keeps no running statistics"
                 raise UnsupportedError(
-                    f"{type(module).__name__} {name!r} is in training mode and mixes the samples of a batch, so a "
-                    "gradient "
-                    "per sample does not exist: call eval() on it for the logging pass, or use GroupNorm or LayerNorm."
+                    f"{type(module).__name__} {name!r} {state} and mixes the samples of a batch, so a gradient per "
+                    "sample does not exist: use it with running statistics and call eval() on it for the logging "
+                    "pass, or use GroupNorm or LayerNorm."
                 )
         mask, factor = check_mask(mask, size), check_scale(scale)
         block = Block(self._layers, size, moments=moments)

@@ -1,5 +1,6 @@
 """Which layers are watched, what they cover, and what is refused by name."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -46,6 +47,8 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def parameters_digest(model: nn.Module) -> str | None:
     """Digest of a few values of every parameter: tells checkpoints apart; None where they are sharded."""
+    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
+        return None
     values = []
     for parameter in unwrap(model).parameters():
         if type(parameter).__name__ == "DTensor" or parameter.is_meta:
@@ -56,13 +59,23 @@ def parameters_digest(model: nn.Module) -> str | None:
     return checksum(torch.cat([v.cpu() for v in values]).numpy().tobytes()) if values else None
 
 
+@dataclass(eq=False)
 class Shared:
-    """The last input that was projected, so that layers which read the same tensor project it once."""
+    """What the layers of a block have in common.
 
-    def __init__(self) -> None:
-        self.key: tuple[Any, ...] | None = None
-        self.source: Tensor | None = None
-        self.projected: Tensor | None = None
+    Attributes:
+        source: the last input that was projected, so that layers which read the same tensor project it once.
+        key: which tensor that was, and by which side it was projected.
+        projected: the result.
+        delivered: whether any row has been delivered yet.
+        restarted: whether a layer ran forward after that, outside the backward pass.
+    """
+
+    source: Tensor | None = None
+    key: tuple[Any, ...] | None = None
+    projected: Tensor | None = None
+    delivered: bool = False
+    restarted: bool = False
 
 
 @dataclass(eq=False)
@@ -76,8 +89,10 @@ class Slots:
         outputs: leaf (B, out_features + 1), or None.
         mask: (B, S) what each token counts in moments and means, or None.
         keep: (B,) 0 for samples that were logged before, or None.
-        shared: the block's last projected input.
-        deliveries: one entry for each time autograd accumulated a row; True if inside a reentrant checkpoint.
+        shared: what the block's layers have in common.
+        deliveries: how often autograd accumulated a row.
+        quiet: how often the layer ran without a graph, as it does in the first forward of a reentrant checkpoint.
+        masked: whether the mask fitted this layer.
     """
 
     rows: Tensor
@@ -87,7 +102,8 @@ class Slots:
     mask: Tensor | None
     keep: Tensor | None
     shared: Shared
-    deliveries: list[bool] = field(default_factory=list)
+    deliveries: int = 0
+    quiet: int = 0
     masked: bool = False
 
 
@@ -100,9 +116,9 @@ class Layer:
     adapter: Adapter
     input_side: Side
     output_side: Side
+    key: int = field(default_factory=itertools.count().__next__)  # its place in the table of open leaves
     fired: bool = False  # its forward ran in this block
     computes_in: torch.dtype | None = None  # dtype of its last output
-    slots: Slots | None = None
 
     @property
     def name(self) -> str:
@@ -163,8 +179,7 @@ def refuse(model: nn.Module) -> None:
         if isinstance(module, nn.DataParallel):
             raise UnsupportedError(
                 "nn.DataParallel replicates modules in every forward, so hooks see pieces of a batch in no fixed "
-                "order: "
-                "use DistributedDataParallel (one process per device), or pass model.module."
+                "order: use DistributedDataParallel (one process per device), or pass model.module."
             )
     if not isinstance(model, nn.Module):
         raise ConfigError(f"watch() takes an nn.Module, not {type(model).__name__}: pass the model itself.")
@@ -173,10 +188,9 @@ def refuse(model: nn.Module) -> None:
         mesh = getattr(parameter, "device_mesh", None)
         if mesh is not None and (not sharded or {"tp", "sp", "cp", "pp"} & set(mesh.mesh_dim_names or ())):
             raise UnsupportedError(
-                f"parameter {name!r} is split by tensor, sequence, context or pipeline parallelism "
-                f"(mesh dimensions {mesh.mesh_dim_names}): each rank sees a part of a layer's inputs or outputs, so "
-                "its "
-                "rows would be partial. Use data parallelism (DDP or FSDP) for the logging pass."
+                f"parameter {name!r} is split by tensor, sequence, context or pipeline parallelism (mesh dimensions "
+                f"{mesh.mesh_dim_names}): each rank sees a part of a layer's inputs or outputs, so its rows would be "
+                "partial. Use data parallelism (DDP or FSDP) for the logging pass."
             )
 
 
@@ -202,7 +216,14 @@ def select(
         f"{name}.out_proj".lstrip(".") for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)
     }
     for pattern in (*watch.include, *watch.may_sleep):
-        if not any(fnmatchcase(name, pattern) for name in modules):
+        found_by = [module for name, module in modules.items() if fnmatchcase(name, pattern)]
+        if found_by and pattern != "*" and not any(find_adapter(module) for module in found_by):
+            types = ", ".join(sorted({type(module).__name__ for module in found_by})[:4])
+            raise ConfigError(
+                f"pattern {pattern!r} matches only modules of types that have no adapter ({types}): register one with "
+                "@loghook.adapter, or take the pattern out."
+            )
+        if not found_by:
             sample = ", ".join([name for name, m in modules.items() if find_adapter(m)][:6])
             raise ConfigError(
                 f"pattern {pattern!r} matches no module. Patterns are fnmatch patterns over whole names, such as "

@@ -1,5 +1,6 @@
 """``Run``: the user's handle around a training loop. It conducts capture and writer and holds no mathematics."""
 
+import dataclasses
 import importlib.metadata
 import platform
 import time
@@ -14,15 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from loghook.capture.batch import Ids, check_ids
+from loghook.capture.batch import Ids, check_ids, check_scale
 from loghook.capture.block import Captured
 from loghook.capture.hooked import Hooked
-from loghook.capture.layers import Watch, describe_coverage, patterns, unwrap
+from loghook.capture.layers import Watch, describe_coverage, patterns
 from loghook.capture.processes import process_rank, shared_run_id, world_size
-from loghook.errors import BatchError, ConfigError, LoghookError, NotFiniteError, StateError
-from loghook.log.folder import check_same, claim, seal
+from loghook.errors import BatchError, ConfigError, LogExistsError, LoghookError, NotFiniteError, StateError
+from loghook.log.folder import check_same, claim, seal, writing
 from loghook.log.format import DTYPES, MANIFEST, Manifest, commits_name, decode_records
-from loghook.log.writer import Batch, Writer, not_finite
+from loghook.log.writer import Batch, Writer, finite_rows, not_finite
 
 _PROJECTIONS = ("random", "none")
 _ON_REPEAT = (None, "error", "first", "all")
@@ -90,7 +91,7 @@ class Run(Hooked):
         self._step = 0
         self._pass: Pass | None = None
         self._done_passes: set[int] = set()
-        self._finalized = False
+        self._finalized = self._closed = False
         if self._resumed:
             self._read_back()
 
@@ -123,8 +124,7 @@ class Run(Hooked):
             UnsupportedError: a wrapper or layer for which rows cannot be exact.
             StateError: after ``finalize`` or the first block, or for a model watched before.
         """
-        if self._finalized:
-            raise StateError("this run is finalised, so that it watches nothing more: open another run.")
+        self._require_open()
         if self._writer is not None:
             raise StateError(
                 "rows are being logged already, with a fixed set of layers: call watch() before the first block."
@@ -140,16 +140,7 @@ class Run(Hooked):
         )
         if isinstance(model, nn.Module) and self._watches(model):
             raise StateError("this model is watched by this run already: one watch() call takes several patterns.")
-        coverage = self._hook(model, arguments)
-        if self._projection != "none":
-            widest = max(max(layer.input_side.width, layer.output_side.width) for layer in self._layers)
-            if self._rank > widest:
-                self.close()
-                raise ConfigError(
-                    f"rank={self._rank} exceeds the width of every watched layer (largest: {widest:,}), so it would "
-                    "reduce "
-                    "nothing: choose a smaller rank, or projection='none'."
-                )
+        coverage = self._hook(model, arguments, check_rank=True)
         for key in ("covered", "total", "not_covered"):
             self._coverage[key] += coverage[key]
         if process_rank() == 0:
@@ -204,23 +195,23 @@ class Run(Hooked):
             NotFiniteError: rows with infinities (on a device at the latest in the next block).
             StateError: after ``finalize``, or inside another block.
         """
-        if self._finalized:
-            raise StateError("this run is finalised: open another run, or ask questions with run.query(...).")
+        self._require_open()
         ids = check_ids(data_id)
         if self._manifest is not None and self._manifest.id_type != type(ids[0]).__name__:
             raise BatchError(
                 f"data_id is {type(ids[0]).__name__} here and was {self._manifest.id_type} before: use one type "
-                "throughout "
-                "the run."
+                "throughout the run."
             )
         keep = self._keep(ids)
+        scale = check_scale(scale)
         if scaler is not None:
-            scale = scale / scaler.get_scale()
+            scale = scale / check_scale(scaler.get_scale())
         with self._capture(len(ids), mask=mask, scale=scale, keep=keep, moments=True) as captured:
             yield
         writer = self._ready(ids)
         writer.put(self._pack(captured[0], ids, keep, flag=scaler is not None))
-        self._seen.update(ids)
+        if self._rule != "all":
+            self._seen.update(ids)
         self._step += 1
 
     def finalize(self) -> None:
@@ -233,27 +224,37 @@ class Run(Hooked):
         """
         if self._finalized:
             return
+        self._require_open()
         if self._writer is None:
             raise StateError(
                 "nothing was logged, so there is nothing to finalise: run the loop with `with run(...)` first."
             )
-        self._writer.put({"end": True})
-        self._writer.close()
-        self._writer = None
+        writer, self._writer = self._writer, None
+        try:
+            writer.put({"end": True})
+        finally:
+            writer.close()
         self._finalized = True
         if process_rank() == 0:
             assert self._manifest is not None
             self._manifest.parameters["last"] = self.digest()
-            self._manifest.sealed = seal(self.path, self._manifest.world_size)
-            self._manifest.save(self.path)
+            self._manifest.sealed = seal(self.path, self._manifest.world_size, world_size())
+            with writing(self.path):
+                self._manifest.save(self.path)
 
     def close(self) -> None:
         """Remove the hooks and commit what was logged; without ``finalize`` the run can be resumed."""
         super().close()
+        self._closed = True
         if self._writer is not None:
             writer, self._writer = self._writer, None
-            self._finalized = True
             writer.close()
+
+    def _require_open(self) -> None:
+        if self._finalized:
+            raise StateError("this run is finalised: open another run, or ask questions with run.query(...).")
+        if self._closed:
+            raise StateError(f"this run was closed: go on with loghook.init({str(self.path)!r}, resume=True).")
 
     def __enter__(self) -> "Run":
         """Use the run as a context manager that closes it."""
@@ -269,22 +270,25 @@ class Run(Hooked):
             if error is None:
                 raise
 
+    @property
+    def _rule(self) -> str:
+        """What happens to an id that comes again, here and now."""
+        return self._config.on_repeat or ("first" if self._pass is not None else "all")
+
     def _keep(self, ids: list[int] | list[str]) -> np.ndarray:
         """Which samples of a batch are logged, by the rule for repeats: (B,) bool."""
-        rule = self._config.on_repeat or ("first" if self._pass is not None else "all")
         keep = np.ones(len(ids), dtype=bool)
-        if rule == "all":
+        if self._rule == "all":
             return keep
         fresh: set[int | str] = set()
-        for i, data_id in enumerate(ids):
-            keep[i] = data_id not in self._seen and data_id not in fresh
-            fresh.add(data_id)
-        if rule == "error" and not keep.all():
+        for i in range(len(ids)):
+            keep[i] = ids[i] not in self._seen and ids[i] not in fresh
+            fresh.add(ids[i])
+        if self._rule == "error" and not keep.all():
             repeat = ids[int(np.argmin(keep))]
             raise BatchError(
                 f"data_id {repeat!r} was logged before and on_repeat='error': give each sample an id of its own, or "
-                "pass "
-                "on_repeat='first' to keep the first row, or 'all' to keep every row."
+                "pass on_repeat='first' to keep the first row, or 'all' to keep every row."
             )
         return keep
 
@@ -293,7 +297,7 @@ class Run(Hooked):
         rows = captured.rows.to(DTYPES[self._config.dtype])
         moments, flagged, finite = captured.moments, [], None
         if flag or rows.device.type == "cpu":
-            finite = torch.isfinite(rows.sum(1, dtype=captured.rows.dtype)).cpu().numpy()
+            finite = finite_rows(rows).cpu().numpy()
             if not flag and not finite.all():
                 raise NotFiniteError(not_finite(ids, rows))
             if not finite.all():
@@ -311,8 +315,18 @@ class Run(Hooked):
             ready.record()
         elif rows.device.type != "cpu":
             rows, moments = rows.cpu(), None if moments is None else moments.cpu()
-        index = self._pass.index if self._pass else 0
-        return Batch(rows, kept, moments, index, self._step, flagged, dropped, ready, checked=finite is not None)
+        return Batch(
+            rows=rows,
+            ids=kept,
+            moments=moments,
+            pass_index=self._pass.index if self._pass else -1,
+            step=self._step,
+            flagged=flagged,
+            dropped=dropped,
+            asleep=captured.asleep,
+            ready=ready,
+            checked=finite is not None,
+        )
 
     def _ready(self, ids: list[int] | list[str]) -> Writer:
         """Return the writer, opening it (and the manifest) at the first block."""
@@ -327,29 +341,46 @@ class Run(Hooked):
             layers=tuple(layer.spec for layer in self._layers),
             coverage=self._coverage,
             id_type=type(ids[0]).__name__,
-            on_repeat=self._config.on_repeat or ("first" if self._pass is not None else "all"),
+            on_repeat=self._config.on_repeat,
             world_size=world_size(),
             provenance=_provenance(),
             parameters={"first": self.digest()},
         )
         if self._manifest is not None:
             check_same(self._manifest, manifest)
-            manifest = self._manifest
-        elif process_rank() == 0:
-            manifest.save(self.path)
-        self._manifest = manifest
-        self.path.mkdir(parents=True, exist_ok=True)
-        self._writer = Writer(
-            self.path,
-            run_id=manifest.run_id,
-            rank=process_rank(),
-            width=self._layout.width,
-            moments_width=self._layout.moments_width,
-            dtype=manifest.dtype,
-            shard_bytes=self._config.shard_bytes,
-            commit_seconds=self._config.commit_seconds,
-        )
-        return self._writer
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            writer = Writer(
+                self.path,
+                run_id=manifest.run_id,
+                rank=process_rank(),
+                width=self._layout.width,
+                moments_width=self._layout.moments_width,
+                dtype=manifest.dtype,
+                shard_bytes=self._config.shard_bytes,
+                commit_seconds=self._config.commit_seconds,
+            )
+            try:
+                # Under the lock: whoever comes second must not put a manifest of its own in place of the first one's.
+                self._manifest = self._settle(manifest)
+            except BaseException:
+                writer.close()
+                raise
+        self._writer = writer
+        return writer
+
+    def _settle(self, fresh: Manifest) -> Manifest:
+        """Return the run's manifest, written by rank 0 if it is new or more ranks write now than before."""
+        old = self._manifest
+        if process_rank() != 0:
+            return old or fresh
+        if old is None and (self.path / MANIFEST).exists():
+            raise LogExistsError(f"{self.path} was taken by another run meanwhile: choose another path.")
+        if old is None or old.world_size < fresh.world_size:
+            settled = fresh if old is None else dataclasses.replace(old, world_size=fresh.world_size)
+            settled.save(self.path)
+            return settled
+        return old
 
     def _read_back(self) -> None:
         """On resume: the manifest, which ids are committed and which passes are done."""
@@ -359,9 +390,13 @@ class Run(Hooked):
             file = self.path / commits_name(rank)
             records = decode_records(file.read_bytes())[0] if file.exists() else []
             for record in records:
-                self._seen.update(record.get("ids", ()))
-                self._seen.update(record.get("flagged", ()))
-                self._step = max([self._step, *(step + 1 for _, step, _ in record.get("steps", ()))])
+                place = 0
+                for pass_index, step, rows in record.get("steps", ()):
+                    if self._config.on_repeat is not None or pass_index >= 0:
+                        self._seen.update(record["ids"][place : place + rows])
+                    place += rows
+                    self._step = max(self._step, step + 1)
+                self._seen.update(record["flagged"])
                 if rank == process_rank() and "pass_end" in record:
                     self._done_passes.add(record["pass_end"])
 

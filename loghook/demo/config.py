@@ -89,7 +89,7 @@ class DemoConfig:
     group_size: int = 6
     fraction: float = 0.05
     prove: bool = True
-    random_removals: int = 3
+    random_removals: int = 2
     lds_subsets: int = 0
     show: int = 5
     new_tokens: int = 32

@@ -1,12 +1,15 @@
 """A run's folder: claimed at the start, sealed at the end."""
 
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from loghook.errors import ConfigError, LogExistsError, MismatchError, StateError
+from loghook.errors import ConfigError, LogExistsError, LoghookError, MismatchError, StateError, WriteError
 from loghook.log.format import MANIFEST, Manifest
 from loghook.log.reader import sum_up
+from loghook.log.writer import lock
 
 SEAL_TIMEOUT = 600.0  # seconds that rank 0 waits for the others
 
@@ -24,14 +27,33 @@ def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
             "path."
         )
     if overwrite:
+        locks = [lock(file) for file in old if file.name.startswith("lock-")]  # nobody may be writing what goes away
         for file in old:
-            file.unlink()
-    path.mkdir(parents=True, exist_ok=True)
+            if not file.name.startswith("lock-"):
+                file.unlink()
+        for held in locks:
+            held.close()
+    with writing(path):
+        path.mkdir(parents=True, exist_ok=True)
 
 
 def _is_ours(file: Path) -> bool:
     kinds = ("rows-*.safetensors", "statistics-*.safetensors", "commits-*.jsonl", "lock-*")
     return any(file.match(kind) for kind in kinds)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn errors of the operating system into a WriteError that says what to do."""
+    try:
+        yield
+    except OSError as error:
+        if isinstance(error, LoghookError):
+            raise
+        raise WriteError(
+            f"writing to {path} failed ({error}). What was committed is intact: make room or mend the folder, then "
+            "start again with resume=True."
+        ) from error
 
 
 def check_same(old: Manifest, new: Manifest) -> None:
@@ -45,11 +67,11 @@ def check_same(old: Manifest, new: Manifest) -> None:
             raise MismatchError(f"cannot resume: {name} is {shown}. Use the arguments and the model of the first run.")
 
 
-def seal(path: Path, world_size: int) -> dict[str, Any]:
-    """Wait for every rank's last record, then sum up all commit logs."""
+def seal(path: Path, logs: int, active: int) -> dict[str, Any]:
+    """Wait for the last record of every active rank, then sum up all commit logs (a resumed run may have more)."""
     deadline = time.monotonic() + SEAL_TIMEOUT
     while True:
-        sealed, missing = sum_up(path, world_size)
+        sealed, missing = sum_up(path, logs, active)
         if sealed is not None:
             return sealed
         if time.monotonic() > deadline:

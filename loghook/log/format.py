@@ -25,6 +25,11 @@ SAFETENSORS_DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "f
 SHARD_HEADER = 512  # bytes before the first row, length prefix included: constant, so that a shard can grow
 
 
+def canonical_json(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces, so that equal values have equal checksums."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
 def checksum(data: bytes | memoryview) -> str:
     """Return the 128-bit XXH3 of some bytes as 32 hexadecimal digits."""
     return xxhash.xxh3_128_hexdigest(data)
@@ -124,8 +129,9 @@ class Manifest:
         layers: layers in row order.
         coverage: {"covered": parameters, "total": parameters, "not_covered": [{"name", "parameters", "reason"}]}.
         id_type: "int" or "str".
-        on_repeat: what the writer did with ids it had already ("error", "first" or "all").
-        world_size: number of writers.
+        on_repeat: the rule for ids that come again: "error", "first", "all", or None: "first" for rows logged inside
+            ``passes()`` and "all" for others.
+        world_size: number of commit logs.
         provenance: versions, time and machine, for people; nothing depends on it.
         parameters: digests of sampled parameter values at the first block and at ``finalize``.
         sealed: None while a run goes on; then {"rows", "digest"} over all commit logs.
@@ -140,7 +146,7 @@ class Manifest:
     layers: tuple[LayerSpec, ...]
     coverage: dict[str, Any]
     id_type: str
-    on_repeat: str
+    on_repeat: str | None
     world_size: int
     provenance: dict[str, Any] = field(default_factory=dict)
     parameters: dict[str, str | None] = field(default_factory=dict)
@@ -155,6 +161,7 @@ class Manifest:
     def save(self, path: Path) -> None:
         """Replace the run's manifest atomically."""
         body = {"format": "loghook", "fingerprint": self.fingerprint} | dataclasses.asdict(self)
+        body["checksum"] = checksum(canonical_json(body))
         write_atomically(path / MANIFEST, json.dumps(body, indent=1).encode())
 
     @classmethod
@@ -177,14 +184,15 @@ class Manifest:
                 raise VersionError(
                     f"{file} has format version {body['version']}; this loghook reads up to {VERSION}: upgrade loghook."
                 )
-            stated = body.pop("fingerprint")
+            stated = body.pop("checksum")
+            if checksum(canonical_json({"format": "loghook"} | body)) != stated:
+                raise ValueError(f"it does not match its own checksum {stated}")
+            body.pop("fingerprint")
             body["layers"] = tuple(LayerSpec(**layer) for layer in body["layers"])
             manifest = cls(**body)
             _check_manifest(manifest)
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CorruptLogError(f"{file} is not a valid manifest ({error}): restore it from a copy.") from error
-        if manifest.fingerprint != stated:
-            raise CorruptLogError(f"{file} does not match its own fingerprint {stated}: restore it from a copy.")
         return manifest
 
 

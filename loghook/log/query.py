@@ -43,26 +43,32 @@ class Query:
         Raises:
             StateError: while the block that makes the query is still open, or if it raised.
         """
-        if self._rows is None:
-            raise StateError(
-                "this query holds no rows: its block has not ended, or it raised. Use it after the `with`."
-            )
-        return self._rows
+        return self._require_rows()
 
     @property
     def layout(self) -> Layout:
         """Where each layer's values are in a row."""
+        self._require_rows()
         return Layout(self._specs)
 
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of the layers, in row order."""
+        self._require_rows()
         return tuple(spec.name for spec in self._specs)
 
     @property
     def fingerprint(self) -> str:
         """Digest of layers and projection; a log must have the same."""
+        self._require_rows()
         return fingerprint(self._specs, self._projection, self._seed)
+
+    def _require_rows(self) -> Tensor:
+        if self._rows is None:
+            raise StateError(
+                "this query holds no rows: its block has not ended, or it raised. Use it after the `with`."
+            )
+        return self._rows
 
     def __len__(self) -> int:
         """Number of questions."""
@@ -143,7 +149,7 @@ def find_columns(layout: Layout, layer: str, kind: str) -> tuple[LayerSpec, slic
         raise ConfigError(f"kind={kind!r} is unknown: choose one of {', '.join(layout.kinds)}.")
     specs = {spec.name: spec for spec in layout.layers}
     if layer not in specs:
-        raise ConfigError(f"layer {layer!r} is not in the log; its layers are {', '.join(list(specs)[:6])}, ...")
+        raise ConfigError(f"layer {layer!r} is not in the log; its layers are {', '.join(specs)}.")
     if layer not in layout.kinds[kind]:
         raise ConfigError(f"layer {layer!r} was logged without {kind}: pass watch(..., {kind}='mean').")
     return specs[layer], layout.kinds[kind][layer]

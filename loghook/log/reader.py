@@ -53,7 +53,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class RowKeys:
-    """Where each row comes from: ``pass_index``, ``step`` and ``rank``, int64 arrays (rows,)."""
+    """Where each row comes from: ``pass_index`` (-1 outside passes), ``step`` and ``rank``, int64 arrays (rows,)."""
 
     pass_index: np.ndarray
     step: np.ndarray
@@ -70,7 +70,10 @@ class Reader:
         data_ids: one id for each row.
         keys: pass, step and rank of each row.
         flagged: ids of samples left out because their rows were not finite.
+        torn: one line for each unfinished last record of an unsealed run; it was ignored.
         repeats: rows left out because their id came before.
+        unmeasured: rows whose tokens are not in the statistics, since their batch held rows that were not finite.
+        asleep: {layer: rows that are zero because the layer, which may sleep, did not run}.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -91,7 +94,11 @@ class Reader:
         self.flagged: list[int | str] = []
         self.torn: list[str] = []
         self.repeats = 0
+        self.unmeasured = 0
+        self.asleep: dict[str, int] = {}
         self._read_records()
+        # The writer of a growing run replaces its snapshots, so that an open log takes what it found.
+        self._moments = None if self.manifest.sealed else self._read_moments()
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -128,6 +135,9 @@ class Reader:
 
     def moments(self) -> np.ndarray:
         """The streamed statistics, summed over ranks: (moments_width,) float64; see ``Layout``."""
+        return self._read_moments() if self._moments is None else self._moments.copy()
+
+    def _read_moments(self) -> np.ndarray:
         total = np.zeros(self.layout.moments_width)
         for entry in self._snapshots:
             total += load_moments(self.path, entry, len(total))
@@ -189,7 +199,7 @@ class Reader:
                 self._map(shard)
             except CorruptLogError as error:
                 problems.append(str(error))
-        for entry in self._snapshots:
+        for entry in self._snapshots if self.manifest.sealed else ():
             try:
                 load_moments(self.path, entry, self.layout.moments_width)
             except CorruptLogError as error:
@@ -217,6 +227,9 @@ class Reader:
                     )
                 self.flagged += record["flagged"]
                 self.repeats += record["dropped"]
+                self.unmeasured += record["unmeasured"]
+                for name, rows in record["asleep"].items():
+                    self.asleep[name] = self.asleep.get(name, 0) + rows
                 if "shard" in record:
                     self._add(rank, record)
                     ids += record["ids"]
@@ -228,15 +241,15 @@ class Reader:
         if sealed is not None and (sealed["rows"] != len(ids) or sealed["digest"] != digest.hexdigest()):
             raise CorruptLogError(
                 f"{self.path}: the commit logs hold {len(ids):,} rows where {sealed['rows']:,} were sealed, or were "
-                "altered: "
-                "restore them from a copy."
+                "altered: restore them from a copy."
             )
         counts = np.array([n for *_, n in keys], dtype=np.int64)
         columns = np.array([k[:3] for k in keys], dtype=np.int64).reshape(-1, 3)
         repeated = np.repeat(columns, counts, axis=0)
         self._keep: np.ndarray | None = None
-        if self.manifest.on_repeat == "first" and len(set(ids)) < len(ids):
-            self._keep = _first_of_each(ids, repeated)
+        rule = self.manifest.on_repeat
+        if rule in (None, "first") and len(set(ids)) < len(ids):
+            self._keep = _first_of_each(ids, repeated, outside_too=rule == "first")
             ids = [i for i, kept in zip(ids, self._keep, strict=True) if kept]
             self.repeats += int((~self._keep).sum())
             repeated = repeated[self._keep]
@@ -354,16 +367,18 @@ class Rows:
                 raise IndexError(f"row {first} of {len(self)}")
             place = int(first) % len(self)
             return self._read(place, place + 1)[0][rest]
+        everything = (slice(None), *rest)
+        everything = (slice(None), *rest)
         if isinstance(first, slice):
             start, stop, step = first.indices(len(self))
             if step > 0:
                 values = self._read(start, max(start, stop))[::step]
             else:
                 values = self._numpy(self._reader.gather(np.arange(start, stop, step)))
-            return values[(slice(None), *rest)]
+            return values[everything]
         index = np.asarray(first)
         index = np.flatnonzero(index) if index.dtype == bool else index.astype(np.int64).reshape(-1) % max(1, len(self))
-        return self._numpy(self._reader.gather(index))[(slice(None), *rest)]
+        return self._numpy(self._reader.gather(index))[everything]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Read everything."""
@@ -387,32 +402,37 @@ class Rows:
         return array
 
 
-def _first_of_each(ids: Sequence[Any], keys: np.ndarray) -> np.ndarray:
-    """Which rows are the first of their id by (pass, step, rank), whatever rank wrote them: (rows,) bool."""
+def _first_of_each(ids: Sequence[Any], keys: np.ndarray, *, outside_too: bool) -> np.ndarray:
+    """Which rows are the first of their id by (pass, step, rank), whatever rank wrote them: (rows,) bool.
+
+    Rows logged outside ``passes()`` (pass -1) are all kept unless ``outside_too``.
+    """
     order = np.lexsort((keys[:, 2], keys[:, 1], keys[:, 0]))
     seen: set[Any] = set()
     keep = np.zeros(len(ids), dtype=bool)
     for place in order:
-        if ids[place] not in seen:
+        if keys[place, 0] < 0 and not outside_too:
+            keep[place] = True
+        elif ids[place] not in seen:
             seen.add(ids[place])
             keep[place] = True
     return keep
 
 
-def sum_up(path: Path, world_size: int) -> tuple[dict[str, Any] | None, list[int]]:
-    """Sum up the commit logs of a finished run.
+def sum_up(path: Path, logs: int, active: int) -> tuple[dict[str, Any] | None, list[int]]:
+    """Sum up the commit logs of a finished run, ``logs`` of them, the first ``active`` of which must have ended.
 
     Returns:
         {"rows", "digest"}, or None with the ranks whose last record is not there yet.
     """
     digest, rows, missing = xxhash.xxh3_128(), 0, []
-    for rank in range(world_size):
+    for rank in range(logs):
         file = path / commits_name(rank)
         data = file.read_bytes() if file.exists() else b""
         records, size, wrong = decode_records(data)
         if wrong not in (None, "torn"):
             raise CorruptLogError(f"{file}: {wrong}: restore it from a copy.")
-        if not records or not records[-1].get("end"):
+        if rank < active and not (records and records[-1].get("end")):
             missing.append(rank)
         digest.update(data[:size])
         rows += sum(record.get("rows", 0) for record in records)

@@ -53,6 +53,7 @@ class Batch:
         step: which block of the run it is.
         flagged: ids of samples left out because their rows were not finite.
         dropped: how many repeats were left out.
+        asleep: layers that may sleep and delivered nothing; their rows are zero.
         ready: CUDA event after which ``rows`` and ``moments`` may be read, or None.
         checked: whether the rows are known to be finite; otherwise the writer looks.
     """
@@ -64,6 +65,7 @@ class Batch:
     step: int
     flagged: Sequence[int | str] = ()
     dropped: int = 0
+    asleep: Sequence[str] = ()
     ready: Any = None
     checked: bool = True
 
@@ -93,11 +95,15 @@ class Writer:
         self._width, self._row_bytes = width, width * DTYPES[dtype].itemsize
         self._capacity = max(1, shard_bytes // self._row_bytes)
         self._commit_seconds = commit_seconds
-        self._lock = _lock(path / f"lock-{rank:05d}")
+        self._lock = lock(path / f"lock-{rank:05d}")
         self.moments = np.zeros(moments_width)
-        self.records = self._recover()
-        self._commits = open(path / commits_name(rank), "ab", buffering=0)  # noqa: SIM115
-        sync_folder(path)
+        try:
+            self.records = self._recover()
+            self._commits = open(path / commits_name(rank), "ab", buffering=0)  # noqa: SIM115
+            sync_folder(path)
+        except BaseException:
+            self._lock.close()
+            raise
         self._shard: int | None = None  # descriptor of the open shard
         self._shard_index = -1 if not self.records else max(r.get("shard", -1) for r in self.records)
         self._shard_rows = 0
@@ -175,20 +181,24 @@ class Writer:
         self._commit()
         if item == CLOSE:
             self._close_shard()
+            self._forget_statistics(keep=1)
         elif item is not None and item != COMMIT:
-            self._append(item | {"flagged": self._flagged, "dropped": self._dropped})
+            self._append(item | self._counts())
             self._start_record()
 
     def _write(self, batch: Batch) -> None:
         if batch.ready is not None:
             batch.ready.synchronize()
-        if not batch.checked and not bool(torch.isfinite(batch.rows.sum(1, dtype=torch.float32)).all()):
+        if not batch.checked and not bool(finite_rows(batch.rows).all()):
             raise NotFiniteError(not_finite(batch.ids, batch.rows))
         n = len(batch.ids)
         self._flagged += batch.flagged
         self._dropped += batch.dropped
         if not n:
             return
+        self._unmeasured += n if batch.moments is None else 0
+        for name in batch.asleep:
+            self._asleep[name] = self._asleep.get(name, 0) + n
         # A batch is never split: its rows and its moments are committed together or not at all.
         if self._shard is None or (self._shard_rows and self._shard_rows + n > self._capacity):
             self._commit()
@@ -219,18 +229,28 @@ class Writer:
                 "ids": self._ids,
                 "steps": self._steps,
                 "statistics": self._save_statistics(len(self.records)),
-                "flagged": self._flagged,
-                "dropped": self._dropped,
             }
+            | self._counts()
         )
         self._start_record()
         self._forget_statistics()
+
+    def _counts(self) -> dict[str, Any]:
+        """What every record says of the samples since the last one."""
+        return {
+            "flagged": self._flagged,
+            "dropped": self._dropped,
+            "unmeasured": self._unmeasured,
+            "asleep": self._asleep,
+        }
 
     def _start_record(self) -> None:
         self._ids: list[int | str] = []
         self._steps: list[list[int]] = []
         self._flagged: list[int | str] = []
         self._dropped = 0
+        self._unmeasured = 0
+        self._asleep: dict[str, int] = {}
         self._hash = xxhash.xxh3_128()
 
     def _append(self, record: dict[str, Any]) -> None:
@@ -254,9 +274,10 @@ class Writer:
         sync_folder(self._path)
         return {"file": file.name, "checksum": checksum(data)}
 
-    def _forget_statistics(self) -> None:
+    def _forget_statistics(self, keep: int = 2) -> None:
+        """Delete old snapshots; a reader that has just read the previous record still finds its own."""
         named = [record["statistics"]["file"] for record in self.records if "statistics" in record]
-        for name in named[-4:-1]:
+        for name in named[-keep - 3 : -keep]:
             (self._path / name).unlink(missing_ok=True)
 
     def _open_shard(self) -> None:
@@ -327,16 +348,27 @@ def load_moments(path: Path, entry: dict[str, str], width: int) -> np.ndarray:
     return moments.copy()
 
 
+def finite_rows(rows: Tensor) -> Tensor:
+    """Which rows (B, width) hold neither infinities nor not-a-numbers: (B,) bool, on the rows' device.
+
+    A sum is finite only if its terms are, and takes one pass. On the CPU a suspect sum is looked at closely, since it
+    may have overflowed by itself.
+    """
+    finite = torch.isfinite(rows.sum(1, dtype=torch.float64 if rows.dtype == torch.float64 else torch.float32))
+    if rows.device.type == "cpu" and not finite.all():
+        finite = torch.isfinite(rows).all(1)
+    return finite
+
+
 def not_finite(ids: Sequence[int | str], rows: Tensor) -> str:
     """Message for rows that must not be written; ``rows`` (B, width)."""
     bad = (~torch.isfinite(rows)).any(1).tolist()
     names = [i for i, wrong in zip(ids, bad, strict=True) if wrong]
     return (
-        f"the rows of {len(names)} samples are not finite (data_id {', '.join(map(repr, names[:5]))}"
-        f"{', ...' if len(names) > 5 else ''}), so nothing of this batch was written. Look at the loss of these "
-        "samples; "
-        "if the storage dtype is too narrow for them choose bfloat16 or float32; under a GradScaler pass "
-        "run(..., scaler=scaler), which flags such rows and leaves them out."
+        f"the rows of {len(names)} samples are not finite (data_id "
+        f"{', '.join(map(repr, names[:5]))}{', ...' if len(names) > 5 else ''}), so nothing of this batch was written. "
+        "Look at the loss of these samples; if the storage dtype is too narrow for them choose bfloat16 or float32; "
+        "under a GradScaler pass run(..., scaler=scaler), which flags such rows and leaves them out."
     )
 
 
@@ -347,7 +379,8 @@ def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
-def _lock(file: Path) -> Any:
+def lock(file: Path) -> Any:
+    """Take a rank's lock for as long as the returned handle is open; the system frees it if the process dies."""
     handle = open(file, "a+")  # noqa: SIM115
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -49,9 +49,8 @@ def factors(layout: Layout, moments: np.ndarray, layer: str) -> tuple[Tensor, Te
     if tokens <= 0:
         raise ConfigError(
             f"no token of layer {layer!r} was counted while logging (a mask that is all zero, or a layer that never "
-            "ran), "
-            "so it has no Kronecker factors: use method='fisher', 'dot' or 'cosine', or leave the layer out with "
-            "layers=."
+            "ran), so it has no Kronecker factors: use method='fisher', 'dot' or 'cosine', or leave the layer out "
+            "with layers=."
         )
     vector = torch.from_numpy(moments)
     k_in, k_out = round((inputs.stop - inputs.start) ** 0.5), round((outputs.stop - outputs.start) ** 0.5)

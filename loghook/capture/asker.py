@@ -1,0 +1,46 @@
+"""``Asker``: a model under the hooks of a finished log, for questions only."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import nn
+
+from loghook.capture.hooked import Hooked
+from loghook.capture.layers import Watch
+from loghook.errors import ConfigError, MismatchError
+from loghook.log.format import LayerSpec, Manifest
+
+
+class Asker(Hooked):
+    """A model under the hooks of a log: asks questions, writes nothing."""
+
+    def __init__(self, model: nn.Module, manifest: Manifest, origin: str) -> None:
+        """Hook the layers that the manifest of the log at ``origin`` names; see ``Log.attach``."""
+        super().__init__(manifest.projection, manifest.rank, manifest.seed)
+        try:
+            for arguments, specs in _by_arguments(manifest.layers):
+                names = tuple(spec.name for spec in specs)
+                sleepers = tuple(spec.name for spec in specs if spec.may_sleep)
+                self._hook(model, Watch(include=names, exclude=(), may_sleep=sleepers, **arguments))
+            self._order(manifest.layers)
+            for mine, theirs in zip(self._layers, manifest.layers, strict=True):
+                if mine.spec != theirs:
+                    raise MismatchError(
+                        f"layer {theirs.name!r} is {mine.spec} in the model and {theirs} in {origin}: attach the model "
+                        "that was logged."
+                    )
+        except ConfigError as error:
+            self.close()
+            raise MismatchError(f"the model does not have the layers of {origin}: {error}") from error
+        except BaseException:
+            self.close()
+            raise
+
+
+def _by_arguments(specs: Sequence[LayerSpec]) -> list[tuple[dict[str, Any], list[LayerSpec]]]:
+    """Group layers by the arguments of ``watch`` that made them."""
+    keys = ("bias", "batch_dim", "activations", "output_gradients")
+    groups: dict[tuple[Any, ...], list[LayerSpec]] = {}
+    for spec in specs:
+        groups.setdefault(tuple(getattr(spec, key) for key in keys), []).append(spec)
+    return [(dict(zip(keys, values, strict=True)), group) for values, group in groups.items()]
