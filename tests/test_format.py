@@ -147,11 +147,12 @@ def read_run(path: Path) -> dict:
         assert entry["dtype"] == "F64"
         total = total + np.frombuffer(data[8 + length :], "<f8").reshape(entry["shape"])
     assert manifest["sealed"] == {"rows": len(ids), "digest": checksum(logs)}
-    if manifest["on_repeat"] == "first":
+    rule = manifest["on_repeat"]
+    if rule in (None, "first"):
         order = sorted(range(len(ids)), key=lambda i: places[i])
         first: dict = {}
         for i in order:
-            first.setdefault(ids[i], i)
+            first.setdefault(i if places[i][0] < 0 and rule is None else ("id", ids[i]), i)
         kept = sorted(first.values())
     else:
         kept = list(range(len(ids)))
@@ -177,7 +178,9 @@ def read_run(path: Path) -> dict:
 def test_manifest_table(finished: Path) -> None:
     written = json.loads((finished / "loghook.json").read_text())
     assert table("field") == list(written)
-    assert table("field") == ["format", "fingerprint", *(f.name for f in dataclasses.fields(Manifest))]
+    assert table("field") == ["format", "fingerprint", *(f.name for f in dataclasses.fields(Manifest)), "checksum"]
+    stated = written.pop("checksum")
+    assert stated == xxhash.xxh3_128_hexdigest(json.dumps(written, sort_keys=True, separators=(",", ":")).encode())
     assert table("layer field") == [f.name for f in dataclasses.fields(LayerSpec)] == list(written["layers"][0])
     assert table("seal key") == list(written["sealed"])
     for names, value in (

@@ -132,7 +132,7 @@ class DemoConfig:
     def fast(cls, **changes: object) -> "DemoConfig":
         """A tiny configuration that runs everything in seconds and proves nothing; ``changes`` are applied to it."""
         tiny = dict(
-            rank=8, vocabulary=512, hidden=32, layers=2, heads=2, intermediate=48, corpus_bytes=100_000,
+            rank=8, vocabulary=512, hidden=32, layers=2, heads=2, intermediate=80, corpus_bytes=100_000,
             pretrain_steps=10, pretrain_tokens=32, chunk_tokens=32, passages=96, group_size=2, groups=2,
             random_removals=1, show=2, new_tokens=8, resamples=200, hold_out=6,
         )  # fmt: skip
