@@ -1,0 +1,187 @@
+"""The same rows on two gloo ranks as in one process: wrappers, sharding, samplers that repeat."""
+
+import os
+import sys
+import warnings
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FullyShardedDataParallel,
+    MixedPrecisionPolicy,
+    ShardingStrategy,
+    fully_shard,
+)
+from torch.nn.parallel import DistributedDataParallel
+
+import loghook
+
+SAMPLES, BATCH = 14, 4  # two ranks of 4: the last round is filled up with the first samples again
+
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = nn.Linear(12, 20), nn.Linear(20, 12)
+
+    def forward(self, x):
+        return x + self.down(torch.relu_(self.up(x)))
+
+
+def make_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 12), Block(), Block(), nn.Linear(12, 5, bias=False))
+
+
+def make_data():
+    torch.manual_seed(1)
+    return torch.randn(SAMPLES, 3, 8)
+
+
+def loss_of(model, x):
+    return model(x).pow(2).sum()
+
+
+def batches(rank, world):
+    """What a distributed sampler with even batches gives one rank: the shortfall is filled from the front."""
+    order = list(range(SAMPLES))
+    order += order[: -len(order) % (BATCH * world)]
+    mine = order[rank::world]
+    return [mine[k : k + BATCH] for k in range(0, len(mine), BATCH)]
+
+
+def log_pass(run, model, data, rank, world, *, frozen=False, train=False):
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0) if train else None
+    for _ in run.passes():
+        for ids in batches(rank, world):
+            with run(data_id=ids):
+                loss_of(model, data[ids]).backward()
+            if optimizer:
+                optimizer.step()
+                optimizer.zero_grad()
+    run.finalize()
+    run.close()
+
+
+def ddp(model):
+    return DistributedDataParallel(model)
+
+
+def fsdp1(model):
+    return FullyShardedDataParallel(
+        model, device_id=torch.device("cpu"), sharding_strategy=ShardingStrategy.FULL_SHARD, use_orig_params=True
+    )
+
+
+def fsdp2(model, leaves=True, **options):
+    mesh = init_device_mesh("cpu", (2,))
+    for module in model if leaves else ():
+        fully_shard(module, mesh=mesh, **options)
+    fully_shard(model, mesh=mesh, **options)
+    return model
+
+
+def checkpointed(model):
+    apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
+    return model
+
+
+def compiled(model):
+    torch._dynamo.reset()
+    model.compile(backend="aot_eager")
+    return model
+
+
+WRAPPERS = {
+    "ddp": ddp,
+    "fsdp1": fsdp1,
+    "fsdp2_root": lambda m: fsdp2(m, leaves=False),
+    "fsdp2_leaves": fsdp2,
+    "fsdp2_offload": lambda m: fsdp2(m, offload_policy=CPUOffloadPolicy(pin_memory=False)),
+    "fsdp2_checkpoint_compile": lambda m: compiled(fsdp2(checkpointed(m))),
+}
+BFLOAT16 = {
+    "fsdp2_bf16": lambda m: fsdp2(m, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)),
+}
+WATCH_FIRST = ("ddp", "fsdp2_leaves", "fsdp2_checkpoint_compile")
+
+
+def worker(rank, world, folder):
+    os.environ["OMP_NUM_THREADS"] = "1"
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world)
+    sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+    data = make_data()
+    for name, wrap in (WRAPPERS | BFLOAT16).items():
+        for first in (False, True) if name in WATCH_FIRST else (False,):
+            model = make_model()
+            run = loghook.init(f"{folder}/{name}-{first}", rank=6, dtype="float32")
+            if first:
+                run.watch(model)
+            wrapped = wrap(model)
+            if not first:
+                run.watch(wrapped)
+            log_pass(run, wrapped, data, rank, world, train=name != "fsdp1")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def logs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("ranks")
+    torch.multiprocessing.spawn(worker, args=(2, str(folder)), nprocs=2)
+    for name, dtype in (("one", torch.float32), ("one_bf16", torch.bfloat16)):
+        run = loghook.init(folder / name, rank=6, dtype="float32")
+        model = make_model().to(dtype)
+        run.watch(model)
+        log_pass(run, model, make_data().to(dtype), 0, 1)
+    return folder
+
+
+def by_id(log, layer):
+    rows = log.rows(layer)[:]
+    return rows[np.argsort(log.data_ids)]
+
+
+CELLS = [(name, first) for name in WRAPPERS for first in ((False, True) if name in WATCH_FIRST else (False,))]
+
+
+@pytest.mark.parametrize("name,first", CELLS, ids=[f"{n}-{'watched' if f else 'wrapped'}-first" for n, f in CELLS])
+def test_rows_of_two_ranks_equal_those_of_one_process(logs, name, first):
+    one, two = loghook.load(logs / "one"), loghook.load(logs / f"{name}-{first}")
+    assert sorted(two.data_ids) == list(range(SAMPLES)) and two.repeats == 2
+    assert two.layers == one.layers and two.fingerprint == one.fingerprint
+    assert set(two.keys.rank) == {0, 1} and two.manifest.sealed and not two.verify()
+    for layer in one.layers:
+        expected = by_id(one, layer)
+        assert np.abs(by_id(two, layer) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_mixed_precision_of_fsdp2_is_that_of_a_bfloat16_model(logs):
+    one, two = loghook.load(logs / "one_bf16"), loghook.load(logs / "fsdp2_bf16-False")
+    assert sorted(two.data_ids) == list(range(SAMPLES))
+    for layer in one.layers:
+        expected = by_id(one, layer)
+        assert np.abs(by_id(two, layer) - expected).max() <= 1e-2 * np.abs(expected).max()
+
+
+def test_scores_read_the_logs_of_two_ranks_in_place(logs):
+    one, two = loghook.load(logs / "one"), loghook.load(logs / "ddp-False")
+    model = make_model()
+    asker = one.attach(model)
+    with asker.query(data_id=["q"]) as query:
+        loss_of(model, make_data()[:1]).backward()
+    asker.close()
+    order = np.argsort(two.data_ids)
+    for method in ("dot", "fisher"):
+        a, b = one.influence(query, method).values, two.influence(query, method).values[:, order]
+        np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-3 * np.abs(a).max())
+    best = two.influence(query, "dot", top=3).top(3)[0]
+    assert [r.data_id for r in best] == [r.data_id for r in one.influence(query, "dot").top(3)[0]]
