@@ -8,7 +8,8 @@ import numpy as np
 from torch import nn
 
 from loghook.capture.asker import Asker
-from loghook.capture.run import Config, Run
+from loghook.capture.config import Config
+from loghook.capture.run import Run
 from loghook.errors import CheckpointWarning
 from loghook.influence import engine
 from loghook.influence.precondition import Curvature

@@ -1,12 +1,13 @@
 """``loghook.check``: proves the rows on a user's own model against one-sample-at-a-time autograd."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from loghook.capture.batch import batch_size, one_sample
 from loghook.capture.block import nothing_delivered
 from loghook.capture.hooked import Hooked
 from loghook.capture.layers import Layer, Watch, describe_coverage, mixing_modules, patterns, unwrap
@@ -320,38 +321,3 @@ class _random_state:
 
     def __exit__(self, *error: object) -> None:
         self._fork.__exit__(None, None, None)
-
-
-def _tensors(batch: Any) -> list[Tensor]:
-    if isinstance(batch, Tensor):
-        return [batch] if batch.dim() else []
-    if isinstance(batch, Mapping):
-        return [t for value in batch.values() for t in _tensors(value)]
-    if isinstance(batch, list | tuple):
-        return [t for value in batch for t in _tensors(value)]
-    return []
-
-
-def batch_size(batch: Any) -> int:
-    """Number of samples of a batch: the common length of its tensors."""
-    sizes = {t.shape[0] for t in _tensors(batch)}
-    if len(sizes) != 1:
-        raise BatchError(
-            f"the batch's tensors have first axes of {sorted(sizes)}: pass tensors (or a dict, list or tuple of "
-            "them) with the "
-            "samples along the first axis."
-        )
-    return sizes.pop()
-
-
-def one_sample(batch: Any, i: int, size: int) -> Any:
-    """The batch with sample i alone."""
-    if isinstance(batch, Tensor):
-        return batch[i : i + 1] if batch.dim() else batch
-    if isinstance(batch, Mapping):
-        return {key: one_sample(value, i, size) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(one_sample(value, i, size) for value in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(one_sample(value, i, size) for value in batch)
-    return batch

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import re
 import struct
+import time
 from pathlib import Path
 
 import numpy as np
@@ -273,7 +274,10 @@ def test_growing_shard_states_no_rows(tmp_path: Path) -> None:
         for step in range(4):
             with run(data_id=[step]):
                 model(torch.randn(1, 6)).square().sum().backward()
-        run._writer.flush()
+        deadline = time.monotonic() + 30
+        while len(loghook.load(tmp_path / "run")) < 4:
+            assert time.monotonic() < deadline, "rows were never committed"
+            time.sleep(0.01)
         data = (tmp_path / "run" / "rows-00000-00000.safetensors").read_bytes()
         entry = json.loads(data[8:512])["rows"]
         width = loghook.load(tmp_path / "run").layout.width

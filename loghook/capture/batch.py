@@ -1,6 +1,6 @@
-"""What comes with a batch (ids, mask, scale), checked before anything runs."""
+"""A batch and what comes with it (ids, mask, scale), checked before anything runs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -63,3 +63,38 @@ def check_scale(scale: Any) -> float | Tensor:
     if value == 0 or not np.isfinite(value):
         raise BatchError(f"scale={scale!r} must be finite and not 0: pass n where the loss is a mean over n items.")
     return value
+
+
+def _tensors(batch: Any) -> list[Tensor]:
+    if isinstance(batch, Tensor):
+        return [batch] if batch.dim() else []
+    if isinstance(batch, Mapping):
+        return [t for value in batch.values() for t in _tensors(value)]
+    if isinstance(batch, list | tuple):
+        return [t for value in batch for t in _tensors(value)]
+    return []
+
+
+def batch_size(batch: Any) -> int:
+    """Number of samples of a batch: the common length of its tensors."""
+    sizes = {t.shape[0] for t in _tensors(batch)}
+    if len(sizes) != 1:
+        raise BatchError(
+            f"the batch's tensors have first axes of {sorted(sizes)}: pass tensors (or a dict, list or tuple of "
+            "them) with the "
+            "samples along the first axis."
+        )
+    return sizes.pop()
+
+
+def one_sample(batch: Any, i: int, size: int) -> Any:
+    """The batch with sample i alone."""
+    if isinstance(batch, Tensor):
+        return batch[i : i + 1] if batch.dim() else batch
+    if isinstance(batch, Mapping):
+        return {key: one_sample(value, i, size) for key, value in batch.items()}
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(one_sample(value, i, size) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(one_sample(value, i, size) for value in batch)
+    return batch

@@ -13,9 +13,9 @@ from loghook.capture.batch import Ids, check_ids, check_mask, check_scale
 from loghook.capture.block import Block, Captured, make_hook
 from loghook.capture.layers import Layer, Watch, mixing_modules, parameters_digest, refuse, select, unwrap
 from loghook.errors import ConfigError, NotFiniteError, StateError, UnsupportedError
+from loghook.log.finite import not_finite
 from loghook.log.format import LayerSpec, Layout
 from loghook.log.query import Query
-from loghook.log.writer import not_finite
 
 
 class Hooked:

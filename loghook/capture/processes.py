@@ -1,8 +1,12 @@
-"""Which of several processes this is."""
+"""Which of several processes this is, and on what it runs."""
 
+import importlib.metadata
 import os
+import platform
+import time
 import uuid
 import warnings
+from typing import Any
 
 import torch
 
@@ -31,3 +35,19 @@ def shared_run_id() -> str:
             "several processes without torch.distributed: initialise it before the first block.", stacklevel=2
         )
     return box[0]
+
+
+def provenance() -> dict[str, Any]:
+    """When and with what a run was made, for people."""
+    versions = {}
+    for package in ("loghook", "torch", "transformers", "accelerate", "numpy"):
+        try:
+            versions[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return {
+        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "python": platform.python_version(),
+        "machine": platform.machine(),
+        "versions": versions,
+    }

@@ -1,63 +1,26 @@
 """``Run``: the user's handle around a training loop. It conducts capture and writer and holds no mathematics."""
 
 import dataclasses
-import importlib.metadata
-import platform
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 
 from loghook.capture.batch import Ids, check_ids, check_scale
-from loghook.capture.block import Captured
+from loghook.capture.config import Config
 from loghook.capture.hooked import Hooked
 from loghook.capture.layers import Watch, describe_coverage, patterns
-from loghook.capture.processes import process_rank, shared_run_id, world_size
-from loghook.errors import BatchError, ConfigError, LogExistsError, LoghookError, NotFiniteError, StateError
-from loghook.log.folder import check_same, claim, seal, writing
+from loghook.capture.pack import pack
+from loghook.capture.processes import process_rank, provenance, shared_run_id, world_size
+from loghook.errors import BatchError, LogExistsError, LoghookError, StateError
+from loghook.log.disk import writing
+from loghook.log.folder import check_same, claim, seal
 from loghook.log.format import DTYPES, MANIFEST, Manifest, commits_name, decode_records
-from loghook.log.writer import Batch, Writer, finite_rows, not_finite
-
-_PROJECTIONS = ("random", "none")
-_ON_REPEAT = (None, "error", "first", "all")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Config:
-    """What ``loghook.init`` was given, checked at birth."""
-
-    path: Path
-    rank: int
-    projection: str
-    seed: int
-    dtype: str
-    on_repeat: str | None
-    shard_bytes: int
-    commit_seconds: float
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise ConfigError(
-                f"rank={self.rank!r} must be a whole number of at least 1: each layer logs up to rank x rank values "
-                "a sample."
-            )
-        if self.projection not in _PROJECTIONS:
-            raise ConfigError(f"projection={self.projection!r} is unknown: choose one of {', '.join(_PROJECTIONS)}.")
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype={self.dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
-        if self.on_repeat not in _ON_REPEAT:
-            raise ConfigError(f"on_repeat={self.on_repeat!r} is unknown: choose None, 'error', 'first' or 'all'.")
-        if self.shard_bytes < 1 or self.commit_seconds <= 0:
-            raise ConfigError(
-                f"shard_bytes={self.shard_bytes} and commit_seconds={self.commit_seconds} must be positive."
-            )
+from loghook.log.writer import Writer
 
 
 @dataclass(frozen=True)
@@ -209,7 +172,17 @@ class Run(Hooked):
         with self._capture(len(ids), mask=mask, scale=scale, keep=keep, moments=True) as captured:
             yield
         writer = self._ready(ids)
-        writer.put(self._pack(captured[0], ids, keep, flag=scaler is not None))
+        writer.put(
+            pack(
+                captured[0],
+                ids,
+                keep,
+                dtype=DTYPES[self._config.dtype],
+                flag=scaler is not None,
+                pass_index=self._pass.index if self._pass else -1,
+                step=self._step,
+            )
+        )
         if self._rule != "all":
             self._seen.update(ids)
         self._step += 1
@@ -292,42 +265,6 @@ class Run(Hooked):
             )
         return keep
 
-    def _pack(self, captured: Captured, ids: Any, keep: np.ndarray, *, flag: bool) -> Batch:
-        """Turn what a block delivered into what the writer takes, starting the copy off the device."""
-        rows = captured.rows.to(DTYPES[self._config.dtype])
-        moments, flagged, finite = captured.moments, [], None
-        if flag or rows.device.type == "cpu":
-            finite = finite_rows(rows).cpu().numpy()
-            if not flag and not finite.all():
-                raise NotFiniteError(not_finite(ids, rows))
-            if not finite.all():
-                flagged = [i for i, good, kept in zip(ids, finite, keep, strict=True) if kept and not good]
-                moments = None  # they are sums over the whole block and hold its infinities too
-                keep = keep & finite
-        kept = [i for i, use in zip(ids, keep, strict=True) if use]
-        dropped = len(ids) - len(kept) - len(flagged)
-        if not keep.all():
-            rows = rows[torch.from_numpy(keep).to(rows.device)]
-        ready = None
-        if rows.device.type == "cuda":
-            rows, moments = _to_pinned(rows), None if moments is None else _to_pinned(moments)
-            ready = torch.cuda.Event()
-            ready.record()
-        elif rows.device.type != "cpu":
-            rows, moments = rows.cpu(), None if moments is None else moments.cpu()
-        return Batch(
-            rows=rows,
-            ids=kept,
-            moments=moments,
-            pass_index=self._pass.index if self._pass else -1,
-            step=self._step,
-            flagged=flagged,
-            dropped=dropped,
-            asleep=captured.asleep,
-            ready=ready,
-            checked=finite is not None,
-        )
-
     def _ready(self, ids: list[int] | list[str]) -> Writer:
         """Return the writer, opening it (and the manifest) at the first block."""
         if self._writer is not None:
@@ -343,7 +280,7 @@ class Run(Hooked):
             id_type=type(ids[0]).__name__,
             on_repeat=self._config.on_repeat,
             world_size=world_size(),
-            provenance=_provenance(),
+            provenance=provenance(),
             parameters={"first": self.digest()},
         )
         if self._manifest is not None:
@@ -399,23 +336,3 @@ class Run(Hooked):
                 self._seen.update(record["flagged"])
                 if rank == process_rank() and "pass_end" in record:
                     self._done_passes.add(record["pass_end"])
-
-
-def _to_pinned(t: Tensor) -> Tensor:
-    """Start copying to page-locked memory on the current stream, without waiting."""
-    return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
-
-
-def _provenance() -> dict[str, Any]:
-    versions = {}
-    for package in ("loghook", "torch", "transformers", "accelerate", "numpy"):
-        try:
-            versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "python": platform.python_version(),
-        "machine": platform.machine(),
-        "versions": versions,
-    }

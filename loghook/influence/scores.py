@@ -11,7 +11,7 @@ import safetensors
 import safetensors.numpy
 
 from loghook.errors import ConfigError, CorruptLogError
-from loghook.log.format import write_atomically
+from loghook.log.disk import write_atomically
 
 if TYPE_CHECKING:
     import pandas

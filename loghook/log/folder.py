@@ -1,15 +1,13 @@
 """A run's folder: claimed at the start, sealed at the end."""
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from loghook.errors import ConfigError, LogExistsError, LoghookError, MismatchError, StateError, WriteError
+from loghook.errors import ConfigError, LogExistsError, MismatchError, StateError
+from loghook.log.disk import lock, writing
 from loghook.log.format import MANIFEST, Manifest
 from loghook.log.reader import sum_up
-from loghook.log.writer import lock
 
 SEAL_TIMEOUT = 600.0  # seconds that rank 0 waits for the others
 
@@ -40,20 +38,6 @@ def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
 def _is_ours(file: Path) -> bool:
     kinds = ("rows-*.safetensors", "statistics-*.safetensors", "commits-*.jsonl", "lock-*")
     return any(file.match(kind) for kind in kinds)
-
-
-@contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turn errors of the operating system into a WriteError that says what to do."""
-    try:
-        yield
-    except OSError as error:
-        if isinstance(error, LoghookError):
-            raise
-        raise WriteError(
-            f"writing to {path} failed ({error}). What was committed is intact: make room or mend the folder, then "
-            "start again with resume=True."
-        ) from error
 
 
 def check_same(old: Manifest, new: Manifest) -> None:

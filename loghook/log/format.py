@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 import xxhash
 
 from loghook.errors import CorruptLogError, VersionError
+from loghook.log.disk import write_atomically
 
 VERSION = 1
 MANIFEST = "loghook.json"
@@ -271,23 +271,3 @@ def decode_records(data: bytes) -> tuple[list[dict[str, Any]], int, str | None]:
         records.append(record)
         position = end + 1
     return records, position, None
-
-
-def write_atomically(file: Path, data: bytes) -> None:
-    """Write a small file so that a reader sees the old one or the new one, also after a power cut."""
-    temporary = file.with_name(file.name + ".tmp")
-    with open(temporary, "wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-    os.replace(temporary, file)
-    sync_folder(file.parent)
-
-
-def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from loghook.errors import ConfigError, CorruptLogError, MismatchError, StateError
-from loghook.log.format import LayerSpec, Layout, fingerprint, write_atomically
+from loghook.log.disk import write_atomically
+from loghook.log.format import LayerSpec, Layout, fingerprint
 
 
 class Query:

@@ -2,14 +2,11 @@
 
 Order of a commit: rows written and flushed, statistics snapshot written and flushed, then one appended record that
 names both, flushed. A reader trusts records only. One background thread does all of it, off the training loop; a full
-queue blocks the loop (and is counted), it never drops.
+queue blocks the loop, it never drops.
 """
 
-import fcntl
-import json
 import os
 import queue
-import socket
 import threading
 import time
 from collections.abc import Sequence
@@ -18,27 +15,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.numpy
 import torch
 import xxhash
 from torch import Tensor
 
-from loghook.errors import CorruptLogError, LoghookError, LogLockedError, NotFiniteError, WriteError
+from loghook.errors import CorruptLogError, LoghookError, NotFiniteError, WriteError
+from loghook.log.disk import lock, sync_folder, write_all
+from loghook.log.finite import finite_rows, not_finite
 from loghook.log.format import (
     DTYPES,
     SHARD_HEADER,
-    checksum,
     commits_name,
     decode_records,
     encode_record,
     shard_header,
     shard_name,
     statistics_name,
-    sync_folder,
 )
+from loghook.log.moments import load_moments, save_moments
 
 QUEUE = 8  # blocks under way between the loop and the disk
-COMMIT, CLOSE = {"commit": True}, {"close": True}
+CLOSE = {"close": True}
 
 
 @dataclass(frozen=True)
@@ -112,15 +109,12 @@ class Writer:
         self._queue: queue.Queue[Batch | dict[str, Any]] = queue.Queue(QUEUE)
         self._error: Exception | None = None
         self._broken = False  # an operating system error: nothing is written after it
-        self.waited = 0
         self._thread = threading.Thread(target=self._work, name="loghook-writer", daemon=True)
         self._thread.start()
 
     def put(self, item: Batch | dict[str, Any]) -> None:
         """Queue a block's rows, or a record of the run's own (the end of a pass); raise what went wrong before."""
         self.check()
-        if self._queue.full():
-            self.waited += 1
         self._queue.put(item)
 
     def check(self) -> None:
@@ -129,12 +123,6 @@ class Writer:
             error = self._error
             self._error = error if self._broken else None
             raise error
-
-    def flush(self) -> None:
-        """Wait until everything queued is committed."""
-        self._queue.put(COMMIT)
-        self._queue.join()
-        self.check()
 
     def close(self) -> None:
         """Commit, close the shard and let others write."""
@@ -182,7 +170,7 @@ class Writer:
         if item == CLOSE:
             self._close_shard()
             self._forget_statistics(keep=1)
-        elif item is not None and item != COMMIT:
+        elif item is not None:
             self._append(item | self._counts())
             self._start_record()
 
@@ -205,7 +193,7 @@ class Writer:
             self._open_shard()
         assert self._shard is not None
         data = batch.rows.contiguous().view(torch.uint8).numpy().data.cast("B")
-        _write_all(self._shard, data, SHARD_HEADER + self._shard_rows * self._row_bytes)
+        write_all(self._shard, data, SHARD_HEADER + self._shard_rows * self._row_bytes)
         self._shard_rows += n
         self._hash.update(data)
         self._ids += batch.ids
@@ -219,6 +207,7 @@ class Writer:
             return
         assert self._shard is not None
         os.fsync(self._shard)
+        snapshot = self._path / statistics_name(self._rank, len(self.records))
         # One snapshot for each record: a resumed run starts from statistics that match its rows exactly.
         self._append(
             {
@@ -228,7 +217,7 @@ class Writer:
                 "checksum": self._hash.hexdigest(),
                 "ids": self._ids,
                 "steps": self._steps,
-                "statistics": self._save_statistics(len(self.records)),
+                "statistics": save_moments(snapshot, self.moments, self._run_id),
             }
             | self._counts()
         )
@@ -257,22 +246,12 @@ class Writer:
         record = {"n": len(self.records), "run": self._run_id} | record
         position = self._commits.seek(0, os.SEEK_END)
         try:
-            _write_all(self._commits.fileno(), memoryview(encode_record(record)), position)
+            write_all(self._commits.fileno(), memoryview(encode_record(record)), position)
             os.fsync(self._commits.fileno())
         except OSError:
             os.ftruncate(self._commits.fileno(), position)
             raise
         self.records.append({key: value for key, value in record.items() if key != "ids"})
-
-    def _save_statistics(self, sequence: int) -> dict[str, str]:
-        data = safetensors.numpy.save({"moments": self.moments}, {"run_id": self._run_id})
-        file = self._path / statistics_name(self._rank, sequence)
-        with open(file, "wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        sync_folder(self._path)
-        return {"file": file.name, "checksum": checksum(data)}
 
     def _forget_statistics(self, keep: int = 2) -> None:
         """Delete old snapshots; a reader that has just read the previous record still finds its own."""
@@ -286,7 +265,7 @@ class Writer:
         file = self._path / shard_name(self._rank, self._shard_index)
         self._shard = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
         header = shard_header(0, self._width, self._dtype, self._run_id)
-        _write_all(self._shard, memoryview(header), 0)
+        write_all(self._shard, memoryview(header), 0)
         self._shard_rows = 0
         sync_folder(self._path)
 
@@ -295,7 +274,7 @@ class Writer:
         if self._shard is None:
             return
         header = shard_header(self._shard_rows, self._width, self._dtype, self._run_id)
-        _write_all(self._shard, memoryview(header), 0)
+        write_all(self._shard, memoryview(header), 0)
         os.ftruncate(self._shard, SHARD_HEADER + self._shard_rows * self._row_bytes)
         os.fsync(self._shard)
         os.close(self._shard)
@@ -331,67 +310,3 @@ class Writer:
             if int(shard.stem.rpartition("-")[2]) not in ends:
                 shard.unlink()
         return records
-
-
-def load_moments(path: Path, entry: dict[str, str], width: int) -> np.ndarray:
-    """Read and check a statistics snapshot that a record names: (width,) float64."""
-    file = path / Path(entry["file"]).name
-    try:
-        data = file.read_bytes()
-    except OSError as error:
-        raise CorruptLogError(f"{file} cannot be read ({error}): restore it from a copy.") from error
-    if checksum(data) != entry["checksum"]:
-        raise CorruptLogError(f"{file} does not match the checksum in its record: restore it from a copy.")
-    moments = safetensors.numpy.load(data)["moments"]
-    if moments.shape != (width,):
-        raise CorruptLogError(f"{file} holds {moments.shape} values where the layers need ({width},).")
-    return moments.copy()
-
-
-def finite_rows(rows: Tensor) -> Tensor:
-    """Which rows (B, width) hold neither infinities nor not-a-numbers: (B,) bool, on the rows' device.
-
-    A sum is finite only if its terms are, and takes one pass. On the CPU a suspect sum is looked at closely, since it
-    may have overflowed by itself.
-    """
-    finite = torch.isfinite(rows.sum(1, dtype=torch.float64 if rows.dtype == torch.float64 else torch.float32))
-    if rows.device.type == "cpu" and not finite.all():
-        finite = torch.isfinite(rows).all(1)
-    return finite
-
-
-def not_finite(ids: Sequence[int | str], rows: Tensor) -> str:
-    """Message for rows that must not be written; ``rows`` (B, width)."""
-    bad = (~torch.isfinite(rows)).any(1).tolist()
-    names = [i for i, wrong in zip(ids, bad, strict=True) if wrong]
-    return (
-        f"the rows of {len(names)} samples are not finite (data_id "
-        f"{', '.join(map(repr, names[:5]))}{', ...' if len(names) > 5 else ''}), so nothing of this batch was written. "
-        "Look at the loss of these samples; if the storage dtype is too narrow for them choose bfloat16 or float32; "
-        "under a GradScaler pass run(..., scaler=scaler), which flags such rows and leaves them out."
-    )
-
-
-def _write_all(descriptor: int, data: memoryview, offset: int) -> None:
-    """Write at an offset; a full disk is an OSError here, where a sparse memory map would be killed by SIGBUS."""
-    while data:
-        written = os.pwrite(descriptor, data, offset)
-        data, offset = data[written:], offset + written
-
-
-def lock(file: Path) -> Any:
-    """Take a rank's lock for as long as the returned handle is open; the system frees it if the process dies."""
-    handle = open(file, "a+")  # noqa: SIM115
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        handle.seek(0)
-        owner = handle.read().strip() or "an unknown process"
-        handle.close()
-        raise LogLockedError(
-            f"{file.parent} is being written by {owner}: wait until it ends, or write to another path."
-        ) from error
-    handle.truncate(0)
-    handle.write(json.dumps({"process": os.getpid(), "host": socket.gethostname()}))
-    handle.flush()
-    return handle

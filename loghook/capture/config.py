@@ -1,0 +1,41 @@
+"""``Config``: the arguments of ``loghook.init``."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from loghook.errors import ConfigError
+from loghook.log.format import DTYPES
+
+_PROJECTIONS = ("random", "none")
+_ON_REPEAT = (None, "error", "first", "all")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """What ``loghook.init`` was given, checked at birth."""
+
+    path: Path
+    rank: int
+    projection: str
+    seed: int
+    dtype: str
+    on_repeat: str | None
+    shard_bytes: int
+    commit_seconds: float
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
+            raise ConfigError(
+                f"rank={self.rank!r} must be a whole number of at least 1: each layer logs up to rank x rank values "
+                "a sample."
+            )
+        if self.projection not in _PROJECTIONS:
+            raise ConfigError(f"projection={self.projection!r} is unknown: choose one of {', '.join(_PROJECTIONS)}.")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype={self.dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
+        if self.on_repeat not in _ON_REPEAT:
+            raise ConfigError(f"on_repeat={self.on_repeat!r} is unknown: choose None, 'error', 'first' or 'all'.")
+        if self.shard_bytes < 1 or self.commit_seconds <= 0:
+            raise ConfigError(
+                f"shard_bytes={self.shard_bytes} and commit_seconds={self.commit_seconds} must be positive."
+            )

@@ -1,0 +1,30 @@
+"""Rows that hold infinities or not-a-numbers: found in one pass, named in the error."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+
+def finite_rows(rows: Tensor) -> Tensor:
+    """Which rows (B, width) hold neither infinities nor not-a-numbers: (B,) bool, on the rows' device.
+
+    A sum is finite only if its terms are, and takes one pass. On the CPU a suspect sum is looked at closely, since it
+    may have overflowed by itself.
+    """
+    finite = torch.isfinite(rows.sum(1, dtype=torch.float64 if rows.dtype == torch.float64 else torch.float32))
+    if rows.device.type == "cpu" and not finite.all():
+        finite = torch.isfinite(rows).all(1)
+    return finite
+
+
+def not_finite(ids: Sequence[int | str], rows: Tensor) -> str:
+    """Message for rows that must not be written; ``rows`` (B, width)."""
+    bad = (~torch.isfinite(rows)).any(1).tolist()
+    names = [i for i, wrong in zip(ids, bad, strict=True) if wrong]
+    return (
+        f"the rows of {len(names)} samples are not finite (data_id "
+        f"{', '.join(map(repr, names[:5]))}{', ...' if len(names) > 5 else ''}), so nothing of this batch was written. "
+        "Look at the loss of these samples; if the storage dtype is too narrow for them choose bfloat16 or float32; "
+        "under a GradScaler pass run(..., scaler=scaler), which flags such rows and leaves them out."
+    )
