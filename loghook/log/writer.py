@@ -151,14 +151,17 @@ class Writer:
                 self._error = self._error or error
             except Exception as error:
                 self._broken = True
-                self._error = WriteError(
-                    f"writing to {self._path} failed ({error}). What was committed is intact; the rows since the last "
-                    "commit are lost. Make room or mend the folder, then start again with resume=True."
-                )
+                self._error = self._explain(error) if isinstance(error, OSError) else error
             if not timed_out:
                 self._queue.task_done()
             if item == CLOSE:
                 return
+
+    def _explain(self, error: OSError) -> WriteError:
+        return WriteError(
+            f"writing to {self._path} failed ({error}). What was committed is intact; the rows since the last commit are "
+            "lost. Make room or mend the folder, then start again with resume=True."
+        )
 
     def _handle(self, item: Batch | dict[str, Any] | None) -> None:
         if isinstance(item, Batch):
