@@ -4,6 +4,7 @@ The public names are the ones below; everything else is private or a submodule's
 """
 
 from loghook.api import Log, init, load
+from loghook.capture import segments
 from loghook.capture.adapters import Adapter, Geometry, adapter
 from loghook.capture.frozen import frozen
 from loghook.capture.run import Pass, Run
@@ -15,7 +16,7 @@ from loghook.log.query import Query
 __version__ = "0.1.0"
 __all__ = [
     # logging
-    "init", "Run", "Pass", "frozen", "check", "CheckReport",
+    "init", "Run", "Pass", "frozen", "segments", "check", "CheckReport",
     # asking
     "load", "Log", "Query", "Scores", "Record",
     # extending

@@ -368,3 +368,114 @@ def test_two_runs_watch_one_model(tmp_path):
     for run in runs:
         run.finalize()
         assert_rows_exact(loghook.load(run.path), model, causal_loss, batch, 1e-9)
+
+
+def packed_batch():
+    """Two rows of eight tokens: documents of 3 + 5 tokens, and of 6 with two tokens of padding."""
+    torch.manual_seed(3)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 0, 0]])
+    numbers = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1], [2, 2, 2, 2, 2, 2, -1, -1]])
+    return torch.randn(2, 8, 5).double(), positions, numbers
+
+
+def test_segments_from_what_packed_batches_carry():
+    _, positions, numbers = packed_batch()
+    found = loghook.segments.from_position_ids(positions)
+    assert (found[numbers >= 0] == numbers[numbers >= 0]).all()
+    ends = torch.tensor([0, 3, 8, 14])
+    assert (loghook.segments.from_cu_seqlens(ends, (2, 8)) == numbers).all()
+    assert loghook.segments.from_cu_seqlens(torch.tensor([0, 2, 3])).tolist() == [[0, 0, 1]]
+    assert loghook.segments.per_token(2, 3).tolist() == [[0, 1, 2], [3, 4, 5]]
+
+
+@pytest.mark.parametrize("activations", [None, "sum"])
+@pytest.mark.parametrize("kind", ["linear", "grouped"])
+def test_packed_documents_get_a_row_each(tmp_path, kind, activations):
+    """Rows and statistics of packed documents equal those of the documents one by one (the model mixes no tokens)."""
+    x, _, numbers = packed_batch()
+    torch.manual_seed(0)
+
+    class Depthwise(nn.Module):
+        """A pointwise grouped convolution, so that tokens stay apart."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Conv1d(5, 10, 1, groups=5)
+
+        def forward(self, x):
+            return self.inner(x.transpose(1, 2)).transpose(1, 2)
+
+    first = nn.Linear(5, 10) if kind == "linear" else Depthwise()
+    model = nn.Sequential(first, nn.Tanh(), nn.Linear(10, 3)).double()
+    logs = {}
+    for name in ("packed", "apart"):
+        run = loghook.init(tmp_path / name, rank=4, dtype="float64")
+        run.watch(model, activations=activations, output_gradients=activations)
+        if name == "packed":
+            with run(data_id=["a", "b", "c"], segments=numbers):
+                model(x)[numbers >= 0].pow(3).sum().backward()
+        else:
+            for i, data_id in enumerate("abc"):
+                with run(data_id=[data_id]):
+                    model(x[numbers == i][None]).pow(3).sum().backward()
+        run.finalize()
+        run.close()
+        logs[name] = loghook.load(tmp_path / name)
+    packed, apart = logs["packed"], logs["apart"]
+    assert packed.data_ids == ["a", "b", "c"]
+    torch.testing.assert_close(torch.from_numpy(packed.moments()), torch.from_numpy(apart.moments()))
+    for layer in packed.layers:
+        for rows in ("gradients", *(("activations", "output_gradients") if activations else ())):
+            a, b = packed.rows(layer, rows)[:].copy(), apart.rows(layer, rows)[:].copy()
+            torch.testing.assert_close(torch.from_numpy(a), torch.from_numpy(b))
+
+
+def test_one_row_for_each_token_adds_up_to_the_sample(tmp_path):
+    model, (ids, mask) = tiny_llama().double(), text_batch()
+    whole = log_batch(model, causal_loss, (ids, mask), rank=4)
+    run = loghook.init(tmp_path, rank=4, dtype="float64")
+    run.watch(model)
+    with run(data_id=list(range(ids.numel())), segments=loghook.segments.per_token(*ids.shape)):
+        causal_loss(model, (ids, mask)).backward()
+    run.finalize()
+    tokens = loghook.load(tmp_path)
+    for layer in whole.layers:
+        summed = tokens.rows(layer)[:].reshape(4, 9, *tokens.rows(layer).shape[1:]).sum(1)
+        torch.testing.assert_close(torch.from_numpy(summed), torch.from_numpy(whole.rows(layer)[:].copy()))
+
+
+@pytest.mark.parametrize(
+    "segments,message",
+    [
+        (torch.zeros(2, 8), "integer tensor"),
+        (torch.zeros(8, dtype=torch.long), "integer tensor"),
+        (torch.full((2, 8), 3), "number them 0 to 2"),
+        (torch.zeros(2, 8, dtype=torch.long), "number them 0 to 2"),
+        (torch.tensor([[0, 1, 2]]), "cannot be told apart"),
+    ],
+)
+def test_segments_that_do_not_fit_are_refused(tmp_path, segments, message):
+    x, _, numbers = packed_batch()
+    model = nn.Sequential(nn.Linear(5, 3)).double()
+    run = loghook.init(tmp_path, rank=2)
+    run.watch(model)
+    with pytest.raises(loghook.LoghookError, match=message):
+        with run(data_id=["a", "b", "c"], segments=segments):
+            model(x).sum().backward()
+    with run(data_id=["a", "b", "c"], segments=numbers):
+        model(x).sum().backward()
+    run.finalize()
+    assert len(loghook.load(tmp_path)) == 3
+
+
+def test_repeated_documents_are_kept_once_also_in_the_statistics(tmp_path):
+    x, _, numbers = packed_batch()
+    model = nn.Sequential(nn.Linear(5, 3)).double()
+    run = loghook.init(tmp_path, rank=2, dtype="float64")
+    run.watch(model)
+    for _ in run.passes():
+        with run(data_id=["a", "b", "a"], segments=numbers):
+            model(x)[numbers >= 0].sum().backward()
+    run.finalize()
+    log = loghook.load(tmp_path)
+    assert log.data_ids == ["a", "b"] and log.moments()[-1] == 8

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from loghook.capture.layers import Layer, Shared, Slots
+from loghook.capture.segments import Documents
 from loghook.capture.tap import Tap, sum_tokens
 from loghook.errors import BatchError, DeliveryError
 
@@ -46,7 +47,7 @@ def make_hook(layer: Layer) -> Callable[..., Tensor | None]:
                 slots.quiet += 1
             return None
         x = args[0] if args else next(iter(kwargs.values()))
-        if x.shape[layer.spec.batch_dim] != slots.rows.shape[0]:
+        if slots.documents is None and x.shape[layer.spec.batch_dim] != slots.rows.shape[0]:
             raise BatchError(
                 f"layer {layer.name!r} got an input of shape {tuple(x.shape)} in a block of "
                 f"{slots.rows.shape[0]} ids: axis {layer.spec.batch_dim} must be the batch, one entry for each "
@@ -57,11 +58,15 @@ def make_hook(layer: Layer) -> Callable[..., Tensor | None]:
         if layer.spec.batch_dim:
             x = x.movedim(layer.spec.batch_dim, 0)
         projected = _project(layer, slots, module, x)
+        documents = None
+        if slots.documents is not None:
+            slots.documents.check(layer.name, (projected.shape[0], projected.shape[1]))
+            documents = slots.documents.index_DL
         weight = _token_weight(slots, projected)
         activations = None
         if slots.activations is not None:
             tokens = layer.adapter.tokens(x).to(slots.activations.dtype)
-            activations = sum_tokens(tokens, _token_weight(slots, tokens))
+            activations = sum_tokens(tokens, _token_weight(slots, tokens), documents)
         if not torch.compiler.is_compiling():
             layer.fired, layer.computes_in = True, y.dtype
             # -1 outside a backward pass: this is no recomputation.
@@ -72,6 +77,7 @@ def make_hook(layer: Layer) -> Callable[..., Tensor | None]:
             weight,
             layer.output_side.matrix,
             activations,
+            documents,
             layer.adapter.channel_dim,
             layer.spec.batch_dim,
             slots.rows,
@@ -121,16 +127,22 @@ class Block:
         """Prepare a block of ``size`` samples; ``moments`` asks for the statistics as well."""
         self._layers, self._size, self._moments = layers, size, moments
 
-    def open(self, mask: Tensor | None, keep: Tensor | None) -> None:
+    def open(self, mask: Tensor | None, keep: Tensor | None, documents: Documents | None = None) -> None:
         """Give every layer fresh leaves.
 
         Args:
             mask: (B, S) or (B,), which tokens count in moments and means, or None for all.
-            keep: (B,) bool, which samples count at all in them (repeats do not), or None for all.
+            keep: (B,) bool, which samples (or documents) count at all in them (repeats do not), or None for all.
+            documents: which tokens make a row, or None: those of a sample.
         """
         shared = Shared()
         if mask is not None and mask.dim() == 1:
             mask = mask[:, None]
+        if documents is not None:
+            # Repeats and tokens that belong to no document are told by token from here on.
+            number = documents.number_BS
+            counted = number >= 0 if keep is None else torch.cat([keep, keep.new_zeros(1)])[number]
+            mask, keep = counted if mask is None else mask * counted.to(mask.device), None
         if mask is not None and keep is not None:
             mask = mask * keep[:, None].to(mask.device)
         for layer in self._layers:
@@ -147,6 +159,7 @@ class Block:
                 moments=leaf(spec.k_in**2 + spec.k_out**2 + 1) if self._moments else None,
                 activations=leaf(self._size, spec.channels + 1) if spec.activations else None,
                 outputs=leaf(self._size, spec.out_features + 1) if spec.output_gradients else None,
+                documents=None if documents is None else documents.to(device),
                 mask=None if mask is None else mask.to(device, dtype),
                 keep=None if keep is None else keep.to(device, dtype),
                 shared=shared,

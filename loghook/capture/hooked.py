@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from loghook.capture.batch import Ids, check_ids, check_mask, check_scale
 from loghook.capture.block import Block, Captured, make_hook
 from loghook.capture.layers import Layer, Watch, mixing_modules, parameters_digest, refuse, select, unwrap
+from loghook.capture.segments import arrange
 from loghook.errors import ConfigError, NotFiniteError, StateError, UnsupportedError
 from loghook.log.finite import not_finite
 from loghook.log.format import LayerSpec, Layout
@@ -83,7 +84,14 @@ class Hooked:
 
     @contextmanager
     def _capture(
-        self, size: int, *, mask: Tensor | None, scale: Any, keep: np.ndarray | None, moments: bool
+        self,
+        size: int,
+        *,
+        mask: Tensor | None,
+        scale: Any,
+        keep: np.ndarray | None,
+        moments: bool,
+        segments: Any = None,
     ) -> Iterator[list[Captured]]:
         """Open the layers for one batch; the list holds what was captured once the context ends without an error."""
         if not self._layers:
@@ -100,12 +108,14 @@ class Hooked:
                     "sample does not exist: use it with running statistics and call eval() on it for the logging "
                     "pass, or use GroupNorm or LayerNorm."
                 )
-        mask, factor = check_mask(mask, size), check_scale(scale)
+        documents = None if segments is None else arrange(segments, size)
+        mask = check_mask(mask, size if documents is None else len(documents.number_BS))
+        factor = check_scale(scale)
         block = Block(self._layers, size, moments=moments)
         captured: list[Captured] = []
         self._open = True
         try:
-            block.open(mask, None if keep is None or keep.all() else torch.from_numpy(keep))
+            block.open(mask, None if keep is None or keep.all() else torch.from_numpy(keep), documents)
             yield captured
             captured.append(block.collect(block.close(), scale=factor, mask=mask))
         finally:
@@ -113,20 +123,23 @@ class Hooked:
             self._open = False
 
     @contextmanager
-    def query(self, data_id: Ids, *, mask: Tensor | None = None, scale: float | Tensor = 1.0) -> Iterator[Query]:
+    def query(
+        self, data_id: Ids, *, mask: Tensor | None = None, scale: float | Tensor = 1.0, segments: Tensor | None = None
+    ) -> Iterator[Query]:
         """Capture the rows of questions, to be scored against a log; nothing is written.
 
         Args:
             data_id: one int or str for each sample of the batch.
             mask: (B, S), which tokens count in activation means; never changes a gradient.
             scale: what rows are multiplied by: n if the loss is a mean over n items.
+            segments: (B, S), each token's place in ``data_id``, where a question is not a sample; see ``Run``.
 
         Yields:
             A Query that holds its rows once the block ends.
         """
         ids = check_ids(data_id)
         query = Query(ids=ids)
-        with self._capture(len(ids), mask=mask, scale=scale, keep=None, moments=False) as captured:
+        with self._capture(len(ids), mask=mask, scale=scale, keep=None, moments=False, segments=segments) as captured:
             yield query
         rows = captured[0].rows.cpu()
         if not bool(torch.isfinite(rows).all()):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from loghook.capture.adapters import Adapter, find_adapter
+from loghook.capture.segments import Documents
 from loghook.errors import ConfigError, UnsupportedError
 from loghook.log.format import LayerSpec, checksum
 from loghook.project.projection import Side, draw_side, shared_input_name
@@ -87,8 +88,9 @@ class Slots:
         moments: leaf, flat (see ``Tap``), or None.
         activations: leaf (B, channels + 1), or None.
         outputs: leaf (B, out_features + 1), or None.
+        documents: which tokens make a row, where rows are not samples.
         mask: (B, S) what each token counts in moments and means, or None.
-        keep: (B,) 0 for samples that were logged before, or None.
+        keep: (B,) 0 for samples that were logged before, or None (with documents it is part of the mask).
         shared: what the block's layers have in common.
         deliveries: how often autograd accumulated a row.
         quiet: how often the layer ran without a graph, as it does in the first forward of a reentrant checkpoint.
@@ -99,6 +101,7 @@ class Slots:
     moments: Tensor | None
     activations: Tensor | None
     outputs: Tensor | None
+    documents: Documents | None
     mask: Tensor | None
     keep: Tensor | None
     shared: Shared

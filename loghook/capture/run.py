@@ -141,6 +141,7 @@ class Run(Hooked):
         mask: Tensor | None = None,
         scale: float | Tensor = 1.0,
         scaler: Any = None,
+        segments: Tensor | None = None,
     ) -> Iterator[None]:
         """Log the samples of one batch: run its forward and backward inside.
 
@@ -151,6 +152,9 @@ class Run(Hooked):
                 of its own summed loss.
             scaler: the GradScaler that scaled the loss; its scale is divided out and rows that are not finite are
                 flagged and left out instead of raising.
+            segments: (B, S) integers, for packed batches: each token's place in ``data_id``, -1 for none. A row is
+                then a document (or whatever the numbers say) instead of a sample; ``loghook.segments`` makes it from
+                ``position_ids`` or ``cu_seqlens``, or for single tokens.
 
         Raises:
             BatchError: ids, mask or scale that do not fit the batch.
@@ -169,7 +173,7 @@ class Run(Hooked):
         scale = check_scale(scale)
         if scaler is not None:
             scale = scale / check_scale(scaler.get_scale())
-        with self._capture(len(ids), mask=mask, scale=scale, keep=keep, moments=True) as captured:
+        with self._capture(len(ids), mask=mask, scale=scale, keep=keep, moments=True, segments=segments) as captured:
             yield
         writer = self._ready(ids)
         writer.put(

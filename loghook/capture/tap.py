@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from loghook.capture.adapters import as_tokens
-from loghook.project.outer import outer, outer_grouped, project_output, second_moment, second_moment_grouped
+from loghook.project.outer import (
+    gather_tokens,
+    outer,
+    outer_grouped,
+    project_output,
+    second_moment,
+    second_moment_grouped,
+)
 
 
 class Tap(torch.autograd.Function):
@@ -27,6 +34,7 @@ class Tap(torch.autograd.Function):
         weight_BS: Tensor | None,
         p_out_kO: Tensor | None,
         activations: Tensor | None,
+        documents_DL: Tensor | None,
         channel_dim: int,
         batch_dim: int,
         row_slot: Tensor,
@@ -43,6 +51,8 @@ class Tap(torch.autograd.Function):
             weight_BS: how much each token counts in the moments; None counts each once. Rows never use it.
             p_out_kO: the output side's projection, or None.
             activations: what to deliver to ``activation_slot``, or None.
+            documents_DL: which tokens make a row (see ``gather_tokens``), or None: those of a sample. With it, the
+                leaves have D entries instead of B.
             channel_dim: axis of features in ``y``.
             batch_dim: axis of samples in ``y``.
             row_slot: leaf (B, k_out, k_in) whose gradient is the row.
@@ -50,7 +60,7 @@ class Tap(torch.autograd.Function):
             activation_slot: leaf (B, channels + 1): the last value counts tokens; or None.
             output_slot: leaf (B, O + 1) for the output gradients summed over tokens, the last value as above; or None.
         """
-        ctx.save_for_backward(x, weight_BS, p_out_kO, activations)
+        ctx.save_for_backward(x, weight_BS, p_out_kO, activations, documents_DL)
         ctx.channel_dim, ctx.batch_dim, ctx.wide = channel_dim, batch_dim, row_slot.dtype
         # An alias that autograd does not track as a view: in-place code after the layer stays legal (with a view
         # it raises, with a tensor hook it silently loses the gradient), and nothing is copied.
@@ -60,8 +70,8 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Pass the output gradient on and deliver the row and the moments."""
         (g,) = grads
-        x, weight_BS, p_out_kO, activations = ctx.saved_tensors
-        need_moments, need_activations, need_outputs = ctx.needs_input_grad[8:]
+        x, weight_BS, p_out_kO, activations, documents_DL = ctx.saved_tensors
+        need_moments, need_activations, need_outputs = ctx.needs_input_grad[9:]
         wide = ctx.wide
         # Sums over tokens run in float32 or wider, also where the user calls backward() under autocast.
         with torch.autocast(g.device.type, enabled=False):
@@ -71,10 +81,12 @@ class Tap(torch.autograd.Function):
             groups = 1 if x.dim() == 3 else x.shape[2]
             if groups == 1:
                 g_BSk = project_output(g_BSO, p_out_kO).to(wide)
-                rows = outer(g_BSk, x.reshape(*g_BSk.shape[:2], -1))
+                x = x.reshape(*g_BSk.shape[:2], -1)
+                rows = outer(*by_document(documents_DL, g_BSk, x))
             else:
                 g_BSO = g_BSO.to(wide)
-                rows = outer_grouped(g_BSO, x, p_out_kO)
+                g_DLO, x_DLGk = by_document(documents_DL, g_BSO, x)
+                rows = outer_grouped(g_DLO, x_DLGk, p_out_kO)
             if need_moments:
                 weight = None if weight_BS is None else weight_BS.reshape(-1).to(wide)
                 if groups == 1:
@@ -86,16 +98,21 @@ class Tap(torch.autograd.Function):
                 tokens = x.new_full((1,), x_Nk.shape[0]) if weight is None else weight.sum().reshape(1)
                 moments = torch.cat([second_moment(x_Nk, weight).flatten(), moment_out.flatten(), tokens])
             if need_outputs:
-                outputs = sum_tokens(g_BSO.to(wide), weight_BS)
+                outputs = sum_tokens(g_BSO.to(wide), weight_BS, documents_DL)
         return (
-            g, None, None, None, None, None, None,
+            g, None, None, None, None, None, None, None,
             rows, moments, activations if need_activations else None, outputs,
         )  # fmt: skip
 
 
-def sum_tokens(t_BSC: Tensor, weight_BS: Tensor | None) -> Tensor:
-    """Sum (B, S, C) over tokens, the number of tokens counted appended: (B, C + 1)."""
+def by_document(documents_DL: Tensor | None, *tokens: Tensor) -> tuple[Tensor, ...]:
+    """Arrange tokens (B, S, ...) as (D, L, ...), or leave them as they are where each sample is a row."""
+    return tokens if documents_DL is None else tuple(gather_tokens(t, documents_DL) for t in tokens)
+
+
+def sum_tokens(t_BSC: Tensor, weight_BS: Tensor | None, documents_DL: Tensor | None) -> Tensor:
+    """Sum (B, S, C) over tokens, the number of tokens counted appended: (B, C + 1), or (D, C + 1) by document."""
     if weight_BS is None:
-        return torch.cat([t_BSC.sum(1), t_BSC.new_full((t_BSC.shape[0], 1), t_BSC.shape[1])], 1)
-    weight_BS = weight_BS.to(t_BSC.dtype)
-    return torch.cat([(t_BSC * weight_BS[:, :, None]).sum(1), weight_BS.sum(1, keepdim=True)], 1)
+        weight_BS = t_BSC.new_ones(t_BSC.shape[:2])
+    counted = torch.cat([t_BSC, t_BSC.new_ones(*t_BSC.shape[:2], 1)], 2) * weight_BS.to(t_BSC.dtype)[:, :, None]
+    return by_document(documents_DL, counted)[0].sum(1)

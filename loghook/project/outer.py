@@ -33,6 +33,17 @@ def project_output(g_BSO: Tensor, matrix_kO: Tensor | None) -> Tensor:
     return g_BSO if matrix_kO is None else g_BSO @ matrix_kO.to(g_BSO.dtype).T
 
 
+def gather_tokens(t: Tensor, index_DL: Tensor) -> Tensor:
+    """Arrange tokens by document: (B, S, ...) to (D, L, ...).
+
+    Args:
+        t: tokens of any trailing shape.
+        index_DL: (D, L) places among the B * S tokens, in any order; B * S itself stands for padding and gives zeros.
+    """
+    flat = t.flatten(0, 1)
+    return torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])[index_DL]
+
+
 def outer(g_BSk: Tensor, x_BSk: Tensor) -> Tensor:
     """Sum over tokens of the outer products of projected gradients and inputs: (B, k_out, k_in)."""
     return g_BSk.transpose(1, 2) @ x_BSk

@@ -1,0 +1,103 @@
+"""Which tokens make a row, where a row is not a sample: packed documents, or single tokens.
+
+``run(data_id=..., segments=...)`` takes, for each token of the batch, the place of its document in ``data_id``; the
+functions here make that from what packed batches carry.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loghook.errors import BatchError
+
+
+def from_position_ids(position_ids: Tensor) -> Tensor:
+    """Number the documents of packed rows by their positions: a new one starts wherever a position does not grow.
+
+    Args:
+        position_ids: (B, S) int, restarting with each document; every row of the batch starts a new one.
+
+    Returns:
+        (B, S) int64: 0, 1, ... through the batch, row after row.
+    """
+    starts = torch.ones_like(position_ids, dtype=torch.bool)
+    starts[:, 1:] = position_ids[:, 1:] <= position_ids[:, :-1]
+    return (starts.flatten().cumsum(0) - 1).view(position_ids.shape)
+
+
+def from_cu_seqlens(cu_seqlens: Tensor, shape: tuple[int, int] | None = None) -> Tensor:
+    """Number the documents of a batch by their ends, as variable-length attention kernels take them.
+
+    Args:
+        cu_seqlens: (D + 1,) int, 0 and then the end of each document among all tokens of the batch.
+        shape: (B, S) of the batch; by default one row.
+
+    Returns:
+        (B, S) int64; tokens after the last end belong to no document and are -1.
+    """
+    total = int(cu_seqlens[-1])
+    shape = shape or (1, total)
+    places = torch.arange(shape[0] * shape[1], device=cu_seqlens.device)
+    numbers = torch.searchsorted(cu_seqlens[1:].contiguous(), places, right=True)
+    return torch.where(places < total, numbers, -1).view(shape)
+
+
+def per_token(batch: int, tokens: int) -> Tensor:
+    """Every token its own row: (batch, tokens) int64 that counts through, row after row."""
+    return torch.arange(batch * tokens).view(batch, tokens)
+
+
+@dataclass(frozen=True)
+class Documents:
+    """The checked form of ``segments``.
+
+    Attributes:
+        number_BS: (B, S) place in ``data_id`` of each token's document; -1 for none.
+        index_DL: (D, L) places of each document's tokens among B * S; B * S for padding.
+    """
+
+    number_BS: Tensor
+    index_DL: Tensor
+
+    def to(self, device: torch.device) -> "Documents":
+        """Move to where a layer computes."""
+        return Documents(self.number_BS.to(device), self.index_DL.to(device))
+
+    def check(self, layer: str, shape: tuple[int, int]) -> None:
+        """Raise unless a layer has the tokens that the segments speak of."""
+        if shape != tuple(self.number_BS.shape):
+            raise BatchError(
+                f"layer {layer!r} has (batch, tokens) = {shape} where segments has {tuple(self.number_BS.shape)}: its "
+                "tokens cannot be told apart by document. Exclude the layer, or pass segments for the tokens it sees."
+            )
+
+
+def arrange(segments: Any, size: int) -> Documents:
+    """Check ``segments`` against the number of ids and list each document's tokens.
+
+    Raises:
+        BatchError: if it is no (B, S) integer tensor with documents from 0 to size - 1 (or -1), each with a token.
+    """
+    numbers = torch.as_tensor(segments)
+    if numbers.dim() != 2 or numbers.is_floating_point() or numbers.dtype == torch.bool:
+        raise BatchError(
+            f"segments is a {numbers.dtype} tensor of shape {tuple(numbers.shape)}: pass a (batch, tokens) integer "
+            "tensor with each token's place in data_id, such as loghook.segments.from_position_ids(position_ids)."
+        )
+    numbers = numbers.cpu().long()
+    flat = numbers.flatten()
+    counts = torch.bincount(flat[flat >= 0], minlength=size)
+    if len(counts) > size or flat.min() < -1 or (counts == 0).any():
+        found = sorted(set(flat.tolist()) - {-1})
+        raise BatchError(
+            f"segments names {len(found)} documents ({found[:1]} to {found[-1:]}) in a block of {size} ids: number "
+            f"them 0 to {size - 1}, each with at least one token, and -1 for tokens that belong to none."
+        )
+    order = torch.argsort(flat, stable=True)[int((flat < 0).sum()) :]
+    index = torch.full((size, int(counts.max())), flat.numel())
+    starts = counts.cumsum(0) - counts
+    document = flat[order]
+    index[document, torch.arange(len(order)) - starts[document]] = order
+    return Documents(numbers, index)
