@@ -57,13 +57,14 @@ class CheckReport:
 class _Probe(Hooked):
     """Hooks that only look: every layer may stay silent, and nothing is written."""
 
-    def __init__(self, model: nn.Module, include: Any, exclude: Any, batch_dim: int, rank: int) -> None:
+    def __init__(self, model: nn.Module, include: Any, exclude: Any, flattened: Any, batch_dim: int, rank: int) -> None:
         super().__init__("random", rank, seed=0)
         self.model = model
         arguments = Watch(
             include=patterns(include),
             exclude=patterns(exclude),
             may_sleep=("*",),
+            flattened=patterns(flattened),
             bias=True,
             batch_dim=batch_dim,
             activations=None if patterns(include) != ("*",) else "sum",
@@ -103,6 +104,7 @@ def check(
     *,
     include: str | Sequence[str] = "*",
     exclude: str | Sequence[str] = "*lm_head",
+    flattened: str | Sequence[str] = (),
     batch_dim: int = 0,
     rank: int = 16,
 ) -> CheckReport:
@@ -116,6 +118,7 @@ def check(
         batch: a batch of at least two samples: a tensor, or a tuple, list or dict of tensors with the samples first.
         include: as in ``run.watch``.
         exclude: as in ``run.watch``.
+        flattened: as in ``run.watch``.
         batch_dim: as in ``run.watch``.
         rank: of the projection that rows are compared in.
 
@@ -128,7 +131,7 @@ def check(
     size = batch_size(batch)
     if size < 2:
         raise BatchError(f"check got a batch of {size} sample: pass at least two, so that samples can be told apart.")
-    probe = _Probe(model, include, exclude, batch_dim, rank)
+    probe = _Probe(model, include, exclude, flattened, batch_dim, rank)
     report = CheckReport(tolerance=_TOLERANCE[torch.float32], coverage=probe.coverage, watched=len(probe.layers))
     saved = [(p, p.grad) for p in model.parameters()]
     try:

@@ -21,7 +21,9 @@ class Asker(Hooked):
             for arguments, specs in _by_arguments(manifest.layers):
                 names = tuple(spec.name for spec in specs)
                 sleepers = tuple(spec.name for spec in specs if spec.may_sleep)
-                self._hook(model, Watch(include=names, exclude=(), may_sleep=sleepers, **arguments))
+                flattened = tuple(spec.name for spec in specs if spec.flattened)
+                watch = Watch(include=names, exclude=(), may_sleep=sleepers, flattened=flattened, **arguments)
+                self._hook(model, watch)
             self._order(manifest.layers)
             for mine, theirs in zip(self._layers, manifest.layers, strict=True):
                 if mine.spec != theirs:

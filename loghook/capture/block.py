@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loghook.capture.experts import ExpertProjection
 from loghook.capture.layers import Layer, Shared, Slots
-from loghook.capture.segments import Documents
+from loghook.capture.segments import Documents, list_tokens
 from loghook.capture.tap import Tap, sum_tokens
 from loghook.errors import BatchError, DeliveryError
 
@@ -47,26 +48,31 @@ def make_hook(layer: Layer) -> Callable[..., Tensor | None]:
                 slots.quiet += 1
             return None
         x = args[0] if args else next(iter(kwargs.values()))
-        if slots.documents is None and x.shape[layer.spec.batch_dim] != slots.rows.shape[0]:
-            raise BatchError(
-                f"layer {layer.name!r} got an input of shape {tuple(x.shape)} in a block of "
-                f"{slots.rows.shape[0]} ids: axis {layer.spec.batch_dim} must be the batch, one entry for each "
-                "data_id. Pass one "
-                "id for each sample, or watch(..., batch_dim=1) for sequence-first models, or exclude the layer."
-            )
         x = x.detach()
-        if layer.spec.batch_dim:
+        if layer.spec.flattened:
+            x = _unflatten(layer, slots, x)
+        elif layer.spec.batch_dim:
             x = x.movedim(layer.spec.batch_dim, 0)
+        if slots.documents is None and not isinstance(module, ExpertProjection) and len(x) != slots.rows.shape[0]:
+            raise BatchError(
+                f"layer {layer.name!r} got an input of shape {tuple(x.shape)} (batch first) in a block of "
+                f"{slots.rows.shape[0]} ids: its first axis must be the batch, one entry for each data_id. Pass one id "
+                "for each sample; or watch(..., batch_dim=1) for sequence-first models; or name the layer in "
+                "watch(..., flattened=...) if batch and tokens share that axis; or exclude the layer."
+            )
         projected = _project(layer, slots, module, x)
-        documents = None
-        if slots.documents is not None:
-            slots.documents.check(layer.name, (projected.shape[0], projected.shape[1]))
-            documents = slots.documents.index_DL
-        weight = _token_weight(slots, projected)
+        if isinstance(module, ExpertProjection):
+            documents, weight = _routed_tokens(layer, slots, module)
+        else:
+            documents, weight = None, _token_weight(slots, projected)
+            if slots.documents is not None:
+                slots.documents.check(layer.name, (projected.shape[0], projected.shape[1]))
+                documents = slots.documents.index_DL
         activations = None
         if slots.activations is not None:
             tokens = layer.adapter.tokens(x).to(slots.activations.dtype)
-            activations = sum_tokens(tokens, _token_weight(slots, tokens), documents)
+            same = tokens.shape[:2] == projected.shape[:2]  # not so for patches, which have positions of their own
+            activations = sum_tokens(tokens, weight if same else _token_weight(slots, tokens), documents)
         if not torch.compiler.is_compiling():
             layer.fired, layer.computes_in = True, y.dtype
             # -1 outside a backward pass: this is no recomputation.
@@ -105,6 +111,17 @@ def _project(layer: Layer, slots: Slots, module: nn.Module, x: Tensor) -> Tensor
         return shared.projected
 
 
+def _unflatten(layer: Layer, slots: Slots, x: Tensor) -> Tensor:
+    """Give (batch * tokens, ...) its batch axis back: (B, S, ...)."""
+    batch = slots.rows.shape[0] if slots.documents is None else slots.documents.number_BS.shape[0]
+    if x.shape[0] % batch:
+        raise BatchError(
+            f"layer {layer.name!r} was declared flattened and got {x.shape[0]} entries for a batch of {batch}, which "
+            "is no whole number of tokens each: take it out of watch(..., flattened=...)."
+        )
+    return x.unflatten(0, (batch, -1))
+
+
 def _token_weight(slots: Slots, tokens: Tensor) -> Tensor | None:
     """What each token of a layer counts in sums over tokens: (B, S), or None where all count once.
 
@@ -118,6 +135,25 @@ def _token_weight(slots: Slots, tokens: Tensor) -> Tensor | None:
     if slots.mask is not None and S == 1:
         return slots.mask.amax(1, keepdim=True)
     return None if slots.keep is None else slots.keep[:, None].expand(B, S)
+
+
+def _routed_tokens(layer: Layer, slots: Slots, module: ExpertProjection) -> tuple[Tensor, Tensor | None]:
+    """For an expert, which has lost its tokens' batch rows: its tokens by sample (or document), and their weights."""
+    token_N, size = module.token_N, slots.rows.shape[0]
+    if slots.documents is None:
+        if module.total % size:
+            raise BatchError(
+                f"layer {layer.name!r} got {module.total} tokens in a block of {size} ids, which is no whole number "
+                "for each: pass one id for each sample, or segments= for packed documents."
+            )
+        number_N = token_N // (module.total // size)
+    else:
+        number_N = slots.documents.number_BS.flatten()[token_N]
+    mask = slots.mask
+    if mask is not None and mask.numel() == module.total:
+        slots.masked = True
+        return list_tokens(number_N, size), mask.flatten()[token_N].unsqueeze(0)
+    return list_tokens(number_N, size), None if slots.keep is None else slots.keep[number_N].unsqueeze(0)
 
 
 class Block:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from loghook.capture.batch import Ids, check_ids, check_mask, check_scale
 from loghook.capture.block import Block, Captured, make_hook
+from loghook.capture.experts import ExpertProjection, watched
 from loghook.capture.layers import Layer, Watch, mixing_modules, parameters_digest, refuse, select, unwrap
 from loghook.capture.segments import arrange
 from loghook.errors import ConfigError, NotFiniteError, StateError, UnsupportedError
@@ -114,9 +115,11 @@ class Hooked:
         block = Block(self._layers, size, moments=moments)
         captured: list[Captured] = []
         self._open = True
+        experts = [layer.module.owner for layer in self._layers if isinstance(layer.module, ExpertProjection)]
         try:
             block.open(mask, None if keep is None or keep.all() else torch.from_numpy(keep), documents)
-            yield captured
+            with watched(experts):
+                yield captured
             captured.append(block.collect(block.close(), scale=factor, mask=mask))
         finally:
             block.close()

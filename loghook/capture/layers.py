@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from loghook.capture.adapters import Adapter, find_adapter
+from loghook.capture.experts import ExpertProjection, projections
 from loghook.capture.segments import Documents
 from loghook.errors import ConfigError, UnsupportedError
 from loghook.log.format import LayerSpec, checksum
 from loghook.project.projection import Side, draw_side, shared_input_name
 
 _WRAPPER_PARTS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
+FUSED_EXPERTS = "fused experts are watched only where a pattern such as '*experts*' names them"
 _REDUCTIONS = (None, "mean", "sum")
 
 
@@ -44,6 +46,8 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         if not (children.keys() & _WRAPPER_PARTS) and canonical not in seen:
             seen.add(canonical)
             yield canonical, module
+            for part, projection in projections(module).items():
+                yield f"{canonical}.{part}".lstrip("."), projection
 
 
 def parameters_digest(model: nn.Module) -> str | None:
@@ -153,6 +157,7 @@ class Watch:
     include: tuple[str, ...]
     exclude: tuple[str, ...]
     may_sleep: tuple[str, ...]
+    flattened: tuple[str, ...]
     bias: bool
     batch_dim: int
     activations: str | None
@@ -218,8 +223,8 @@ def select(
     bypassed = {
         f"{name}.out_proj".lstrip(".") for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)
     }
-    for pattern in (*watch.include, *watch.may_sleep):
-        found_by = [module for name, module in modules.items() if fnmatchcase(name, pattern)]
+    for pattern in (*watch.include, *watch.may_sleep, *watch.flattened):
+        found_by = [module for name, module in modules.items() if _named_by(name, module, pattern)]
         if found_by and pattern != "*" and not any(find_adapter(module) for module in found_by):
             types = ", ".join(sorted({type(module).__name__ for module in found_by})[:4])
             raise ConfigError(
@@ -236,9 +241,13 @@ def select(
     reasons: dict[str, str] = {}
     for name, module in modules.items():
         found = find_adapter(module)
-        wanted = [p for p in watch.include if fnmatchcase(name, p) and (p != "*" or found is None or found.default)]
+        wanted = [
+            p for p in watch.include if _named_by(name, module, p) and (p != "*" or found is None or found.default)
+        ]
         if name in bypassed:
             reasons[name] = "nn.MultiheadAttention reads its weight without calling it"
+        elif projections(module):
+            reasons[name] = FUSED_EXPERTS
         elif found is None:
             reasons[name] = f"no adapter for {type(module).__name__}"
         elif not wanted:
@@ -256,6 +265,12 @@ def select(
         )
     layers = _draw(chosen, watch, projection=projection, rank=rank, seed=seed)
     return layers, coverage(model, layers, reasons)
+
+
+def _named_by(name: str, module: nn.Module, pattern: str) -> bool:
+    """Whether a pattern names a module; an expert's projection also answers to the name of the whole."""
+    owner = name.rsplit(".", 2)[0] if isinstance(module, ExpertProjection) else name
+    return fnmatchcase(name, pattern) or fnmatchcase(owner, pattern)
 
 
 def _draw(
@@ -288,7 +303,8 @@ def _draw(
             activations=watch.activations,
             output_gradients=watch.output_gradients,
             batch_dim=watch.batch_dim,
-            may_sleep=matches(name, watch.may_sleep),
+            may_sleep=matches(name, watch.may_sleep) or isinstance(module, ExpertProjection),
+            flattened=matches(name, watch.flattened),
         )
         layers.append(Layer(spec, module, found, inputs, outputs))
     return layers

@@ -1,6 +1,7 @@
 """``Run``: the user's handle around a training loop. It conducts capture and writer and holds no mathematics."""
 
 import dataclasses
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from loghook.capture.batch import Ids, check_ids, check_scale
 from loghook.capture.config import Config
 from loghook.capture.hooked import Hooked
-from loghook.capture.layers import Watch, describe_coverage, patterns
+from loghook.capture.layers import FUSED_EXPERTS, Watch, describe_coverage, patterns
 from loghook.capture.pack import pack
 from loghook.capture.processes import process_rank, provenance, shared_run_id, world_size
 from loghook.errors import BatchError, LogExistsError, LoghookError, StateError
@@ -66,6 +67,7 @@ class Run(Hooked):
         *,
         bias: bool = True,
         may_sleep: str | Sequence[str] = (),
+        flattened: str | Sequence[str] = (),
         batch_dim: int = 0,
         activations: str | None = None,
         output_gradients: str | None = None,
@@ -78,6 +80,8 @@ class Run(Hooked):
             exclude: patterns left out; replaces the default.
             bias: whether a module's bias is logged as the last column.
             may_sleep: patterns of layers that may rightly not run in a batch; they then get zero rows.
+            flattened: patterns of layers whose inputs have batch and tokens in one axis, batch first, as the shared
+                experts of some mixture-of-experts models have.
             batch_dim: axis of samples in the layers' inputs: 0, or 1 for sequence-first models.
             activations: "mean" or "sum" over tokens logs each layer's input as well, unprojected.
             output_gradients: the same for the gradients of each layer's output.
@@ -96,6 +100,7 @@ class Run(Hooked):
             include=patterns(include),
             exclude=patterns(exclude),
             may_sleep=patterns(may_sleep),
+            flattened=patterns(flattened),
             bias=bias,
             batch_dim=batch_dim,
             activations=activations,
@@ -106,6 +111,13 @@ class Run(Hooked):
         coverage = self._hook(model, arguments, check_rank=True)
         for key in ("covered", "total", "not_covered"):
             self._coverage[key] += coverage[key]
+        experts = sum(item["parameters"] for item in coverage["not_covered"] if item["reason"] == FUSED_EXPERTS)
+        if experts:
+            warnings.warn(
+                f"fused experts with {experts / coverage['total']:.0%} of the parameters are not covered: scores will "
+                "not speak of them. Pass watch(..., include=['*', '*experts*']) to log a row for every expert.",
+                stacklevel=2,
+            )
         if process_rank() == 0:
             print(describe_coverage(len(self.layers), coverage))
             print(

@@ -95,9 +95,21 @@ def arrange(segments: Any, size: int) -> Documents:
             f"segments names {len(found)} documents ({found[:1]} to {found[-1:]}) in a block of {size} ids: number "
             f"them 0 to {size - 1}, each with at least one token, and -1 for tokens that belong to none."
         )
-    order = torch.argsort(flat, stable=True)[int((flat < 0).sum()) :]
-    index = torch.full((size, int(counts.max())), flat.numel())
+    return Documents(numbers, list_tokens(flat, size))
+
+
+def list_tokens(number_N: Tensor, size: int) -> Tensor:
+    """List the tokens of each of ``size`` documents: (size, L) places in ``number_N``, its length for padding.
+
+    Args:
+        number_N: (N,) document of each token, -1 for none.
+        size: number of documents; one without tokens gets padding only.
+    """
+    order = torch.argsort(number_N, stable=True)
+    order = order[int((number_N < 0).sum()) :]
+    document = number_N[order]
+    counts = torch.bincount(document, minlength=size)
+    index = number_N.new_full((size, max(1, int(counts.max()))), len(number_N))
     starts = counts.cumsum(0) - counts
-    document = flat[order]
-    index[document, torch.arange(len(order)) - starts[document]] = order
-    return Documents(numbers, index)
+    index[document, torch.arange(len(order), device=order.device) - starts[document]] = order
+    return index

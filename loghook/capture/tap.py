@@ -76,12 +76,12 @@ class Tap(torch.autograd.Function):
         # Sums over tokens run in float32 or wider, also where the user calls backward() under autocast.
         with torch.autocast(g.device.type, enabled=False):
             g_BSO = as_tokens(g.movedim(ctx.batch_dim, 0) if ctx.batch_dim else g, ctx.channel_dim)
+            g_BSO = g_BSO.reshape(*x.shape[:2], -1)  # batch and tokens may share an axis in the module
             x = x.to(wide)
             moments = outputs = None
             groups = 1 if x.dim() == 3 else x.shape[2]
             if groups == 1:
                 g_BSk = project_output(g_BSO, p_out_kO).to(wide)
-                x = x.reshape(*g_BSk.shape[:2], -1)
                 rows = outer(*by_document(documents_DL, g_BSk, x))
             else:
                 g_BSO = g_BSO.to(wide)

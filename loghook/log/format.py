@@ -53,6 +53,7 @@ class LayerSpec:
         output_gradients: None, or how output gradients are reduced over tokens.
         batch_dim: axis of samples in the module's input.
         may_sleep: whether the layer may deliver nothing in a batch.
+        flattened: whether the module's input has batch and tokens in one axis, batch first.
     """
 
     name: str
@@ -68,6 +69,7 @@ class LayerSpec:
     output_gradients: str | None = None
     batch_dim: int = 0
     may_sleep: bool = False
+    flattened: bool = False
 
     @property
     def width(self) -> int:

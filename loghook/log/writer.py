@@ -159,7 +159,8 @@ class Writer:
 
     def _explain(self, error: OSError) -> WriteError:
         return WriteError(
-            f"writing to {self._path} failed ({error}). What was committed is intact; the rows since the last commit are "
+            f"writing to {self._path} failed ({error}). What was committed is intact; the rows since the last commit "
+            "are "
             "lost. Make room or mend the folder, then start again with resume=True."
         )
 

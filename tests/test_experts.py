@@ -1,0 +1,131 @@
+"""Mixture-of-experts models with fused 3-D expert parameters: rows for every expert, credited to their samples."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from transformers import (
+    GptOssConfig,
+    GptOssForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
+
+import loghook
+from tests.harness import log_batch, sides, whole
+from tests.oracle import one_sample, one_sample_gradients, project, relative_error
+
+SMALL = dict(
+    vocab_size=40, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1,
+    num_experts_per_tok=2, max_position_embeddings=32,
+)  # fmt: skip
+
+
+def make(kind):
+    torch.manual_seed(0)
+    if kind == "mixtral":
+        model = MixtralForCausalLM(MixtralConfig(**SMALL, intermediate_size=24, num_local_experts=4))
+    elif kind == "qwen2_moe":
+        config = Qwen2MoeConfig(
+            **SMALL, intermediate_size=24, moe_intermediate_size=12, shared_expert_intermediate_size=20, num_experts=4
+        )
+        model = Qwen2MoeForCausalLM(config)
+    else:
+        config = GptOssConfig(**SMALL, intermediate_size=24, num_local_experts=4, head_dim=8, sliding_window=16)
+        model = GptOssForCausalLM(config)
+        for parameter in model.parameters():
+            torch.nn.init.normal_(parameter, std=0.2)
+    model.set_experts_implementation("eager")
+    return model.double().eval()
+
+
+def loss_fn(model, ids):
+    logits = model(input_ids=ids).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="sum")
+
+
+def batch():
+    torch.manual_seed(1)
+    return torch.randint(0, 40, (3, 7))
+
+
+def expert_gradients(model, ids):
+    """{layer name: (B, O, I [+ 1])} of every expert's projections, one sample at a time."""
+    found = {}
+    for i in range(len(ids)):
+        model.zero_grad()
+        loss_fn(model, one_sample(ids, i)).backward()
+        for name, module in model.named_modules():
+            for projection in ("gate_up_proj", "down_proj"):
+                if not name.endswith("experts") or not hasattr(module, projection):
+                    continue
+                weight = getattr(module, projection).grad
+                bias = getattr(module, f"{projection}_bias", None)
+                for number in range(len(weight)):
+                    g = weight[number].T if module.is_transposed else weight[number]
+                    if bias is not None:
+                        g = torch.cat([g, bias.grad[number][:, None]], 1)
+                    found.setdefault(f"{name}.{projection}.{number}", []).append(g.clone())
+    model.zero_grad()
+    return {name: torch.stack(rows) for name, rows in found.items()}
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("kind", ["mixtral", "qwen2_moe", "gpt_oss"])
+def test_rows_of_every_expert_against_autograd(kind, frozen):
+    model, ids = make(kind), batch()
+    before = loss_fn(model, ids)
+    flattened = "*shared_expert*" if kind == "qwen2_moe" else ()
+    log = log_batch(model, loss_fn, ids, rank=6, include=["*", "*experts*"], frozen=frozen, flattened=flattened)
+    if flattened:
+        shared = "model.layers.0.mlp.shared_expert.down_proj"
+        gradients = one_sample_gradients(model, loss_fn, ids, [shared])[shared]
+        reference = project(gradients, *(whole(side) for side in sides(log, shared)))
+        assert relative_error(torch.from_numpy(log.rows(shared)[:].copy()), reference) <= 1e-9
+    expected = expert_gradients(model, ids)
+    assert set(expected) <= set(log.layers) and len(expected) == 16
+    for name, gradients in expected.items():
+        p_out, p_in = sides(log, name)
+        rows = torch.from_numpy(log.rows(name)[:].copy())
+        reference = project(gradients, whole(p_out), whole(p_in))
+        if reference.any():
+            assert relative_error(rows, reference) <= 1e-9, name
+        else:
+            assert not rows.any()
+    assert sum(bool(g.any()) for g in expected.values()) >= 12
+    assert loss_fn(model, ids) == before
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+def test_experts_that_are_left_out_are_a_warning_and_in_the_record(tmp_path):
+    model = make("mixtral")
+    run = loghook.init(tmp_path, rank=4)
+    with pytest.warns(UserWarning, match="fused experts with .* are not covered"):
+        run.watch(model)
+    with run(data_id=[0, 1, 2]):
+        loss_fn(model, batch()).backward()
+    run.finalize()
+    left_out = loghook.load(tmp_path).manifest.coverage["not_covered"]
+    assert sum("fused experts" in item["reason"] for item in left_out) == 2
+
+
+def test_questions_checks_and_packed_documents_reach_experts_too(tmp_path):
+    model, ids = make("mixtral"), batch()
+    log = log_batch(model, loss_fn, ids, rank=6, include="*experts*")
+    asker = log.attach(model)
+    with asker.query(data_id=["q"]) as query:
+        loss_fn(model, ids[:1]).backward()
+    asker.close()
+    scores = log.influence(query, "ekfac")
+    assert scores.top(1)[0][0].data_id == 0
+    assert loghook.check(model, loss_fn, ids, include="*experts*")
+    run = loghook.init(tmp_path, rank=6, dtype="float64")
+    run.watch(model, include="*experts*")
+    with run(data_id=list(range(ids.numel())), segments=loghook.segments.per_token(*ids.shape)):
+        loss_fn(model, ids).backward()
+    run.finalize()
+    tokens = loghook.load(tmp_path)
+    for layer in log.layers:
+        summed = tokens.rows(layer)[:].reshape(3, 7, *tokens.rows(layer).shape[1:]).sum(1)
+        torch.testing.assert_close(torch.from_numpy(summed), torch.from_numpy(log.rows(layer)[:].copy()))
