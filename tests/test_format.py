@@ -308,8 +308,8 @@ def test_fingerprint_leaves_out_what_the_page_says() -> None:
         name="a", type="T", in_features=4, out_features=4, groups=1, channels=4, bias=True, k_in=2, k_out=2
     )
     changed = {
-        "channels": 5, "activations": "mean", "output_gradients": "sum", "batch_dim": 1, "may_sleep": True, "flattened": True,
-        "name": "b", "type": "U", "in_features": 5, "out_features": 5, "groups": 2, "bias": False,
+        "channels": 5, "activations": "mean", "output_gradients": "sum", "batch_dim": 1, "may_sleep": True,
+        "flattened": True, "name": "b", "type": "U", "in_features": 5, "out_features": 5, "groups": 2, "bias": False,
         "k_in": 3, "k_out": 3,
     }  # fmt: skip
     assert set(changed) == {f.name for f in dataclasses.fields(LayerSpec)}
