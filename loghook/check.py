@@ -50,7 +50,9 @@ class CheckReport:
             lines.append(f"{name:<{width}}  {error:.1e}{'' if error <= self.tolerance else '  <-- wrong'}")
         lines += [f"PROBLEM: {problem}" for problem in self.problems]
         lines += [f"note: {note}" for note in self.notes]
-        lines.append("loghook.check: " + ("all rows are exact." if self else f"{len(self.problems)} problem(s)."))
+        worst = max(self.errors.values(), default=0.0)
+        good = f"all rows are exact, up to rounding ({worst:.0e})."
+        lines.append("loghook.check: " + (good if self else f"{len(self.problems)} problem(s)."))
         return "\n".join(lines)
 
 
@@ -67,7 +69,7 @@ class _Probe(Hooked):
             flattened=patterns(flattened),
             bias=True,
             batch_dim=batch_dim,
-            activations=None if patterns(include) != ("*",) else "sum",
+            activations="sum",
             output_gradients=None,
         )
         self.coverage = self._hook(model, arguments)
@@ -106,6 +108,7 @@ def check(
     exclude: str | Sequence[str] = "*lm_head",
     flattened: str | Sequence[str] = (),
     batch_dim: int = 0,
+    scale: Callable[[Any], float | Tensor] | None = None,
     rank: int = 16,
 ) -> CheckReport:
     """Compare the rows that loghook would log with one-sample-at-a-time autograd, and print the result.
@@ -120,6 +123,8 @@ def check(
         exclude: as in ``run.watch``.
         flattened: as in ``run.watch``.
         batch_dim: as in ``run.watch``.
+        scale: where the loss is a mean, ``scale(batch)`` returns what you pass as ``run(..., scale=...)``: the number
+            of items that the mean runs over.
         rank: of the projection that rows are compared in.
 
     Returns:
@@ -128,12 +133,15 @@ def check(
     Raises:
         BatchError: if the batch has fewer than two samples, or its tensors differ in length.
     """
+    loss_fn = loss_fn if scale is None else _summed(loss_fn, scale)
     size = batch_size(batch)
     if size < 2:
         raise BatchError(f"check got a batch of {size} sample: pass at least two, so that samples can be told apart.")
     probe = _Probe(model, include, exclude, flattened, batch_dim, rank)
     report = CheckReport(tolerance=_TOLERANCE[torch.float32], coverage=probe.coverage, watched=len(probe.layers))
     saved = [(p, p.grad) for p in model.parameters()]
+    for parameter, _ in saved:
+        parameter.grad = None  # backward adds in place to what is there
     try:
         _examine(probe, loss_fn, batch, size, report)
     finally:
@@ -142,6 +150,10 @@ def check(
             parameter.grad = gradient
     print(report)
     return report
+
+
+def _summed(loss_fn: LossFunction, scale: Callable[[Any], float | Tensor]) -> LossFunction:
+    return lambda model, batch: loss_fn(model, batch) * scale(batch)
 
 
 def _examine(probe: _Probe, loss_fn: LossFunction, batch: Any, size: int, report: CheckReport) -> None:
@@ -184,7 +196,11 @@ def _examine(probe: _Probe, loss_fn: LossFunction, batch: Any, size: int, report
             "this check cannot compare it)."
         )
         return
-    alone, single_losses = _one_at_a_time(probe, loss_fn, batch, size)
+    try:
+        alone, single_losses = _one_at_a_time(probe, loss_fn, batch, size)
+    except (DeliveryError, BatchError) as error:
+        report.problems.append(f"a sample alone does not run as the batch does: {error}")
+        return
     compared = [name for name in together if name not in silent]
     report.errors = {name: _error(together[name], alone[name]) for name in compared}
     wrong = [name for name in compared if report.errors[name] > report.tolerance]
@@ -207,9 +223,10 @@ def _one_at_a_time(
     losses = []
     parameters = [p for layer in probe.watched for p in layer.module.parameters(recurse=False)]
     frozen = [(p, p.requires_grad) for p in parameters]
-    uses: dict[int, int] = {}
-    for p in parameters:
-        uses[id(p)] = uses.get(id(p), 0) + 1
+    uses: dict[int, int] = {}  # in how many modules a parameter is, watched or not
+    for module in probe.model.modules():
+        for p in module.parameters(recurse=False):
+            uses[id(p)] = uses.get(id(p), 0) + 1
     try:
         for p in parameters:
             if p.is_floating_point():
@@ -238,7 +255,7 @@ def _from_parameters(layer: Layer, uses: dict[int, int], captured: Tensor) -> Te
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None) if layer.spec.bias else None
     if not isinstance(weight, Tensor) or weight.grad is None or type(weight).__name__ == "DTensor":
         return captured
-    if uses[id(weight)] > 1 or weight.numel() != layer.spec.in_features * layer.spec.out_features:
+    if uses.get(id(weight), 0) > 1 or weight.numel() != layer.spec.in_features * layer.spec.out_features:
         return captured
     gradient = layer.adapter.gradient(module, weight.grad.double(), None if bias is None else bias.grad.double()).cpu()
     for side, axis in ((layer.output_side, 0), (layer.input_side, 1)):
@@ -283,7 +300,10 @@ def _influence_message(probe: _Probe, loss_fn: LossFunction, batch: Any, size: i
 def _mean_message(loss: float, singles: Sequence[float], factors: Tensor, size: int) -> str:
     shown = f"(loss of the batch {loss:.4g}; sum of its samples' losses {sum(singles):.4g})"
     if (factors * size - 1).abs().max() < 1e-2:
-        remedy = f"it is a mean over the {size} samples: pass run(..., scale={size}), or sum the loss"
+        remedy = (
+            f"it is a mean over the {size} samples: pass run(..., scale={size}), or sum the loss (and check it with "
+            "check(..., scale=len of the batch))"
+        )
     else:
         remedy = (
             "each sample's factor differs, as in a mean over tokens: sum the loss over tokens (reduction='sum'), or "

@@ -479,3 +479,109 @@ def test_repeated_documents_are_kept_once_also_in_the_statistics(tmp_path):
     run.finalize()
     log = loghook.load(tmp_path)
     assert log.data_ids == ["a", "b"] and log.moments()[-1] == 8
+
+
+class Squashed(nn.Linear):
+    def forward(self, x):
+        return torch.tanh(super().forward(x))
+
+
+def test_a_subclass_with_a_forward_of_its_own_is_left_out_until_it_is_vouched_for(tmp_path, capsys):
+    model = nn.Sequential(nn.Linear(4, 4), Squashed(4, 4))
+    run = loghook.init(tmp_path, rank=2)
+    run.watch(model)
+    assert run.layers == ("0",) and "Squashed overrides forward" in capsys.readouterr().out
+
+
+def test_a_deep_copy_of_a_watched_model_adds_nothing(tmp_path):
+    import copy
+
+    model, x = nn.Sequential(nn.Linear(4, 3)).double(), torch.randn(2, 4).double()
+    run = loghook.init(tmp_path, rank=2, dtype="float64")
+    run.watch(model)
+    teacher = copy.deepcopy(model)
+    with run(data_id=[0, 1]):
+        (model(x) - 2 * teacher(x)).square().sum().backward()
+    run.finalize()
+    batch = (x, teacher(x).detach())
+    assert_rows_exact(loghook.load(tmp_path), model, lambda m, b: (m(b[0]) - 2 * b[1]).square().sum(), batch, 1e-9)
+
+
+def test_keywords_in_any_order(tmp_path):
+    class Gated(nn.Linear):
+        def forward(self, input, gate=None):
+            return super().forward(input)
+
+    @loghook.adapter(Gated)
+    class GatedAdapter(loghook.capture.adapters.LinearAdapter):
+        pass
+
+    layer, x = Gated(4, 3).double(), torch.randn(2, 4).double()
+    model = nn.Sequential(layer)
+    loss = lambda m, b: m[0](gate=torch.zeros(2, 1), input=b).square().sum()  # noqa: E731
+    gradients = torch.stack([torch.autograd.grad(loss(model, x[i : i + 1]), layer.weight)[0] for i in range(2)])
+    log = log_batch(model, loss, x, projection="none", bias=False)
+    torch.testing.assert_close(torch.from_numpy(log.rows("0")[:].copy()), gradients)
+
+
+def test_second_order_losses_are_refused(tmp_path):
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh()), torch.randn(2, 4, requires_grad=True)
+    run = loghook.init(tmp_path, rank=2)
+    run.watch(model)
+    with pytest.raises(loghook.LoghookError, match="create_graph"):
+        with run(data_id=[0, 1]):
+            (grad,) = torch.autograd.grad(model(x).sum(), x, create_graph=True)
+            grad.square().sum().backward()
+
+
+def test_kept_losses_do_not_keep_rows_alive(tmp_path):
+    model = nn.Sequential(nn.Linear(64, 64, bias=False))
+    run = loghook.init(tmp_path, rank=64)
+    run.watch(model)
+    losses = []
+    for i in range(3):
+        with run(data_id=list(range(8 * i, 8 * i + 8))):
+            losses.append(model(torch.randn(8, 64)).square().sum())
+            losses[-1].backward()
+    import gc
+
+    big = [t for t in gc.get_objects() if isinstance(t, torch.Tensor) and t.grad is not None and t.shape == (8, 64, 64)]
+    assert not big
+
+
+def test_generation_without_gradients_inside_a_block_hides_no_second_backward_pass(tmp_path):
+    model, x = nn.Sequential(nn.Linear(4, 3)), torch.randn(2, 4)
+    run = loghook.init(tmp_path, rank=2)
+    run.watch(model)
+    with pytest.raises(loghook.LoghookError, match="two backward passes"):
+        with run(data_id=[0, 1]):
+            with torch.no_grad():
+                model(x), model(x)
+            loss = model(x).square().sum()
+            loss.backward(retain_graph=True)
+            loss.backward()
+
+
+def test_no_tokens_give_zero_rows(tmp_path):
+    model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
+    run = loghook.init(tmp_path, rank=2)
+    run.watch(model)
+    with run(data_id=[0, 1]):
+        model(torch.randn(2, 0, 4)).sum().backward()
+    run.finalize()
+    assert not loghook.load(tmp_path).rows("0")[:].any()
+
+
+@pytest.mark.parametrize("call", ["watch", "finalize", "close"])
+def test_an_open_block_is_left_before_anything_else(tmp_path, call):
+    model = nn.Sequential(nn.Linear(4, 3))
+    run = loghook.init(tmp_path, rank=2)
+    run.watch(model)
+    with pytest.raises(loghook.LoghookError, match="leave it first"):
+        with run(data_id=[0]):
+            model(torch.randn(1, 4)).sum().backward()
+            run.watch(nn.Sequential(nn.Linear(4, 3))) if call == "watch" else getattr(run, call)()
+    with run(data_id=[1]):
+        model(torch.randn(1, 4)).sum().backward()
+    run.finalize()
+    assert loghook.load(tmp_path).data_ids == [1]

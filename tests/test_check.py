@@ -150,3 +150,38 @@ def test_batches_that_cannot_be_compared(batch):
         loghook.check(mlp(), classes, (batch[0][:1], batch[1][:1]))
     with pytest.raises(BatchError, match="first axes"):
         loghook.check(mlp(), classes, (batch[0], batch[1][:3]))
+
+
+def test_a_mean_with_its_scale_is_exact():
+    torch.manual_seed(0)
+    x, y = torch.randn(4, 5, 12), torch.randint(0, 4, (4, 5))
+    y[0, 2:] = y[1, 4:] = -100
+    loss = lambda m, b: F.cross_entropy(m(b[0]).transpose(1, 2), b[1])  # noqa: E731
+    assert loghook.check(mlp(), loss, (x, y), scale=lambda b: (b[1] != -100).sum())
+    assert not loghook.check(mlp(), loss, (x, y), scale=lambda b: b[1].numel())
+
+
+def test_gradients_and_tied_weights_are_left_alone(batch):
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embed, self.head = nn.Embedding(7, 12), nn.Linear(12, 7, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids):
+            return self.head(self.embed(ids).mean(1))
+
+    model = Tied()
+    for p in model.parameters():
+        p.grad = torch.ones_like(p)
+    ids = torch.randint(0, 7, (5, 3))
+    assert loghook.check(model, lambda m, b: m(b).pow(2).sum(), ids, rank=4)
+    assert all((p.grad == 1).all() for p in model.parameters())
+
+
+def test_a_batch_keeps_its_type(batch):
+    from transformers import BatchEncoding
+
+    encoded = BatchEncoding({"x": batch[0], "labels": batch[1]})
+    loss = lambda m, b: F.cross_entropy(m(b.x), b.labels, reduction="sum")  # noqa: E731
+    assert loghook.check(mlp(), loss, encoded)

@@ -1236,7 +1236,9 @@ def test_input_whose_first_axis_is_not_the_batch_is_refused(path: Path, model: N
     with watched(path, model) as run:
         with pytest.raises(BatchError) as error:
             log(run, model, [1, 2], x=samples([1, 2]).transpose(0, 1))
-        says(error, "'first'", (TOKENS, 2, WIDTH), "axis 0 must be the batch", "batch_dim=1", "exclude the layer")
+        says(
+            error, "'first'", (TOKENS, 2, WIDTH), "its first axis must be the batch", "batch_dim=1", "exclude the layer"
+        )
         assert_goes_on(run, model)
 
 

@@ -292,3 +292,30 @@ def test_mislabelled_rows_have_large_self_influence(tmp_path):
     run.finalize()
     worst = np.argsort(-loghook.load(tmp_path).self_influence("ekfac"))[:10]
     assert len(set(worst.tolist()) & set(range(10))) >= 7
+
+
+@pytest.mark.parametrize("damping", [1e-1, 1e-3, 1e-6])
+def test_fisher_of_few_rows_is_accurate_in_float32(tmp_path, damping):
+    """Fewer rows than values: at a small damping the part outside the rows' span must not drown the scores."""
+    log, query, _ = make_log(tmp_path, n=12, dtype="float32", rank=6)
+    layers = [{"G": log.rows(n)[:]} for n in log.layers]
+    reference = dense.fisher(layers, [query.rows(n) for n in log.layers], damping)
+    values = log.influence(query, "fisher", damping=damping).values
+    np.testing.assert_allclose(values, reference.total, atol=2e-5 * np.abs(reference.total).max())
+
+
+def test_ties_keep_the_order_of_the_log(tmp_path):
+    model = make_model()
+    run = loghook.init(tmp_path, rank=4)
+    run.watch(model)
+    x = data(1).repeat(30, 1, 1)
+    with run(data_id=list(range(30))):
+        loss_fn(model, x).backward()
+    with run.query(data_id=["q"]) as query:
+        loss_fn(model, x[:1]).backward()
+    run.finalize()
+    log = loghook.load(tmp_path)
+    full, best = log.influence(query, "dot"), log.influence(query, "dot", top=4)
+    if len(set(full.values[0].tolist())) == 1:
+        assert [r.data_id for r in best.top(4)[0]] == [0, 1, 2, 3]
+    assert [r.data_id for r in best.top(4)[0]] == [r.data_id for r in full.top(4)[0]]

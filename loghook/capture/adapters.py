@@ -107,11 +107,16 @@ def adapter(*types: type[nn.Module]) -> Callable[[type[Adapter]], type[Adapter]]
     return register
 
 
+def registered_type(module: nn.Module) -> type[nn.Module] | None:
+    """Return the nearest class in the module's method resolution order that has an adapter, or None."""
+    return next((cls for cls in type(module).__mro__ if cls in _REGISTRY), None)
+
+
 def find_adapter(module: nn.Module) -> Adapter | None:
     """Return the adapter registered for the nearest class in the module's method resolution order, or None."""
-    for cls in type(module).__mro__:
-        if cls in _REGISTRY:
-            return _REGISTRY[cls]
+    known = registered_type(module)
+    if known is not None:
+        return _REGISTRY[known]
     # transformers' Conv1D is recognised by name and attribute, so that ``import loghook`` needs no transformers.
     return _CONV1D if type(module).__name__ == "Conv1D" and hasattr(module, "nf") else None
 
@@ -125,6 +130,8 @@ class LinearAdapter(Adapter):
     def geometry(self, module: nn.Module) -> Geometry:
         """Return widths as the module states them."""
         assert isinstance(module, nn.Linear)
+        if isinstance(module, nn.LazyLinear):
+            raise UnsupportedError("nn.LazyLinear has no shape yet: run one batch through the model before watch().")
         return Geometry(in_features=module.in_features, out_features=module.out_features, bias=module.bias is not None)
 
 

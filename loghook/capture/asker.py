@@ -1,6 +1,7 @@
 """``Asker``: a model under the hooks of a finished log, for questions only."""
 
 from collections.abc import Sequence
+from glob import escape
 from typing import Any
 
 from torch import nn
@@ -19,9 +20,9 @@ class Asker(Hooked):
         super().__init__(manifest.projection, manifest.rank, manifest.seed)
         try:
             for arguments, specs in _by_arguments(manifest.layers):
-                names = tuple(spec.name for spec in specs)
-                sleepers = tuple(spec.name for spec in specs if spec.may_sleep)
-                flattened = tuple(spec.name for spec in specs if spec.flattened)
+                names = tuple(escape(spec.name) for spec in specs)
+                sleepers = tuple(escape(spec.name) for spec in specs if spec.may_sleep)
+                flattened = tuple(escape(spec.name) for spec in specs if spec.flattened)
                 watch = Watch(include=names, exclude=(), may_sleep=sleepers, flattened=flattened, **arguments)
                 self._hook(model, watch)
             self._order(manifest.layers)

@@ -1,6 +1,6 @@
 """A batch and what comes with it (ids, mask, scale), checked before anything runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,8 @@ def check_ids(data_id: Ids) -> list[int] | list[str]:
         raise BatchError(
             f"data_id={data_id!r} is a single value: pass a list with one id for each sample, such as [{data_id!r}]."
         )
+    elif isinstance(data_id, Set | Mapping):
+        raise BatchError(f"data_id is a {type(data_id).__name__}, which has no order: pass a list, one id a sample.")
     else:
         values = [v.item() if isinstance(v, np.generic | Tensor) and v.ndim == 0 else v for v in data_id]
     if not values:
@@ -92,7 +94,11 @@ def one_sample(batch: Any, i: int, size: int) -> Any:
     if isinstance(batch, Tensor):
         return batch[i : i + 1] if batch.dim() else batch
     if isinstance(batch, Mapping):
-        return {key: one_sample(value, i, size) for key, value in batch.items()}
+        values = {key: one_sample(value, i, size) for key, value in batch.items()}
+        try:
+            return type(batch)(values)  # type: ignore[call-arg]  # keep what reads batch.labels working
+        except TypeError:
+            return values
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(one_sample(value, i, size) for value in batch))
     if isinstance(batch, list | tuple):

@@ -1,5 +1,6 @@
 """One ``with run(...)`` block: leaves in, hooks live, one delivery of every watched layer checked on the way out."""
 
+import inspect
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from loghook.capture.experts import ExpertProjection
 from loghook.capture.layers import Layer, Shared, Slots
 from loghook.capture.segments import Documents, list_tokens
 from loghook.capture.tap import Tap, sum_tokens
-from loghook.errors import BatchError, DeliveryError
+from loghook.errors import BatchError, DeliveryError, UnsupportedError
 
 # The leaves of open blocks by layer. They lie in a global of their own, because the compiler takes whatever it reaches
 # through a module's hooks for fixed in size, and would compile the model anew for every batch size.
@@ -37,17 +38,24 @@ class Captured:
 def make_hook(layer: Layer) -> Callable[..., Tensor | None]:
     """Return the forward hook of a layer: inert while no block is open."""
     key = layer.key
+    first = list(inspect.signature(type(layer.module).forward).parameters)[1]  # after self
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
         slots = _OPEN.get(key)
-        if slots is None:
+        if slots is None or module is not layer.module:  # a deep copy of the model has the same hooks
             return None
         if not torch.is_grad_enabled():
             # A reentrant checkpoint's first forward has no graph; its recomputation comes here again with one.
             if not torch.compiler.is_compiling():
                 slots.quiet += 1
             return None
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = args[0] if args else kwargs.get(first)
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            raise UnsupportedError(
+                f"layer {layer.name!r} takes {type(x).__name__} and returns {type(y).__name__}: loghook watches "
+                "modules "
+                "from one tensor to one tensor. Exclude it."
+            )
         x = x.detach()
         if layer.spec.flattened:
             x = _unflatten(layer, slots, x)
@@ -75,8 +83,10 @@ def make_hook(layer: Layer) -> Callable[..., Tensor | None]:
             activations = sum_tokens(tokens, weight if same else _token_weight(slots, tokens), documents)
         if not torch.compiler.is_compiling():
             layer.fired, layer.computes_in = True, y.dtype
-            # -1 outside a backward pass: this is no recomputation.
-            slots.shared.restarted |= slots.shared.delivered and torch._C._current_graph_task_id() == -1
+            if torch._C._current_graph_task_id() != -1:  # inside a backward pass: a checkpoint recomputes
+                slots.recomputed += 1
+            elif slots.shared.delivered:
+                slots.shared.restarted = True
         return Tap.apply(
             y,
             projected,
@@ -226,12 +236,12 @@ class Block:
         if missing:
             raise DeliveryError(_partial(missing, len(slots)))
         # A layer shared by several reentrant checkpoints delivers once for each of them.
-        if slots[0].shared.restarted or any(s.deliveries > max(1, s.quiet) for s in slots):
+        if slots[0].shared.restarted or any(s.deliveries > max(1, min(s.quiet, s.recomputed)) for s in slots):
             raise DeliveryError(
                 "two backward passes ran in this block, so rows would add up two losses: open one block for each "
                 "backward pass, or add the losses and call backward() once. Nothing of this batch was written."
             )
-        if mask is not None and not torch.compiler.is_compiling():
+        if mask is not None:
             ran = [layer for layer in self._layers if layer.fired]
             if ran and not any(s.masked for s in slots) and (mask.dim() > 1 and mask.shape[1] > 1):
                 raise BatchError(
@@ -254,7 +264,7 @@ class Block:
             ):
                 if leaf is not None:
                     total, tokens = _delivered(leaf).split([leaf.shape[1] - 1, 1], 1)
-                    value = total / tokens.clamp(min=1) if reduction == "mean" else total
+                    value = total / torch.where(tokens > 0, tokens, 1) if reduction == "mean" else total
                     out.append((value * factor).to(device))
             if s.moments is not None:
                 sizes = [layer.spec.k_in**2, layer.spec.k_out**2, 1]
@@ -265,6 +275,10 @@ class Block:
         rows = torch.cat(gradients, 1).mul_(scale)
         if activations or outputs:
             rows = torch.cat([rows, *activations, *outputs], 1)
+        for s in slots:  # the user may keep the loss, and with it the graph and its leaves
+            for leaf in (s.rows, s.moments, s.activations, s.outputs):
+                if leaf is not None:
+                    leaf.grad = None
         return Captured(rows, torch.cat(moments) if moments else None, asleep)
 
 

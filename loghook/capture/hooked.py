@@ -30,12 +30,13 @@ class Hooked:
         self._models: list[weakref.ref[nn.Module]] = []
         self._mixing: list[tuple[str, nn.Module]] = []
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._names: tuple[str, ...] = ()
         self._open = False
 
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of the watched layers, in row order."""
-        return tuple(layer.name for layer in self._layers)
+        return self._names
 
     def _hook(self, model: nn.Module, watch: Watch, *, check_rank: bool = False) -> dict[str, Any]:
         """Select and hook layers of a model; returns the coverage record. An error leaves nothing behind."""
@@ -60,6 +61,7 @@ class Hooked:
             handle = layer.module.register_forward_hook(make_hook(layer), prepend=True, with_kwargs=True)
             self._handles.append(handle)
         self._layers += layers
+        self._names = tuple(layer.name for layer in self._layers)
         self._layout = Layout(layer.spec for layer in self._layers)
         return coverage
 
@@ -70,13 +72,15 @@ class Hooked:
         """Put the layers in the order of a log."""
         order = {spec.name: i for i, spec in enumerate(specs)}
         self._layers.sort(key=lambda layer: order[layer.name])
+        self._names = tuple(layer.name for layer in self._layers)
         self._layout = Layout(layer.spec for layer in self._layers)
 
     def close(self) -> None:
         """Remove the hooks. The model is then as it was before ``watch``."""
+        self._require_outside()
         for handle in self._handles:
             handle.remove()
-        self._handles = []
+        self._handles, self._layers, self._mixing = [], [], []  # and let go of the model
 
     def digest(self) -> str | None:
         """Digest of sampled parameter values of the watched models, or None where they are sharded."""
@@ -95,12 +99,14 @@ class Hooked:
         segments: Any = None,
     ) -> Iterator[list[Captured]]:
         """Open the layers for one batch; the list holds what was captured once the context ends without an error."""
+        self._require_outside()
+        if self._names and not self._handles:
+            raise StateError(
+                "this run was closed and its hooks are removed: go on with loghook.init(path, resume=True), or ask "
+                "questions with loghook.load(path).attach(model)."
+            )
         if not self._layers:
             raise StateError("nothing is watched yet: call run.watch(model) first.")
-        if not self._handles:
-            raise StateError("this run was closed and its hooks are removed: open another with loghook.init.")
-        if self._open:
-            raise StateError("a block of this run is open already: blocks and queries do not nest.")
         for name, module in self._mixing:
             if module.training or module.running_mean is None:
                 state = "is in training mode" if module.training else "keeps no running statistics"
@@ -124,6 +130,10 @@ class Hooked:
         finally:
             block.close()
             self._open = False
+
+    def _require_outside(self) -> None:
+        if self._open:
+            raise StateError("a block of this run is open already: leave it first; blocks and queries do not nest.")
 
     @contextmanager
     def query(

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loghook.capture.adapters import Adapter, find_adapter
+from loghook.capture.adapters import Adapter, find_adapter, registered_type
 from loghook.capture.experts import ExpertProjection, projections
 from loghook.capture.segments import Documents
 from loghook.errors import ConfigError, UnsupportedError
@@ -18,6 +18,7 @@ from loghook.project.projection import Side, draw_side, shared_input_name
 
 _WRAPPER_PARTS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
 FUSED_EXPERTS = "fused experts are watched only where a pattern such as '*experts*' names them"
+_TRUSTED = {"torch", "torchao", "bitsandbytes", "transformers", "peft", "loghook"}
 _REDUCTIONS = (None, "mean", "sum")
 
 
@@ -98,6 +99,7 @@ class Slots:
         shared: what the block's layers have in common.
         deliveries: how often autograd accumulated a row.
         quiet: how often the layer ran without a graph, as it does in the first forward of a reentrant checkpoint.
+        recomputed: how often it ran inside the backward pass, as it does when a checkpoint recomputes.
         masked: whether the mask fitted this layer.
     """
 
@@ -111,6 +113,7 @@ class Slots:
     shared: Shared
     deliveries: int = 0
     quiet: int = 0
+    recomputed: int = 0
     masked: bool = False
 
 
@@ -145,9 +148,7 @@ class Layer:
 
     def place(self, device: torch.device) -> None:
         """Keep the projections where the layer computes."""
-        for side in (self.input_side, self.output_side):
-            if side.matrix is not None and side.matrix.device != device:
-                side.matrix = side.matrix.to(device)
+        self.input_side, self.output_side = self.input_side.to(device), self.output_side.to(device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,6 +249,11 @@ def select(
             reasons[name] = "nn.MultiheadAttention reads its weight without calling it"
         elif projections(module):
             reasons[name] = FUSED_EXPERTS
+        elif found is not None and _overrides_forward(module):
+            kind = type(module).__name__
+            reasons[name] = f"{kind} overrides forward; vouch for it with @loghook.adapter({kind})"
+        elif any(p.is_complex() for p in module.parameters(recurse=False)):
+            reasons[name] = "complex parameters"
         elif found is None:
             reasons[name] = f"no adapter for {type(module).__name__}"
         elif not wanted:
@@ -273,6 +279,17 @@ def _named_by(name: str, module: nn.Module, pattern: str) -> bool:
     return fnmatchcase(name, pattern) or fnmatchcase(owner, pattern)
 
 
+def _overrides_forward(module: nn.Module) -> bool:
+    """Whether a subclass of a known layer computes something of its own, so that the base's adapter may not fit it.
+
+    Libraries that store a linear layer's weight in another way keep what it computes, and are trusted.
+    """
+    known = registered_type(module)
+    if known is None or type(module).forward is known.forward:
+        return False
+    return type(module).__module__.partition(".")[0] not in _TRUSTED
+
+
 def _draw(
     chosen: dict[str, tuple[nn.Module, Adapter]], watch: Watch, *, projection: str, rank: int, seed: int
 ) -> list[Layer]:
@@ -286,10 +303,6 @@ def _draw(
             shared[group, width] = draw_side(projection, seed=seed, name=group, side="in", width=width, rank=rank)
         inputs = shared[group, width]
         outputs = draw_side(projection, seed=seed, name=name, side="out", width=shape.out_features, rank=rank)
-        if watch.activations and not shape.channels:
-            raise ConfigError(
-                f"layer {name!r} takes indices, so activations={watch.activations!r} has no meaning: exclude it."
-            )
         spec = LayerSpec(
             name=name,
             type=type(found).__name__,
@@ -300,7 +313,7 @@ def _draw(
             bias=bias,
             k_in=inputs.k,
             k_out=outputs.k,
-            activations=watch.activations,
+            activations=watch.activations if shape.channels else None,  # indices have none
             output_gradients=watch.output_gradients,
             batch_dim=watch.batch_dim,
             may_sleep=matches(name, watch.may_sleep) or isinstance(module, ExpertProjection),

@@ -91,6 +91,7 @@ class Run(Hooked):
             UnsupportedError: a wrapper or layer for which rows cannot be exact.
             StateError: after ``finalize`` or the first block, or for a model watched before.
         """
+        self._require_outside()
         self._require_open()
         if self._writer is not None:
             raise StateError(
@@ -213,6 +214,7 @@ class Run(Hooked):
         """
         if self._finalized:
             return
+        self._require_outside()
         self._require_open()
         if self._writer is None:
             raise StateError(

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from loghook.capture.adapters import as_tokens
+from loghook.errors import UnsupportedError
 from loghook.project.outer import (
     gather_tokens,
     outer,
@@ -70,13 +71,19 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Pass the output gradient on and deliver the row and the moments."""
         (g,) = grads
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise UnsupportedError(
+                "backward ran with create_graph=True (a gradient penalty, a Hessian product): the second-order part "
+                "of a "
+                "gradient does not pass a layer's output, so rows would miss it. Take that term out of the logged loss."
+            )
         x, weight_BS, p_out_kO, activations, documents_DL = ctx.saved_tensors
         need_moments, need_activations, need_outputs = ctx.needs_input_grad[9:]
         wide = ctx.wide
         # Sums over tokens run in float32 or wider, also where the user calls backward() under autocast.
         with torch.autocast(g.device.type, enabled=False):
             g_BSO = as_tokens(g.movedim(ctx.batch_dim, 0) if ctx.batch_dim else g, ctx.channel_dim)
-            g_BSO = g_BSO.reshape(*x.shape[:2], -1)  # batch and tokens may share an axis in the module
+            g_BSO = g_BSO.reshape(*x.shape[:2], g_BSO.shape[-1])  # batch and tokens may share an axis in the module
             x = x.to(wide)
             moments = outputs = None
             groups = 1 if x.dim() == 3 else x.shape[2]

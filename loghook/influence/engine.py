@@ -48,7 +48,7 @@ def influence(
     """Score every row of a log for every question; see ``Log.influence``."""
     if normalize not in NORMALIZE:
         raise ConfigError(f"normalize={normalize!r} is unknown: choose None, 'unit' or 'relatif'.")
-    if top is not None and (not isinstance(top, int) or top < 1):
+    if top is not None and (type(top) is not int or top < 1):
         raise ConfigError(f"top={top!r} must be a whole number of at least 1, or None for all scores.")
     if top is not None and per_layer:
         raise ConfigError("top and per_layer exclude each other: per-layer scores need all rows; drop one.")
@@ -61,6 +61,12 @@ def influence(
     prepared = _prepare(reader, query, curvature, chosen, normalize)
     scan = _scan_top if top is not None else _scan_all
     values, places, by_layer = scan(reader, prepared, chosen, top or 0, per_layer)
+    if not np.isfinite(values).all():
+        raise ConfigError(
+            f"scores are not finite with method={method!r} and damping "
+            f"{curvature.damping_abs or curvature.damping:.3g}: "
+            "choose a larger damping (0.1 of the mean eigenvalue is usual)."
+        )
     return Scores(
         values=values,
         query_ids=query.data_ids,
@@ -88,10 +94,10 @@ def choose_layers(reader: Reader, layers: Sequence[str] | None) -> list[LayerSpe
         return list(reader.layout.layers)
     wanted = [layers] if isinstance(layers, str) else list(layers)
     unknown = [name for name in wanted if name not in reader.layers]
-    if unknown or not wanted:
-        raise ConfigError(
-            f"layers={wanted} names what the log has not; its layers are {', '.join(reader.layers[:6])}, ..."
-        )
+    if not wanted:
+        raise ConfigError(f"layers=[] leaves nothing to score: name some of {', '.join(reader.layers)}, or pass None.")
+    if unknown:
+        raise ConfigError(f"layers={wanted}: {unknown[0]!r} is not in the log, which has {', '.join(reader.layers)}.")
     return [spec for spec in reader.layout.layers if spec.name in wanted]
 
 
@@ -210,6 +216,6 @@ def _scan_top(
         scores = _products(block, prepared, runs, place)
         index = torch.arange(place.start, place.stop).expand(queries, -1)
         merged, merged_places = torch.cat([best, scores], 1), torch.cat([places, index], 1)
-        best, order = merged.topk(min(top, merged.shape[1]), dim=1)
-        places = merged_places.gather(1, order)
+        ranked, order = merged.sort(dim=1, descending=True, stable=True)  # equal scores in the order of the log
+        best, places = ranked[:, :top], merged_places.gather(1, order[:, :top])
     return best.float().numpy(), places.numpy(), None

@@ -1,14 +1,16 @@
 """From a method's name to solvers for every layer, fitted on the log in as few scans as memory allows."""
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from loghook.errors import ConfigError
-from loghook.influence.solvers import Dense, Diagonal, Identity, LowRank, Solver
+from loghook.influence.solvers import Dense, Diagonal, Identity, LowRank, Solver, Zero
 from loghook.log.format import LayerSpec
 from loghook.log.reader import Reader
 from loghook.statistics.factors import Eigenbasis, eigenbasis
@@ -35,7 +37,7 @@ class Curvature:
         if self.method not in METHODS:
             raise ConfigError(f"method={self.method!r} is unknown: choose one of {', '.join(METHODS)}.")
         value = self.damping if self.damping_abs is None else self.damping_abs
-        if not 0 < value < float("inf"):
+        if not isinstance(value, int | float) or not 0 < value < float("inf"):
             name = "damping" if self.damping_abs is None else "damping_abs"
             raise ConfigError(f"{name}={value!r} must be positive and finite; 0.1 of the mean eigenvalue is usual.")
 
@@ -75,7 +77,16 @@ def solvers(reader: Reader, curvature: Curvature, layers: Sequence[LayerSpec]) -
         for group in _groups(layers, len(reader)):
             yield _fit_fisher(reader, curvature, group)
     else:
-        bases = _bases(reader, layers)
+        moments = reader.moments()
+        silent = [spec for spec in layers if moments[reader.layout.moments[spec.name][2]] <= 0]
+        if len(silent) == len(layers):
+            raise ConfigError(
+                "no token was counted while logging (a mask that is all zero?), so there are no Kronecker factors: use "
+                "method='fisher', 'dot' or 'cosine', or log again with the right mask."
+            )
+        if silent:
+            yield {spec.name: Zero() for spec in silent}  # layers that may sleep and always did
+        bases = _bases(reader, moments, [spec for spec in layers if spec not in silent])
         eigenvalues = {name: basis.products for name, basis in bases.items()}
         if curvature.method == "ekfac":
             eigenvalues = _corrected_eigenvalues(reader, bases)
@@ -85,12 +96,10 @@ def solvers(reader: Reader, curvature: Curvature, layers: Sequence[LayerSpec]) -
         }
 
 
-def _bases(reader: Reader, layers: Sequence[LayerSpec]) -> dict[str, Eigenbasis]:
+def _bases(reader: Reader, moments: np.ndarray, layers: Sequence[LayerSpec]) -> dict[str, Eigenbasis]:
     missing = [spec.name for spec in layers if ("basis", spec.name) not in reader.cache]
-    if missing:
-        moments = reader.moments()
-        for name in tqdm(missing, desc="eigenbases", unit=" layers", delay=2, leave=False, disable=None):
-            reader.cache["basis", name] = eigenbasis(reader.layout, moments, name)
+    for name in tqdm(missing, desc="eigenbases", unit=" layers", delay=2, leave=False, disable=None):
+        reader.cache["basis", name] = eigenbasis(reader.layout, moments, name)
     return {spec.name: reader.cache["basis", spec.name] for spec in layers}
 
 
@@ -126,11 +135,11 @@ def _fit_fisher(reader: Reader, curvature: Curvature, group: Sequence[LayerSpec]
         if few[spec.name]:
             layer_rows = rows.pop(spec.name)
             mean = float(layer_rows.square().sum()) / len(reader) / spec.width
-            fitted[spec.name] = LowRank(layer_rows, curvature.amount(mean)) if mean > 0 else Identity()
+            fitted[spec.name] = LowRank(layer_rows, curvature.amount(mean)) if mean > 0 else Zero()
         else:
             matrix = sums.pop(spec.name) / len(reader)
             mean = float(matrix.diagonal().mean())
-            fitted[spec.name] = Dense(matrix, curvature.amount(mean)) if mean > 0 else Identity()
+            fitted[spec.name] = Dense(matrix, curvature.amount(mean)) if mean > 0 else Zero()
     return fitted
 
 
@@ -138,8 +147,15 @@ def _groups(layers: Sequence[LayerSpec], rows: int) -> Iterator[list[LayerSpec]]
     """Split layers so that a group's matrices, (min(w, N), w) in float64 and their factors, fit in FIT_BYTES."""
     group: list[LayerSpec] = []
     size = 0
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for spec in layers:
         need = 2 * 8 * spec.width * min(spec.width, rows)
+        if need > memory:
+            raise ConfigError(
+                f"the Fisher of layer {spec.name!r} with {spec.width:,} values a row takes {need / 1e9:,.0f} GB, "
+                "more than "
+                "this machine has: use method='ekfac', leave the layer out with layers=, or log at a smaller rank."
+            )
         if group and size + need > FIT_BYTES:
             yield group
             group, size = [], 0

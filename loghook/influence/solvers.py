@@ -77,28 +77,41 @@ class Dense:
 
 
 class LowRank:
-    """The Fisher of fewer rows than values, by the Woodbury identity: an N x N system instead of a w x w one.
+    """The Fisher of fewer rows than values, in an orthonormal basis of what the rows span.
 
-    With R (N, w): (R^T R / N + d I)^-1 = (I - R^T (N d I + R R^T)^-1 R) / d.
+    ``apply`` leaves out the part of its argument outside that span: it is orthogonal to every row, scores zero against
+    this log, and dividing it by a small damping would drown the scores in rounding.
     """
 
     def __init__(self, rows: Tensor, damping: float) -> None:
         """Take all rows of the layer (N, w) in float64, and a positive damping."""
-        self._rows, self._damping = rows, damping
-        gram = rows @ rows.T
-        gram.diagonal().add_(len(rows) * damping)
-        factor, failed = torch.linalg.cholesky_ex(gram)
-        if failed:
-            raise ConfigError(f"damping={damping:.3g} leaves the Fisher singular: choose a larger one (0.1 is usual).")
-        # root = L^-1 R, so that R^T (L L^T)^-1 R = root^T root
-        self._root = torch.linalg.solve_triangular(factor, rows, upper=False)
+        values, vectors = torch.linalg.eigh(rows @ rows.T)
+        real = values > values[-1] * 1e-12
+        values, vectors = values[real], vectors[:, real]
+        self._basis = (vectors / values.sqrt()).T @ rows  # (r, w), orthonormal rows
+        self._inverse = 1 / (values / len(rows) + damping)
+        self._damping = damping
 
     def apply(self, rows: Tensor) -> Tensor:
-        """Take away what the rows span, and divide by the damping."""
-        root = self._root.to(rows.dtype)
-        return (rows - rows @ root.T @ root) / self._damping
+        """Divide by the damped eigenvalues within the span of the log's rows."""
+        basis = self._basis.to(rows.dtype)
+        return rows @ basis.T * self._inverse.to(rows.dtype) @ basis
 
     def quadratic(self, rows: Tensor) -> Tensor:
-        """The same as an inner product; the difference is taken in float64."""
+        """The same as an inner product, with the part outside the span divided by the damping."""
         wide = rows.double()
-        return ((wide.square().sum(1) - (wide @ self._root.T).square().sum(1)) / self._damping).to(rows.dtype)
+        inside = (wide @ self._basis.T).square()
+        outside = (wide.square().sum(1) - inside.sum(1)).clamp(min=0)
+        return ((inside * self._inverse).sum(1) + outside / self._damping).to(rows.dtype)
+
+
+class Zero:
+    """A layer without any gradient in the log: it has no curvature, and nothing to say."""
+
+    def apply(self, rows: Tensor) -> Tensor:
+        """Return zeros."""
+        return torch.zeros_like(rows)
+
+    def quadratic(self, rows: Tensor) -> Tensor:
+        """Return zeros."""
+        return rows.new_zeros(len(rows))

@@ -53,8 +53,9 @@ class Rows:
             else:
                 values = self._numpy(self._reader.gather(np.arange(start, stop, step)))
             return values[everything]
-        index = np.asarray(first)
-        index = np.flatnonzero(index) if index.dtype == bool else index.astype(np.int64).reshape(-1) % max(1, len(self))
+        index = np.arange(len(self))[first]  # numpy's own rules for lists, masks and negative places
+        if index.ndim != 1:
+            return self[:][key]
         return self._numpy(self._reader.gather(index))[everything]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:

@@ -9,7 +9,7 @@ integers alone, so the same seed gives the same bits on every machine.
 
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -29,6 +29,15 @@ class Side:
     width: int
     matrix: Tensor | None
     gain: float = 1.0
+    _moved: "dict[torch.device, Side]" = field(default_factory=dict)
+
+    def to(self, device: torch.device) -> "Side":
+        """Return the side on a device; layers that share it there share the copy."""
+        if self.matrix is None or self.matrix.device == device:
+            return self
+        if device not in self._moved:
+            self._moved[device] = Side(self.width, self.matrix.to(device), self.gain)
+        return self._moved[device]
 
     @property
     def k(self) -> int:
@@ -69,7 +78,7 @@ def _hadamard(key: str, width: int, k: int) -> tuple[Tensor, float]:
     rows = np.argsort(stream.random_raw(n), kind="stable")[:k].astype(np.uint64)
     flips = (stream.random_raw(width) >> np.uint64(63)).astype(np.uint8)
     parity = (np.bitwise_count(rows[:, None] & np.arange(width, dtype=np.uint64)) & 1) ^ flips
-    # Entries near 1/sqrt(width), as an exact power of two: float16 inputs cannot overflow in the product.
+    # Entries near 1/sqrt(width), as an exact power of two: float16 products stay near the size of the inputs.
     exponent = math.ceil(math.log2(width) / 2)
     matrix = torch.from_numpy(1.0 - 2.0 * parity.astype(np.float32)) * 2.0**-exponent
     return matrix, 2.0**exponent / math.sqrt(k)
