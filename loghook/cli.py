@@ -1,6 +1,7 @@
 """The command line: ``loghook info | verify | score | demo``."""
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -32,6 +33,21 @@ def _plain_errors() -> Iterator[None]:
     except (LoghookError, FileNotFoundError) as error:
         typer.secho(f"error: {error}", fg="red", err=True)
         raise typer.Exit(1) from error
+
+
+@contextmanager
+def _processes() -> Iterator[bool]:
+    """Join the processes of a launcher for the length of a command; yields whether this one prints."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        yield True
+        return
+    import torch
+
+    torch.distributed.init_process_group("gloo")
+    try:
+        yield torch.distributed.get_rank() == 0
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 def _command(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -113,18 +129,41 @@ def score(
     damping: Annotated[float, typer.Option(help="Times the mean eigenvalue of each layer.")] = 0.1,
     normalize: Annotated[str | None, typer.Option(help="unit or relatif.")] = None,
     top: Annotated[int, typer.Option(help="Proponents shown for each question.")] = 10,
+    bottom: Annotated[int, typer.Option(help="Opponents shown for each question.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Also write all scores to this safetensors file.")] = None,
 ) -> None:
-    """Score a log against a saved query and print the strongest proponents of each question."""
+    """Score a log against a saved query and print the strongest proponents of each question.
+
+    On many processes, `torchrun --nproc_per_node N -m loghook score ...` (or accelerate launch): each reads its share.
+    """
+    with _processes() as first:
+        _score(run, query, method, damping, normalize, top, bottom, out, show=first)
+
+
+def _score(
+    run: Path,
+    query: Path,
+    method: str,
+    damping: float,
+    normalize: str | None,
+    top: int,
+    bottom: int,
+    out: Path | None,
+    *,
+    show: bool,
+) -> None:
     log, questions = loghook.load(run), loghook.Query.load(query)
-    keep = None if out else top
+    keep = None if out or bottom else top
     scores = log.influence(questions, method, damping=damping, normalize=normalize, top=keep)
+    if not show:
+        return
     if out:
         scores.save(out)
         typer.echo(f"scores written to {out}")
-    for query_id, ranked in zip(scores.query_ids, scores.top(top), strict=True):
+    opponents = scores.bottom(bottom) if bottom else [[]] * len(scores.query_ids)
+    for query_id, best, worst in zip(scores.query_ids, scores.top(top), opponents, strict=True):
         typer.echo(f"{query_id}")
-        for record in ranked:
+        for record in (*best, *worst):
             typer.echo(f"  {record.score:+.6g}  {record.data_id}")
 
 

@@ -10,6 +10,7 @@ from torch import Tensor
 from loghook.errors import ConfigError, MismatchError
 from loghook.influence.precondition import Curvature, progress, solvers, working_dtype
 from loghook.influence.scores import Scores
+from loghook.influence.share import combine, gather
 from loghook.influence.solvers import Solver
 from loghook.log.format import LayerSpec
 from loghook.log.query import Query
@@ -134,7 +135,7 @@ def _prepare(
         if want_rows:
             _add_quadratics(reader, group, total)
     if want_rows:
-        reader.cache[_key(curvature, chosen)] = total
+        reader.cache[_key(curvature, chosen)] = combine(total)
     query_norms = own.clamp(min=0).sqrt() if normalize == "unit" else None
     row_norms = reader.cache[_key(curvature, chosen)].clamp(min=0).sqrt() if normalize is not None else None
     return Prepared(matrix.to(working_dtype(reader)), query_norms, row_norms)
@@ -146,7 +147,7 @@ def _row_quadratics(reader: Reader, curvature: Curvature, chosen: Sequence[Layer
         total = torch.zeros(len(reader), dtype=torch.float64)
         for group in solvers(reader, curvature, chosen):
             _add_quadratics(reader, group, total)
-        reader.cache[key] = total
+        reader.cache[key] = combine(total)
     return reader.cache[key]
 
 
@@ -193,15 +194,15 @@ def _scan_all(
     reader: Reader, prepared: Prepared, chosen: Sequence[LayerSpec], _: int, per_layer: bool
 ) -> tuple[np.ndarray, None, np.ndarray | None]:
     queries = len(prepared.matrix)
-    values = torch.empty(queries, len(reader))
-    by_layer = torch.empty(len(chosen), queries, len(reader)) if per_layer else None
+    values = torch.zeros(queries, len(reader))
+    by_layer = torch.zeros(len(chosen), queries, len(reader)) if per_layer else None
     runs, columns = _runs(reader, chosen), reader.layout.kinds["gradients"]
     for place, block in progress(reader, "scoring"):
         values[:, place] = _products(block, prepared, runs, place).float()
         if by_layer is not None:
             for i, spec in enumerate(chosen):
                 by_layer[i, :, place] = _products(block, prepared, [columns[spec.name]], place).float()
-    return values.numpy(), None, None if by_layer is None else by_layer.numpy()
+    return combine(values).numpy(), None, None if by_layer is None else combine(by_layer).numpy()
 
 
 def _scan_top(
@@ -215,7 +216,13 @@ def _scan_top(
     for place, block in progress(reader, "scoring"):
         scores = _products(block, prepared, runs, place)
         index = torch.arange(place.start, place.stop).expand(queries, -1)
-        merged, merged_places = torch.cat([best, scores], 1), torch.cat([places, index], 1)
-        ranked, order = merged.sort(dim=1, descending=True, stable=True)  # equal scores in the order of the log
-        best, places = ranked[:, :top], merged_places.gather(1, order[:, :top])
+        best, places = _best(torch.cat([best, scores], 1), torch.cat([places, index], 1), top)
+    best, places = _best(gather(best, 1), gather(places, 1), top)
     return best.float().numpy(), places.numpy(), None
+
+
+def _best(scores: Tensor, places: Tensor, top: int) -> tuple[Tensor, Tensor]:
+    """The ``top`` best of each row, equal scores in the order of the log."""
+    by_place = places.argsort(dim=1, stable=True)
+    ranked, order = scores.gather(1, by_place).sort(dim=1, descending=True, stable=True)
+    return ranked[:, :top], places.gather(1, by_place).gather(1, order[:, :top])

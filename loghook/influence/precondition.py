@@ -10,6 +10,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from loghook.errors import ConfigError
+from loghook.influence.share import combine, share
 from loghook.influence.solvers import Dense, Diagonal, Identity, LowRank, Solver, Zero
 from loghook.log.format import LayerSpec
 from loghook.log.reader import Reader
@@ -52,10 +53,10 @@ def working_dtype(reader: Reader) -> torch.dtype:
 
 
 def progress(reader: Reader, what: str) -> Iterator[tuple[slice, Tensor]]:
-    """Scan a log's blocks in the working dtype, with a bar once it takes more than two seconds."""
+    """Scan this process's share of a log in the working dtype, with a bar once it takes more than two seconds."""
     dtype = working_dtype(reader)
     with tqdm(total=len(reader), desc=what, unit=" rows", delay=2, leave=False, disable=None) as bar:
-        for place, block in reader.blocks():
+        for place, block in reader.blocks(share=share()):
             yield place, block.to(dtype)
             bar.update(len(block))
 
@@ -113,14 +114,14 @@ def _corrected_eigenvalues(reader: Reader, bases: dict[str, Eigenbasis]) -> dict
                 rows = block[:, reader.layout.kinds["gradients"][name]].unflatten(1, basis.products.shape)
                 sums[name] += basis.rotate(rows).square().sum(0).double()  # a block is short, the log is long
         for name, total in sums.items():
-            reader.cache["corrected", name] = total / len(reader)
+            reader.cache["corrected", name] = combine(total) / len(reader)
     return {name: reader.cache["corrected", name] for name in bases}
 
 
 def _fit_fisher(reader: Reader, curvature: Curvature, group: Sequence[LayerSpec]) -> dict[str, Solver]:
     columns = reader.layout.kinds["gradients"]
     few = {spec.name: len(reader) < spec.width for spec in group}
-    rows = {s.name: torch.empty(len(reader), s.width, dtype=torch.float64) for s in group if few[s.name]}
+    rows = {s.name: torch.zeros(len(reader), s.width, dtype=torch.float64) for s in group if few[s.name]}
     sums = {s.name: torch.zeros(s.width, s.width, dtype=torch.float64) for s in group if not few[s.name]}
     for place, block in progress(reader, "Fisher"):
         for spec in group:
@@ -129,6 +130,8 @@ def _fit_fisher(reader: Reader, curvature: Curvature, group: Sequence[LayerSpec]
                 rows[spec.name][place] = part
             else:
                 sums[spec.name].addmm_(part.T, part)
+    for part in (*rows.values(), *sums.values()):
+        combine(part)
     fitted: dict[str, Solver] = {}
     for spec in group:
         # The mean eigenvalue is trace / w, which is the mean squared norm of a row over w.

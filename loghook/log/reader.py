@@ -144,18 +144,23 @@ class Reader:
             total += load_moments(self.path, entry, len(total))
         return total
 
-    def blocks(self, rows: int | None = None) -> Iterator[tuple[slice, Tensor]]:
+    def blocks(self, rows: int | None = None, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[slice, Tensor]]:
         """Walk through the log in blocks.
 
         Args:
             rows: rows of a block at most; by default as many as fit in 32 MB.
+            share: (i, n) walks through every n-th shard from the i-th on.
 
         Yields:
             The block's place among the rows, and its rows (n, width) in the storage dtype: a view of the map.
         """
         step = rows or max(1, BLOCK_BYTES // self._row_bytes)
         place = 0
-        for shard in self._shards:
+        for number, shard in enumerate(self._shards):
+            if number % share[1] != share[0]:
+                end = shard.first + shard.rows
+                place += shard.rows if self._keep is None else int(self._keep[shard.first : end].sum())
+                continue
             data = self._touch(shard)
             for start in range(0, shard.rows, step):
                 stop = min(start + step, shard.rows)
