@@ -172,6 +172,9 @@ def _examine(probe: _Probe, loss_fn: LossFunction, batch: Any, size: int, report
     except (DeliveryError, UnsupportedError, BatchError) as error:
         report.problems.append(str(error))
         return
+    if not any(layer.computes_in for layer in probe.watched):  # compiled: hooks leave no word of what they saw
+        with _random_state(), torch.compiler.set_stance("force_eager"):
+            probe.rows(loss_fn, batch, size)
     # The narrowest dtype that a layer computed in decides what is rounding, also under autocast inside loss_fn.
     report.tolerance = max(_TOLERANCE.get(layer.computes_in or torch.float64, 3e-2) for layer in probe.watched)
     if len(silent) == len(probe.watched):

@@ -1,4 +1,4 @@
-"""The command line: ``loghook info | verify | score | demo``."""
+"""The command line: ``loghook info | verify | repair | score | append | merge | delete | demo``."""
 
 import json
 import os
@@ -12,7 +12,8 @@ from typing import Annotated, Any
 import typer
 
 import loghook
-from loghook.errors import LoghookError
+from loghook.errors import ConfigError, LoghookError
+from loghook.log import maintain
 
 app = typer.Typer(
     name="loghook",
@@ -119,6 +120,58 @@ def verify(run: Run) -> None:
     if problems:
         raise typer.Exit(1)
     typer.echo(f"{log.path}: {len(log):,} rows, every checksum matches")
+
+
+@_command
+def repair(run: Run) -> None:
+    """Drop what is damaged, keep what is good, and list the ids to log again (one JSON value a line)."""
+    done = maintain.repair(run)
+    for note in done.notes:
+        typer.secho(note, fg="red", err=True)
+    if not done.notes:
+        typer.echo(f"{run}: {done.rows:,} rows, nothing to repair")
+        return
+    typer.secho(f"{run}: {done.rows:,} rows are good; to log again: {len(done.ids):,} ids", err=True)
+    typer.secho("`loghook append` opens a finished run, loghook.init(..., resume=True) logs them.", err=True)
+    for data_id in done.ids:
+        typer.echo(json.dumps(data_id))
+
+
+@_command
+def append(run: Run) -> None:
+    """Open a finished run for more rows: the same script with resume=True then logs the ids that are not there."""
+    maintain.reopen(run)
+    typer.echo(f"{run} is open: log into it with loghook.init(..., resume=True) and finalise it again")
+
+
+@_command
+def merge(
+    out: Annotated[Path, typer.Argument(help="Folder of the new run.", metavar="OUT")],
+    runs: Annotated[list[Path], typer.Argument(help="Finished runs with the same layers.", metavar="RUN...")],
+) -> None:
+    """Join finished runs, for instance of several machines, into a new one; the old ones stay."""
+    typer.echo(f"{out}: {maintain.merge(out, runs).rows:,} rows of {len(runs)} runs")
+
+
+@_command
+def delete(
+    run: Run,
+    ids: Annotated[list[str], typer.Option(help="A data_id whose rows go; may be repeated.")],
+    keep_statistics: Annotated[
+        bool, typer.Option(help="Keep the statistics of kfac and ekfac, in which the deleted rows still count.")
+    ] = False,
+) -> None:
+    """Take rows out, for instance because a provider withdraws data; their bytes are gone afterwards."""
+    wanted = [_parse_id(loghook.load(run).manifest.id_type, text) for text in ids]
+    done = maintain.delete(run, wanted, keep_statistics=keep_statistics)
+    typer.echo(f"{run}: {done.dropped:,} rows deleted, {done.rows:,} left")
+
+
+def _parse_id(id_type: str, text: str) -> int | str:
+    try:
+        return int(text) if id_type == "int" else text
+    except ValueError as error:
+        raise ConfigError(f"data_id {text!r} is no whole number, and the ids of this log are: check --ids.") from error
 
 
 @_command

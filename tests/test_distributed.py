@@ -1,5 +1,6 @@
 """The same rows on two gloo ranks as in one process: wrappers, sharding, samplers that repeat."""
 
+import contextlib
 import os
 import sys
 import warnings
@@ -18,6 +19,7 @@ from torch.distributed.fsdp import (
     ShardingStrategy,
     fully_shard,
 )
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
 import loghook
@@ -73,10 +75,11 @@ def ddp(model):
     return DistributedDataParallel(model)
 
 
-def fsdp1(model):
+def fsdp1(model, original=True, policy=None):
     return FullyShardedDataParallel(
-        model, device_id=torch.device("cpu"), sharding_strategy=ShardingStrategy.FULL_SHARD, use_orig_params=True
-    )
+        model, device_id=torch.device("cpu"), sharding_strategy=ShardingStrategy.FULL_SHARD, auto_wrap_policy=policy,
+        use_orig_params=original,
+    )  # fmt: skip
 
 
 def fsdp2(model, leaves=True, **options):
@@ -101,6 +104,7 @@ def compiled(model):
 WRAPPERS = {
     "ddp": ddp,
     "fsdp1": fsdp1,
+    "fsdp1_flat_blocks": lambda m: fsdp1(m, original=False, policy=ModuleWrapPolicy({Block})),
     "fsdp2_root": lambda m: fsdp2(m, leaves=False),
     "fsdp2_leaves": fsdp2,
     "fsdp2_offload": lambda m: fsdp2(m, offload_policy=CPUOffloadPolicy(pin_memory=False)),
@@ -128,9 +132,41 @@ def worker(rank, world, folder):
             wrapped = wrap(model)
             if not first:
                 run.watch(wrapped)
-            log_pass(run, wrapped, data, rank, world, train=name != "fsdp1")
+            log_pass(run, wrapped, data, rank, world, train=not name.startswith("fsdp1"))
+    for name in ("ddp", "fsdp2_leaves", "fsdp2_checkpoint_compile"):
+        train(f"{folder}/train_{name}", WRAPPERS[name](make_model()), data, rank, world)
+    no_sync(f"{folder}/no_sync", ddp(make_model()), data, rank, world)
     dist.barrier()
     dist.destroy_process_group()
+
+
+def train(folder, model, data, rank, world):
+    """Two epochs with real steps: the optimiser sees the sum over ranks, whatever the wrapper averages."""
+    run = loghook.init(folder, rank=6, dtype="float32")
+    run.watch(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3 * world)
+    for ids in batches(rank, world) * 2:
+        with run(data_id=ids):
+            loss_of(model, data[ids]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    run.finalize()
+    run.close()
+
+
+def no_sync(folder, model, data, rank, world):
+    """Gradient accumulation: only the last micro-batch synchronises."""
+    run = loghook.init(folder, rank=6, dtype="float32")
+    run.watch(model)
+    rounds = batches(rank, world)
+    for _ in run.passes():
+        for index, ids in enumerate(rounds):
+            last = index == len(rounds) - 1
+            with contextlib.nullcontext() if last else model.no_sync():
+                with run(data_id=ids, scale=len(rounds)):
+                    (loss_of(model, data[ids]) / len(rounds)).backward()
+    run.finalize()
+    run.close()
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +178,17 @@ def logs(tmp_path_factory):
         model = make_model().to(dtype)
         run.watch(model)
         log_pass(run, model, make_data().to(dtype), 0, 1)
+    run = loghook.init(folder / "train_one", rank=6, dtype="float32")
+    model, data, rounds = make_model(), make_data(), [batches(rank, 2) for rank in (0, 1)]
+    run.watch(model)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    for ids in [a + b for a, b in zip(*rounds, strict=True)] * 2:
+        with run(data_id=ids):
+            loss_of(model, data[ids]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    run.finalize()
+    run.close()
     return folder
 
 
@@ -162,6 +209,39 @@ def test_rows_of_two_ranks_equal_those_of_one_process(logs, name, first):
     for layer in one.layers:
         expected = by_id(one, layer)
         assert np.abs(by_id(two, layer) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def by_step(log, layer):
+    """Rows of a training log in an order that has nothing to do with ranks: by step, then by id."""
+    return log.rows(layer)[:][np.lexsort((log.data_ids, log.keys.step))]
+
+
+@pytest.mark.parametrize("name", ["ddp", "fsdp2_leaves", "fsdp2_checkpoint_compile"])
+def test_rows_inside_training_on_two_ranks_equal_those_of_one_process(logs, name):
+    one, two = loghook.load(logs / "train_one"), loghook.load(logs / f"train_{name}")
+    assert len(one) == len(two) == 2 * BATCH * len(batches(0, 2)) * 2 and not two.verify()
+    for layer in one.layers:
+        expected = by_step(one, layer)
+        first = expected[: 2 * BATCH]
+        again = expected[len(expected) // 2 :][: 2 * BATCH]
+        assert np.abs(first - again).max() > 1e-3 * np.abs(first).max()  # the parameters did move
+        assert np.abs(by_step(two, layer) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+def test_accumulation_under_no_sync(logs):
+    one, two = loghook.load(logs / "one"), loghook.load(logs / "no_sync")
+    assert sorted(two.data_ids) == list(range(SAMPLES))
+    for layer in one.layers:
+        expected = by_id(one, layer)
+        assert np.abs(by_id(two, layer) - expected).max() <= 1e-5 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("name,first", CELLS, ids=[f"{n}-{'watched' if f else 'wrapped'}-first" for n, f in CELLS])
+def test_sharded_models_report_whole_layers_and_an_honest_digest(logs, name, first):
+    one, two = loghook.load(logs / "one").manifest, loghook.load(logs / f"{name}-{first}").manifest
+    assert {k: two.coverage[k] for k in ("covered", "total")} == {k: one.coverage[k] for k in ("covered", "total")}
+    # A digest speaks of whole parameters; where a rank holds shards of them it is left out.
+    assert two.parameters["first"] == (one.parameters["first"] if name == "ddp" else None)
 
 
 def test_mixed_precision_of_fsdp2_is_that_of_a_bfloat16_model(logs):

@@ -151,6 +151,12 @@ def test_accelerate_loop(tmp_path: Path) -> None:
     assert len(loghook.load(tmp_path / "run")) == 48
 
 
+def test_trainer(tmp_path: Path) -> None:
+    output = example(tmp_path, "trainer.py", "--steps", "3")
+    assert len(re.findall(r"^\s*[+-]\d+\.\d\d  ", output, re.MULTILINE)) == 5
+    assert len(loghook.load(tmp_path / "run")) == 48
+
+
 def test_mislabelled_digits(tmp_path: Path) -> None:
     pytest.importorskip("sklearn")
     output = example(tmp_path, "mislabelled_digits.py")

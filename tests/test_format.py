@@ -121,7 +121,7 @@ def read_run(path: Path) -> dict:
         log = (path / f"commits-{rank:05d}.jsonl").read_bytes()
         logs += log
         records = read_commits(log)
-        assert records[-1]["end"] is True and all(r["run"] == manifest["run_id"] for r in records)
+        assert isinstance(records[-1]["end"], str) and all(r["run"] == manifest["run_id"] for r in records)
         ends: dict[int, int] = {}
         snapshot = None
         for record in (r for r in records if "shard" in r):
@@ -208,11 +208,12 @@ def test_record_tables(finished: Path) -> None:
 
 
 def test_files_table(finished: Path) -> None:
-    patterns = [re.sub("R{5}|I{5}|N{8}", lambda m: rf"\d{{{len(m[0])},}}", re.escape(name)) for name in table("file")]
+    number = "R{5}|I{5}|G{5}|N{8}"
+    patterns = [re.sub(number, lambda m: rf"\d{{{len(m[0])},}}", re.escape(name)) for name in table("file")]
     for file in finished.iterdir():
         assert any(re.fullmatch(pattern, file.name) for pattern in patterns), file.name
-    for pattern in patterns:
-        assert any(re.fullmatch(pattern, file.name) for file in finished.iterdir()), pattern
+    for pattern, name in zip(patterns, table("file"), strict=True):
+        assert "GGGGG" in name or any(re.fullmatch(pattern, file.name) for file in finished.iterdir()), pattern
 
 
 def test_query_and_scores_tables(finished: Path, tmp_path: Path) -> None:

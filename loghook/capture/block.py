@@ -231,10 +231,11 @@ class Block:
         slots = [leaf for leaf in leaves if leaf is not None]
         silent = [(layer, s) for layer, s in zip(self._layers, slots, strict=True) if s.rows.grad is None]
         missing = [layer for layer, _ in silent if not layer.spec.may_sleep]
+        quiet = all(s.quiet for layer, s in silent if not layer.spec.may_sleep)
         if missing and len(silent) == len(slots):
             raise DeliveryError(nothing_delivered(self._layers))
         if missing:
-            raise DeliveryError(_partial(missing, len(slots)))
+            raise DeliveryError(_partial(missing, quiet, len(slots)))
         # A layer shared by several reentrant checkpoints delivers once for each of them.
         if slots[0].shared.restarted or any(s.deliveries > max(1, min(s.quiet, s.recomputed)) for s in slots):
             raise DeliveryError(
@@ -304,7 +305,8 @@ def nothing_delivered(layers: Sequence[Layer]) -> str:
     if not any(layer.fired for layer in layers):
         return (
             "no watched layer ran in this block, or its hooks never fired. Run the model's forward and backward inside "
-            "the block, with gradients enabled; if the model was compiled before watch(), call watch() first."
+            "the block, with gradients enabled (no torch.no_grad, torch.inference_mode, merged or disabled adapter); "
+            "if the model was compiled before watch(), call watch() first."
         )
     return (
         "no backward pass reached a watched layer in this block: call loss.backward() inside it, on a loss that "
@@ -312,12 +314,18 @@ def nothing_delivered(layers: Sequence[Layer]) -> str:
     )
 
 
-def _partial(missing: Sequence[Layer], total: int) -> str:
+def _partial(missing: Sequence[Layer], quiet: bool, total: int) -> str:
     names = ", ".join(repr(layer.name) for layer in missing[:5]) + (", ..." if len(missing) > 5 else "")
-    if not any(layer.fired for layer in missing):
+    if quiet:
         cause = (
-            "its forward never ran here: a branch not taken, a model compiled before watch(), or a fused kernel that "
-            "reads the weight without calling the module (fused losses do that to lm_head)"
+            "it ran without gradients: under torch.no_grad or torch.inference_mode, or in a reentrant checkpoint whose "
+            "input needs no gradient (use loghook.frozen, or use_reentrant=False)"
+        )
+    elif not any(layer.fired for layer in missing):
+        cause = (
+            "its forward never ran here: a branch not taken, an adapter that is merged or "
+            "disabled, a model compiled before watch(), or a fused kernel that reads the weight without calling the "
+            "module (fused losses do that to lm_head)"
         )
     elif all(layer.fired for layer in missing):
         cause = (

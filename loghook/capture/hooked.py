@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from loghook.capture.batch import Ids, check_ids, check_mask, check_scale
-from loghook.capture.block import Block, Captured, make_hook
+from loghook.capture.block import Block, Captured, make_hook, nothing_delivered
 from loghook.capture.experts import ExpertProjection, watched
 from loghook.capture.layers import Layer, Watch, mixing_modules, parameters_digest, refuse, select, unwrap
 from loghook.capture.segments import arrange
-from loghook.errors import ConfigError, NotFiniteError, StateError, UnsupportedError
+from loghook.errors import ConfigError, DeliveryError, NotFiniteError, StateError, UnsupportedError
 from loghook.log.finite import not_finite
 from loghook.log.format import LayerSpec, Layout
 from loghook.log.query import Query
@@ -127,6 +127,10 @@ class Hooked:
             with watched(experts):
                 yield captured
             captured.append(block.collect(block.close(), scale=factor, mask=mask))
+        except RuntimeError as error:
+            if "does not require grad" in str(error) and not any(layer.fired for layer in self._layers):
+                raise DeliveryError(nothing_delivered(self._layers)) from error  # backward() failed for want of a graph
+            raise
         finally:
             block.close()
             self._open = False

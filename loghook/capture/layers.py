@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from loghook.capture.adapters import Adapter, find_adapter, registered_type
 from loghook.capture.experts import ExpertProjection, projections
@@ -53,16 +54,25 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def parameters_digest(model: nn.Module) -> str | None:
     """Digest of a few values of every parameter: tells checkpoints apart; None where they are sharded."""
-    if any(type(module).__name__ == "FullyShardedDataParallel" for module in model.modules()):
-        return None
     values = []
     for parameter in unwrap(model).parameters():
-        if type(parameter).__name__ == "DTensor" or parameter.is_meta:
+        sharded = type(parameter).__name__ == "DTensor" or _in_flat(parameter)
+        if sharded or parameter.is_meta:
             return None
-        flat = parameter.detach().reshape(-1)
-        step = max(1, flat.numel() // 8)
-        values.append(flat[::step][:8].to(torch.float64))
+        for plain in _plain(parameter.detach()):
+            flat = plain.reshape(-1)
+            step = max(1, flat.numel() // 8)
+            values.append(flat[::step][:8].to(torch.float64))
     return checksum(torch.cat([v.cpu() for v in values]).numpy().tobytes()) if values else None
+
+
+def _plain(t: Tensor) -> Iterator[Tensor]:
+    """Yield a tensor, or the tensors that a wrapper subclass (a quantised weight) is made of."""
+    if is_traceable_wrapper_subclass(t):
+        for name in t.__tensor_flatten__()[0]:
+            yield from _plain(getattr(t, name))
+    else:
+        yield t
 
 
 @dataclass(eq=False)
@@ -142,13 +152,30 @@ class Layer:
 
     def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Where the layer computes, and the dtype in which its rows are summed: float32, or float64."""
-        for tensor in self.module.parameters():
-            return tensor.device, torch.float64 if tensor.dtype == torch.float64 else torch.float32
+        # FSDP1 may leave a layer its weight as a plain attribute, a view into the flat parameter.
+        for tensor in (*self.module.parameters(), getattr(self.module, "weight", None)):
+            if tensor is None:
+                continue
+            device = _execution_device(self.module) if tensor.is_meta else tensor.device
+            return device, torch.float64 if tensor.dtype == torch.float64 else torch.float32
         return torch.device("cpu"), torch.float32
 
     def place(self, device: torch.device) -> None:
         """Keep the projections where the layer computes."""
         self.input_side, self.output_side = self.input_side.to(device), self.output_side.to(device)
+
+
+def _execution_device(module: nn.Module) -> torch.device:
+    """Where accelerate lets a layer compute whose weights it fetches for each forward."""
+    hook = getattr(module, "_hf_hook", None)
+    for one in getattr(hook, "hooks", (hook,)):
+        device = getattr(one, "execution_device", None)
+        if device is not None:
+            return torch.device(device)
+    raise UnsupportedError(
+        f"the weights of a watched {type(module).__name__} are on the meta device and hold no values: load or "
+        "materialise the model first."
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,14 +353,16 @@ def _draw(
 def coverage(model: nn.Module, layers: Sequence[Layer], reasons: dict[str, str]) -> dict[str, Any]:
     """Count the parameters that the watched layers hold, and list the modules whose own parameters are left out."""
     watched = {layer.spec.name for layer in layers}
-    counted: set[int] = set()
+    flattened = _flattened(model)
+    counted: set[Any] = set()
     covered = 0
     left_out: list[dict[str, Any]] = []
     modules = sorted(named_modules(model), key=lambda item: item[0] not in watched)  # a tied weight counts as covered
     for name, module in modules:
-        own = [p for p in module.parameters(recurse=False) if id(p) not in counted]
-        counted.update(id(p) for p in own)
-        size = sum(p.numel() for p in own)
+        own: dict[Any, int] = {id(p): p.numel() for p in module.parameters(recurse=False) if not _in_flat(p)}
+        own.update(flattened.get(module, {}))
+        size = sum(n for key, n in own.items() if key not in counted)
+        counted.update(own)
         if name in watched:
             covered += size
         elif size:
@@ -344,6 +373,30 @@ def coverage(model: nn.Module, layers: Sequence[Layer], reasons: dict[str, str])
         "total": covered + sum(item["parameters"] for item in left_out),
         "not_covered": left_out,
     }
+
+
+def _in_flat(parameter: Tensor) -> bool:
+    """Whether FSDP1 keeps this parameter's values, so that its own shape is that of a shard."""
+    return getattr(parameter, "_fsdp_flattened", False)
+
+
+def _flattened(model: nn.Module) -> dict[nn.Module, dict[Any, int]]:
+    """What FSDP1 took from each module: a key that tied parameters share, and how many values it has in full."""
+    taken: dict[nn.Module, dict[Any, int]] = {}
+    for wrapper in model.modules():
+        flat: Any = getattr(getattr(wrapper, "_handle", None), "flat_param", None)
+        if flat is None:
+            continue
+        sizes = {
+            (info.module, info.param_name): shape.numel()
+            for info, shape in zip(flat._param_infos, flat._shapes, strict=True)
+        }
+        for key, size in sizes.items():
+            taken.setdefault(key[0], {})[key] = size
+        for info in flat._shared_param_infos:
+            key = (info.prim_module, info.prim_param_name)
+            taken.setdefault(info.module, {})[key] = sizes[key]
+    return taken
 
 
 def describe_coverage(layers: int, coverage: dict[str, Any]) -> str:

@@ -27,7 +27,12 @@ def world_size() -> int:
 
 def shared_run_id() -> str:
     """A fresh id, the same on all ranks."""
-    box = [uuid.uuid4().hex]
+    return shared(uuid.uuid4().hex)
+
+
+def shared(value: Any) -> Any:
+    """Return rank 0's value on all ranks; every rank calls it at the same point."""
+    box = [value]
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.broadcast_object_list(box)
     elif world_size() > 1:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
-import numpy as np
 from torch import Tensor, nn
 
 from loghook.capture.batch import Ids, check_ids, check_scale
@@ -16,11 +15,13 @@ from loghook.capture.config import Config
 from loghook.capture.hooked import Hooked
 from loghook.capture.layers import FUSED_EXPERTS, Watch, describe_coverage, patterns
 from loghook.capture.pack import pack
-from loghook.capture.processes import process_rank, provenance, shared_run_id, world_size
+from loghook.capture.processes import process_rank, provenance, shared, shared_run_id, world_size
+from loghook.capture.repeats import Repeats
 from loghook.errors import BatchError, LogExistsError, LoghookError, StateError
 from loghook.log.disk import writing
 from loghook.log.folder import check_same, claim, seal
-from loghook.log.format import DTYPES, MANIFEST, Manifest, commits_name, decode_records
+from loghook.log.format import DTYPES, MANIFEST, Layout, Manifest
+from loghook.log.recovery import ranks_on_disk, read_back
 from loghook.log.writer import Writer
 
 
@@ -51,11 +52,11 @@ class Run(Hooked):
         self._coverage: dict[str, Any] = {"covered": 0, "total": 0, "not_covered": []}
         self._manifest: Manifest | None = None
         self._writer: Writer | None = None
-        self._seen: set[int | str] = set()
-        self._step = 0
+        self._repeats = Repeats()
+        self._step = self._fresh_step = 0  # number of the next block, and the first that no earlier process committed
         self._pass: Pass | None = None
-        self._done_passes: set[int] = set()
         self._finalized = self._closed = False
+        self._was_sealed = False  # by an earlier process: the same script, started again, has nothing left to do
         if self._resumed:
             self._read_back()
 
@@ -92,7 +93,8 @@ class Run(Hooked):
             StateError: after ``finalize`` or the first block, or for a model watched before.
         """
         self._require_outside()
-        self._require_open()
+        if not self._was_sealed or self._closed:
+            self._require_open()
         if self._writer is not None:
             raise StateError(
                 "rows are being logged already, with a fixed set of layers: call watch() before the first block."
@@ -115,8 +117,9 @@ class Run(Hooked):
         experts = sum(item["parameters"] for item in coverage["not_covered"] if item["reason"] == FUSED_EXPERTS)
         if experts:
             warnings.warn(
-                f"fused experts with {experts / coverage['total']:.0%} of the parameters are not covered: scores will "
-                "not speak of them. Pass watch(..., include=['*', '*experts*']) to log a row for every expert.",
+                f"fused experts with {experts / coverage['total']:.0%} of the parameters are not covered: scores "
+                "will not "
+                "speak of them. Pass watch(..., include=['*', '*experts*']) to log a row for every expert.",
                 stacklevel=2,
             )
         if process_rank() == 0:
@@ -134,15 +137,21 @@ class Run(Hooked):
         """
         if not self._layers:
             raise StateError("nothing is watched yet: call run.watch(model) first.")
+        done = self._repeats.committed.done
+        if self._resumed:
+            done |= shared(done)  # all ranks skip a pass or none does: loops may hold collectives
         for current in (Pass(0, "log"),):
-            if current.index in self._done_passes or self._finalized:
+            if current.index in done or self._finalized:
                 continue
             self._pass = current
+            if self._rule != "all":
+                # The blocks of an interrupted pass have the numbers that they had.
+                self._step = self._repeats.committed.starts.get(current.index, self._step)
             try:
                 yield current
                 if self._writer is not None:
                     self._writer.put({"pass_end": current.index})
-                self._done_passes.add(current.index)
+                done.add(current.index)
             finally:
                 self._pass = None
 
@@ -182,27 +191,40 @@ class Run(Hooked):
                 f"data_id is {type(ids[0]).__name__} here and was {self._manifest.id_type} before: use one type "
                 "throughout the run."
             )
-        keep = self._keep(ids)
+        keep, repeats = self._repeats.keep(ids, self._rule)
+        if keep.any():
+            self._step = max(self._step, self._fresh_step)
         scale = check_scale(scale)
         if scaler is not None:
             scale = scale / check_scale(scaler.get_scale())
         with self._capture(len(ids), mask=mask, scale=scale, keep=keep, moments=True, segments=segments) as captured:
             yield
-        writer = self._ready(ids)
-        writer.put(
-            pack(
-                captured[0],
-                ids,
-                keep,
-                dtype=DTYPES[self._config.dtype],
-                flag=scaler is not None,
-                pass_index=self._pass.index if self._pass else -1,
-                step=self._step,
-            )
+        writer = self._ready(type(ids[0]).__name__)
+        batch = pack(
+            captured[0],
+            ids,
+            keep,
+            dtype=DTYPES[self._config.dtype],
+            flag=scaler is not None,
+            pass_index=self._pass.index if self._pass else -1,
+            step=self._step,
         )
+        # What an interrupted run has committed was counted there.
+        writer.put(dataclasses.replace(batch, dropped=repeats if self._step >= self._fresh_step else 0))
         if self._rule != "all":
-            self._seen.update(ids)
+            self._repeats.met(ids)
         self._step += 1
+
+    def pending(self, data_id: Ids) -> list[int | str]:
+        """Say which samples a block would log now, so that a resumed loop need not compute the others.
+
+        Those that are left out were logged before, by this process or by the interrupted one; where every row counts
+        (outside ``passes()``, or ``on_repeat="all"``) all are pending.
+
+        Args:
+            data_id: ids, as ``run(...)`` takes them.
+        """
+        return self._repeats.pending(check_ids(data_id), self._rule)
 
     def finalize(self) -> None:
         """End logging and seal the run. Harmless when called again; queries still work afterwards.
@@ -216,22 +238,35 @@ class Run(Hooked):
             return
         self._require_outside()
         self._require_open()
-        if self._writer is None:
+        if self._manifest is None:
             raise StateError(
                 "nothing was logged, so there is nothing to finalise: run the loop with `with run(...)` first."
             )
-        writer, self._writer = self._writer, None
+        writer = self._ready(self._manifest.id_type)  # an interrupted run may have nothing left to log
+        session = self._agree_to_end()
+        self._writer = None
         try:
-            writer.put({"end": True})
+            writer.put({"end": session})
+            writer.close(keep_lock=True)
+            if process_rank() == 0:
+                if self._models:
+                    self._manifest.parameters["last"] = self.digest()
+                with writing(self.path):
+                    self._manifest.sealed = seal(self.path, self._manifest, session, world_size())
+                    self._manifest.save(self.path)
         finally:
-            writer.close()
+            writer.unlock()
         self._finalized = True
-        if process_rank() == 0:
-            assert self._manifest is not None
-            self._manifest.parameters["last"] = self.digest()
-            self._manifest.sealed = seal(self.path, self._manifest.world_size, world_size())
-            with writing(self.path):
-                self._manifest.save(self.path)
+
+    def _agree_to_end(self) -> str:
+        """Draw an id for this end, the same on all ranks, so that the end of an interrupted run is not taken for it."""
+        try:
+            return shared_run_id()
+        except RuntimeError as error:
+            raise StateError(
+                f"another process is gone before it came to finalize() ({error}). What was committed is kept: start "
+                "all of them again with resume=True."
+            ) from error
 
     def close(self) -> None:
         """Remove the hooks and commit what was logged; without ``finalize`` the run can be resumed."""
@@ -266,54 +301,41 @@ class Run(Hooked):
         """What happens to an id that comes again, here and now."""
         return self._config.on_repeat or ("first" if self._pass is not None else "all")
 
-    def _keep(self, ids: list[int] | list[str]) -> np.ndarray:
-        """Which samples of a batch are logged, by the rule for repeats: (B,) bool."""
-        keep = np.ones(len(ids), dtype=bool)
-        if self._rule == "all":
-            return keep
-        fresh: set[int | str] = set()
-        for i in range(len(ids)):
-            keep[i] = ids[i] not in self._seen and ids[i] not in fresh
-            fresh.add(ids[i])
-        if self._rule == "error" and not keep.all():
-            repeat = ids[int(np.argmin(keep))]
-            raise BatchError(
-                f"data_id {repeat!r} was logged before and on_repeat='error': give each sample an id of its own, or "
-                "pass on_repeat='first' to keep the first row, or 'all' to keep every row."
-            )
-        return keep
-
-    def _ready(self, ids: list[int] | list[str]) -> Writer:
+    def _ready(self, id_type: str) -> Writer:
         """Return the writer, opening it (and the manifest) at the first block."""
         if self._writer is not None:
             return self._writer
-        manifest = Manifest(
-            run_id=self._manifest.run_id if self._manifest else shared_run_id(),
-            projection=self._projection,
-            rank=self._rank,
-            seed=self._seed,
-            dtype=self._config.dtype,
-            layers=tuple(layer.spec for layer in self._layers),
-            coverage=self._coverage,
-            id_type=type(ids[0]).__name__,
-            on_repeat=self._config.on_repeat,
-            world_size=world_size(),
-            provenance=provenance(),
-            parameters={"first": self.digest()},
-        )
+        manifest = self._manifest
+        if manifest is None or self._layers:
+            manifest = Manifest(
+                run_id=self._manifest.run_id if self._manifest else shared_run_id(),
+                projection=self._projection,
+                rank=self._rank,
+                seed=self._seed,
+                dtype=self._config.dtype,
+                layers=tuple(layer.spec for layer in self._layers),
+                coverage=self._coverage,
+                id_type=id_type,
+                on_repeat=self._config.on_repeat,
+                world_size=world_size(),
+                provenance=provenance(),
+                parameters={"first": self.digest()},
+            )
         if self._manifest is not None:
             check_same(self._manifest, manifest)
+        layout = Layout(manifest.layers)
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             writer = Writer(
                 self.path,
                 run_id=manifest.run_id,
                 rank=process_rank(),
-                width=self._layout.width,
-                moments_width=self._layout.moments_width,
+                width=layout.width,
+                moments_width=layout.moments_width,
                 dtype=manifest.dtype,
                 shard_bytes=self._config.shard_bytes,
                 commit_seconds=self._config.commit_seconds,
+                generation=self._manifest.generation if self._manifest else 0,
             )
             try:
                 # Under the lock: whoever comes second must not put a manifest of its own in place of the first one's.
@@ -331,8 +353,9 @@ class Run(Hooked):
             return old or fresh
         if old is None and (self.path / MANIFEST).exists():
             raise LogExistsError(f"{self.path} was taken by another run meanwhile: choose another path.")
-        if old is None or old.world_size < fresh.world_size:
-            settled = fresh if old is None else dataclasses.replace(old, world_size=fresh.world_size)
+        writers = max(fresh.world_size, len(ranks_on_disk(self.path, fresh)))
+        if old is None or old.world_size < writers:
+            settled = dataclasses.replace(old or fresh, world_size=writers)
             settled.save(self.path)
             return settled
         return old
@@ -340,17 +363,8 @@ class Run(Hooked):
     def _read_back(self) -> None:
         """On resume: the manifest, which ids are committed and which passes are done."""
         self._manifest = Manifest.load(self.path)
-        self._finalized = self._manifest.sealed is not None
-        for rank in range(self._manifest.world_size):
-            file = self.path / commits_name(rank)
-            records = decode_records(file.read_bytes())[0] if file.exists() else []
-            for record in records:
-                place = 0
-                for pass_index, step, rows in record.get("steps", ()):
-                    if self._config.on_repeat is not None or pass_index >= 0:
-                        self._seen.update(record["ids"][place : place + rows])
-                    place += rows
-                    self._step = max(self._step, step + 1)
-                self._seen.update(record["flagged"])
-                if rank == process_rank() and "pass_end" in record:
-                    self._done_passes.add(record["pass_end"])
+        self._finalized = self._was_sealed = self._manifest.sealed is not None
+        found = read_back(self.path, self._manifest, outside_too=self._config.on_repeat is not None)
+        self._repeats.committed = found
+        self._step = max(found.steps.values(), default=0)
+        self._fresh_step = found.steps.get(process_rank(), 0)

@@ -1,13 +1,17 @@
 """A run's folder: claimed at the start, sealed at the end."""
 
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from loghook.errors import ConfigError, LogExistsError, MismatchError, StateError
 from loghook.log.disk import lock, writing
-from loghook.log.format import MANIFEST, Manifest
-from loghook.log.reader import sum_up
+from loghook.log.format import MANIFEST, Layout, Manifest
+from loghook.log.records import Commits, read_commits
+from loghook.log.recovery import recover
 
 SEAL_TIMEOUT = 600.0  # seconds that rank 0 waits for the others
 
@@ -24,7 +28,8 @@ def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
             f"{path} holds a run already: pass resume=True to go on with it, overwrite=True to delete it, or another "
             "path."
         )
-    if overwrite:
+    # Files without a manifest are of a run that was killed before its first block was done: nothing refers to them.
+    if overwrite or (old and not (path / MANIFEST).exists()):
         locks = [lock(file) for file in old if file.name.startswith("lock-")]  # nobody may be writing what goes away
         for file in old:
             if not file.name.startswith("lock-"):
@@ -36,7 +41,7 @@ def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def _is_ours(file: Path) -> bool:
-    kinds = ("rows-*.safetensors", "statistics-*.safetensors", "commits-*.jsonl", "lock-*")
+    kinds = ("rows-*.safetensors", "statistics-*.safetensors", "commits-*.jsonl", "lock-*", "*.json.tmp")
     return any(file.match(kind) for kind in kinds)
 
 
@@ -51,16 +56,52 @@ def check_same(old: Manifest, new: Manifest) -> None:
             raise MismatchError(f"cannot resume: {name} is {shown}. Use the arguments and the model of the first run.")
 
 
-def seal(path: Path, logs: int, active: int) -> dict[str, Any]:
-    """Wait for the last record of every active rank, then sum up all commit logs (a resumed run may have more)."""
+def seal(path: Path, manifest: Manifest, session: str, active: int) -> dict[str, Any]:
+    """Wait for the last record of every active rank, then sum up all commit logs.
+
+    Args:
+        path: the run's folder.
+        manifest: its manifest; a resumed run may count more ranks than write now.
+        session: what the last record of this session says; the end that an interrupted run came to does not count.
+        active: how many ranks write now.
+
+    Raises:
+        StateError: ranks are missing after ``SEAL_TIMEOUT``.
+        CorruptLogError: a damaged commit log.
+    """
+    for rank in range(active, manifest.world_size):
+        recover_rank(path, manifest, rank)
     deadline = time.monotonic() + SEAL_TIMEOUT
     while True:
-        sealed, missing = sum_up(path, logs, active)
-        if sealed is not None:
-            return sealed
+        logs = [
+            read_commits(path, rank, run_id=manifest.run_id, generation=manifest.generation)
+            for rank in range(manifest.world_size)
+        ]
+        missing = [r for r in range(active) if not (logs[r].records and logs[r].records[-1].get("end") == session)]
+        if not missing:
+            return sum_up(logs)
         if time.monotonic() > deadline:
             raise StateError(
                 f"ranks {missing} did not finish within {SEAL_TIMEOUT:.0f} s: every rank calls run.finalize(). Their "
                 "committed rows are kept; start again with resume=True."
             )
         time.sleep(0.1)
+
+
+def recover_rank(path: Path, manifest: Manifest, rank: int) -> Commits:
+    """Bring the files of a rank that does not write now to the state of its last record."""
+    held = lock(path / f"lock-{rank:05d}")
+    try:
+        m = manifest
+        width = Layout(m.layers).width
+        return recover(path, rank, run_id=m.run_id, width=width, dtype=m.dtype, generation=m.generation, snapshots=1)
+    finally:
+        held.close()
+
+
+def sum_up(logs: Sequence[Commits]) -> dict[str, Any]:
+    """Make the seal of some commit logs, in the order of ranks: {"rows", "digest"}."""
+    digest = xxhash.xxh3_128()
+    for log in logs:
+        digest.update(log.data)
+    return {"rows": sum(r.get("rows", 0) for log in logs for r in log.records), "digest": digest.hexdigest()}

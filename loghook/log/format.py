@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,27 @@ SHARD_HEADER = 512  # bytes before the first row, length prefix included: consta
 def canonical_json(value: Any) -> bytes:
     """JSON with sorted keys and no spaces, so that equal values have equal checksums."""
     return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """Parse a JSON object from a file that anybody may have written.
+
+    Raises:
+        ValueError: for anything but an object; also where it is nested too deeply or repeats a key.
+    """
+    try:
+        value = json.loads(data, object_pairs_hook=_unique)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError("it is no JSON object")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("it repeats a key")
+    return dict(pairs)
 
 
 def checksum(data: bytes | memoryview) -> str:
@@ -134,6 +156,9 @@ class Manifest:
         on_repeat: the rule for ids that come again: "error", "first", "all", or None: "first" for rows logged inside
             ``passes()`` and "all" for others.
         world_size: number of commit logs.
+        generation: which commit logs count; maintenance (``repair``, ``delete``) writes new ones and then raises it.
+        history: what was done to the log since: [{"what", "when", ...}].
+        no_statistics: None, or why the statistics are not those of the rows, so that kfac and ekfac refuse.
         provenance: versions, time and machine, for people; nothing depends on it.
         parameters: digests of sampled parameter values at the first block and at ``finalize``.
         sealed: None while a run goes on; then {"rows", "digest"} over all commit logs.
@@ -150,6 +175,9 @@ class Manifest:
     id_type: str
     on_repeat: str | None
     world_size: int
+    generation: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+    no_statistics: str | None = None
     provenance: dict[str, Any] = field(default_factory=dict)
     parameters: dict[str, str | None] = field(default_factory=dict)
     sealed: dict[str, Any] | None = None
@@ -162,9 +190,13 @@ class Manifest:
 
     def save(self, path: Path) -> None:
         """Replace the run's manifest atomically."""
+        write_atomically(path / MANIFEST, self.encode())
+
+    def encode(self) -> bytes:
+        """Return the bytes of ``loghook.json``."""
         body = {"format": "loghook", "fingerprint": self.fingerprint} | dataclasses.asdict(self)
         body["checksum"] = checksum(canonical_json(body))
-        write_atomically(path / MANIFEST, json.dumps(body, indent=1).encode())
+        return json.dumps(body, indent=1).encode()
 
     @classmethod
     def load(cls, path: Path) -> "Manifest":
@@ -173,44 +205,73 @@ class Manifest:
         Raises:
             FileNotFoundError: if ``path`` holds no run.
             VersionError: if a later format wrote it.
-            CorruptLogError: if it is not a manifest, or does not match its own fingerprint.
+            CorruptLogError: if it is not a manifest, or does not match its own checksum and fingerprint.
         """
         file = path / MANIFEST
         if not file.exists():
+            if any(path.glob("rows-*.safetensors")):
+                raise CorruptLogError(f"{file} is missing, though there are rows: restore it from a copy.")
             raise FileNotFoundError(f"{path} holds no {MANIFEST}, so it is no loghook run: check the path.")
         try:
-            body = json.loads(file.read_bytes())
-            if body.pop("format") != "loghook":
+            data = file.read_bytes()
+            body = parse_object(data)
+            if body["format"] != "loghook":
                 raise ValueError("its format is not 'loghook'")
+            if type(body["version"]) is not int or body["version"] < 1:
+                raise ValueError(f"its version is {body['version']!r:.100}")
             if body["version"] > VERSION:
                 raise VersionError(
                     f"{file} has format version {body['version']}; this loghook reads up to {VERSION}: upgrade loghook."
                 )
-            stated = body.pop("checksum")
-            if checksum(canonical_json({"format": "loghook"} | body)) != stated:
-                raise ValueError(f"it does not match its own checksum {stated}")
-            body.pop("fingerprint")
-            body["layers"] = tuple(LayerSpec(**layer) for layer in body["layers"])
-            manifest = cls(**body)
+            fields = {k: v for k, v in body.items() if k not in ("format", "fingerprint", "checksum")}
+            fields["layers"] = tuple(LayerSpec(**layer) for layer in body["layers"])
+            manifest = cls(**fields)
             _check_manifest(manifest)
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            # Byte for byte: also a space in the wrong place means that something wrote here that is not loghook.
+            if manifest.encode() != data:
+                raise ValueError("it does not match its own checksum or fingerprint")
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
             raise CorruptLogError(f"{file} is not a valid manifest ({error}): restore it from a copy.") from error
         return manifest
 
 
 def _check_manifest(manifest: Manifest) -> None:
+    """Raise ValueError unless every field has its type and a value that the format allows."""
+    things: tuple[Manifest | LayerSpec, ...] = (manifest, *manifest.layers)
+    for thing in things:
+        for entry in dataclasses.fields(thing):
+            value, stated = getattr(thing, entry.name), str(getattr(entry.type, "__name__", entry.type))
+            allowed = [kind.strip().partition("[")[0] for kind in str(entry.type).split("|")]
+            known = "None" if value is None else type(value).__name__
+            if known not in allowed and known != stated:
+                raise ValueError(f"{entry.name} is {value!r:.100}, which is no {stated}")
+    if not re.fullmatch("[0-9a-f]{32}", manifest.run_id):
+        raise ValueError(f"run_id {manifest.run_id!r:.100} is not 32 hexadecimal digits")
     if manifest.dtype not in DTYPES:
-        raise ValueError(f"dtype {manifest.dtype!r} is none of {', '.join(DTYPES)}")
+        raise ValueError(f"dtype {manifest.dtype!r:.100} is none of {', '.join(DTYPES)}")
     if manifest.id_type not in ("int", "str"):
-        raise ValueError(f"id_type {manifest.id_type!r} is neither 'int' nor 'str'")
+        raise ValueError(f"id_type {manifest.id_type!r:.100} is neither 'int' nor 'str'")
+    if manifest.on_repeat not in (None, "first", "all", "error"):
+        raise ValueError(f"on_repeat {manifest.on_repeat!r:.100} is unknown")
     if not 1 <= manifest.world_size <= 1_000_000:
         raise ValueError(f"world_size {manifest.world_size} is out of range")
+    if not 0 <= manifest.generation < 1 << 40:
+        raise ValueError(f"generation {manifest.generation} is out of range")
+    sealed, coverage = manifest.sealed, manifest.coverage
+    if sealed is not None and (type(sealed["rows"]) is not int or type(sealed["digest"]) is not str):
+        raise ValueError(f"its seal is {sealed!r:.100}")
+    if not type(coverage["covered"]) is type(coverage["total"]) is int or type(coverage["not_covered"]) is not list:
+        raise ValueError(f"its coverage is {coverage!r:.100}")
+    if not all(isinstance(value, str | None) for value in manifest.parameters.values()):
+        raise ValueError(f"its parameters are {manifest.parameters!r:.100}")
+    if not manifest.layers or len({layer.name for layer in manifest.layers}) < len(manifest.layers):
+        raise ValueError("it has no layers, or two of the same name")
     for layer in manifest.layers:
         sizes = (layer.in_features, layer.out_features, layer.groups, layer.k_in, layer.k_out)
-        if not all(isinstance(n, int) and 1 <= n < 1 << 40 for n in sizes):
-            raise ValueError(f"layer {layer.name!r} has sizes {sizes}")
+        if not all(1 <= n < 1 << 40 for n in sizes) or not 0 <= layer.channels < 1 << 40:
+            raise ValueError(f"layer {layer.name!r:.100} has sizes {sizes}")
         if layer.k_in > layer.in_features + layer.bias or layer.k_out > layer.out_features:
-            raise ValueError(f"layer {layer.name!r} has a rank above its width")
+            raise ValueError(f"layer {layer.name!r:.100} has a rank above its width")
 
 
 def fingerprint(layers: Sequence[LayerSpec], projection: str, seed: int) -> str:
@@ -226,9 +287,9 @@ def shard_name(rank: int, index: int) -> str:
     return f"rows-{rank:05d}-{index:05d}.safetensors"
 
 
-def commits_name(rank: int) -> str:
-    """File name of a writer's commit log."""
-    return f"commits-{rank:05d}.jsonl"
+def commits_name(rank: int, generation: int = 0) -> str:
+    """File name of a writer's commit log; maintenance writes a new generation beside the old one."""
+    return f"commits-{rank:05d}.jsonl" if generation == 0 else f"commits-{rank:05d}-{generation:05d}.jsonl"
 
 
 def statistics_name(rank: int, sequence: int) -> str:
@@ -242,34 +303,3 @@ def shard_header(rows: int, width: int, dtype: str, run_id: str) -> bytes:
     entry = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": [rows, width], "data_offsets": [0, size]}
     text = json.dumps({"__metadata__": {"run_id": run_id}, "rows": entry}).encode()
     return (SHARD_HEADER - 8).to_bytes(8, "little") + text.ljust(SHARD_HEADER - 8)
-
-
-def encode_record(record: dict[str, Any]) -> bytes:
-    """One line of a commit log: length, checksum, JSON. A line that does not match both is not committed."""
-    body = json.dumps(record, separators=(",", ":")).encode()
-    return b"%08x %s %s\n" % (len(body), checksum(body).encode(), body)
-
-
-def decode_records(data: bytes) -> tuple[list[dict[str, Any]], int, str | None]:
-    """Read the lines of a commit log.
-
-    Returns:
-        The records, the number of bytes they take, and what is wrong with the bytes after them: None if nothing
-        follows, "torn" for an incomplete last line, or a description of a damaged line.
-    """
-    records: list[dict[str, Any]] = []
-    position = 0
-    while position < len(data):
-        end = data.find(b"\n", position)
-        if end < 0:
-            return records, position, "torn"
-        line = data[position:end]
-        body = line[42:]
-        if line[:42] != b"%08x %s " % (len(body), checksum(body).encode()):
-            return records, position, f"record {len(records)} is damaged"
-        record = json.loads(body)
-        if record.get("n") != len(records):
-            return records, position, f"record {len(records)} is missing"
-        records.append(record)
-        position = end + 1
-    return records, position, None

@@ -14,19 +14,19 @@ import xxhash
 from torch import Tensor
 from tqdm import tqdm
 
-from loghook.errors import CorruptLogError
+from loghook.errors import CorruptLogError, StateError
 from loghook.log.format import (
     DTYPES,
     SHARD_HEADER,
     Layout,
     Manifest,
     commits_name,
-    decode_records,
     shard_header,
     shard_name,
 )
 from loghook.log.moments import load_moments
 from loghook.log.query import find_columns
+from loghook.log.records import REMEDY, read_commits
 from loghook.log.rows import Rows
 
 BLOCK_BYTES = 32 * 2**20  # what one step of a scan looks at
@@ -99,7 +99,8 @@ class Reader:
         self.asleep: dict[str, int] = {}
         self._read_records()
         # The writer of a growing run replaces its snapshots, so that an open log takes what it found.
-        self._moments = None if self.manifest.sealed else self._read_moments()
+        growing = self.manifest.sealed is None and self.manifest.no_statistics is None
+        self._moments = self._read_moments() if growing else None
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -135,14 +136,22 @@ class Reader:
         return Rows(self, columns, (spec.k_out, spec.k_in) if kind == "gradients" else (columns.stop - columns.start,))
 
     def moments(self) -> np.ndarray:
-        """The streamed statistics, summed over ranks: (moments_width,) float64; see ``Layout``."""
+        """The streamed statistics, summed over ranks: (moments_width,) float64; see ``Layout``.
+
+        Raises:
+            StateError: if maintenance gave them up, since they were not those of the rows any more.
+        """
+        if self.manifest.no_statistics is not None:
+            raise StateError(
+                f"{self.path} has no statistics for kfac and ekfac ({self.manifest.no_statistics}): use "
+                "method='fisher', 'dot' or 'cosine', or log the data again."
+            )
         return self._read_moments() if self._moments is None else self._moments.copy()
 
     def _read_moments(self) -> np.ndarray:
-        total = np.zeros(self.layout.moments_width)
-        for entry in self._snapshots:
-            total += load_moments(self.path, entry, len(total))
-        return total
+        width = self.layout.moments_width
+        snapshots = [load_moments(self.path, entry, width) for entry in self._snapshots]
+        return sum(snapshots[1:], snapshots[0]) if snapshots else np.zeros(width)
 
     def blocks(self, rows: int | None = None, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[slice, Tensor]]:
         """Walk through the log in blocks.
@@ -176,12 +185,16 @@ class Reader:
     def gather(self, index: np.ndarray) -> Tensor:
         """Copy rows out by their place in the log: (len(index), width) in the storage dtype."""
         physical = index if self._keep is None else np.flatnonzero(self._keep)[index]
-        out = torch.empty(len(physical), self.layout.width, dtype=self.dtype)
+        parts = []
         for shard in self._shards:
             inside = (physical >= shard.first) & (physical < shard.first + shard.rows)
             if inside.any():
                 places = torch.from_numpy(physical[inside] - shard.first)
-                out[torch.from_numpy(inside)] = self._touch(shard)[places]
+                parts.append((torch.from_numpy(inside), self._touch(shard), places))
+        # Only now: a file that is there vouches for the width that the manifest states.
+        out = torch.empty(len(physical), self.layout.width, dtype=self.dtype)
+        for mask, data, places in parts:
+            out[mask] = data[places]
         return out
 
     def view(self, start: int, stop: int) -> Tensor | None:
@@ -205,6 +218,7 @@ class Reader:
                 self._map(shard)
             except CorruptLogError as error:
                 problems.append(str(error))
+        problems += self._strays() if self.manifest.sealed else ()
         for entry in self._snapshots if self.manifest.sealed else ():
             try:
                 load_moments(self.path, entry, self.layout.moments_width)
@@ -212,25 +226,33 @@ class Reader:
                 problems.append(str(error))
         return problems
 
+    def _strays(self) -> list[str]:
+        """Files in a sealed run that look like its own and that nothing names."""
+        m = self.manifest
+        known = {shard.file.name for shard in self._shards} | {entry["file"] for entry in self._snapshots}
+        known |= {commits_name(rank, m.generation) for rank in range(m.world_size)}
+        return [
+            f"{file}: no record names this file, so that it is of another run or left over: delete it, or restore the "
+            "run from a copy."
+            for kind in ("rows-*.safetensors", "statistics-*.safetensors", "commits-*.jsonl")
+            for file in sorted(self.path.glob(kind))
+            if file.name not in known
+        ]
+
     def _read_records(self) -> None:
         ids: list[Any] = []
         keys: list[tuple[int, int, int, int]] = []
         digest = xxhash.xxh3_128()
-        for rank in range(self.manifest.world_size):
-            file = self.path / commits_name(rank)
-            data = file.read_bytes() if file.exists() else b""
-            records, size, wrong = decode_records(data)
-            if wrong == "torn" and self.manifest.sealed is None:
-                self.torn.append(f"{file}: {len(data) - size} bytes of an unfinished record, ignored")
-            elif wrong:
-                raise CorruptLogError(f"{file}: {wrong}: restore it from a copy.")
-            digest.update(data[:size])
+        m = self.manifest
+        for rank in range(m.world_size):
+            log = read_commits(self.path, rank, run_id=m.run_id, generation=m.generation, id_type=m.id_type)
+            if log.torn and m.sealed is None:
+                self.torn.append(f"{log.file}: {log.torn} bytes of an unfinished record, ignored")
+            elif log.torn:
+                raise CorruptLogError(f"{log.file}: its last record is torn: {REMEDY}.")
+            digest.update(log.data)
             snapshot = None
-            for record in records:
-                if record.get("run") != self.manifest.run_id:
-                    raise CorruptLogError(
-                        f"{file}: record {record['n']} belongs to another run: restore it from a copy."
-                    )
+            for record in log.records:
                 self.flagged += record["flagged"]
                 self.repeats += record["dropped"]
                 self.unmeasured += record["unmeasured"]
@@ -263,20 +285,12 @@ class Reader:
         self.keys = RowKeys(repeated[:, 0], repeated[:, 1], repeated[:, 2])
 
     def _add(self, rank: int, record: dict[str, Any]) -> None:
-        file = self.path / shard_name(rank, int(record["shard"]))
-        part = (int(record["start"]), int(record["rows"]), record["checksum"])
-        if len(record["ids"]) != part[1] or sum(n for *_, n in record["steps"]) != part[1] or part[1] < 0:
-            raise CorruptLogError(
-                f"{file}: a record's ids and rows differ in number: restore the commit log from a copy."
-            )
+        file = self.path / shard_name(rank, record["shard"])
         if not self._shards or self._shards[-1].file != file:
             first = self._shards[-1].first + self._shards[-1].rows if self._shards else 0
             self._shards.append(Shard(file, first, 0, []))
         shard = self._shards[-1]
-        if part[0] != shard.rows:
-            raise CorruptLogError(
-                f"{file}: its records leave a gap at row {shard.rows}: restore the commit log from a copy."
-            )
+        part = (record["start"], record["rows"], record["checksum"])
         shard.rows += part[1]
         shard.parts.append(part)
 
@@ -354,23 +368,3 @@ def _first_of_each(ids: Sequence[Any], keys: np.ndarray, *, outside_too: bool) -
             seen.add(ids[place])
             keep[place] = True
     return keep
-
-
-def sum_up(path: Path, logs: int, active: int) -> tuple[dict[str, Any] | None, list[int]]:
-    """Sum up the commit logs of a finished run, ``logs`` of them, the first ``active`` of which must have ended.
-
-    Returns:
-        {"rows", "digest"}, or None with the ranks whose last record is not there yet.
-    """
-    digest, rows, missing = xxhash.xxh3_128(), 0, []
-    for rank in range(logs):
-        file = path / commits_name(rank)
-        data = file.read_bytes() if file.exists() else b""
-        records, size, wrong = decode_records(data)
-        if wrong not in (None, "torn"):
-            raise CorruptLogError(f"{file}: {wrong}: restore it from a copy.")
-        if rank < active and not (records and records[-1].get("end")):
-            missing.append(rank)
-        digest.update(data[:size])
-        rows += sum(record.get("rows", 0) for record in records)
-    return (None if missing else {"rows": rows, "digest": digest.hexdigest()}), missing

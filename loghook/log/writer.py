@@ -5,6 +5,7 @@ names both, flushed. A reader trusts records only. One background thread does al
 queue blocks the loop, it never drops.
 """
 
+import contextlib
 import os
 import queue
 import threading
@@ -19,22 +20,23 @@ import torch
 import xxhash
 from torch import Tensor
 
-from loghook.errors import CorruptLogError, LoghookError, NotFiniteError, WriteError
+from loghook.errors import LoghookError, NotFiniteError, WriteError
+from loghook.log import rescue
 from loghook.log.disk import lock, sync_folder, write_all
 from loghook.log.finite import finite_rows, not_finite
 from loghook.log.format import (
     DTYPES,
     SHARD_HEADER,
-    commits_name,
-    decode_records,
-    encode_record,
     shard_header,
     shard_name,
     statistics_name,
 )
 from loghook.log.moments import load_moments, save_moments
+from loghook.log.records import encode_record
+from loghook.log.recovery import recover, shard_ends
 
 QUEUE = 8  # blocks under way between the loop and the disk
+GRACE = 30.0  # seconds that a process which was told to end waits for the commit
 CLOSE = {"close": True}
 
 
@@ -81,6 +83,7 @@ class Writer:
         dtype: str,
         shard_bytes: int,
         commit_seconds: float,
+        generation: int = 0,
     ) -> None:
         """Open the rank's files, cut off a torn tail, and start the thread.
 
@@ -95,27 +98,47 @@ class Writer:
         self._lock = lock(path / f"lock-{rank:05d}")
         self.moments = np.zeros(moments_width)
         try:
-            self.records = self._recover()
-            self._commits = open(path / commits_name(rank), "ab", buffering=0)  # noqa: SIM115
+            log = recover(path, rank, run_id=run_id, width=width, dtype=dtype, generation=generation)
+            last = next((r for r in reversed(log.records) if "statistics" in r), None)
+            if last is not None:
+                self.moments = load_moments(path, last["statistics"], moments_width)
+            self._commits = open(log.file, "ab", buffering=0)  # noqa: SIM115
             sync_folder(path)
         except BaseException:
             self._lock.close()
             raise
+        self.records = log.records
         self._shard: int | None = None  # descriptor of the open shard
-        self._shard_index = -1 if not self.records else max(r.get("shard", -1) for r in self.records)
+        self._shard_index = max(shard_ends(self.records), default=-1)
         self._shard_rows = 0
         self._start_record()
         self._committed_at = time.monotonic()
-        self._queue: queue.Queue[Batch | dict[str, Any]] = queue.Queue(QUEUE)
+        # Two queues whose put and get are single operations: a signal handler in the loop's thread can always ask for
+        # a commit (see rescue.py). A block takes a ticket from `_room`, which the thread gives back.
+        self._inbox: queue.SimpleQueue[Batch | dict[str, Any]] = queue.SimpleQueue()
+        self._room: queue.SimpleQueue[None] = queue.SimpleQueue()
+        for _ in range(QUEUE):
+            self._room.put(None)
         self._error: Exception | None = None
         self._broken = False  # an operating system error: nothing is written after it
         self._thread = threading.Thread(target=self._work, name="loghook-writer", daemon=True)
         self._thread.start()
+        rescue.guard(self)
 
     def put(self, item: Batch | dict[str, Any]) -> None:
         """Queue a block's rows, or a record of the run's own (the end of a pass); raise what went wrong before."""
         self.check()
-        self._queue.put(item)
+        self._room.get()
+        self._inbox.put(item)
+
+    def commit_now(self) -> None:
+        """Commit what was put, and wait for it at most ``GRACE`` seconds; may be called from a signal handler."""
+        done: queue.SimpleQueue[None] = queue.SimpleQueue()
+        self._inbox.put({"commit": done})
+        deadline = time.monotonic() + GRACE
+        while self._thread.is_alive() and time.monotonic() < deadline:
+            with contextlib.suppress(queue.Empty):
+                return done.get(timeout=0.1)
 
     def check(self) -> None:
         """Raise the error that the thread met, if any."""
@@ -124,44 +147,50 @@ class Writer:
             self._error = error if self._broken else None
             raise error
 
-    def close(self) -> None:
-        """Commit, close the shard and let others write."""
+    def close(self, *, keep_lock: bool = False) -> None:
+        """Commit, close the shard and, unless ``keep_lock``, let others write."""
         try:
             if self._thread.is_alive():
-                self._queue.put(CLOSE)
+                self._inbox.put(CLOSE)
                 self._thread.join()
+            rescue.release(self)
             self.check()
         finally:
-            self._commits.close()
-            self._lock.close()
+            if not self._thread.is_alive():  # otherwise Ctrl-C came while it works; close() is called again at exit
+                self._commits.close()
+                if not keep_lock:
+                    self.unlock()
+
+    def unlock(self) -> None:
+        """Let others write; called after ``close``."""
+        self._lock.close()
 
     # Everything below runs in the thread, but for recovery.
 
     def _work(self) -> None:
         while True:
-            timed_out, item = False, None
-            try:
-                item = self._queue.get(timeout=self._commit_seconds)
-            except queue.Empty:
-                timed_out = True
+            item: Batch | dict[str, Any] | None = None
+            with contextlib.suppress(queue.Empty):  # none for so long: time for a commit
+                item = self._inbox.get(timeout=self._commit_seconds)
             try:
                 if not self._broken:
-                    self._commit() if timed_out else self._handle(item)
+                    self._handle(item)
             except LoghookError as error:
                 self._error = self._error or error
             except Exception as error:
                 self._broken = True
                 self._error = self._explain(error) if isinstance(error, OSError) else error
-            if not timed_out:
-                self._queue.task_done()
-            if item == CLOSE:
+            if isinstance(item, dict) and "commit" in item:
+                item["commit"].put(None)
+            elif item is CLOSE:
                 return
+            elif item is not None:
+                self._room.put(None)
 
     def _explain(self, error: OSError) -> WriteError:
         return WriteError(
             f"writing to {self._path} failed ({error}). What was committed is intact; the rows since the last commit "
-            "are "
-            "lost. Make room or mend the folder, then start again with resume=True."
+            "are lost. Make room or mend the folder, then start again with resume=True."
         )
 
     def _handle(self, item: Batch | dict[str, Any] | None) -> None:
@@ -171,10 +200,10 @@ class Writer:
                 self._commit()
             return
         self._commit()
-        if item == CLOSE:
+        if item is CLOSE:
             self._close_shard()
             self._forget_statistics(keep=1)
-        elif item is not None:
+        elif item is not None and "commit" not in item:
             self._append(item | self._counts())
             self._start_record()
 
@@ -184,17 +213,19 @@ class Writer:
         if not batch.checked and not bool(finite_rows(batch.rows).all()):
             raise NotFiniteError(not_finite(batch.ids, batch.rows))
         n = len(batch.ids)
+        # A batch is never split: its rows, moments and counts are committed together or not at all.
+        if n and (self._shard is None or (self._shard_rows and self._shard_rows + n > self._capacity)):
+            self._commit()
+            self._open_shard()
         self._flagged += batch.flagged
         self._dropped += batch.dropped
         if not n:
+            # Its repeats are counted in the next record; so that they are not counted again after a kill, so is it.
+            self._steps.append([batch.pass_index, batch.step, 0])
             return
         self._unmeasured += n if batch.moments is None else 0
         for name in batch.asleep:
             self._asleep[name] = self._asleep.get(name, 0) + n
-        # A batch is never split: its rows and its moments are committed together or not at all.
-        if self._shard is None or (self._shard_rows and self._shard_rows + n > self._capacity):
-            self._commit()
-            self._open_shard()
         assert self._shard is not None
         data = batch.rows.contiguous().view(torch.uint8).numpy().data.cast("B")
         write_all(self._shard, data, SHARD_HEADER + self._shard_rows * self._row_bytes)
@@ -207,7 +238,7 @@ class Writer:
 
     def _commit(self) -> None:
         self._committed_at = time.monotonic()
-        if not self._steps:
+        if not self._ids:
             return
         assert self._shard is not None
         os.fsync(self._shard)
@@ -283,34 +314,3 @@ class Writer:
         os.fsync(self._shard)
         os.close(self._shard)
         self._shard = None
-
-    def _recover(self) -> list[dict[str, Any]]:
-        """Read what is committed, cut off what is not, and load the statistics that belong to it."""
-        file = self._path / commits_name(self._rank)
-        if not file.exists():
-            return []
-        records, size, wrong = decode_records(file.read_bytes())
-        if wrong not in (None, "torn"):
-            raise CorruptLogError(
-                f"{file}: {wrong}. Run `loghook verify` on the run, and restore the file from a copy."
-            )
-        os.truncate(file, size)
-        last = next((r for r in reversed(records) if "statistics" in r), None)
-        if last is not None:
-            self.moments = load_moments(self._path, last["statistics"], len(self.moments))
-        ends: dict[int, int] = {}
-        for record in records:
-            if "shard" in record:
-                ends[record["shard"]] = record["start"] + record["rows"]
-        for index, rows in ends.items():
-            shard = self._path / shard_name(self._rank, index)
-            end = SHARD_HEADER + rows * self._row_bytes
-            if not shard.exists() or shard.stat().st_size < end:
-                raise CorruptLogError(f"{shard} is missing or shorter than its records say: restore it from a copy.")
-            with open(shard, "r+b") as handle:
-                handle.write(shard_header(rows, self._width, self._dtype, self._run_id))
-                handle.truncate(end)
-        for shard in self._path.glob(f"rows-{self._rank:05d}-*.safetensors"):
-            if int(shard.stem.rpartition("-")[2]) not in ends:
-                shard.unlink()
-        return records

@@ -1,0 +1,192 @@
+"""``log_training``: transformers' ``Trainer`` logs each micro-batch that it trains on, and stays as it was."""
+
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from accelerate.data_loader import DataLoaderDispatcher
+from torch import Tensor
+
+from loghook.capture.run import Run
+from loghook.errors import BatchError, ConfigError, UnsupportedError
+
+IGNORED = -100  # the label that transformers' losses leave out
+
+Count = Callable[[Mapping[str, Any], Any], Any]
+
+
+@contextmanager
+def log_training(
+    trainer: Any,
+    run: Run,
+    *,
+    id_column: str = "id",
+    mask: str | None = "attention_mask",
+    scale: Count | None = None,
+) -> Iterator[None]:
+    """Log every sample that ``trainer.train()`` trains on inside this context, one block for each micro-batch.
+
+    A row is the gradient of its own sample's loss summed over labels: what Trainer divides and multiplies the loss by
+    (labels, accumulation steps, processes, GradScaler) is undone. Which labels the loss counts is found once, by
+    running it without gradients on the first micro-batch. Evaluation logs nothing. On leaving, also by an error, the
+    trainer is as it was.
+
+    Args:
+        trainer: a ``transformers.Trainer``, or a subclass of it.
+        run: a run that watches the trainer's model.
+        id_column: the training set's column with the ids; the model never sees it.
+        mask: the batch's entry that says which tokens count in the statistics, or None for all.
+        scale: for a loss that is no sum or mean over ``labels``: called with the batch and ``num_items_in_batch``,
+            returns what ``trainer.compute_loss`` must be multiplied by to be a sum over the batch's samples.
+
+    Raises:
+        ConfigError: the training set has no such column, or its batches come through accelerate's dispatcher.
+        UnsupportedError: a loss that no rule explains, or a way of parallel training without exact rows.
+    """
+    _refuse(trainer)
+    load, step, count = trainer.get_train_dataloader, trainer.training_step, scale
+
+    def get_train_dataloader() -> Any:
+        trainer._set_signature_columns_if_needed()
+        columns = [*trainer._signature_columns, id_column]  # what `remove_unused_columns` keeps
+        with _replaced(trainer, data_collator=_Collate(trainer.data_collator, id_column), _signature_columns=columns):
+            loader = load()
+        if isinstance(loader, DataLoaderDispatcher):
+            raise ConfigError(
+                "batches of an iterable dataset are dispatched from rank 0, which carries tensors and no ids: pass "
+                "TrainingArguments(accelerator_config={'dispatch_batches': False}), so that each rank reads its own."
+            )
+        return loader
+
+    def training_step(model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        nonlocal count
+        if id_column not in inputs:
+            raise BatchError(
+                f"the batch has no {id_column!r} (it has {', '.join(map(repr, inputs))}): a get_train_dataloader or "
+                "dataset of your own must bring one id for each sample under this name, or name another id_column."
+            )
+        data_id = inputs.pop(id_column)
+        count = count or _find_count(trainer, inputs, num_items_in_batch)
+        with run(
+            data_id,
+            mask=inputs.get(mask) if mask else None,
+            scale=count(inputs, num_items_in_batch) * _divided_by(trainer, num_items_in_batch),
+            scaler=trainer.accelerator.scaler,
+        ):
+            return step(model, inputs, num_items_in_batch)
+
+    with _replaced(trainer, get_train_dataloader=get_train_dataloader, training_step=training_step):
+        yield
+
+
+class _Collate:
+    """The trainer's collator, which never sees the ids; they join the batch after it."""
+
+    def __init__(self, collate: Callable[[list[Any]], Any], column: str) -> None:
+        self._collate, self._column = collate, column
+
+    def __call__(self, features: list[Any]) -> Any:
+        column, first = self._column, features[0]
+        if not isinstance(first, Mapping) or column not in first:
+            has = ", ".join(map(repr, first)) if isinstance(first, Mapping) else type(first).__name__
+            raise ConfigError(
+                f"id_column={column!r} is no column of the training set (it has {has}): add one with an int or str "
+                "for each sample, or name another with id_column=."
+            )
+        batch = self._collate([{k: v for k, v in feature.items() if k != column} for feature in features])
+        values = [feature[column] for feature in features]
+        # Plain values stay on the CPU when the batch moves to a device, so that nobody waits for them.
+        batch[column] = [value.item() if hasattr(value, "item") else value for value in values]
+        return batch
+
+
+def _divided_by(trainer: Any, items: Any) -> float:
+    """What Trainer itself divides the model's loss by: accumulation steps, unless it is scaled, over processes."""
+    accepts, function = trainer.model_accepts_loss_kwargs, trainer.compute_loss_func is not None
+    scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
+    if scaled is None:
+        scaled = (accepts and items is not None) or function
+    multiplied = trainer.args.average_tokens_across_devices and (accepts or function) and items is not None
+    steps = 1 if scaled else trainer.current_gradient_accumulation_steps
+    return steps / (trainer.accelerator.num_processes if multiplied else 1)
+
+
+def _find_count(trainer: Any, inputs: Mapping[str, Any], items: Any) -> Count:
+    """Measure what the loss is divided by: ``num_items_in_batch``, or the micro-batch's own labels.
+
+    A model that accepts ``num_items_in_batch`` need not use it (those for sequence classification do not), and only
+    the loss knows whether it shifts the labels.
+    """
+    labels = inputs.get("labels")
+    name = type(trainer.model).__name__
+    if not isinstance(labels, Tensor) or labels.is_floating_point():
+        found = f"{labels.dtype} labels" if isinstance(labels, Tensor) else "no labels"
+        raise UnsupportedError(
+            f"{name} trains on {found}: how many items its loss is a mean of is known for integer labels only. Say it "
+            "with log_training(..., scale=lambda batch, num_items: n), n times the loss being a sum over samples."
+        )
+
+    def loss(labels: Tensor, items: Any) -> float:
+        return float(trainer.compute_loss(trainer.model, {**inputs, "labels": labels}, num_items_in_batch=items))
+
+    none = torch.full_like(labels, IGNORED)
+    first = none.clone()
+    first[..., 0] = 0
+    training = trainer.model.training
+    devices = [labels.device] if labels.device.type == "cuda" else []
+    trainer.model.eval()
+    try:
+        with torch.no_grad(), torch.random.fork_rng(devices):
+            if items is not None:
+                whole, half = loss(torch.zeros_like(labels), items), loss(torch.zeros_like(labels), 2 * items)
+                if math.isclose(whole, 2 * half, rel_tol=1e-3):
+                    return lambda _, items: items
+                known = math.isclose(whole, half, rel_tol=1e-3)
+            else:
+                known = True
+            if known and math.isnan(loss(none, items)):
+                shift = int(labels.dim() > 1 and math.isnan(loss(first, items)))
+                return lambda inputs, _: (inputs["labels"][..., shift:] != IGNORED).sum()
+    except IndexError:
+        pass  # a loss to which -100 is a class like others
+    finally:
+        trainer.model.train(training)
+    raise UnsupportedError(
+        f"the loss of {name} is neither a sum over labels divided by num_items_in_batch nor a mean over the labels of "
+        f"a micro-batch that are not {IGNORED} (an auxiliary loss, a weighted mean?). If it is a sum over samples "
+        "divided by n, pass log_training(..., scale=lambda batch, num_items: n)."
+    )
+
+
+def _refuse(trainer: Any) -> None:
+    """Raise for ways of training whose rows could not be exact."""
+    if trainer.args.n_gpu > 1:
+        raise UnsupportedError(
+            f"Trainer sees {trainer.args.n_gpu} devices from one process and would use nn.DataParallel, which has no "
+            "rows per sample: start one process for each with torchrun, or set CUDA_VISIBLE_DEVICES to one."
+        )
+    kind = str(trainer.accelerator.distributed_type).split(".")[-1]
+    parallel = getattr(trainer.accelerator, "parallelism_config", None)
+    if kind in ("DEEPSPEED", "MEGATRON_LM") or any(
+        getattr(parallel, f"{name}_enabled", False) for name in ("tp", "cp", "sp")
+    ):
+        raise UnsupportedError(
+            f"Trainer runs on {kind} with {parallel or 'an engine of its own'}, where a rank sees parts of samples or "
+            "another scale of the loss: use data parallelism (DDP or FSDP) for the logged training."
+        )
+
+
+@contextmanager
+def _replaced(target: Any, **attributes: Any) -> Iterator[None]:
+    """Give an object other attributes for a while."""
+    own = vars(target)
+    before = {name: own[name] for name in attributes if name in own}
+    own.update(attributes)
+    try:
+        yield
+    finally:
+        for name in attributes:
+            own.pop(name, None)
+        own.update(before)

@@ -1,0 +1,252 @@
+"""Changing a log that is there: repair, delete, merge, and opening a finished one for more rows.
+
+Nothing is altered in place. New shards and new commit logs (of the next *generation*) are written beside the old ones
+and flushed; then one replaced manifest makes them count, and what it no longer names is deleted. A kill leaves the old
+log or the new one.
+"""
+
+import dataclasses
+import os
+import shutil
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loghook.errors import ConfigError, CorruptLogError, LogExistsError, MismatchError, StateError
+from loghook.log.disk import lock, sync_folder, writing
+from loghook.log.folder import sum_up
+from loghook.log.format import (
+    DTYPES,
+    Layout,
+    Manifest,
+    checksum,
+    commits_name,
+    parse_object,
+    shard_header,
+    shard_name,
+)
+from loghook.log.moments import load_moments
+from loghook.log.records import Commits, check_record, decode_records, encode_record, read_commits
+from loghook.log.recovery import close_shard, shard_ends
+from loghook.log.rewrite import Changed, Keep, clean, copy_log, entry, ids_of, rank_of, read_rows, rewrite, shard_of
+
+
+def repair(path: str | Path) -> Changed:
+    """Drop what is damaged, keep what is good, and seal again what was sealed.
+
+    Records whose rows do not match their checksum go, and everything after a damaged line of a commit log. Where
+    anything went, the statistics are given up, since they cannot be had from the rows: kfac and ekfac then refuse.
+
+    Raises:
+        CorruptLogError: if the manifest itself is damaged.
+        LogLockedError: if the run is being written.
+    """
+    path = Path(path)
+    manifest = Manifest.load(path)
+    row_bytes = Layout(manifest.layers).width * DTYPES[manifest.dtype].itemsize
+    notes: list[str] = []
+    lost: list[int | str] = []
+    with _locked(path, manifest):
+        logs: list[Commits] = []
+        for rank in range(manifest.world_size):
+            log, missing, note = _good_records(path, manifest, rank)
+            logs.append(log)
+            lost += missing
+            notes += note
+        sealed = manifest.sealed
+        if sealed is not None and not notes and sum_up(logs) != sealed:
+            notes.append(f"{path}: the commit logs are not those that were sealed: rows may be missing")
+        for log in logs:
+            for record in (r for r in log.records if "shard" in r):
+                if read_rows(path, log, record, row_bytes) is None:
+                    notes.append(f"{shard_of(path, log, record)}: {record['rows']} rows do not match their checksum")
+            last = next((r for r in reversed(log.records) if "shard" in r), None)
+            try:
+                if last is not None and manifest.no_statistics is None:
+                    load_moments(path, last["statistics"], Layout(manifest.layers).moments_width)
+            except CorruptLogError as error:
+                notes.append(str(error))
+        if not notes:
+            clean(path, manifest, logs)  # what a killed `delete` or `repair` may have left
+            return Changed(len(ids_of(logs)), 0, [], _mend_headers(path, manifest, logs))
+
+        def keep(record: dict[str, Any], data: bytes) -> np.ndarray:
+            return np.full(record["rows"], bool(data))
+
+        reason = "the log was damaged and repaired"
+        return rewrite(path, manifest, logs, keep, "repair", reason, notes=notes, lost=lost, drop_ends=True)
+
+
+def delete(path: str | Path, ids: Sequence[int | str], *, keep_statistics: bool = False) -> Changed:
+    """Take rows out, for instance because a provider withdraws data: their bytes are gone afterwards.
+
+    Args:
+        path: the run's folder.
+        ids: data_ids whose rows go.
+        keep_statistics: keep the statistics of kfac and ekfac, in which the withdrawn data still counts; otherwise
+            they go as well, and these methods refuse.
+
+    Raises:
+        ConfigError: for an id that the log does not hold.
+        LogLockedError: if the run is being written.
+    """
+    path, gone = Path(path), set(ids)
+    manifest = Manifest.load(path)
+    with _locked(path, manifest):
+        logs = _recovered(path, manifest)
+        unknown = gone - {i for log in logs for r in log.records for i in (*r.get("ids", ()), *r["flagged"])}
+        if unknown or not gone:
+            raise ConfigError(f"the log {path} holds no rows of {sorted(map(repr, unknown))[:5]}: check the ids.")
+
+        def keep(record: dict[str, Any], data: bytes) -> np.ndarray:
+            if not data:
+                raise CorruptLogError(f"{path}: rows do not match their checksum: run `loghook repair` first.")
+            return np.array([i not in gone for i in record["ids"]])
+
+        reason = manifest.no_statistics if keep_statistics else "rows were deleted, and the statistics with them"
+        return rewrite(path, manifest, logs, keep, "delete", reason, gone=gone)
+
+
+def reopen(path: str | Path) -> None:
+    """Open a finished run for more rows: ``init(path, resume=True)`` then logs the ids that are not there yet.
+
+    Raises:
+        StateError: if it is not finished: it can be resumed as it is.
+    """
+    path = Path(path)
+    manifest = Manifest.load(path)
+    if manifest.sealed is None:
+        raise StateError(f"{path} is not finished: go on with loghook.init({str(path)!r}, resume=True).")
+    with _locked(path, manifest):
+        logs = _recovered(path, manifest)
+        done = entry("append", rows=manifest.sealed["rows"], records=[len(log.records) for log in logs])
+        manifest.sealed, manifest.history = None, [*manifest.history, done]
+        manifest.save(path)
+
+
+def merge(out: str | Path, runs: Sequence[str | Path]) -> Changed:
+    """Join finished runs, for instance of several machines, into a new one; each source writer becomes a rank.
+
+    Ids that clash follow the runs' rule for repeats: under "first" a reader takes the first by (pass, step, rank).
+
+    Raises:
+        LogExistsError: if ``out`` exists.
+        MismatchError: if the runs were not made with the same layers, projection, dtype, ids and rule.
+        StateError: if one is not finished.
+        CorruptLogError: if one is damaged.
+    """
+    out, paths = Path(out), [Path(run) for run in runs]
+    if out.exists():
+        raise LogExistsError(f"{out} exists: choose another path for the merged run.")
+    if len(paths) < 2:
+        raise ConfigError(f"merge got {len(paths)} runs: pass at least two.")
+    manifests = [Manifest.load(path) for path in paths]
+    first = manifests[0]
+    for path, manifest in zip(paths, manifests, strict=True):
+        if manifest.sealed is None:
+            raise StateError(f"{path} is not finished: finish it with resume=True first.")
+        for name in ("fingerprint", "layers", "dtype", "id_type", "on_repeat"):
+            if getattr(manifest, name) != getattr(first, name):
+                raise MismatchError(f"{path} and {paths[0]} differ in {name}: only runs that agree can be merged.")
+    building = out.with_name(f"{out.name}.{uuid.uuid4().hex[:8]}.tmp")
+    run_id, reasons = uuid.uuid4().hex, [m.no_statistics for m in manifests if m.no_statistics]
+    target = dataclasses.replace(
+        first, run_id=run_id, world_size=sum(m.world_size for m in manifests), generation=0, sealed=None,
+        no_statistics=reasons[0] if reasons else None,
+        history=[entry("merge", runs=[{"run_id": m.run_id, "rows": m.sealed["rows"], "history": m.history}
+                                       for m in manifests if m.sealed])],
+    )  # fmt: skip
+    with writing(building):
+        building.mkdir(parents=True)
+        try:
+            logs: list[Commits] = []
+            for path, manifest in zip(paths, manifests, strict=True):
+                for log in _recovered(path, manifest):
+                    copy_log(path, manifest, log, building, target, len(logs), _all_or_error(path))
+                    logs.append(read_commits(building, len(logs), run_id=run_id))
+            if first.on_repeat == "error" and len(ids := ids_of(logs)) > len(set(ids)):
+                raise MismatchError(
+                    "ids clash between the runs and on_repeat is 'error': delete them in one run first."
+                )
+            target.sealed = sum_up(logs)
+            target.save(building)
+            os.rename(building, out)
+            sync_folder(out.parent)
+        except BaseException:
+            shutil.rmtree(building, ignore_errors=True)
+            raise
+    return Changed(target.sealed["rows"], 0, [], [])
+
+
+def _mend_headers(path: Path, manifest: Manifest, logs: Sequence[Commits]) -> list[str]:
+    """Let every shard end after its rows and its header say so; a note for each that did not."""
+    width, notes = Layout(manifest.layers).width, []
+    for log in logs:
+        for index, rows in shard_ends(log.records).items():
+            file = path / shard_name(rank_of(log), index)
+            header = shard_header(rows, width, manifest.dtype, manifest.run_id)
+            if close_shard(file, header, rows * width * DTYPES[manifest.dtype].itemsize):
+                notes.append(f"{file}: header and size are those of its rows again, all of which are good")
+    return notes
+
+
+def _all_or_error(path: Path) -> Keep:
+    def keep(record: dict[str, Any], data: bytes) -> np.ndarray:
+        if not data:
+            raise CorruptLogError(f"{path}: rows do not match their checksum: run `loghook repair` first.")
+        return np.ones(record["rows"], dtype=bool)
+
+    return keep
+
+
+@contextmanager
+def _locked(path: Path, manifest: Manifest) -> Iterator[None]:
+    with writing(path), ExitStack() as held:
+        for rank in range(manifest.world_size):
+            held.callback(lock(path / f"lock-{rank:05d}").close)
+        yield
+
+
+def _recovered(path: Path, manifest: Manifest) -> list[Commits]:
+    logs = [
+        read_commits(path, r, run_id=manifest.run_id, generation=manifest.generation, id_type=manifest.id_type)
+        for r in range(manifest.world_size)
+    ]
+    if manifest.sealed is not None and sum_up(logs) != manifest.sealed:
+        raise CorruptLogError(f"{path}: its commit logs are not those that were sealed: run `loghook repair` first.")
+    return logs
+
+
+def _good_records(path: Path, manifest: Manifest, rank: int) -> tuple[Commits, list[int | str], list[str]]:
+    """Read a commit log up to its first damaged line: what is good, ids of what follows, and what was found."""
+    file = path / commits_name(rank, manifest.generation)
+    data = file.read_bytes() if file.is_file() else b""
+    records, size, wrong = decode_records(data)
+    for record in records:
+        try:
+            check_record(record, rank=rank, run_id=manifest.run_id, id_type=manifest.id_type)
+        except ValueError as error:
+            wrong, records = f"record {record['n']} {error}", records[: record["n"]]
+            size = sum(len(encode_record(r)) for r in records)
+            break
+    lost: list[int | str] = []
+    for line in data[size:].splitlines(keepends=True):
+        # Behind the damage lines are out of order, so that they do not count, but they say whose rows are lost.
+        body = line[42:-1]
+        if line[:42] == b"%08x %s " % (len(body), checksum(body).encode()):
+            found = decode_records(encode_record(_object(body)))[0]
+            lost += [i for r in found for i in r.get("ids", ()) if type(i).__name__ == manifest.id_type]
+    torn = wrong == "torn" and manifest.sealed is None
+    notes = [] if wrong is None or torn else [f"{file}: {wrong}"]
+    return Commits(file, records, data[:size], 0), lost, notes
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        return parse_object(body) | {"n": 0}
+    except ValueError:
+        return {}

@@ -1,0 +1,143 @@
+"""Commit logs: one checked line for each record. What a record says is data from a file and is checked as such."""
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from loghook.errors import CorruptLogError
+from loghook.log.format import checksum, commits_name, parse_object
+
+_COMMON = {"n", "run", "flagged", "dropped", "unmeasured", "asleep"}
+_ROWS = _COMMON | {"shard", "start", "rows", "checksum", "ids", "steps", "statistics"}
+_KINDS = (_ROWS, _COMMON | {"pass_end"}, _COMMON | {"end"})
+_LARGEST = 1 << 53  # beyond it other languages' JSON readers lose digits
+
+
+def encode_record(record: dict[str, Any]) -> bytes:
+    """One line of a commit log: length, checksum, JSON. A line that does not match both is not committed."""
+    body = json.dumps(record, separators=(",", ":")).encode()
+    return b"%08x %s %s\n" % (len(body), checksum(body).encode(), body)
+
+
+def decode_records(data: bytes) -> tuple[list[dict[str, Any]], int, str | None]:
+    """Read the lines of a commit log.
+
+    Returns:
+        The records, the number of bytes they take, and what is wrong with the bytes after them: None if nothing
+        follows, "torn" for an incomplete last line, or a description of a damaged line.
+    """
+    records: list[dict[str, Any]] = []
+    position = 0
+    while position < len(data):
+        end = data.find(b"\n", position)
+        if end < 0:
+            return records, position, "torn"
+        line = data[position:end]
+        body = line[42:]
+        if line[:42] != b"%08x %s " % (len(body), checksum(body).encode()):
+            return records, position, f"record {len(records)} is damaged"
+        try:
+            record = parse_object(body)
+        except ValueError as error:
+            return records, position, f"record {len(records)} is not valid ({error})"
+        if record.get("n") != len(records):
+            return records, position, f"record {len(records)} is missing"
+        records.append(record)
+        position = end + 1
+    return records, position, None
+
+
+@dataclass(frozen=True)
+class Commits:
+    """One writer's commit log, checked.
+
+    Attributes:
+        file: where it is.
+        records: its records.
+        data: the bytes of these records.
+        torn: how many bytes of an unfinished record follow.
+    """
+
+    file: Path
+    records: list[dict[str, Any]]
+    data: bytes
+    torn: int
+
+
+def read_commits(path: Path, rank: int, *, run_id: str, generation: int = 0, id_type: str | None = None) -> Commits:
+    """Read and check a writer's commit log; one that does not exist is empty.
+
+    Raises:
+        CorruptLogError: for a damaged line, a record of another run, or one that says what no writer writes.
+    """
+    file = path / commits_name(rank, generation)
+    try:
+        data = file.read_bytes() if file.exists() else b""
+    except OSError as error:
+        raise CorruptLogError(f"{file} cannot be read ({error}): {REMEDY}.") from error
+    records, size, wrong = decode_records(data)
+    if wrong not in (None, "torn"):
+        raise CorruptLogError(f"{file}: {wrong}: {REMEDY}.")
+    ends: dict[int, int] = {}
+    for record in records:
+        try:
+            check_record(record, rank=rank, run_id=run_id, id_type=id_type)
+            if "shard" in record:
+                if record["start"] != ends.get(record["shard"], 0):
+                    raise ValueError(f"leaves a gap at row {ends.get(record['shard'], 0)} of shard {record['shard']}")
+                ends[record["shard"]] = record["start"] + record["rows"]
+        except ValueError as error:
+            raise CorruptLogError(f"{file}: record {record['n']} {error}: {REMEDY}.") from error
+    return Commits(file, records, data[:size], len(data) - size)
+
+
+REMEDY = "restore it from a copy, or run `loghook repair` on the run"
+
+
+def check_record(record: dict[str, Any], *, rank: int, run_id: str, id_type: str | None) -> None:
+    """Raise ValueError, a phrase that follows "record n", unless a writer could have written this."""
+    if record.get("run") != run_id:
+        raise ValueError("belongs to another run")
+    if set(record) not in _KINDS:
+        raise ValueError(f"has other keys than a record has ({', '.join(sorted(record))})")
+    for key in ("dropped", "unmeasured", "pass_end", "shard", "start", "rows"):
+        if key in record and not _count(record[key]):
+            raise ValueError(f"has {key} {record[key]!r}")
+    if not isinstance(record["asleep"], dict) or not all(map(_count, record["asleep"].values())):
+        raise ValueError("has counts of sleeping layers that are no counts")
+    if "end" in record and not isinstance(record["end"], str):
+        raise ValueError(f"has end {record['end']!r}")
+    _check_ids(record["flagged"], id_type)
+    if "shard" not in record:
+        return
+    _check_ids(record["ids"], id_type)
+    steps, snapshot = record["steps"], record["statistics"]
+    if not isinstance(steps, list) or not all(
+        isinstance(s, list) and len(s) == 3 and _count(s[0], -1) and _count(s[1]) and _count(s[2]) for s in steps
+    ):
+        raise ValueError("has steps that are no [pass, step, count]")
+    if len(record["ids"]) != record["rows"] or sum(n for *_, n in steps) != record["rows"] or not record["rows"]:
+        raise ValueError("has ids, steps and rows that differ in number")
+    name = rf"statistics-{rank:05d}-\d{{8,18}}\.safetensors"
+    if (
+        not isinstance(snapshot, dict)
+        or set(snapshot) != {"file", "checksum"}
+        or not isinstance(snapshot["file"], str)
+        or not re.fullmatch(name, snapshot["file"], re.ASCII)
+    ):
+        raise ValueError("names statistics that are none of this writer's")
+    if not isinstance(record["checksum"], str) or not isinstance(snapshot["checksum"], str):
+        raise ValueError("has a checksum that is no text")
+
+
+def _count(value: Any, least: int = 0) -> bool:
+    return type(value) is int and least <= value < _LARGEST
+
+
+def _check_ids(ids: Any, id_type: str | None) -> None:
+    if not isinstance(ids, list) or not all(type(i) in (int, str) for i in ids):
+        raise ValueError("has ids that are neither int nor str")
+    if id_type is not None and any(type(i).__name__ != id_type for i in ids):
+        raise ValueError(f"has ids that are not {id_type}")

@@ -1,0 +1,185 @@
+"""Writing a log anew without some of its rows: new files beside the old ones, made to count by one manifest."""
+
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from loghook.log.disk import sync_folder
+from loghook.log.folder import sum_up
+from loghook.log.format import (
+    DTYPES,
+    SHARD_HEADER,
+    Layout,
+    Manifest,
+    checksum,
+    commits_name,
+    shard_header,
+    shard_name,
+    statistics_name,
+)
+from loghook.log.moments import load_moments, save_moments
+from loghook.log.records import Commits, encode_record, read_commits
+from loghook.log.recovery import shard_ends
+
+GENERATION_STEP = 10**10  # snapshots of maintenance are numbered from here, out of the way of every writer's
+Keep = Callable[[dict[str, Any], bytes], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Changed:
+    """What maintenance did.
+
+    Attributes:
+        rows: rows that the log holds now.
+        dropped: rows that were left out.
+        ids: their data_ids, as far as they are known, once each: after ``repair`` the ones to log again.
+        notes: what was found, a line each.
+    """
+
+    rows: int
+    dropped: int
+    ids: list[int | str]
+    notes: list[str]
+
+
+def ids_of(logs: Sequence[Commits]) -> list[int | str]:
+    """Ids of all rows, in order, repeats included."""
+    return [i for log in logs for record in log.records for i in record.get("ids", ())]
+
+
+def entry(what: str, **facts: Any) -> dict[str, Any]:
+    """Make a line of the manifest's history."""
+    return {"what": what, "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())} | facts
+
+
+def rank_of(log: Commits) -> int:
+    """Which writer's commit log it is."""
+    return int(log.file.name.split("-")[1].partition(".")[0])
+
+
+def shard_of(path: Path, log: Commits, record: dict[str, Any]) -> Path:
+    """File that holds a record's rows."""
+    return path / shard_name(rank_of(log), record["shard"])
+
+
+def read_rows(path: Path, log: Commits, record: dict[str, Any], row_bytes: int) -> bytes | None:
+    """Bytes of a record's rows, or None if they are not what was committed."""
+    file, size = shard_of(path, log, record), record["rows"] * row_bytes
+    start = SHARD_HEADER + record["start"] * row_bytes
+    if not file.is_file() or file.stat().st_size < start + size:  # before anything of that size is allocated
+        return None
+    with open(file, "rb") as handle:
+        handle.seek(start)
+        data = handle.read(size)
+    return data if checksum(data) == record["checksum"] else None
+
+
+def copy_log(
+    path: Path, old: Manifest, log: Commits, out: Path, new: Manifest, rank: int, keep: Keep, *,
+    first_shard: int = 0, drop_ends: bool = False, gone: Set[int | str] = frozenset(),
+) -> tuple[int, list[int | str]]:  # fmt: skip
+    """Write one writer's kept rows as new shards and a new commit log; returns rows and ids left out."""
+    layout = Layout(new.layers)
+    row_bytes = layout.width * DTYPES[new.dtype].itemsize
+    rows = [r for r in log.records if "shard" in r]
+    number = new.generation * GENERATION_STEP + len(log.records)
+    moments = np.zeros(layout.moments_width)
+    if rows and new.no_statistics is None:
+        moments = load_moments(path, rows[-1]["statistics"], layout.moments_width)
+    statistics = save_moments(out / statistics_name(rank, number), moments, new.run_id) if rows else None
+    shards = {index: first_shard + place for place, index in enumerate(shard_ends(log.records))}
+    handles: dict[int, tuple[Any, int]] = {}
+    lines, dropped = b"", []
+    written = 0
+    for record in log.records:
+        if "pass_end" in record and drop_ends:
+            continue
+        fresh = record | {"n": written, "run": new.run_id}
+        fresh["flagged"] = [i for i in record["flagged"] if i not in gone]
+        if "shard" in record:
+            data = read_rows(path, log, record, row_bytes) or b""
+            mask = keep(record, data)
+            dropped += [i for i, kept in zip(record["ids"], mask, strict=True) if not kept]
+            if not mask.any():
+                continue
+            kept_bytes = np.frombuffer(data, np.uint8).reshape(len(mask), row_bytes)[mask].tobytes()
+            shard = shards[record["shard"]]
+            if shard not in handles:
+                handles[shard] = (open(out / shard_name(rank, shard), "wb"), 0)  # noqa: SIM115
+                handles[shard][0].write(shard_header(0, layout.width, new.dtype, new.run_id))
+            handle, start = handles[shard]
+            handle.write(kept_bytes)
+            handles[shard] = (handle, start + int(mask.sum()))
+            fresh |= {
+                "shard": shard, "start": start, "rows": int(mask.sum()), "checksum": checksum(kept_bytes),
+                "ids": [i for i, kept in zip(record["ids"], mask, strict=True) if kept],
+                "steps": _kept_steps(record["steps"], mask), "statistics": statistics,
+            }  # fmt: skip
+        lines += encode_record(fresh)
+        written += 1
+    for handle, count in handles.values():
+        handle.seek(0)
+        handle.write(shard_header(count, layout.width, new.dtype, new.run_id))
+        _flush(handle)
+    with open(out / commits_name(rank, new.generation), "wb") as handle:
+        handle.write(lines)
+        _flush(handle)
+    return len(dropped), dropped
+
+
+def _flush(handle: Any) -> None:
+    handle.flush()
+    os.fsync(handle.fileno())
+    handle.close()
+
+
+def _kept_steps(steps: list[list[int]], mask: np.ndarray) -> list[list[int]]:
+    ends = np.cumsum([n for *_, n in steps])
+    return [[p, s, int(mask[end - n : end].sum())] for (p, s, n), end in zip(steps, ends, strict=True)]
+
+
+def rewrite(
+    path: Path, manifest: Manifest, logs: Sequence[Commits], keep: Keep, what: str, reason: str | None, *,
+    notes: Sequence[str] = (), lost: Sequence[int | str] = (), drop_ends: bool = False,
+    gone: Set[int | str] = frozenset(),
+) -> Changed:  # fmt: skip
+    """Write the next generation of a run beside this one, let it count, and delete what it does not name."""
+    new = dataclasses.replace(manifest, generation=manifest.generation + 1, no_statistics=reason)
+    ids: list[int | str] = list(lost)
+    for log in logs:
+        rank = rank_of(log)
+        on_disk = [int(f.stem.rpartition("-")[2]) for f in path.glob(f"rows-{rank:05d}-*.safetensors")]
+        _, dropped = copy_log(
+            path, manifest, log, path, new, rank, keep,
+            first_shard=max(on_disk, default=-1) + 1, drop_ends=drop_ends, gone=gone,
+        )  # fmt: skip
+        ids += dropped
+    sync_folder(path)
+    written = [read_commits(path, r, run_id=new.run_id, generation=new.generation) for r in range(new.world_size)]
+    still = set(ids_of(written))
+    seal = sum_up(written)
+    new.sealed = seal if manifest.sealed is not None else None
+    new.history = [*manifest.history, entry(what, rows=seal["rows"], dropped=len(ids), notes=list(notes))]
+    new.save(path)
+    clean(path, new, written)
+    again = [i for i in dict.fromkeys(ids) if i not in still]
+    return Changed(seal["rows"], len(ids), again, list(notes))
+
+
+def clean(path: Path, manifest: Manifest, logs: Sequence[Commits]) -> None:
+    """Delete what the manifest's commit logs do not name."""
+    named = {log.file.name for log in logs}
+    for log in logs:
+        rows = [r for r in log.records if "shard" in r]
+        named |= {shard_of(path, log, r).name for r in rows} | {r["statistics"]["file"] for r in rows}
+    for kind in ("rows-*.safetensors", "statistics-*.safetensors", "commits-*.jsonl"):
+        for file in path.glob(kind):
+            if file.name not in named:
+                file.unlink()
+    sync_folder(path)

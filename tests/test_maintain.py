@@ -1,0 +1,240 @@
+"""repair, append, merge, delete: what they keep, what they say, and that a kill leaves the old log or the new one."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+import loghook
+from loghook.cli import app
+from loghook.errors import ConfigError, CorruptLogError, LogExistsError, LogLockedError, MismatchError, StateError
+from loghook.log import maintain
+from tests.test_influence import data, loss_fn, make_log, make_model
+
+
+def write(path, ids, *, seed=0, **options):
+    model, x = make_model(), data(40)
+    run = loghook.init(path, **({"rank": 4, "dtype": "float64", "shard_bytes": 4000, "seed": seed} | options))
+    run.watch(model)
+    for _ in run.passes():
+        for start in range(0, len(ids), 4):
+            if run.pending(ids[start : start + 4]):
+                with run(data_id=ids[start : start + 4]):
+                    loss_fn(model, x[ids[start : start + 4]]).backward()
+    run.finalize()
+    run.close()
+    return loghook.load(path)
+
+
+def rows(log):
+    return {i: [log.rows(name)[place].tobytes() for name in log.layers] for place, i in enumerate(log.data_ids)}
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    return write(tmp_path_factory.mktemp("whole") / "run", list(range(40)))
+
+
+@pytest.fixture
+def path(tmp_path, whole):
+    shutil.copytree(whole.path, tmp_path / "run")
+    return tmp_path / "run"
+
+
+def flip(file, place):
+    content = bytearray(file.read_bytes())
+    content[place] ^= 1
+    file.write_bytes(content)
+
+
+DAMAGE = {
+    "rows": lambda path: flip(path / "rows-00000-00001.safetensors", 700),
+    "a header": lambda path: flip(path / "rows-00000-00001.safetensors", 100),
+    "a missing shard": lambda path: (path / "rows-00000-00001.safetensors").unlink(),
+    "a record": lambda path: flip(path / "commits-00000.jsonl", (path / "commits-00000.jsonl").stat().st_size // 2),
+    "a torn commit log": lambda path: os.truncate(path / "commits-00000.jsonl", 700),
+    "no commit log": lambda path: (path / "commits-00000.jsonl").unlink(),
+    "statistics": lambda path: flip(next(path.glob("statistics-*")), -1),
+    "a stray file": lambda path: shutil.copy(next(path.glob("rows-*")), path / "rows-00000-00077.safetensors"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE.keys())
+def test_repair_keeps_what_is_good_and_names_the_rest(path, whole, damage):
+    damage(path)
+    done = maintain.repair(path)
+    log = loghook.load(path)
+    assert not log.verify() and log.manifest.sealed
+    good = rows(whole)
+    assert all(good[i] == row for i, row in rows(log).items())
+    if damage is not DAMAGE["no commit log"]:  # then nothing says which ids there were
+        lost = set(range(40)) - set(log.data_ids)
+        known = done.ids if "commits" not in str(done.notes) else [*done.ids, *lost]
+        assert set(known) == lost
+    if log.manifest.no_statistics:
+        with pytest.raises(StateError, match=r"damaged and repaired.*log the data again"):
+            log.moments()
+        assert log.manifest.history[-1]["what"] == "repair"
+    else:
+        assert len(log) == 40
+        np.testing.assert_array_equal(log.moments(), whole.moments())
+    assert maintain.repair(path).notes == []
+
+
+def test_what_repair_dropped_can_be_logged_again(path, whole):
+    DAMAGE["rows"](path)
+    lost = maintain.repair(path).ids
+    assert lost
+    maintain.reopen(path)
+    log = write(path, list(range(40)), resume=True)
+    assert not log.verify() and rows(log) == rows(whole)
+    assert [entry["what"] for entry in log.manifest.history] == ["repair", "append"]
+
+
+def test_append_takes_a_new_delivery(tmp_path, whole):
+    write(tmp_path / "run", list(range(24)))
+    maintain.reopen(tmp_path / "run")
+    assert loghook.load(tmp_path / "run").manifest.sealed is None
+    log = write(tmp_path / "run", list(range(40)), resume=True)
+    assert log.data_ids == whole.data_ids and rows(log) == rows(whole) and not log.verify()
+    np.testing.assert_allclose(log.moments(), whole.moments(), rtol=1e-12)
+    assert log.manifest.history[-1]["what"] == "append"
+    maintain.reopen(tmp_path / "run")
+    with pytest.raises(StateError, match="not finished"):
+        maintain.reopen(tmp_path / "run")
+
+
+def test_merge_joins_runs(tmp_path, whole):
+    a, b = write(tmp_path / "a", list(range(24))), write(tmp_path / "b", list(range(20, 40)))
+    log = loghook.load(tmp_path / "out" if maintain.merge(tmp_path / "out", [a.path, b.path]) else "")
+    assert sorted(log.data_ids) == list(range(40)) and log.repeats == 4 and not log.verify()
+    assert rows(log) == rows(whole)
+    np.testing.assert_allclose(log.moments(), a.moments() + b.moments(), rtol=1e-12)
+    assert [run["run_id"] for run in log.manifest.history[0]["runs"]] == [a.manifest.run_id, b.manifest.run_id]
+    with pytest.raises(LogExistsError):
+        maintain.merge(tmp_path / "out", [a.path, b.path])
+    other = write(tmp_path / "other", list(range(8)), seed=1)
+    with pytest.raises(MismatchError, match="fingerprint"):
+        maintain.merge(tmp_path / "out2", [a.path, other.path])
+    flip(next(b.path.glob("rows-*")), 600)
+    with pytest.raises(CorruptLogError, match="repair"):
+        maintain.merge(tmp_path / "out2", [a.path, b.path])
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["a", "b", "other", "out"]
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_delete_takes_rows_out_and_is_honest_about_statistics(path, whole, keep):
+    secret = whole.rows(whole.layers[0])[5].tobytes()[:32]
+    assert any(secret in file.read_bytes() for file in path.iterdir())
+    done = maintain.delete(path, [5, 17], keep_statistics=keep)
+    log = loghook.load(path)
+    assert done.dropped == 2 and log.data_ids == [i for i in range(40) if i not in (5, 17)] and not log.verify()
+    good = rows(whole)
+    assert rows(log) == {i: good[i] for i in log.data_ids}
+    assert not any(secret in file.read_bytes() for file in path.iterdir())
+    if keep:
+        np.testing.assert_array_equal(log.moments(), whole.moments())
+    else:
+        with pytest.raises(StateError, match="rows were deleted"):
+            log.moments()
+    with pytest.raises(ConfigError, match="99"):
+        maintain.delete(path, [99])
+    assert log.manifest.history[-1]["what"] == "delete" and log.manifest.history[-1]["dropped"] == 2
+
+
+def test_ekfac_refuses_after_a_deletion(tmp_path):
+    log, query, _ = make_log(tmp_path / "run")
+    maintain.delete(log.path, [3])
+    after = loghook.load(log.path)
+    with pytest.raises(StateError, match="fisher"):
+        after.influence(query, "ekfac")
+    assert after.influence(query, "dot").values.shape == (3, 39)
+
+
+class Killed(BaseException):
+    pass
+
+
+def dying(real, left):
+    def call(*arguments):
+        left[0] -= 1
+        if left[0] <= 0:
+            raise Killed
+        return real(*arguments)
+
+    return call
+
+
+@pytest.mark.parametrize("what", ["delete", "repair", "merge", "append"])
+def test_a_kill_at_any_point_leaves_the_old_log_or_the_new_one(tmp_path, whole, what, monkeypatch):
+    """Every call that changes the disk, one after the other, is the last one."""
+    expected = {40} if what in ("merge", "append") else {40, 38} if what == "delete" else {40 - 4}
+    seen = set()
+    for die_at in range(1, 1000):
+        path, out = tmp_path / f"run-{die_at}", tmp_path / f"out-{die_at}"
+        shutil.copytree(whole.path, path)
+        if what == "repair":
+            DAMAGE["rows"](path)
+        left = [die_at]
+        with monkeypatch.context() as patch:
+            for name in ("fsync", "replace", "rename", "unlink", "pwrite"):
+                patch.setattr(os, name, dying(getattr(os, name), left))
+            try:
+                if what == "merge":
+                    patch.setattr(shutil, "rmtree", lambda *a, **k: None)
+                    maintain.merge(out, [path, path])
+                elif what == "delete":
+                    maintain.delete(path, [5, 17])
+                elif what == "append":
+                    maintain.reopen(path)
+                else:
+                    maintain.repair(path)
+                break
+            except Killed:
+                pass
+        if what == "merge":
+            assert not out.exists() or len(loghook.load(out)) == 40
+        if what == "repair" and loghook.load(path).manifest.history == []:
+            assert loghook.load(path).verify()
+            maintain.repair(path)
+        log = loghook.load(path)
+        seen.add(len(log))
+        assert len(log) in expected or what == "repair"
+        maintain.repair(path)  # sweeps what was left
+        assert not loghook.load(path).verify()
+        shutil.rmtree(path)
+    assert die_at > 3 and (what == "repair" or seen == expected)
+
+
+def test_maintenance_is_locked_out_while_the_run_is_written(tmp_path):
+    with loghook.init(tmp_path, rank=4) as run:
+        model = make_model()
+        run.watch(model)
+        with run(data_id=[0]):
+            loss_fn(model, data(1)).backward()
+        with pytest.raises(LogLockedError):
+            maintain.repair(tmp_path)
+
+
+def test_commands(path, tmp_path):
+    def call(*arguments, status=0):
+        result = CliRunner().invoke(app, [str(a) for a in arguments])
+        assert result.exit_code == status, result.output
+        return result.output
+
+    for command in ("repair", "append", "merge", "delete"):
+        assert "Usage" in call(command, "--help")
+    assert "nothing to repair" in call("repair", path)
+    assert "2 rows deleted, 38 left" in call("delete", path, "--ids", 3, "--ids", 4)
+    assert "no whole number" in call("delete", path, "--ids", "x", status=1)
+    assert "40 rows" in call("merge", tmp_path / "out", *[write(tmp_path / n, r).path for n, r in PARTS])
+    flip(tmp_path / "out" / "rows-00000-00000.safetensors", 700)
+    lines = [line for line in call("repair", tmp_path / "out").splitlines() if line.isdecimal()]
+    assert [json.loads(line) for line in lines] == list(range(len(lines))) != []
+    assert "is open" in call("append", tmp_path / "out")
+
+
+PARTS = (("a", list(range(20))), ("b", list(range(20, 40))))

@@ -1,0 +1,516 @@
+"""The matrix of docs/matrix.md in one process: each cell's rows against those of eager float32 on the same samples.
+
+Cells that touch no CPU-only backend run on a GPU too (`make test-gpu`): the device is a parameter of the same code.
+"""
+
+import contextlib
+import functools
+import re
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import loghook
+from loghook.errors import DeliveryError
+from tests.harness import assert_rows_exact
+from tests.oracle import relative_error
+
+ROOT = Path(__file__).parent.parent
+SIZES = (4, 3, 5, 2)  # batches of different lengths, so that a compiled model must take the batch as dynamic
+SAMPLES = sum(SIZES)
+EXACT = 1e-5
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    # TF32 and the like would be another rounding than the reference's.
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return request.param
+
+
+class Block(nn.Module):
+    relu = staticmethod(torch.relu_)
+
+    def __init__(self):
+        super().__init__()
+        self.norm, self.up, self.down = nn.LayerNorm(12), nn.Linear(12, 20), nn.Linear(20, 12)
+
+    def forward(self, x):
+        return x + self.down(self.relu(self.up(self.norm(x))))
+
+
+def save_products(ctx, op, *args, **kwargs):
+    products = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    return CheckpointPolicy.MUST_SAVE if op in products else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+CHECKPOINTS = {
+    "none": None,
+    "reentrant": {"use_reentrant": True},
+    "non_reentrant": {"use_reentrant": False},
+    "selective": {
+        "use_reentrant": False,
+        "context_fn": functools.partial(create_selective_checkpoint_contexts, save_products),
+    },
+}
+
+
+class Net(nn.Module):
+    """What users write: a class of their own with blocks of their own, each of which may be checkpointed."""
+
+    def __init__(self, blocks=2, checkpoints="none"):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = nn.Linear(8, 12)
+        self.blocks = nn.ModuleList([Block() for _ in range(blocks)])
+        self.last = nn.Linear(12, 5, bias=False)
+        self.checkpoints = CHECKPOINTS[checkpoints]
+
+    def forward(self, x):
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x) if self.checkpoints is None else checkpoint(block, x, **self.checkpoints)
+        return self.last(x)
+
+
+def make_data(device="cpu"):
+    return torch.randn(SAMPLES, 3, 8, generator=torch.Generator().manual_seed(1)).to(device)
+
+
+def loss_of(model, x):
+    return model(x).float().pow(2).sum() if x.dtype != torch.float64 else model(x).pow(2).sum()
+
+
+def batches(sizes=SIZES):
+    ends = np.cumsum(sizes)
+    return [list(range(end - size, end)) for size, end in zip(sizes, ends, strict=True)]
+
+
+def new_run(model, include="*", exclude="*lm_head", **options):
+    run = loghook.init(tempfile.mkdtemp(prefix="loghook-matrix-"), **{"rank": 6, "dtype": "float32"} | options)
+    with contextlib.redirect_stdout(None):
+        run.watch(model, include=include, exclude=exclude)
+    return run
+
+
+def finished(run):
+    run.finalize()
+    run.close()
+    return loghook.load(run.path)
+
+
+def logged(model, loss, data, *, call=None, frozen=False, sizes=SIZES, **options):
+    """Log all samples in batches of different sizes; `call` is what is called where it is not the watched model."""
+    run = new_run(model, **options)
+    with loghook.frozen(model) if frozen else contextlib.nullcontext():
+        for ids in batches(sizes):
+            with run(data_id=ids):
+                loss(model if call is None else call, data[ids]).backward()
+    return finished(run)
+
+
+def by_id(source, layer):
+    """Rows in the order of the samples."""
+    return torch.from_numpy(np.array(source.rows(layer)[:])[np.argsort(source.data_ids, kind="stable")])
+
+
+def assert_same(log, expected, tolerance=EXACT):
+    """`log` (a log or a query) holds rows of the samples 0 to n-1; so does `expected`, and perhaps more."""
+    assert log.layers == expected.layers
+    ids = sorted(log.data_ids)
+    for layer in expected.layers:
+        a, b = by_id(log, layer), by_id(expected, layer)[ids]
+        assert b.abs().max() > 0
+        error = relative_error(a, b)
+        assert error <= tolerance, f"{layer}: relative error {error:.1e}"
+
+
+@functools.cache
+def reference(blocks=2, device="cpu"):
+    """Eager, float32, one process."""
+    return logged(Net(blocks).to(device), loss_of, make_data(device))
+
+
+def proven(model, loss=loss_of, data=None, **options):
+    """What docs/ tell users to run first says that all is well (it prints its report)."""
+    report = loghook.check(model, loss, make_data()[:3] if data is None else data, **options)
+    assert report, str(report)
+
+
+def test_the_reference_is_exact_and_check_agrees(device):
+    model, data = Net().double().to(device), make_data(device).double()
+    log = logged(model, loss_of, data, dtype="float64")
+    assert_rows_exact(log, model, loss_of, data, 1e-9)
+    assert_same(reference(device=device), log)
+    proven(model, data=data[:3])
+    proven(Net().to(device), data=data[:3].float())
+
+
+# Compiled models
+
+
+def compiles():
+    """Graphs compiled so far; none may have been broken."""
+    counters = torch._dynamo.utils.counters
+    assert not counters["graph_break"], dict(counters["graph_break"])
+    return counters["stats"]["unique_graphs"]
+
+
+@pytest.fixture
+def fresh_compiler():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+def compiled_whole(model, backend="aot_eager", **options):
+    return torch.compile(model, fullgraph=True, backend=backend, **options)
+
+
+def compiled_in_place(model, backend="aot_eager"):
+    model.compile(fullgraph=True, backend=backend)
+    return model
+
+
+@pytest.mark.parametrize("compile_it", [compiled_whole, compiled_in_place])
+def test_compiled_without_breaks_and_few_compilations(device, compile_it, fresh_compiler):
+    blocks = int(compile_it is compiled_whole)
+    model, data, expected = Net(blocks).to(device), make_data(device), reference(blocks, device)
+    run = new_run(model)
+    call = compile_it(model)
+    for ids in batches():
+        with run(data_id=ids):
+            loss_of(call, data[ids]).backward()
+    assert compiles() <= 2  # the first size, then any size
+    for size in (4, 2, 3):  # a query has no statistics, hence a graph of its own
+        with run.query(data_id=list(range(size))) as query:
+            loss_of(call, data[:size]).backward()
+        assert_same(query, expected)
+    assert compiles() <= 3
+    loss_of(call, data[:6]).backward()  # outside of blocks the hooks are inert
+    loss_of(call, data[:7]).backward()
+    assert compiles() <= 5
+    seen = compiles()
+    with run(data_id=[100, 101, 102]):
+        loss_of(call, data[:3]).backward()
+    with run.query(data_id=[0, 1, 2, 3]) as query:
+        loss_of(model, data[:4]).backward()  # the model itself, eager where it was compiled under another name
+    assert_same(query, expected)
+    assert compiles() == seen
+    log = finished(run)
+    for layer in log.layers:
+        assert relative_error(by_id(log, layer)[:SAMPLES], by_id(expected, layer)) <= EXACT
+        assert relative_error(by_id(log, layer)[SAMPLES:], by_id(expected, layer)[:3]) <= EXACT
+
+
+def test_check_of_a_compiled_model(device, fresh_compiler):
+    proven(compiled_whole(Net(0).to(device), dynamic=True), data=make_data(device)[:2])
+
+
+def test_compiled_by_inductor(device, fresh_compiler):
+    model = Net(0).to(device)
+    log = logged(model, loss_of, make_data(device), call=compiled_whole(model, "inductor", dynamic=True))
+    assert compiles() <= 2
+    assert_same(log, reference(0, device))
+
+
+def test_regions_compiled_one_by_one(device, fresh_compiler):
+    model = Net().to(device)
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    log = logged(model, loss_of, make_data(device))
+    assert compiles() <= 2 * len(model.blocks)
+    assert_same(log, reference(device=device))
+
+
+def test_rows_are_right_past_the_compilers_limit(device, fresh_compiler):
+    """The compiler gives up on a region and runs it as it is."""
+    model = Net().to(device)
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for block in model.blocks:
+            block.compile(backend="aot_eager")
+        assert_same(logged(model, loss_of, make_data(device)), reference(device=device))
+
+
+@pytest.mark.parametrize("compile_it", [compiled_whole, compiled_in_place])
+@pytest.mark.parametrize("with_graph", [True, False], ids=["trained", "evaluated"])
+def test_compiled_and_called_before_watch_is_right_or_refused(compile_it, with_graph, fresh_compiler):
+    model, data = Net(0), make_data()
+    call = compile_it(model)
+    with torch.set_grad_enabled(with_graph):
+        call(data[:4])
+    run = new_run(model)
+    for size in (4, 3):
+        try:
+            with run.query(data_id=list(range(size))) as query:
+                loss_of(call, data[:size]).backward()
+        except DeliveryError as error:
+            assert "compiled before watch()" in str(error)
+        else:
+            assert_same(query, reference(0))
+    run.close()
+    torch._dynamo.reset()  # the remedy
+    assert_same(logged(model, loss_of, data, call=call), reference(0))
+
+
+# Precision
+
+
+def outer_products(model, loss, data):
+    """{layer: (B, O, I [+ 1])}: products in float64 of what each layer really got and got back, whatever its dtype."""
+    seen, handles = {}, []
+    for name, module in model.named_modules():
+        if isinstance(module, Block):
+            module.relu = torch.relu  # autograd's own hooks cannot do with code that works in place
+        if isinstance(module, nn.Linear):
+            keep = seen.setdefault(name, {})
+            handles += [
+                module.register_forward_hook(lambda m, args, y, keep=keep: keep.update(x=args[0].detach().double())),
+                module.register_full_backward_hook(lambda m, gi, go, keep=keep: keep.update(g=go[0].double())),
+            ]
+    loss(model, data).backward()
+    for handle in handles:
+        handle.remove()
+    products = {}
+    for name, kept in seen.items():
+        x = kept["x"]
+        if model.get_submodule(name).bias is not None:
+            x = torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1)
+        products[name] = torch.einsum("bso,bsi->boi", kept["g"], x).cpu()
+    return products
+
+
+def assert_sums_exactly(model, loss, data):
+    """Whole gradients are the sums over tokens of the layers' own inputs and output gradients, to float32."""
+    log = logged(model, loss, data, sizes=(len(data),), projection="none")
+    for layer, expected in outer_products(model, loss, data).items():
+        assert relative_error(by_id(log, layer), expected) <= EXACT
+
+
+def autocast_loss(dtype, scale=1.0):
+    def loss(model, x):
+        with torch.autocast(x.device.type, dtype):
+            y = model(x)
+        return y.float().pow(2).sum() * scale
+
+    return loss
+
+
+def test_bfloat16_autocast(device):
+    model, data, loss = Net().to(device), make_data(device), autocast_loss(torch.bfloat16)
+    assert_same(logged(model, loss, data), reference(device=device), 3e-2)
+    assert_same(logged(model, loss, data, frozen=True), reference(device=device), 3e-2)
+    assert_sums_exactly(model, loss, data)
+    proven(model, loss, data[:3])
+
+
+def test_backward_inside_autocast(device):
+    model, data = Net().to(device), make_data(device)
+    run = new_run(model, projection="none")
+    with run(data_id=list(range(SAMPLES))), torch.autocast(device, torch.bfloat16):
+        model(data).float().pow(2).sum().backward()
+    log = finished(run)
+    for layer, expected in outer_products(model, autocast_loss(torch.bfloat16), data).items():
+        assert relative_error(by_id(log, layer), expected) <= EXACT
+
+
+def test_whole_model_in_bfloat16(device):
+    model, data = Net().to(device, torch.bfloat16), make_data(device).bfloat16()
+    assert_same(logged(model, loss_of, data), reference(device=device), 5e-2)
+    assert_sums_exactly(model, loss_of, data)
+    proven(model, data=data[:3])
+
+
+def test_float16_with_a_scaler_that_overflows(device):
+    model, data = Net().to(device), make_data(device)
+    data[5] *= 1e6  # beyond float16: the second batch of three holds one such sample
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    scaler = torch.amp.GradScaler(device, init_scale=2.0**8)
+    run, scales = new_run(model), []
+    for ids in batches():
+        scales.append(scaler.get_scale())
+        with run(data_id=ids, scaler=scaler):
+            scaler.scale(autocast_loss(torch.float16)(model, data[ids])).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    log = finished(run)
+    assert scales == [2.0**8, 2.0**8, 2.0**7, 2.0**7]  # the scaler saw the overflow too
+    assert log.flagged == [5] and sorted(log.data_ids) == [i for i in range(SAMPLES) if i != 5]
+    expected = reference(device=device)
+    good = [i for i in range(SAMPLES) if i != 5]
+    for layer in log.layers:
+        assert relative_error(by_id(log, layer), by_id(expected, layer)[good]) <= 2e-2
+    proven(model, autocast_loss(torch.float16), make_data(device)[:3])
+
+
+# Activation checkpointing
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("kind", ["reentrant", "non_reentrant", "selective"])
+def test_checkpointed(device, kind, frozen):
+    model, data = Net(checkpoints=kind).to(device).train(), make_data(device)
+    assert_same(logged(model, loss_of, data, frozen=frozen), reference(device=device))
+    proven(model, data=data[:3])
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("kind", ["reentrant", "non_reentrant", "selective"])
+def test_checkpointed_and_compiled(device, kind, frozen, fresh_compiler):
+    model, data = Net(1, kind).to(device).train(), make_data(device)
+    log = logged(model, loss_of, data, call=compiled_whole(model, dynamic=True), frozen=frozen)
+    assert compiles() <= 2
+    assert_same(log, reference(1, device))
+
+
+def test_reentrant_checkpoint_whose_input_needs_no_gradient_is_refused():
+    model = Net()
+    run = new_run(model)
+    with pytest.raises(DeliveryError, match=r"'blocks\.0\.up'.*a reentrant checkpoint"), run(data_id=[0, 1]):
+        x = checkpoint(model.blocks[0], model.first(make_data()[:2]).detach(), use_reentrant=True)
+        model.last(model.blocks[1](x) + 0 * model.first(make_data()[:2])).sum().backward()
+    run.close()
+
+
+# Logging inside training, and beside it
+
+
+def test_gradient_accumulation(device):
+    model, data = Net().to(device), make_data(device)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    run = new_run(model)
+    for index, ids in enumerate(batches()):
+        with run(data_id=ids, scale=2 * len(ids)):
+            (loss_of(model, data[ids]) / len(ids) / 2).backward()
+        if index % 2:
+            assert all(p.grad is not None for p in model.parameters())
+            optimizer.step()
+            optimizer.zero_grad()
+    assert_same(finished(run), reference(device=device))
+
+
+def test_training_logs_each_step_at_its_own_parameters(device):
+    def train(model, run, steps):
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        for ids in batches() * 2:
+            steps.append({k: v.clone() for k, v in model.state_dict().items()})
+            with run(data_id=ids) if run else contextlib.nullcontext():
+                loss_of(model, data[ids]).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+    data, model, bare, steps = make_data(device), Net().to(device), Net().to(device), []
+    run = new_run(model)
+    train(model, run, steps)
+    log = finished(run)
+    train(bare, None, [])
+    for mine, theirs in zip(model.parameters(), bare.parameters(), strict=True):
+        assert torch.equal(mine, theirs)  # logging changes nothing of the training
+    place = 0
+    for ids, state in zip(batches() * 2, steps, strict=True):
+        then = Net().to(device)
+        then.load_state_dict(state)
+        alone = logged(then, loss_of, data[ids], sizes=(len(ids),))
+        for layer in log.layers:
+            got = torch.from_numpy(log.rows(layer)[place : place + len(ids)].copy())
+            assert relative_error(got, by_id(alone, layer)) <= EXACT
+        place += len(ids)
+    assert place == len(log)
+
+
+def test_log_only_pass(device):
+    model = Net().to(device)
+    assert_same(logged(model, loss_of, make_data(device), frozen=True), reference(device=device))
+    assert all(p.grad is None and p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("where", ["block", "forward", "part"])
+def test_without_gradients_is_refused(context, where):
+    class Part(Net):
+        def forward(self, x):
+            x = self.first(x)
+            with context():
+                x = self.blocks[0](x)
+            return self.last(self.blocks[1](x.clone() + self.first(x[..., :8].clone())))
+
+    model, data = (Part() if where == "part" else Net()), make_data()[:2]
+    run = new_run(model)
+    with pytest.raises(DeliveryError, match="gradient"), run(data_id=[0, 1]):
+        if where == "block":
+            with context():
+                loss_of(model, data).backward()
+        elif where == "forward":
+            with context():
+                y = model(data)
+            y.sum().backward()
+        else:
+            loss_of(model, data).backward()
+    with run.query(data_id=[0, 1]) as query:  # the run goes on
+        loss_of(Net.forward.__get__(model), data).backward()
+    assert_same(query, reference())
+    run.close()
+
+
+# Models spread over devices
+
+
+def test_offloaded_weights():
+    """accelerate keeps weights elsewhere and fetches them for each layer's forward, as in `device_map` with "disk"."""
+    from accelerate import cpu_offload
+
+    model = Net()
+    expected = reference()
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert all(p.is_meta for p in model.parameters())
+    assert_same(logged(model, loss_of, make_data(), frozen=True), expected)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+def test_layers_on_two_devices(frozen):
+    from accelerate import dispatch_model
+
+    places = {"first": "cuda:0", "blocks.0": "cpu", "blocks.1": "cuda:0", "last": "cuda:0"}
+    model = dispatch_model(Net(), device_map=places, main_device="cuda:0", force_hooks=True)
+    assert_same(logged(model, loss_of, make_data("cuda:0"), frozen=frozen), reference(), 1e-4)
+
+
+class Spread(Net):
+    """The first block on one device, the rest on another, moved by hand."""
+
+    def place(self, a, b):
+        self.a, self.b = a, b
+        self.to(b).blocks[0].to(a)
+        return self
+
+    def forward(self, x):
+        x = self.blocks[0](self.first(x.to(self.b)).to(self.a)).to(self.b)
+        return self.last(self.blocks[1](x))
+
+
+@pytest.mark.gpu
+def test_model_moved_by_hand_between_devices():
+    model = Spread().place("cpu", "cuda:0")
+    assert_same(logged(model, loss_of, make_data()), reference(), 1e-4)
+
+
+# The table
+
+
+def test_each_cell_of_the_table_names_a_test_that_exists():
+    table = (ROOT / "docs/matrix.md").read_text()
+    named = set(re.findall(r"`(test_\w+\.py)::(\w+)`", table))
+    assert len(named) >= 30
+    for file, test in named:
+        assert re.search(rf"^def {test}\(", (ROOT / "tests" / file).read_text(), re.MULTILINE), f"{file}::{test}"
+    mine = {test for file, test in named if file == Path(__file__).name}
+    written = set(re.findall(r"^def (test_\w+)\(", Path(__file__).read_text(), re.MULTILINE))
+    assert written - mine == {"test_each_cell_of_the_table_names_a_test_that_exists"}

@@ -1,0 +1,405 @@
+"""transformers' Trainer: the rows of its micro-batches are those of each sample's summed loss, whatever it scales."""
+
+import contextlib
+import os
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+)
+
+import loghook
+from loghook.errors import BatchError, ConfigError, UnsupportedError
+from loghook.integrations.transformers import log_training
+from tests.harness import sides, whole
+from tests.oracle import one_sample_gradients, project, relative_error
+
+SAMPLES, VOCABULARY = 11, 40
+CONFIG = {
+    "vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "max_position_embeddings": 16, "pad_token_id": 0, "num_labels": 3,
+}  # fmt: skip
+
+
+class LocalMean(LlamaForCausalLM):
+    """Trainer's second rule: it keeps ``num_items_in_batch`` to itself, and the loss is a mean over local tokens."""
+
+    accepts_loss_kwargs = False
+
+
+class SmoothMean(LlamaForCausalLM):
+    """The second rule with label smoothing, which shifts labels by the name of the class."""
+
+    accepts_loss_kwargs = False
+
+
+SmoothMean.__name__ = "LlamaForCausalLM"
+
+
+class Tagger(nn.Module):
+    """A model of one's own: no keyword arguments, no shift."""
+
+    def __init__(self, _):
+        super().__init__()
+        self.embed, self.up, self.head = nn.Embedding(VOCABULARY, 12), nn.Linear(12, 20), nn.Linear(20, VOCABULARY)
+
+    def forward(self, input_ids, attention_mask, labels=None):
+        logits = self.head(torch.tanh(self.up(self.embed(input_ids))))
+        return {"loss": F.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+
+class Auxiliary(LlamaForCausalLM):
+    def forward(self, input_ids, attention_mask=None, labels=None, **kwargs):
+        output = super().forward(input_ids, attention_mask, labels=labels, **kwargs)
+        output.loss = output.loss + output.logits.pow(2).mean()
+        return output
+
+
+MODELS = {
+    "num_items": LlamaForCausalLM,  # the sum over tokens, divided by num_items_in_batch
+    "local_mean": LocalMean,
+    "ignores": LlamaForSequenceClassification,  # accepts num_items_in_batch and does not use it
+    "own": Tagger,
+    "smooth": LlamaForCausalLM,  # Trainer's label smoothing
+    "smooth_mean": SmoothMean,
+}
+
+
+def make_model(kind, dropout=0.0):
+    torch.manual_seed(0)
+    return MODELS[kind](LlamaConfig(**CONFIG, attention_dropout=dropout))
+
+
+@cache
+def samples(kind, names=False):
+    """Sentences of several lengths; some positions are not learned, the first in some samples neither."""
+    torch.manual_seed(1)
+    out = []
+    for i in range(SAMPLES):
+        tokens = torch.randint(1, VOCABULARY, (5 + i % 4,))
+        labels = tokens.clone()
+        labels[: i % 3] = -100
+        labels = int(tokens[0]) % 3 if kind == "ignores" else labels.tolist()
+        out.append({"id": f"s{i}" if names else i, "input_ids": tokens.tolist(), "labels": labels, "note": "unused"})
+    return out
+
+
+def collate(features):
+    assert all(set(feature) == {"input_ids", "labels"} for feature in features), "the collator sees the model's columns"
+    length = max(len(f["input_ids"]) for f in features)
+
+    def pad(name, value):
+        rows = [f[name] for f in features]
+        return torch.tensor([r + [value] * (length - len(r)) if isinstance(r, list) else r for r in rows])
+
+    tokens = pad("input_ids", 0)
+    return {"input_ids": tokens, "attention_mask": (tokens != 0).long(), "labels": pad("labels", -100)}
+
+
+def make_trainer(folder, kind="num_items", model=None, data=None, callbacks=(), subclass=Trainer, **options):
+    defaults = {
+        "per_device_train_batch_size": 2, "num_train_epochs": 1, "learning_rate": 0.0, "use_cpu": True, "report_to": [],
+        "disable_tqdm": True, "save_strategy": "no", "logging_strategy": "no", "lr_scheduler_type": "constant",
+        "label_smoothing_factor": 0.1 if kind.startswith("smooth") else 0.0, "seed": 3,
+    }  # fmt: skip
+    return subclass(
+        model if model is not None else make_model(kind),
+        TrainingArguments(output_dir=str(folder), **{**defaults, **options}),
+        train_dataset=data if data is not None else samples(kind),
+        eval_dataset=samples(kind)[:3],
+        data_collator=collate,
+        callbacks=list(callbacks),
+    )
+
+
+def open_run(path, model, **options):
+    run = loghook.init(path, rank=4, **options)
+    with contextlib.redirect_stdout(None):
+        run.watch(model, exclude=["*lm_head", "embed"])
+    return run
+
+
+def train(trainer, path, **options):
+    """Log one ``trainer.train()`` and return the log."""
+    run = open_run(path, trainer.model)
+    with log_training(trainer, run, **options):
+        trainer.train()
+    run.finalize()
+    run.close()
+    return loghook.load(path)
+
+
+def summed_loss(kind):
+    """The loss of one sample, written without transformers: the sum over its labels."""
+
+    def loss(model, batch):
+        logits = model(**{**batch, "labels": None} if kind != "own" else batch)
+        logits, labels = (logits["logits"] if kind == "own" else logits.logits), batch["labels"]
+        if kind not in ("own", "ignores"):
+            logits, labels = logits[:, :-1], labels[:, 1:]
+        smoothing = 0.1 if kind.startswith("smooth") else 0.0
+        return F.cross_entropy(
+            logits.flatten(0, -2), labels.flatten(), ignore_index=-100, reduction="sum", label_smoothing=smoothing
+        )
+
+    return loss
+
+
+def expected_rows(kind, log, model=None, chosen=range(SAMPLES)):
+    """What autograd gives for one sample at a time, unpadded, in float64: {layer: (samples, k_out, k_in)}."""
+    model = (model or make_model(kind)).double()
+    rows = {name: [] for name in log.layers}
+    for i in chosen:
+        features = [{k: v for k, v in samples(kind)[i].items() if k in ("input_ids", "labels")}]
+        gradients = one_sample_gradients(model, summed_loss(kind), collate(features), log.layers)
+        for name in log.layers:
+            out_side, in_side = (whole(side) for side in sides(log, name))
+            rows[name].append(project(gradients[name], out_side, in_side)[0])
+    return {name: torch.stack(values) for name, values in rows.items()}
+
+
+_REFERENCES = {}
+
+
+def reference(kind, log):
+    """The rows of all samples at the parameters that training begins with."""
+    if kind not in _REFERENCES:
+        _REFERENCES[kind] = expected_rows(kind, log)
+    return _REFERENCES[kind]
+
+
+def worst(log, expected, order):
+    return max(relative_error(torch.from_numpy(log.rows(n)[:][order].copy()), expected[n]) for n in log.layers)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("trainer")
+
+
+SETTINGS = {
+    "plain": {},
+    "accumulate": {"gradient_accumulation_steps": 4},  # 6 micro-batches of 2 (the last of 1): windows of 4 and 2
+    "checkpointing": {"activation_checkpointing": True, "gradient_accumulation_steps": 2},
+    "local_count": {"average_tokens_across_devices": False, "per_device_train_batch_size": 4},
+}
+CELLS = [(kind, setting) for kind in ("num_items", "local_mean", "ignores") for setting in SETTINGS]
+CELLS += [(kind, "accumulate") for kind in ("own", "smooth", "smooth_mean")]
+
+
+@pytest.mark.parametrize("kind,setting", CELLS, ids=["-".join(cell) for cell in CELLS])
+def test_rows_are_those_of_the_summed_loss(folder, kind, setting):
+    path = folder / f"{kind}-{setting}"
+    log = train(make_trainer(folder, kind, **SETTINGS[setting]), path)
+    assert sorted(log.data_ids) == list(range(SAMPLES)) and len(log) == SAMPLES
+    assert worst(log, reference(kind, log), np.argsort(log.data_ids)) <= 1e-5
+
+
+def test_a_gradient_scaler_is_undone(folder):
+    trainer = make_trainer(folder, gradient_accumulation_steps=2)
+    trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    log = train(trainer, folder / "scaler")
+    assert len(log) == SAMPLES and not log.flagged
+    assert worst(log, reference("num_items", log), np.argsort(log.data_ids)) <= 1e-5
+
+
+class Snapshots(TrainerCallback):
+    """The parameters before each optimiser step."""
+
+    def __init__(self):
+        self.states = []
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        self.states.append({k: v.clone() for k, v in model.state_dict().items()})
+
+
+def test_rows_follow_the_parameters_of_their_step(folder):
+    snapshots = Snapshots()
+    options = {"learning_rate": 1e-2, "gradient_accumulation_steps": 2, "num_train_epochs": 2}
+    trainer = make_trainer(folder, callbacks=[snapshots], **options)
+    log = train(trainer, folder / "moving")
+    assert len(log) == 2 * SAMPLES and len(snapshots.states) == 6
+    for window, state in enumerate(snapshots.states):
+        at = np.flatnonzero(np.asarray(log.keys.step) // 2 == window)
+        model = make_model("num_items")
+        model.load_state_dict(state)
+        expected = expected_rows("num_items", log, model, [log.data_ids[i] for i in at])
+        assert worst(log, expected, at) <= 1e-5
+    first, last = (snapshots.states[i]["model.layers.0.mlp.up_proj.weight"][None] for i in (0, -1))
+    assert relative_error(last, first) > 1e-2
+
+
+@pytest.mark.parametrize("kind", ["num_items", "local_mean"])
+def test_training_is_what_it_would_have_been(folder, kind):
+    """Dropout and shuffling included; evaluation in between logs nothing; the trainer is given back as it was."""
+    options = {"learning_rate": 1e-2, "eval_strategy": "steps", "eval_steps": 1, "num_train_epochs": 2}
+    plain, logged = (make_trainer(folder, kind, make_model(kind, dropout=0.3), **options) for _ in range(2))
+    before = dict(vars(logged))
+    run = open_run(folder / f"same-{kind}", logged.model)
+    with log_training(logged, run):
+        for seed in (1, 2):  # the second time the same samples again, in rows of their own
+            torch.manual_seed(seed)
+            logged.train()
+            logged.evaluate()
+    run.finalize()
+    run.close()
+    log = loghook.load(folder / f"same-{kind}")
+    assert len(log) == 4 * SAMPLES and sorted(set(log.keys.step)) == list(range(24))
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        plain.train()
+    assert set(vars(logged)) == set(vars(plain)) and logged.data_collator is before["data_collator"]
+    assert "id" not in logged._signature_columns
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(value, logged.model.state_dict()[name]), name
+
+
+def test_a_resumed_training_goes_on_in_its_log(folder):
+    options = {"save_strategy": "steps", "save_steps": 3, "max_steps": 3, "learning_rate": 1e-2}
+    checkpoints, path = folder / "checkpoints", folder / "resumed"
+    trainer = make_trainer(checkpoints, data=samples("num_items", names=True), **options)
+    run = open_run(path, trainer.model)
+    with log_training(trainer, run):
+        trainer.train()
+    run.close()
+    options["max_steps"] = 6
+    trainer = make_trainer(checkpoints, data=samples("num_items", names=True), dataloader_num_workers=1, **options)
+    run = open_run(path, trainer.model, resume=True)
+    with log_training(trainer, run):
+        trainer.train(resume_from_checkpoint=True)
+    run.finalize()
+    run.close()
+    log = loghook.load(path)
+    assert sorted(log.data_ids) == sorted(f"s{i}" for i in range(SAMPLES))
+    assert sorted(set(log.keys.step)) == list(range(6))
+
+
+def test_ids_from_a_column_of_datasets(folder):
+    datasets = pytest.importorskip("datasets")
+    data = datasets.Dataset.from_list(samples("num_items"))
+    log = train(make_trainer(folder, data=data), folder / "hub")
+    assert sorted(log.data_ids) == list(range(SAMPLES))
+    assert worst(log, reference("num_items", log), np.argsort(log.data_ids)) <= 1e-5
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __iter__(self):
+        return iter(samples("local_mean"))
+
+
+def test_a_stream_of_samples(folder):
+    dispatch = {"accelerator_config": {"dispatch_batches": False}}
+    options = {"max_steps": 2, "gradient_accumulation_steps": 4}  # the second window holds only 2 micro-batches
+    log = train(make_trainer(folder, "local_mean", data=Stream(), **options, **dispatch), folder / "stream")
+    assert log.data_ids[:SAMPLES] == list(range(SAMPLES))
+    assert worst(log, reference("local_mean", log), list(range(SAMPLES))) <= 1e-5
+    with pytest.raises(ConfigError, match="dispatch_batches"):
+        train(make_trainer(folder, "local_mean", data=Stream(), **options), folder / "dispatched")
+
+
+def sum_over_items(outputs, labels, num_items_in_batch):
+    logits, labels = outputs.logits[:, :-1].flatten(0, 1), labels[:, 1:].flatten()
+    return F.cross_entropy(logits, labels, reduction="sum") / num_items_in_batch
+
+
+def mean_of_sums(outputs, labels, num_items_in_batch):
+    return sum_over_items(outputs, labels, 8.0)
+
+
+@pytest.mark.parametrize("function,scale", [(sum_over_items, None), (mean_of_sums, lambda batch, items: 8.0)])
+def test_a_loss_function_of_ones_own(folder, function, scale):
+    trainer = make_trainer(folder, gradient_accumulation_steps=2)
+    trainer.compute_loss_func = function
+    log = train(trainer, folder / function.__name__, scale=scale)
+    assert worst(log, reference("num_items", log), np.argsort(log.data_ids)) <= 1e-5
+
+
+class Passes(Trainer):
+    """A subclass with a data loader of its own that forgets the ids."""
+
+    def get_train_dataloader(self):
+        return [collate([{k: s[k] for k in ("input_ids", "labels")} for s in samples("num_items")[:2]])]
+
+
+def test_errors_leave_the_trainer_as_it_was(folder):
+    auxiliary = Auxiliary(LlamaConfig(**CONFIG))
+    floats = [{**s, "labels": float(s["labels"])} for s in samples("ignores")]
+    cases = [
+        (ConfigError, r"id_column='key' is no column .* \(it has 'input_ids', 'labels'", {}, {"id_column": "key"}),
+        (UnsupportedError, "the loss of Auxiliary is neither", {"model": auxiliary}, {}),
+        (UnsupportedError, "is neither", {"function": mean_of_sums}, {}),
+        (UnsupportedError, r"LlamaForSequenceClassification trains on torch.float32 labels", {"data": floats}, {}),
+        (BatchError, r"the batch has no 'id' \(it has 'input_ids'", {"subclass": Passes, "max_steps": 1}, {}),
+        (BatchError, "data_id holds float", {"data": [{**s, "id": 0.5} for s in samples("num_items")]}, {}),
+    ]
+    for number, (error, message, options, arguments) in enumerate(cases):
+        function = options.pop("function", None)
+        kind = "ignores" if options.get("data") is floats else "num_items"
+        trainer = make_trainer(folder, kind, **options)
+        trainer.compute_loss_func = function
+        keys = set(vars(trainer))
+        with pytest.raises(error, match=message):
+            train(trainer, folder / f"error-{number}", **arguments)
+        assert set(vars(trainer)) & {"training_step", "get_train_dataloader"} == set()
+        assert trainer.data_collator is collate and keys <= set(vars(trainer))
+        assert not trainer.model.training or trainer.is_in_train
+
+
+def test_data_parallel_is_refused(folder, monkeypatch):
+    trainer = make_trainer(folder)
+    monkeypatch.setattr(type(trainer.args), "n_gpu", 2)
+    with pytest.raises(UnsupportedError, match=r"2 devices from one process .* torchrun"):
+        train(trainer, folder / "parallel")
+
+
+# Two processes: torchrun starts this file, which trains every scenario one after another.
+
+TWO = {
+    "num_items": ("num_items", {"gradient_accumulation_steps": 2}),
+    "num_items_local": ("num_items", {"average_tokens_across_devices": False}),
+    "local_mean": ("local_mean", {"gradient_accumulation_steps": 2, "activation_checkpointing": True}),
+    "ignores": ("ignores", {"gradient_accumulation_steps": 2}),
+    "smooth": ("smooth", {}),
+}
+
+
+def launched(folder):
+    torch.set_num_threads(1)
+    for name, (kind, options) in TWO.items():
+        trainer = make_trainer(folder, kind, data=samples(kind, names=True), **options)
+        run = open_run(f"{folder}/{name}", trainer.model)
+        with log_training(trainer, run):
+            for _ in run.passes():
+                trainer.train()
+        assert trainer.accelerator.num_processes == 2
+        run.finalize()
+        run.close()
+
+
+def test_two_processes(folder):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", __file__]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run([*command, str(folder / "two")], env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    ids = [f"s{i}" for i in range(SAMPLES)]
+    for name, (kind, _) in TWO.items():
+        log = loghook.load(folder / "two" / name)
+        assert sorted(log.data_ids) == sorted(ids) and log.repeats == 1 and set(log.keys.rank) == {0, 1}, name
+        assert worst(log, reference(kind, log), [log.data_ids.index(i) for i in ids]) <= 1e-5, name
+
+
+if __name__ == "__main__":
+    launched(sys.argv[1])
