@@ -9,8 +9,11 @@ from torch import Tensor, nn
 
 from loghook.capture.batch import batch_size, one_sample
 from loghook.capture.block import nothing_delivered
+from loghook.capture.coverage import describe_coverage
 from loghook.capture.hooked import Hooked
-from loghook.capture.layers import Layer, Watch, describe_coverage, mixing_modules, patterns, unwrap
+from loghook.capture.layers import Layer
+from loghook.capture.models import mixing_modules, unwrap
+from loghook.capture.select import Watch, patterns
 from loghook.errors import BatchError, DeliveryError, UnsupportedError
 
 LossFunction = Callable[[nn.Module, Any], Tensor]

@@ -74,7 +74,7 @@ def info(
         "finished": m.sealed is not None,
         "bytes": sum(file.stat().st_size for file in log.path.iterdir() if file.is_file()),
         "values_a_row": log.layout.width,
-        "layers": len(log.layers),
+        "layers": log.layers,
         "covered": m.coverage["covered"] / max(1, m.coverage["total"]),
         "not_covered": m.coverage["not_covered"],
         "projection": m.projection,
@@ -95,13 +95,18 @@ def info(
     typer.echo(f"{log.path}: {len(log):,} rows, {state}, {facts['bytes'] / 1e6:,.1f} MB on disk")
     kind = "whole gradients" if m.projection == "none" else f"{m.projection} projection, rank {m.rank}, seed {m.seed}"
     typer.echo(f"  {log.layout.width:,} values a row in {m.dtype}; {kind}")
-    typer.echo(f"  {len(log.layers)} layers with {facts['covered']:.1%} of {m.coverage['total']:,} parameters")
-    for item in m.coverage["not_covered"][:5]:
-        typer.echo(
-            f"    not covered: {item['name'] or '(model)'}, {item['parameters']:,} parameters ({item['reason']})"
-        )
-    if len(m.coverage["not_covered"]) > 5:
-        typer.echo(f"    and {len(m.coverage['not_covered']) - 5} more (--json lists them)")
+    if not len(log):
+        typer.echo("  nothing is committed yet")
+    typer.echo(
+        f"  {len(log.layers)} layers with {facts['covered']:.1%} of {m.coverage['total']:,} parameters (--json: all)"
+    )
+    reasons: dict[str, list[dict[str, Any]]] = {}
+    for item in m.coverage["not_covered"]:
+        reasons.setdefault(item["reason"], []).append(item)
+    for reason, items in reasons.items():
+        size = sum(item["parameters"] for item in items)
+        more = f" and {len(items) - 1} more" if len(items) > 1 else ""
+        typer.echo(f"    not covered: {items[0]['name'] or '(model)'}{more}, {size:,} parameters ({reason})")
     typer.echo(f"  {log.repeats:,} repeats left out, {len(log.flagged):,} samples flagged as not finite")
     for torn in log.torn:
         typer.echo(f"  {torn}")

@@ -1564,3 +1564,35 @@ def test_importing_loghook_imports_no_heavy_optional_package() -> None:
     done = python(program)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", ["/proc/loghook-run", "/sys/loghook-run"])
+def test_a_folder_that_cannot_be_written_is_a_clear_error(path):
+    with pytest.raises(loghook.errors.WriteError) as caught:
+        loghook.init(path, rank=2)
+    assert path in str(caught.value) and "make room or mend the folder" in str(caught.value)
+
+
+def test_a_folder_that_becomes_read_only_keeps_what_was_committed(tmp_path, monkeypatch):
+    """As root no permission bit stops a write, so the system's answer is put in its place."""
+    model = torch.nn.Sequential(torch.nn.Linear(3, 2))
+    run = loghook.init(tmp_path / "run", rank=2, commit_seconds=1e-3, shard_bytes=1)
+    run.watch(model)
+    with run(data_id=[0]):
+        model(torch.randn(1, 3)).sum().backward()
+    deadline = time.monotonic() + 20
+    while len(loghook.load(tmp_path / "run")) < 1:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+    def refuse(*arguments, **keywords):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "pwrite", refuse)
+    with pytest.raises(loghook.errors.WriteError, match="Read-only file system"):
+        with run(data_id=[1]):
+            model(torch.randn(1, 3)).sum().backward()
+        run.finalize()
+    monkeypatch.undo()
+    log = loghook.load(tmp_path / "run")
+    assert log.data_ids == [0] and not log.verify()

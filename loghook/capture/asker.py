@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from loghook.capture.hooked import Hooked
-from loghook.capture.layers import Watch
+from loghook.capture.select import Watch
 from loghook.errors import ConfigError, MismatchError
 from loghook.log.format import LayerSpec, Manifest
 

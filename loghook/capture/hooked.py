@@ -12,8 +12,10 @@ from torch import Tensor, nn
 from loghook.capture.batch import Ids, check_ids, check_mask, check_scale
 from loghook.capture.block import Block, Captured, make_hook, nothing_delivered
 from loghook.capture.experts import ExpertProjection, watched
-from loghook.capture.layers import Layer, Watch, mixing_modules, parameters_digest, refuse, select, unwrap
+from loghook.capture.layers import Layer
+from loghook.capture.models import mixing_modules, parameters_digest, refuse, unwrap
 from loghook.capture.segments import arrange
+from loghook.capture.select import Watch, select
 from loghook.errors import ConfigError, DeliveryError, NotFiniteError, StateError, UnsupportedError
 from loghook.log.finite import not_finite
 from loghook.log.format import LayerSpec, Layout

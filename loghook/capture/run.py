@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from loghook.capture.batch import Ids, check_ids, check_scale
 from loghook.capture.config import Config
+from loghook.capture.coverage import describe_coverage
 from loghook.capture.hooked import Hooked
-from loghook.capture.layers import FUSED_EXPERTS, Watch, describe_coverage, patterns
 from loghook.capture.pack import pack
 from loghook.capture.processes import process_rank, provenance, shared, shared_run_id, world_size
 from loghook.capture.repeats import Repeats
+from loghook.capture.select import FUSED_EXPERTS, Watch, patterns
 from loghook.errors import BatchError, LogExistsError, LoghookError, StateError
 from loghook.log.disk import writing
 from loghook.log.folder import check_same, claim, seal

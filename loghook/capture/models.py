@@ -1,0 +1,95 @@
+"""What a user's model is made of, under whatever wraps it, and what is refused by name."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from loghook.capture.experts import projections
+from loghook.errors import UnsupportedError
+from loghook.log.format import checksum
+
+_WRAPPER_PARTS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """Return the user's own model under DistributedDataParallel and torch.compile."""
+    while True:
+        if isinstance(model, nn.parallel.DistributedDataParallel):
+            model = model.module
+        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
+            model = model._orig_mod  # type: ignore[assignment]
+        else:
+            return model
+
+
+def canonical_name(name: str) -> str:
+    """Remove what wrappers add to a module's name, so that it is the same however the model is wrapped."""
+    return ".".join(part for part in name.split(".") if part not in _WRAPPER_PARTS)
+
+
+def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Yield the modules of the unwrapped model with canonical names, wrappers left out, shared modules once."""
+    seen: set[str] = set()
+    for name, module in unwrap(model).named_modules():
+        canonical = canonical_name(name)
+        children = dict(module.named_children())
+        if not (children.keys() & _WRAPPER_PARTS) and canonical not in seen:
+            seen.add(canonical)
+            yield canonical, module
+            for part, projection in projections(module).items():
+                yield f"{canonical}.{part}".lstrip("."), projection
+
+
+def parameters_digest(model: nn.Module) -> str | None:
+    """Digest of a few values of every parameter: tells checkpoints apart; None where they are sharded."""
+    values = []
+    for parameter in unwrap(model).parameters():
+        sharded = type(parameter).__name__ == "DTensor" or in_flat_parameter(parameter)
+        if sharded or parameter.is_meta:
+            return None
+        for plain in _plain(parameter.detach()):
+            flat = plain.reshape(-1)
+            step = max(1, flat.numel() // 8)
+            values.append(flat[::step][:8].to(torch.float64))
+    return checksum(torch.cat([v.cpu() for v in values]).numpy().tobytes()) if values else None
+
+
+def _plain(t: Tensor) -> Iterator[Tensor]:
+    """Yield a tensor, or the tensors that a wrapper subclass (a quantised weight) is made of."""
+    if is_traceable_wrapper_subclass(t):
+        for name in t.__tensor_flatten__()[0]:
+            yield from _plain(getattr(t, name))
+    else:
+        yield t
+
+
+def in_flat_parameter(parameter: Tensor) -> bool:
+    """Whether FSDP1 keeps this parameter's values, so that its own shape is that of a shard."""
+    return getattr(parameter, "_fsdp_flattened", False)
+
+
+def refuse(model: nn.Module) -> None:
+    """Raise for models whose rows could not be exact."""
+    for module in model.modules():
+        if isinstance(module, nn.DataParallel):
+            raise UnsupportedError(
+                "nn.DataParallel replicates modules in every forward, so hooks see pieces of a batch in no fixed "
+                "order: use DistributedDataParallel (one process per device), or pass model.module."
+            )
+    sharded = [m for m in model.modules() if type(m).__name__.startswith("FSDP")]
+    for name, parameter in model.named_parameters():
+        mesh = getattr(parameter, "device_mesh", None)
+        if mesh is not None and (not sharded or {"tp", "sp", "cp", "pp"} & set(mesh.mesh_dim_names or ())):
+            raise UnsupportedError(
+                f"parameter {name!r} is split by tensor, sequence, context or pipeline parallelism (mesh dimensions "
+                f"{mesh.mesh_dim_names}): each rank sees a part of a layer's inputs or outputs, so its rows would be "
+                "partial. Use data parallelism (DDP or FSDP) for the logging pass."
+            )
+
+
+def mixing_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules that mix the samples of a batch while they are in training mode."""
+    batch_norms = (nn.modules.batchnorm._BatchNorm,)
+    return [(name, module) for name, module in named_modules(model) if isinstance(module, batch_norms)]

@@ -1,0 +1,166 @@
+"""Which layers are watched: the arguments of ``run.watch`` against a model's modules."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from loghook.capture.adapters import Adapter, find_adapter, registered_type
+from loghook.capture.coverage import coverage
+from loghook.capture.experts import ExpertProjection, projections
+from loghook.capture.layers import Layer
+from loghook.capture.models import named_modules
+from loghook.errors import ConfigError
+from loghook.log.format import LayerSpec
+from loghook.project.projection import Side, draw_side, shared_input_name
+
+FUSED_EXPERTS = "fused experts are watched only where a pattern such as '*experts*' names them"
+_TRUSTED = {"torch", "torchao", "bitsandbytes", "transformers", "peft", "loghook"}
+_REDUCTIONS = (None, "mean", "sum")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Watch:
+    """The arguments of ``run.watch``, checked at birth."""
+
+    include: tuple[str, ...]
+    exclude: tuple[str, ...]
+    may_sleep: tuple[str, ...]
+    flattened: tuple[str, ...]
+    bias: bool
+    batch_dim: int
+    activations: str | None
+    output_gradients: str | None
+
+    def __post_init__(self) -> None:
+        for name in ("activations", "output_gradients"):
+            if getattr(self, name) not in _REDUCTIONS:
+                raise ConfigError(f"{name}={getattr(self, name)!r} is unknown: choose None, 'mean' or 'sum'.")
+        if self.batch_dim not in (0, 1):
+            raise ConfigError(f"batch_dim={self.batch_dim} is unknown: 0 (batch first) or 1 (sequence first).")
+
+
+def patterns(value: str | Sequence[str] | None) -> tuple[str, ...]:
+    """One pattern or several, as a tuple."""
+    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
+
+
+def matches(name: str, wanted: Sequence[str]) -> bool:
+    """Whether a whole module name matches one of the patterns."""
+    return any(fnmatchcase(name, pattern) for pattern in wanted)
+
+
+def select(
+    model: nn.Module, watch: Watch, *, projection: str, rank: int, seed: int
+) -> tuple[list[Layer], dict[str, Any]]:
+    """Choose the layers to watch and draw their projections.
+
+    Returns:
+        The layers in module order, and the coverage record (see ``Manifest.coverage``).
+
+    Raises:
+        ConfigError: if a pattern matches nothing, or the rank would reduce nothing.
+    """
+    modules = dict(named_modules(model))
+    bypassed = {
+        f"{name}.out_proj".lstrip(".") for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)
+    }
+    for pattern in (*watch.include, *watch.may_sleep, *watch.flattened):
+        found_by = [module for name, module in modules.items() if _named_by(name, module, pattern)]
+        if found_by and pattern != "*" and not any(find_adapter(module) for module in found_by):
+            types = ", ".join(sorted({type(module).__name__ for module in found_by})[:4])
+            raise ConfigError(
+                f"pattern {pattern!r} matches only modules of types that have no adapter ({types}): register one with "
+                "@loghook.adapter, or take the pattern out."
+            )
+        if not found_by:
+            sample = ", ".join([name for name, m in modules.items() if find_adapter(m)][:6])
+            raise ConfigError(
+                f"pattern {pattern!r} matches no module. Patterns are fnmatch patterns over whole names, such as "
+                f"{sample}."
+            )
+    chosen: dict[str, tuple[nn.Module, Adapter]] = {}
+    reasons: dict[str, str] = {}
+    for name, module in modules.items():
+        found = find_adapter(module)
+        wanted = [
+            p for p in watch.include if _named_by(name, module, p) and (p != "*" or found is None or found.default)
+        ]
+        if name in bypassed:
+            reasons[name] = "nn.MultiheadAttention reads its weight without calling it"
+        elif projections(module):
+            reasons[name] = FUSED_EXPERTS
+        elif found is not None and _overrides_forward(module):
+            kind = type(module).__name__
+            reasons[name] = f"{kind} overrides forward; vouch for it with @loghook.adapter({kind})"
+        elif any(p.is_complex() for p in module.parameters(recurse=False)):
+            reasons[name] = "complex parameters"
+        elif found is None:
+            reasons[name] = f"no adapter for {type(module).__name__}"
+        elif not wanted:
+            reasons[name] = (
+                "an embedding is watched only where a pattern names it" if not found.default else "not included"
+            )
+        elif matches(name, watch.exclude):
+            reasons[name] = "excluded"
+        else:
+            chosen[name] = (module, found)
+    if not chosen:
+        raise ConfigError(
+            f"include={list(watch.include)} with exclude={list(watch.exclude)} selects no linear or convolution layer: "
+            "widen include or narrow exclude."
+        )
+    layers = _draw(chosen, watch, projection=projection, rank=rank, seed=seed)
+    return layers, coverage(model, chosen, reasons)
+
+
+def _named_by(name: str, module: nn.Module, pattern: str) -> bool:
+    """Whether a pattern names a module; an expert's projection also answers to the name of the whole."""
+    owner = name.rsplit(".", 2)[0] if isinstance(module, ExpertProjection) else name
+    return fnmatchcase(name, pattern) or fnmatchcase(owner, pattern)
+
+
+def _overrides_forward(module: nn.Module) -> bool:
+    """Whether a subclass of a known layer computes something of its own, so that the base's adapter may not fit it.
+
+    Libraries that store a linear layer's weight in another way keep what it computes, and are trusted.
+    """
+    known = registered_type(module)
+    if known is None or type(module).forward is known.forward:
+        return False
+    return type(module).__module__.partition(".")[0] not in _TRUSTED
+
+
+def _draw(
+    chosen: dict[str, tuple[nn.Module, Adapter]], watch: Watch, *, projection: str, rank: int, seed: int
+) -> list[Layer]:
+    shared: dict[tuple[str, int], Side] = {}
+    layers = []
+    for name, (module, found) in chosen.items():
+        shape = found.geometry(module)
+        bias = shape.bias and watch.bias
+        group, width = shared_input_name(name), shape.in_features + bias
+        if (group, width) not in shared:
+            shared[group, width] = draw_side(projection, seed=seed, name=group, side="in", width=width, rank=rank)
+        inputs = shared[group, width]
+        outputs = draw_side(projection, seed=seed, name=name, side="out", width=shape.out_features, rank=rank)
+        spec = LayerSpec(
+            name=name,
+            type=type(found).__name__,
+            in_features=shape.in_features,
+            out_features=shape.out_features,
+            groups=shape.groups,
+            channels=shape.channels,
+            bias=bias,
+            k_in=inputs.k,
+            k_out=outputs.k,
+            activations=watch.activations if shape.channels else None,  # indices have none
+            output_gradients=watch.output_gradients,
+            batch_dim=watch.batch_dim,
+            may_sleep=matches(name, watch.may_sleep) or isinstance(module, ExpertProjection),
+            flattened=matches(name, watch.flattened),
+        )
+        layers.append(Layer(spec, module, found, inputs, outputs))
+    return layers
