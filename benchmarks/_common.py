@@ -70,11 +70,14 @@ def parser(description: str) -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     made.add_argument("--repeats", type=int, default=9, help="turns; the medians of the ratios are reported")
     made.add_argument("--threads", type=int, default=2)
+    made.add_argument("--require", action="store_true", help="end with status 1 if a target is missed")
     made.add_argument("--save", action="store_true", help="write the JSON to benchmarks/results/")
     return made
 
 
-def report(name: str, result: dict[str, Any], *, save: bool, targets: dict[str, tuple[float, str]]) -> None:
+def report(
+    name: str, result: dict[str, Any], *, save: bool, targets: dict[str, tuple[float, str]], require: bool = False
+) -> None:
     """Print a table of ratios beside their targets; write JSON; end with status 1 if --require was missed."""
     result = {"benchmark": name, "machine": machine()} | result
     print(f"\n{name} on {result['machine']['cpu']}, {result['machine']['threads']} threads, torch {torch.__version__}")
@@ -93,6 +96,8 @@ def report(name: str, result: dict[str, Any], *, save: bool, targets: dict[str, 
     ]
     if missed:
         print("  missed: " + "; ".join(missed), file=sys.stderr)
+        if require:
+            raise SystemExit(1)
 
 
 def _holds(value: float, goal: float, sign: str) -> bool:

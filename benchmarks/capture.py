@@ -95,7 +95,13 @@ def main() -> None:
     }
     seconds = {name: sorted(values)[len(values) // 2] for name, values in times.items()}
     setting = {key: getattr(a, key) for key in ("hidden", "layers", "rank", "batch", "tokens")}
-    report("capture", {"setting": setting, "seconds": seconds, "ratios": ratios}, save=a.save, targets=targets)
+    report(
+        "capture",
+        {"setting": setting, "seconds": seconds, "ratios": ratios},
+        save=a.save,
+        targets=targets,
+        require=a.require,
+    )
 
 
 if __name__ == "__main__":

@@ -2,7 +2,6 @@
 
 import json
 import os
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -84,6 +83,8 @@ def info(
         "writers": m.world_size,
         "repeats_left_out": log.repeats,
         "flagged": log.flagged,
+        "not_in_statistics": log.unmeasured,
+        "asleep": log.asleep,
         "unfinished_records": log.torn,
         "fingerprint": log.fingerprint,
         "provenance": m.provenance,
@@ -108,6 +109,10 @@ def info(
         more = f" and {len(items) - 1} more" if len(items) > 1 else ""
         typer.echo(f"    not covered: {items[0]['name'] or '(model)'}{more}, {size:,} parameters ({reason})")
     typer.echo(f"  {log.repeats:,} repeats left out, {len(log.flagged):,} samples flagged as not finite")
+    if log.unmeasured:
+        typer.echo(f"  {log.unmeasured:,} rows are not in the statistics: their batches held rows that were not finite")
+    if log.asleep:
+        typer.echo(f"  {len(log.asleep)} layers slept in some batches; their rows there are zero (--json: how many)")
     for torn in log.torn:
         typer.echo(f"  {torn}")
     created, versions = m.provenance.get("created", "?"), m.provenance.get("versions", {})
@@ -257,8 +262,3 @@ def demo(
             lds_subsets=lds,
         )
     )
-
-
-def main() -> None:
-    """Run the command line."""
-    sys.exit(app())
