@@ -3,20 +3,25 @@
 The public names are the ones below; everything else is private or a submodule's own.
 """
 
-from loghook.api import Log, init, load
+from loghook.api import Log, fit, init, load
 from loghook.capture import segments
 from loghook.capture.adapters import Adapter, Geometry, adapter
 from loghook.capture.frozen import frozen
-from loghook.capture.run import Pass, Run
+from loghook.capture.passes import Pass
+from loghook.capture.run import Run
 from loghook.check import CheckReport, check
 from loghook.errors import LoghookError
 from loghook.influence.scores import Record, Scores
 from loghook.log.query import Query
+from loghook.whole.fit import Fit
+from loghook.whole.scoring import Scoring
 
 __version__ = "0.1.0"
 __all__ = [
     # logging
     "init", "Run", "Pass", "frozen", "segments", "check", "CheckReport",
+    # whole gradients
+    "fit", "Fit", "Scoring",
     # asking
     "load", "Log", "Query", "Scores", "Record",
     # extending

@@ -16,6 +16,7 @@ from loghook.influence.precondition import Curvature
 from loghook.influence.scores import Scores
 from loghook.log.query import Query
 from loghook.log.reader import Reader
+from loghook.whole.fit import Fit
 
 
 def init(
@@ -23,6 +24,8 @@ def init(
     rank: int = 64,
     *,
     projection: str = "random",
+    whitening: float = 0.01,
+    fitted: str | Path | None = None,
     seed: int = 0,
     dtype: str = "float32",
     resume: bool = False,
@@ -36,7 +39,10 @@ def init(
     Args:
         path: folder of the run.
         rank: each layer logs at most rank x rank values a sample; sides no wider than this are kept whole.
-        projection: "random" or "none" (whole gradients).
+        projection: "random"; "pca" or "whitened", which ``run.passes()`` fits in one more pass; or "none" (whole
+            gradients). docs/methods.md has the formulas, docs/choosing.md says which to take.
+        whitening: damping of each second moment that "whitened" inverts, times its mean eigenvalue.
+        fitted: take the fitted projection of another run, or the factors of ``loghook.fit``, instead of a pass.
         seed: of the random projection.
         dtype: how rows are stored: "float64", "float32", "bfloat16" or "float16".
         resume: go on with an interrupted run at ``path``, or start one if there is none.
@@ -54,6 +60,8 @@ def init(
         path=Path(path),
         rank=rank,
         projection=projection,
+        whitening=whitening,
+        fitted=None if fitted is None else Path(fitted),
         seed=seed,
         dtype=dtype,
         on_repeat=on_repeat,
@@ -61,6 +69,22 @@ def init(
         commit_seconds=commit_seconds,
     )
     return Run(config, resume=resume, overwrite=overwrite)
+
+
+def fit(path: str | Path, *, fisher: str = "empirical", resume: bool = False, overwrite: bool = False) -> Fit:
+    """Open a folder for EK-FAC factors of whole gradients: no rows, two passes over the data, then questions.
+
+    Args:
+        path: folder of the factors.
+        fisher: "empirical": gradients of the data's own labels; "true": of labels drawn from the model, which
+            ``Pass.labels`` draws in your loop.
+        resume: use or complete the factors at ``path``, if there are any; complete passes are skipped.
+        overwrite: fit anew.
+
+    Raises:
+        LogExistsError: factors are there already and neither ``resume`` nor ``overwrite`` was given.
+    """
+    return Fit(Path(path), fisher=fisher, resume=resume, overwrite=overwrite)
 
 
 def load(path: str | Path) -> "Log":
@@ -152,7 +176,7 @@ class Log(Reader):
         Raises:
             MismatchError: if the model's layers are not those of the log.
         """
-        asker = Asker(model, self.manifest, str(self.path))
+        asker = Asker(model, self.manifest, self.path)
         mine = self.manifest.parameters.get("last") or self.manifest.parameters.get("first")
         if mine and asker.digest() not in (None, mine):
             warnings.warn(

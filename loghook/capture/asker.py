@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from glob import escape
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -9,13 +10,14 @@ from torch import nn
 from loghook.capture.hooked import Hooked
 from loghook.capture.select import Watch
 from loghook.errors import ConfigError, MismatchError
+from loghook.log.fitted import load_sides
 from loghook.log.format import LayerSpec, Manifest
 
 
 class Asker(Hooked):
     """A model under the hooks of a log: asks questions, writes nothing."""
 
-    def __init__(self, model: nn.Module, manifest: Manifest, origin: str) -> None:
+    def __init__(self, model: nn.Module, manifest: Manifest, origin: Path) -> None:
         """Hook the layers that the manifest of the log at ``origin`` names; see ``Log.attach``."""
         super().__init__(manifest.projection, manifest.rank, manifest.seed)
         try:
@@ -32,6 +34,8 @@ class Asker(Hooked):
                         f"layer {theirs.name!r} is {mine.spec} in the model and {theirs} in {origin}: attach the model "
                         "that was logged."
                     )
+            if manifest.fitted is not None:
+                self._project_with(load_sides(origin, manifest.fitted), manifest.fitted)
         except ConfigError as error:
             self.close()
             raise MismatchError(f"the model does not have the layers of {origin}: {error}") from error

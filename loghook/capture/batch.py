@@ -67,6 +67,12 @@ def check_scale(scale: Any) -> float | Tensor:
     return value
 
 
+def unscaled(scale: float | Tensor, scaler: Any) -> float | Tensor:
+    """What rows are multiplied by: ``scale``, with a GradScaler's own scale divided out."""
+    factor = check_scale(scale)
+    return factor if scaler is None else factor / check_scale(scaler.get_scale())
+
+
 def _tensors(batch: Any) -> list[Tensor]:
     if isinstance(batch, Tensor):
         return [batch] if batch.dim() else []

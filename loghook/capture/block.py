@@ -3,14 +3,14 @@
 import inspect
 import weakref
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loghook.capture.experts import ExpertProjection
-from loghook.capture.layers import Layer, Shared, Slots
+from loghook.capture.layers import Job, Layer, Shared, Slots
 from loghook.capture.segments import Documents, list_tokens
 from loghook.capture.tap import Tap, sum_tokens
 from loghook.errors import BatchError, DeliveryError, UnsupportedError
@@ -25,14 +25,16 @@ class Captured:
     """What a block delivered.
 
     Attributes:
-        rows: (B, width) in float32 or float64, on the device of the first layer.
+        rows: (B, width) in float32 or float64, on the device of the first layer; empty where a job took their place.
         moments: the vector of statistics (see ``Layout``) summed over the block's tokens, or None.
         asleep: names of layers that may sleep and did; their rows are zero.
+        results: {layer name: what the block's job delivered}; sleeping layers are missing.
     """
 
     rows: Tensor
     moments: Tensor | None
     asleep: list[str]
+    results: dict[str, Tensor] = field(default_factory=dict)
 
 
 def make_hook(layer: Layer) -> Callable[..., Tensor | None]:
@@ -61,10 +63,10 @@ def make_hook(layer: Layer) -> Callable[..., Tensor | None]:
             x = _unflatten(layer, slots, x)
         elif layer.spec.batch_dim:
             x = x.movedim(layer.spec.batch_dim, 0)
-        if slots.documents is None and not isinstance(module, ExpertProjection) and len(x) != slots.rows.shape[0]:
+        if slots.documents is None and not isinstance(module, ExpertProjection) and len(x) != slots.size:
             raise BatchError(
                 f"layer {layer.name!r} got an input of shape {tuple(x.shape)} (batch first) in a block of "
-                f"{slots.rows.shape[0]} ids: its first axis must be the batch, one entry for each data_id. Pass one id "
+                f"{slots.size} ids: its first axis must be the batch, one entry for each data_id. Pass one id "
                 "for each sample; or watch(..., batch_dim=1) for sequence-first models; or name the layer in "
                 "watch(..., flattened=...) if batch and tokens share that axis; or exclude the layer."
             )
@@ -87,16 +89,18 @@ def make_hook(layer: Layer) -> Callable[..., Tensor | None]:
                 slots.recomputed += 1
             elif slots.shared.delivered:
                 slots.shared.restarted = True
+        if slots.job is not None:
+            return slots.job.tap(layer, slots, y, projected, weight, documents)
         return Tap.apply(
             y,
             projected,
             weight,
-            layer.output_side.matrix,
+            slots.output_side.matrix,
             activations,
             documents,
             layer.adapter.channel_dim,
             layer.spec.batch_dim,
-            slots.rows,
+            slots.leaf,
             slots.moments,
             slots.activations,
             slots.outputs,
@@ -106,7 +110,7 @@ def make_hook(layer: Layer) -> Callable[..., Tensor | None]:
 
 
 def _project(layer: Layer, slots: Slots, module: nn.Module, x: Tensor) -> Tensor:
-    side, bias = layer.input_side, layer.spec.bias
+    side, bias = slots.input_side, layer.spec.bias
     with torch.no_grad():
         # Under torch.compile the compiler itself merges equal products of equal inputs.
         if not layer.adapter.shares_input or side.matrix is None or torch.compiler.is_compiling():
@@ -123,7 +127,7 @@ def _project(layer: Layer, slots: Slots, module: nn.Module, x: Tensor) -> Tensor
 
 def _unflatten(layer: Layer, slots: Slots, x: Tensor) -> Tensor:
     """Give (batch * tokens, ...) its batch axis back: (B, S, ...)."""
-    batch = slots.rows.shape[0] if slots.documents is None else slots.documents.number_BS.shape[0]
+    batch = slots.size if slots.documents is None else slots.documents.number_BS.shape[0]
     if x.shape[0] % batch:
         raise BatchError(
             f"layer {layer.name!r} was declared flattened and got {x.shape[0]} entries for a batch of {batch}, which "
@@ -149,7 +153,7 @@ def _token_weight(slots: Slots, tokens: Tensor) -> Tensor | None:
 
 def _routed_tokens(layer: Layer, slots: Slots, module: ExpertProjection) -> tuple[Tensor, Tensor | None]:
     """For an expert, which has lost its tokens' batch rows: its tokens by sample (or document), and their weights."""
-    token_N, size = module.token_N, slots.rows.shape[0]
+    token_N, size = module.token_N, slots.size
     if slots.documents is None:
         if module.total % size:
             raise BatchError(
@@ -169,9 +173,9 @@ def _routed_tokens(layer: Layer, slots: Slots, module: ExpertProjection) -> tupl
 class Block:
     """Opens the watched layers for one batch and collects what autograd delivers to their leaves."""
 
-    def __init__(self, layers: Sequence[Layer], size: int, *, moments: bool) -> None:
-        """Prepare a block of ``size`` samples; ``moments`` asks for the statistics as well."""
-        self._layers, self._size, self._moments = layers, size, moments
+    def __init__(self, layers: Sequence[Layer], size: int, *, moments: bool, job: Job | None = None) -> None:
+        """Prepare a block of ``size`` samples; ``moments`` asks for the statistics as well, ``job`` replaces rows."""
+        self._layers, self._size, self._moments, self._job = layers, size, moments and job is None, job
 
     def open(self, mask: Tensor | None, keep: Tensor | None, documents: Documents | None = None) -> None:
         """Give every layer fresh leaves.
@@ -181,7 +185,7 @@ class Block:
             keep: (B,) bool, which samples (or documents) count at all in them (repeats do not), or None for all.
             documents: which tokens make a row, or None: those of a sample.
         """
-        shared = Shared()
+        shared, kept = Shared(), keep
         if mask is not None and mask.dim() == 1:
             mask = mask[:, None]
         if documents is not None:
@@ -195,22 +199,30 @@ class Block:
             spec, (device, dtype) = layer.spec, layer.device_and_dtype()
             layer.place(device)
             layer.fired = False
+            job = self._job
+            sides = layer.sides if job is None else job.sides(layer)
+            shape = (self._size, spec.k_out, spec.k_in) if job is None else job.shape(layer, self._size)
 
             def leaf(*shape: int, device: torch.device = device, dtype: torch.dtype = dtype) -> Tensor:
                 # Nobody reads a leaf, so that one stored value serves for all of it.
                 return torch.zeros((), device=device, dtype=dtype).expand(shape).requires_grad_()
 
             _OPEN[layer.key] = slots = Slots(
-                rows=leaf(self._size, spec.k_out, spec.k_in),
+                size=self._size,
+                input_side=sides[0].to(device),
+                output_side=sides[1].to(device),
+                leaf=leaf(*shape),
+                job=job,
                 moments=leaf(spec.k_in**2 + spec.k_out**2 + 1) if self._moments else None,
-                activations=leaf(self._size, spec.channels + 1) if spec.activations else None,
-                outputs=leaf(self._size, spec.out_features + 1) if spec.output_gradients else None,
+                activations=leaf(self._size, spec.channels + 1) if spec.activations and job is None else None,
+                outputs=leaf(self._size, spec.out_features + 1) if spec.output_gradients and job is None else None,
                 documents=None if documents is None else documents.to(device),
                 mask=None if mask is None else mask.to(device, dtype),
                 keep=None if keep is None else keep.to(device, dtype),
+                kept=None if kept is None else kept.to(device, dtype),
                 shared=shared,
             )
-            slots.rows.register_post_accumulate_grad_hook(_count(slots))
+            slots.leaf.register_post_accumulate_grad_hook(_count(slots))
 
     def close(self) -> list[Slots | None]:
         """Make every hook inert again and return the leaves."""
@@ -229,7 +241,7 @@ class Block:
             BatchError: if no layer has as many tokens as the mask.
         """
         slots = [leaf for leaf in leaves if leaf is not None]
-        silent = [(layer, s) for layer, s in zip(self._layers, slots, strict=True) if s.rows.grad is None]
+        silent = [(layer, s) for layer, s in zip(self._layers, slots, strict=True) if s.leaf.grad is None]
         missing = [layer for layer, _ in silent if not layer.spec.may_sleep]
         quiet = all(s.quiet for layer, s in silent if not layer.spec.may_sleep)
         if missing and len(silent) == len(slots):
@@ -249,16 +261,24 @@ class Block:
                     f"mask of shape {tuple(mask.shape)} fits no watched layer: none has {mask.shape[1]} tokens a "
                     "sample. Pass the mask with the shape (batch, tokens) that the watched layers see, or none."
                 )
-        return self._pack(slots, scale, [layer.name for layer, _ in silent])
+        asleep = [layer.name for layer, _ in silent]
+        if self._job is not None:
+            results = {}
+            for layer, s in zip(self._layers, slots, strict=True):
+                if s.leaf.grad is not None:
+                    results[layer.name] = self._job.finish(layer, s.leaf.grad, scale)
+                    s.leaf.grad = None
+            return Captured(torch.empty(0), None, asleep, results)
+        return self._pack(slots, scale, asleep)
 
     def _pack(self, slots: Sequence[Slots], scale: float | Tensor, asleep: list[str]) -> Captured:
-        device = slots[0].rows.device
+        device = slots[0].leaf.device
         gradients: list[Tensor] = []
         activations: list[Tensor] = []
         outputs: list[Tensor] = []
         moments: list[Tensor] = []
         for layer, s in zip(self._layers, slots, strict=True):
-            gradients.append(_delivered(s.rows).flatten(1).mul_(layer.gain).to(device))
+            gradients.append(_delivered(s.leaf).flatten(1).mul_(layer.gain).to(device))
             for leaf, reduction, out, factor in (
                 (s.activations, layer.spec.activations, activations, 1.0),
                 (s.outputs, layer.spec.output_gradients, outputs, scale),
@@ -277,7 +297,7 @@ class Block:
         if activations or outputs:
             rows = torch.cat([rows, *activations, *outputs], 1)
         for s in slots:  # the user may keep the loss, and with it the graph and its leaves
-            for leaf in (s.rows, s.moments, s.activations, s.outputs):
+            for leaf in (s.leaf, s.moments, s.activations, s.outputs):
                 if leaf is not None:
                     leaf.grad = None
         return Captured(rows, torch.cat(moments) if moments else None, asleep)

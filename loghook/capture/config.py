@@ -5,8 +5,9 @@ from pathlib import Path
 
 from loghook.errors import ConfigError
 from loghook.log.format import DTYPES
+from loghook.project.projection import FITTED
 
-_PROJECTIONS = ("random", "none")
+_PROJECTIONS = ("random", *FITTED, "none")
 _ON_REPEAT = (None, "error", "first", "all")
 
 
@@ -17,6 +18,8 @@ class Config:
     path: Path
     rank: int
     projection: str
+    whitening: float
+    fitted: Path | None
     seed: int
     dtype: str
     on_repeat: str | None
@@ -31,6 +34,11 @@ class Config:
             )
         if self.projection not in _PROJECTIONS:
             raise ConfigError(f"projection={self.projection!r} is unknown: choose one of {', '.join(_PROJECTIONS)}.")
+        if not self.whitening > 0 or (self.fitted is not None and self.projection not in FITTED):
+            raise ConfigError(
+                f"whitening={self.whitening} must be positive, and fitted={self.fitted} goes with projection='pca' or "
+                f"'whitened', not {self.projection!r}."
+            )
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype={self.dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
         if self.on_repeat not in _ON_REPEAT:

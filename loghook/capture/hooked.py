@@ -12,14 +12,16 @@ from torch import Tensor, nn
 from loghook.capture.batch import Ids, check_ids, check_mask, check_scale
 from loghook.capture.block import Block, Captured, make_hook, nothing_delivered
 from loghook.capture.experts import ExpertProjection, watched
-from loghook.capture.layers import Layer
+from loghook.capture.layers import Job, Layer
 from loghook.capture.models import mixing_modules, parameters_digest, refuse, unwrap
 from loghook.capture.segments import arrange
 from loghook.capture.select import Watch, select
-from loghook.errors import ConfigError, DeliveryError, NotFiniteError, StateError, UnsupportedError
+from loghook.errors import ConfigError, DeliveryError, MismatchError, NotFiniteError, StateError, UnsupportedError
 from loghook.log.finite import not_finite
+from loghook.log.fitted import Sides
 from loghook.log.format import LayerSpec, Layout
 from loghook.log.query import Query
+from loghook.project.projection import FITTED
 
 
 class Hooked:
@@ -28,6 +30,7 @@ class Hooked:
     def __init__(self, projection: str, rank: int, seed: int) -> None:
         """Start with nothing watched."""
         self._projection, self._rank, self._seed = projection, rank, seed
+        self._fitted: str | None = None  # checksum of a fitted projection that the layers have
         self._layers: list[Layer] = []
         self._models: list[weakref.ref[nn.Module]] = []
         self._mixing: list[tuple[str, nn.Module]] = []
@@ -77,6 +80,15 @@ class Hooked:
         self._names = tuple(layer.name for layer in self._layers)
         self._layout = Layout(layer.spec for layer in self._layers)
 
+    def _project_with(self, sides: Sides, checksum: str) -> None:
+        """Give the layers a fitted projection."""
+        for layer in self._layers:
+            pair = sides.get(layer.name)
+            if pair is None or [s.width for s in pair] != [s.width for s in layer.sides]:
+                raise MismatchError(f"the fitted projection was made for other layers or widths than {layer.name!r}.")
+            layer.input_side, layer.output_side = pair
+        self._fitted = checksum
+
     def close(self) -> None:
         """Remove the hooks. The model is then as it was before ``watch``."""
         self._require_outside()
@@ -99,6 +111,7 @@ class Hooked:
         keep: np.ndarray | None,
         moments: bool,
         segments: Any = None,
+        job: Job | None = None,
     ) -> Iterator[list[Captured]]:
         """Open the layers for one batch; the list holds what was captured once the context ends without an error."""
         self._require_outside()
@@ -120,7 +133,9 @@ class Hooked:
         documents = None if segments is None else arrange(segments, size)
         mask = check_mask(mask, size if documents is None else len(documents.number_BS))
         factor = check_scale(scale)
-        block = Block(self._layers, size, moments=moments)
+        if job is None:
+            self._require_projection()
+        block = Block(self._layers, size, moments=moments, job=job)
         captured: list[Captured] = []
         self._open = True
         experts = [layer.module.owner for layer in self._layers if isinstance(layer.module, ExpertProjection)]
@@ -136,6 +151,14 @@ class Hooked:
         finally:
             block.close()
             self._open = False
+
+    def _require_projection(self) -> None:
+        """Raise if the projection depends on the data and has not seen them."""
+        if self._projection in FITTED and self._fitted is None:
+            raise StateError(
+                f"projection={self._projection!r} is not fitted yet: go through `for _ in run.passes():`, whose first "
+                "pass fits it; inside training, fit it beforehand and pass init(..., fitted=path of that run)."
+            )
 
     def _require_outside(self) -> None:
         if self._open:
@@ -163,4 +186,5 @@ class Hooked:
         rows = captured[0].rows.cpu()
         if not bool(torch.isfinite(rows).all()):
             raise NotFiniteError(not_finite(ids, rows))
-        query.fill(rows, [layer.spec for layer in self._layers], self._projection, self._seed, self.digest())
+        specs = [layer.spec for layer in self._layers]
+        query.fill(rows, specs, self._projection, self._seed, self.digest(), self._fitted)

@@ -2,7 +2,7 @@
 
 import itertools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -33,18 +33,41 @@ class Shared:
     restarted: bool = False
 
 
+class Job(Protocol):
+    """What a block computes of each layer instead of rows; see ``loghook.capture.whole``."""
+
+    def sides(self, layer: "Layer") -> tuple[Side, Side]:
+        """The projections of inputs and output gradients."""
+
+    def shape(self, layer: "Layer", size: int) -> tuple[int, ...]:
+        """Shape of what the layer delivers in a block of ``size`` rows."""
+
+    def tap(
+        self, layer: "Layer", slots: "Slots", y: Tensor, x: Tensor, weight: Tensor | None, documents: Tensor | None
+    ) -> Tensor:
+        """Return the layer's output through a tap that delivers it; arguments as in ``Tap.forward``."""
+
+    def finish(self, layer: "Layer", delivered: Tensor, scale: float | Tensor) -> Tensor:
+        """Undo the loss's scale."""
+
+
 @dataclass(eq=False)
 class Slots:
     """The leaves of one layer in one block; autograd puts what was captured into their ``.grad``.
 
     Attributes:
-        rows: leaf (B, k_out, k_in).
+        size: rows of the block, B.
+        input_side: the projection of the layer's inputs in this block.
+        output_side: that of its output gradients.
+        leaf: what every layer delivers once: rows (B, k_out, k_in), or what ``job`` says.
+        job: what is computed instead of rows, or None.
         moments: leaf, flat (see ``Tap``), or None.
         activations: leaf (B, channels + 1), or None.
         outputs: leaf (B, out_features + 1), or None.
         documents: which tokens make a row, where rows are not samples.
         mask: (B, S) what each token counts in moments and means, or None.
         keep: (B,) 0 for samples that were logged before, or None (with documents it is part of the mask).
+        kept: the same for rows, also with documents.
         shared: what the block's layers have in common.
         deliveries: how often autograd accumulated a row.
         quiet: how often the layer ran without a graph, as it does in the first forward of a reentrant checkpoint.
@@ -52,13 +75,18 @@ class Slots:
         masked: whether the mask fitted this layer.
     """
 
-    rows: Tensor
+    size: int
+    input_side: Side
+    output_side: Side
+    leaf: Tensor
+    job: "Job | None"
     moments: Tensor | None
     activations: Tensor | None
     outputs: Tensor | None
     documents: Documents | None
     mask: Tensor | None
     keep: Tensor | None
+    kept: Tensor | None
     shared: Shared
     deliveries: int = 0
     quiet: int = 0
@@ -83,6 +111,11 @@ class Layer:
     def name(self) -> str:
         """Canonical name."""
         return self.spec.name
+
+    @property
+    def sides(self) -> tuple[Side, Side]:
+        """The projections of inputs and of output gradients."""
+        return self.input_side, self.output_side
 
     @property
     def gain(self) -> float:

@@ -4,39 +4,31 @@ import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
 from torch import Tensor, nn
 
-from loghook.capture.batch import Ids, check_ids, check_scale
+from loghook.capture.batch import Ids, check_ids, unscaled
 from loghook.capture.config import Config
 from loghook.capture.coverage import describe_coverage
 from loghook.capture.hooked import Hooked
 from loghook.capture.pack import pack
+from loghook.capture.passes import Pass
 from loghook.capture.processes import process_rank, provenance, shared, shared_run_id, world_size
 from loghook.capture.repeats import Repeats
 from loghook.capture.select import FUSED_EXPERTS, Watch, patterns
-from loghook.errors import BatchError, LogExistsError, LoghookError, StateError
+from loghook.capture.sums import Sums, fit_sides
+from loghook.capture.whole import Covariance
+from loghook.errors import BatchError, LogExistsError, LoghookError, MismatchError, StateError
 from loghook.log.disk import writing
+from loghook.log.fitted import Sides, load_sides, save_sides
 from loghook.log.folder import check_same, claim, seal
 from loghook.log.format import DTYPES, MANIFEST, Layout, Manifest
 from loghook.log.recovery import ranks_on_disk, read_back
 from loghook.log.writer import Writer
-
-
-@dataclass(frozen=True)
-class Pass:
-    """One pass over the data, as ``run.passes()`` yields it.
-
-    Attributes:
-        index: 0, 1, ...
-        kind: "log": rows are written.
-    """
-
-    index: int
-    kind: str
+from loghook.project.projection import FITTED
+from loghook.statistics.store import FactorStore
 
 
 class Run(Hooked):
@@ -56,6 +48,8 @@ class Run(Hooked):
         self._repeats = Repeats()
         self._step = self._fresh_step = 0  # number of the next block, and the first that no earlier process committed
         self._pass: Pass | None = None
+        self._sums = Sums()
+        self._id_type = ""
         self._finalized = self._closed = False
         self._was_sealed = False  # by an earlier process: the same script, started again, has nothing left to do
         if self._resumed:
@@ -113,6 +107,8 @@ class Run(Hooked):
         if isinstance(model, nn.Module) and self._watches(model):
             raise StateError("this model is watched by this run already: one watch() call takes several patterns.")
         coverage = self._hook(model, arguments, check_rank=True)
+        if self._manifest is not None and self._manifest.fitted is not None:
+            self._project_with(load_sides(self.path, self._manifest.fitted), self._manifest.fitted)
         for key in ("covered", "total", "not_covered"):
             self._coverage[key] += coverage[key]
         experts = sum(item["parameters"] for item in coverage["not_covered"] if item["reason"] == FUSED_EXPERTS)
@@ -141,10 +137,22 @@ class Run(Hooked):
         done = self._repeats.committed.done
         if self._resumed:
             done |= shared(done)  # all ranks skip a pass or none does: loops may hold collectives
-        for current in (Pass(0, "log"),):
-            if current.index in done or self._finalized:
+        fits = self._projection in FITTED
+        if fits and self._config.fitted is not None:
+            self._require_projection()
+        for current in (Pass(0, "covariance"), Pass(1, "log")) if fits else (Pass(0, "log"),):
+            if current.index in done or self._finalized or (current.kind == "covariance" and self._fitted):
                 continue
             self._pass = current
+            if current.kind == "covariance":
+                self._sums, counted, self._repeats = Sums(), self._repeats, Repeats()
+                current._error = lambda: self._sums.error(self._layers)
+                try:
+                    yield current
+                    self._settle_projection(fit_sides(self._layers, self._sums, self._config))
+                finally:
+                    self._pass, self._repeats = None, counted
+                continue
             if self._rule != "all":
                 # The blocks of an interrupted pass have the numbers that they had.
                 self._step = self._repeats.committed.starts.get(current.index, self._step)
@@ -187,17 +195,25 @@ class Run(Hooked):
         """
         self._require_open()
         ids = check_ids(data_id)
+        self._id_type = type(ids[0]).__name__
         if self._manifest is not None and self._manifest.id_type != type(ids[0]).__name__:
             raise BatchError(
                 f"data_id is {type(ids[0]).__name__} here and was {self._manifest.id_type} before: use one type "
                 "throughout the run."
             )
         keep, repeats = self._repeats.keep(ids, self._rule)
+        if self._pass is not None and self._pass.kind == "covariance":
+            factor = unscaled(scale, scaler)
+            with self._capture(
+                len(ids), mask=mask, scale=factor, keep=keep, moments=False, segments=segments, job=Covariance()
+            ) as captured:
+                yield
+            self._sums.add(captured[0].results, int(keep.sum()))
+            self._repeats.met(ids)
+            return
         if keep.any():
             self._step = max(self._step, self._fresh_step)
-        scale = check_scale(scale)
-        if scaler is not None:
-            scale = scale / check_scale(scaler.get_scale())
+        scale = unscaled(scale, scaler)
         with self._capture(len(ids), mask=mask, scale=scale, keep=keep, moments=True, segments=segments) as captured:
             yield
         writer = self._ready(type(ids[0]).__name__)
@@ -302,6 +318,34 @@ class Run(Hooked):
         """What happens to an id that comes again, here and now."""
         return self._config.on_repeat or ("first" if self._pass is not None else "all")
 
+    def _settle_projection(self, sides: Sides) -> None:
+        """Keep a fitted projection in the run's folder, where from then on all ranks and later processes find it."""
+        checksum = None
+        if process_rank() == 0:
+            with writing(self.path):
+                checksum = save_sides(self.path, sides)
+        checksum, id_type = shared((checksum, self._id_type))
+        self._project_with(load_sides(self.path, checksum), checksum)
+        if id_type:  # known after a pass; then the projection is committed with the manifest
+            self._ready(id_type)
+
+    def _require_projection(self) -> None:
+        """Take the projection that another run fitted, or make one from factors, where the user named them."""
+        source = self._config.fitted
+        if source is None or self._fitted is not None:
+            return super()._require_projection()
+        if (source / MANIFEST).exists():
+            other = Manifest.load(source)
+            if other.fitted is None or (other.projection, other.rank) != (self._projection, self._rank):
+                raise MismatchError(
+                    f"fitted={str(source)!r} has projection={other.projection!r} and rank={other.rank}, where this run "
+                    f"has {self._projection!r} and {self._rank}: fit another, or take its arguments."
+                )
+            self._settle_projection(load_sides(source, other.fitted))
+        else:
+            factors = FactorStore.load(source).factors()
+            self._settle_projection(fit_sides(self._layers, factors, self._config))
+
     def _ready(self, id_type: str) -> Writer:
         """Return the writer, opening it (and the manifest) at the first block."""
         if self._writer is not None:
@@ -321,6 +365,7 @@ class Run(Hooked):
                 world_size=world_size(),
                 provenance=provenance(),
                 parameters={"first": self.digest()},
+                fitted=self._fitted,
             )
         if self._manifest is not None:
             check_same(self._manifest, manifest)

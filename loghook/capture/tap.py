@@ -63,27 +63,18 @@ class Tap(torch.autograd.Function):
         """
         ctx.save_for_backward(x, weight_BS, p_out_kO, activations, documents_DL)
         ctx.channel_dim, ctx.batch_dim, ctx.wide = channel_dim, batch_dim, row_slot.dtype
-        # An alias that autograd does not track as a view: in-place code after the layer stays legal (with a view
-        # it raises, with a tensor hook it silently loses the gradient), and nothing is copied.
-        return torch.ops.aten._unsafe_view(y, y.shape)
+        return alias(y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Pass the output gradient on and deliver the row and the moments."""
         (g,) = grads
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise UnsupportedError(
-                "backward ran with create_graph=True (a gradient penalty, a Hessian product): the second-order part "
-                "of a "
-                "gradient does not pass a layer's output, so rows would miss it. Take that term out of the logged loss."
-            )
         x, weight_BS, p_out_kO, activations, documents_DL = ctx.saved_tensors
         need_moments, need_activations, need_outputs = ctx.needs_input_grad[9:]
         wide = ctx.wide
         # Sums over tokens run in float32 or wider, also where the user calls backward() under autocast.
         with torch.autocast(g.device.type, enabled=False):
-            g_BSO = as_tokens(g.movedim(ctx.batch_dim, 0) if ctx.batch_dim else g, ctx.channel_dim)
-            g_BSO = g_BSO.reshape(*x.shape[:2], g_BSO.shape[-1])  # batch and tokens may share an axis in the module
+            g_BSO = output_gradient(ctx, g, x)
             x = x.to(wide)
             moments = outputs = None
             groups = 1 if x.dim() == 3 else x.shape[2]
@@ -110,6 +101,30 @@ class Tap(torch.autograd.Function):
             g, None, None, None, None, None, None, None,
             rows, moments, activations if need_activations else None, outputs,
         )  # fmt: skip
+
+
+def alias(y: Tensor) -> Tensor:
+    """Return a tensor as it is, for a tap to return.
+
+    Autograd does not track this alias as a view: in-place code after the layer stays legal (with a view it raises, with
+    a tensor hook it silently loses the gradient), and nothing is copied.
+    """
+    return torch.ops.aten._unsafe_view(y, y.shape)
+
+
+def output_gradient(ctx: Any, g: Tensor, x: Tensor) -> Tensor:
+    """Arrange a tap's output gradient as (B, S, O), given its inputs (B, S, ...).
+
+    Raises:
+        UnsupportedError: under ``create_graph=True``.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise UnsupportedError(
+            "backward ran with create_graph=True (a gradient penalty, a Hessian product): the second-order part of a "
+            "gradient does not pass a layer's output, so rows would miss it. Take that term out of the logged loss."
+        )
+    g_BSO = as_tokens(g.movedim(ctx.batch_dim, 0) if ctx.batch_dim else g, ctx.channel_dim)
+    return g_BSO.reshape(*x.shape[:2], g_BSO.shape[-1])  # batch and tokens may share an axis in the module
 
 
 def by_document(documents_DL: Tensor | None, *tokens: Tensor) -> tuple[Tensor, ...]:

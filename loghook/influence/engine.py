@@ -75,7 +75,7 @@ def influence(
         places=places,
         by_layer=by_layer,
         layers=tuple(spec.name for spec in chosen),
-        method=method,
+        method=method if reader.manifest.projection != "whitened" else f"{method} (whitened)",
         normalize=normalize,
         damping=None if method in ("dot", "cosine") else damping if damping_abs is None else None,
         damping_abs=None if method in ("dot", "cosine") else damping_abs,

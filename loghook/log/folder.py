@@ -9,6 +9,7 @@ import xxhash
 
 from loghook.errors import ConfigError, LogExistsError, MismatchError, StateError
 from loghook.log.disk import lock, writing
+from loghook.log.fitted import PROJECTION
 from loghook.log.format import MANIFEST, Layout, Manifest
 from loghook.log.records import Commits, read_commits
 from loghook.log.recovery import recover
@@ -41,13 +42,13 @@ def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def _is_ours(file: Path) -> bool:
-    kinds = ("rows-*.safetensors", "statistics-*.safetensors", "commits-*.jsonl", "lock-*", "*.json.tmp")
+    kinds = ("rows-*.safetensors", "statistics-*.safetensors", "commits-*.jsonl", "lock-*", "*.tmp", PROJECTION)
     return any(file.match(kind) for kind in kinds)
 
 
 def check_same(old: Manifest, new: Manifest) -> None:
     """Raise unless a resumed run has the arguments and layers of the first one."""
-    for name in ("projection", "rank", "seed", "dtype", "id_type", "layers"):
+    for name in ("projection", "rank", "seed", "dtype", "id_type", "layers", "fitted"):
         was, now = getattr(old, name), getattr(new, name)
         if was != now:
             shown = (

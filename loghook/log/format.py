@@ -146,7 +146,7 @@ class Manifest:
 
     Attributes:
         run_id: 32 hexadecimal digits drawn at birth; every shard and commit log names it.
-        projection: "random" or "none".
+        projection: "random", "pca", "whitened" or "none".
         rank: the rank asked for.
         seed: the projection's seed.
         dtype: how rows are stored.
@@ -161,6 +161,7 @@ class Manifest:
         no_statistics: None, or why the statistics are not those of the rows, so that kfac and ekfac refuse.
         provenance: versions, time and machine, for people; nothing depends on it.
         parameters: digests of sampled parameter values at the first block and at ``finalize``.
+        fitted: None, or the checksum of ``projection.safetensors``, which holds a fitted projection.
         sealed: None while a run goes on; then {"rows", "digest"} over all commit logs.
         version: the format's version.
     """
@@ -181,12 +182,13 @@ class Manifest:
     provenance: dict[str, Any] = field(default_factory=dict)
     parameters: dict[str, str | None] = field(default_factory=dict)
     sealed: dict[str, Any] | None = None
+    fitted: str | None = None
     version: int = VERSION
 
     @property
     def fingerprint(self) -> str:
         """Digest of what makes rows comparable: layers, k's and the projection; not the storage dtype."""
-        return fingerprint(self.layers, self.projection, self.seed)
+        return fingerprint(self.layers, self.projection, self.seed, self.fitted)
 
     def save(self, path: Path) -> None:
         """Replace the run's manifest atomically."""
@@ -195,6 +197,8 @@ class Manifest:
     def encode(self) -> bytes:
         """Return the bytes of ``loghook.json``."""
         body = {"format": "loghook", "fingerprint": self.fingerprint} | dataclasses.asdict(self)
+        if self.fitted is None:  # as in files that were written before there were fitted projections
+            del body["fitted"]
         body["checksum"] = checksum(canonical_json(body))
         return json.dumps(body, indent=1).encode()
 
@@ -274,11 +278,13 @@ def _check_manifest(manifest: Manifest) -> None:
             raise ValueError(f"layer {layer.name!r:.100} has a rank above its width")
 
 
-def fingerprint(layers: Sequence[LayerSpec], projection: str, seed: int) -> str:
+def fingerprint(layers: Sequence[LayerSpec], projection: str, seed: int, fitted: str | None = None) -> str:
     """Digest that a query and a log must share; what is stored beside the gradients plays no part."""
     keys = ("name", "type", "in_features", "out_features", "groups", "bias", "k_in", "k_out")
     shape = [[getattr(layer, key) for key in keys] for layer in layers]
     body = {"layers": shape, "projection": projection, "seed": None if projection == "none" else seed, "scheme": 1}
+    if fitted is not None:
+        body["fitted"] = fitted
     return checksum(json.dumps(body).encode())
 
 

@@ -18,6 +18,7 @@ import numpy as np
 
 from loghook.errors import ConfigError, CorruptLogError, LogExistsError, MismatchError, StateError
 from loghook.log.disk import lock, sync_folder, writing
+from loghook.log.fitted import load_sides, save_sides
 from loghook.log.folder import sum_up
 from loghook.log.format import (
     DTYPES,
@@ -172,6 +173,8 @@ def merge(out: str | Path, runs: Sequence[str | Path]) -> Changed:
                 raise MismatchError(
                     "ids clash between the runs and on_repeat is 'error': delete them in one run first."
                 )
+            if first.fitted is not None:
+                save_sides(building, load_sides(paths[0], first.fitted))
             target.sealed = sum_up(logs)
             target.save(building)
             os.rename(building, out)

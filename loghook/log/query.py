@@ -28,14 +28,21 @@ class Query:
         self._rows: Tensor | None = None
         self._specs: tuple[LayerSpec, ...] = ()
         self._projection, self._seed = "", 0
+        self._fitted: str | None = None
         self.parameters: str | None = None
 
     def fill(
-        self, rows: Tensor, specs: Iterable[LayerSpec], projection: str, seed: int, parameters: str | None
+        self,
+        rows: Tensor,
+        specs: Iterable[LayerSpec],
+        projection: str,
+        seed: int,
+        parameters: str | None,
+        fitted: str | None = None,
     ) -> None:
         """Take the rows, (Q, width), and what they were made with."""
         self._rows, self._specs = rows, tuple(specs)
-        self._projection, self._seed, self.parameters = projection, seed, parameters
+        self._projection, self._seed, self.parameters, self._fitted = projection, seed, parameters, fitted
 
     @property
     def matrix(self) -> Tensor:
@@ -62,7 +69,7 @@ class Query:
     def fingerprint(self) -> str:
         """Digest of layers and projection; a log must have the same."""
         self._require_rows()
-        return fingerprint(self._specs, self._projection, self._seed)
+        return fingerprint(self._specs, self._projection, self._seed, self._fitted)
 
     def _require_rows(self) -> Tensor:
         if self._rows is None:
@@ -104,8 +111,17 @@ class Query:
         joined = Query(ids)
         same = all(query.parameters == first.parameters for query in queries)
         rows = torch.cat([query.matrix for query in queries])
-        joined.fill(rows, first._specs, first._projection, first._seed, first.parameters if same else None)
+        parameters = first.parameters if same else None
+        joined.fill(rows, first._specs, first._projection, first._seed, parameters, first._fitted)
         return joined
+
+    def with_rows(self, rows: Tensor) -> "Query":
+        """The same questions with other rows (Q, width), as a preconditioner returns them."""
+        if rows.shape != self.matrix.shape:
+            raise ConfigError(f"rows {tuple(rows.shape)} do not have the query's shape {tuple(self.matrix.shape)}.")
+        query = Query(self.data_ids)
+        query.fill(rows, self._specs, self._projection, self._seed, self.parameters, self._fitted)
+        return query
 
     def save(self, path: str | Path) -> None:
         """Write the query to one safetensors file."""
@@ -115,6 +131,7 @@ class Query:
             "seed": self._seed,
             "data_ids": self.data_ids,
             "parameters": self.parameters,
+            "fitted": self._fitted,
         }
         data = safetensors.torch.save({"rows": self.matrix.contiguous()}, {"loghook_query": json.dumps(header)})
         write_atomically(Path(path), data)
@@ -136,7 +153,7 @@ class Query:
                 raise ValueError(f"its rows have shape {tuple(rows.shape)}")
         except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CorruptLogError(f"{path} is no query file ({error}): save it again.") from error
-        query.fill(rows, specs, header["projection"], header["seed"], header["parameters"])
+        query.fill(rows, specs, header["projection"], header["seed"], header["parameters"], header.get("fitted"))
         return query
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from loghook.errors import CorruptLogError, StateError
+from loghook.log.fitted import load_sides
 from loghook.log.format import (
     DTYPES,
     SHARD_HEADER,
@@ -216,6 +217,11 @@ class Reader:
         for shard in tqdm(self._shards, "verifying", unit=" shards", delay=2, leave=False, disable=None):
             try:
                 self._map(shard)
+            except CorruptLogError as error:
+                problems.append(str(error))
+        if self.manifest.fitted is not None:
+            try:
+                load_sides(self.path, self.manifest.fitted)
             except CorruptLogError as error:
                 problems.append(str(error))
         problems += self._strays() if self.manifest.sealed else ()

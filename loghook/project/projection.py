@@ -15,6 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loghook.project.blocks import Factor
+
+FITTED = ("pca", "whitened")  # kinds that depend on the data
+
 
 @dataclass(eq=False)
 class Side:
@@ -59,7 +63,7 @@ def draw_side(kind: str, *, seed: int, name: str, side: str, width: int, rank: i
     """Make one side of a projection.
 
     Args:
-        kind: "random" or "none".
+        kind: "random", "none", or a fitted kind, which gets a place-holder of the right shape until it is fitted.
         seed: the run's seed.
         name: whose side it is; with the seed, the side and the width all that the matrix depends on.
         side: "in" or "out".
@@ -68,7 +72,39 @@ def draw_side(kind: str, *, seed: int, name: str, side: str, width: int, rank: i
     """
     if kind == "none" or width <= rank:
         return Side(width, None)
+    if kind in FITTED:
+        return Side(width, torch.zeros(rank, width))
     return Side(width, *_hadamard(f"{seed}/{name}/{side}/{width}", width, rank))
+
+
+def fit_side(kind: str, factor: Factor, *, seed: int, name: str, side: str, rank: int, damping: float) -> Side:
+    """Make one side of a fitted projection from the side's mean second moment M.
+
+    Args:
+        kind: "pca": the eigenvectors of M with the ``rank`` largest eigenvalues. "whitened": ``R (M + d I)^-1/2`` with
+            the random R that ``draw_side`` draws, so that plain inner products of rows are K-FAC's preconditioned ones.
+        factor: eigendecomposition of M.
+        seed: the run's seed.
+        name: whose side it is, for R.
+        side: "in" or "out".
+        rank: values a token after the projection; a side no wider is kept whole by "pca", and only whitened by
+            "whitened".
+        damping: d over the mean eigenvalue of M.
+    """
+    width = len(factor.values)
+    if kind == "pca":
+        if width <= rank:
+            return Side(width, None)
+        order = factor.values.argsort(descending=True, stable=True)[:rank]
+        return Side(width, factor.basis[:, order].T.float().contiguous())
+    matrix, gain = factor.power(-0.5, damping), 1.0
+    if width > rank:
+        random = draw_side("random", seed=seed, name=name, side=side, width=width, rank=rank)
+        assert random.matrix is not None
+        matrix, gain = random.matrix.double() @ matrix, random.gain
+    # Scaled by a power of two to entries near 1/sqrt(width), so that float16 products stay near the size of the inputs.
+    scale = 2.0 ** round(math.log2(float(matrix.square().mean().sqrt()) * math.sqrt(width)))
+    return Side(width, (matrix / scale).float(), gain * scale)
 
 
 def _hadamard(key: str, width: int, k: int) -> tuple[Tensor, float]:

@@ -1,0 +1,139 @@
+"""Sums that jobs deliver over the blocks of a pass: added up, brought together from all processes, decomposed."""
+
+import math
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from loghook.capture.config import Config
+from loghook.capture.layers import Layer
+from loghook.capture.whole import Covariance
+from loghook.errors import MismatchError, StateError
+from loghook.influence.share import share
+from loghook.project.blocks import Factor, cut, square_size
+from loghook.project.projection import Side, fit_side, shared_input_name
+
+
+class Sums:
+    """What a job delivered, by layer, added up over the blocks of a pass."""
+
+    def __init__(self) -> None:
+        """Nothing yet."""
+        self.totals: dict[str, Tensor] = {}
+        self.samples = 0
+
+    def add(self, results: Mapping[str, Tensor], samples: int) -> None:
+        """Add a block: float64 on the CPU, float32 on a device."""
+        for name, value in results.items():
+            wide = value.double() if value.device.type == "cpu" else value
+            self.totals[name] = self.totals[name].add_(wide) if name in self.totals else wide.clone()
+        self.samples += samples
+
+    def reduce(self, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Sum over processes, at the same point on all of them; a layer that slept here counts zero."""
+        distributed = torch.distributed
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            on_device = distributed.get_backend() == "nccl"
+            for name, shape in shapes.items():
+                total = self.totals.get(name)
+                total = torch.zeros(*shape, dtype=torch.float64) if total is None else total.double()
+                total = total.cuda() if on_device else total.cpu()
+                distributed.all_reduce(total)
+                self.totals[name] = total.cpu()
+            count = torch.tensor(self.samples, device="cuda" if on_device else "cpu")
+            distributed.all_reduce(count)
+            self.samples = int(count)
+        if not self.samples:
+            raise StateError("this pass saw no samples: run the whole loop inside `for _ in run.passes():`.")
+
+    def error(self, layers: Sequence[Layer]) -> float:
+        """Expected relative error of the worst second moment, infinite before the first block.
+
+        For n independent Gaussian vectors the squared Frobenius error is ``((tr M)^2 + |M|^2) / n`` (Isserlis 1918).
+        n counts samples, not tokens: tokens of one sample are not independent.
+        """
+        worst = 0.0
+        for layer in layers:
+            if layer.name in self.totals:
+                for flat, width in zip(split(layer, self.totals[layer.name])[:2], widths(layer), strict=True):
+                    trace, norm = _trace(flat, width), float(flat.square().sum())
+                    worst = max(worst, math.sqrt((trace**2 / norm + 1) / self.samples) if norm > 0 else 0.0)
+        return worst or math.inf
+
+
+def widths(layer: Layer) -> tuple[int, int]:
+    """Full widths of a layer's inputs (with the bias column) and output gradients."""
+    return layer.input_side.width, layer.output_side.width
+
+
+def split(layer: Layer, total: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Take apart what the covariance job delivers: blocks of inputs, blocks of output gradients, tokens."""
+    w_in, w_out = widths(layer)
+    inputs, outputs, tokens = total.split([square_size(w_in), square_size(w_out), 1])
+    return inputs, outputs, float(tokens)
+
+
+def decompose(layers: Sequence[Layer], sums: Sums) -> dict[str, tuple[Factor, Factor]]:
+    """Eigendecompose every layer's mean second moments; each process takes its share of the layers.
+
+    Layers that read the same input, and so have equal sums, share the decomposition. A layer of which no token was
+    counted has zero factors.
+    """
+    rank, world = share()
+    inputs: dict[int, list[tuple[Tensor, Factor]]] = {}
+    mine: dict[str, tuple[Factor, Factor]] = {}
+    for layer in layers[rank::world]:
+        w_in, w_out = widths(layer)
+        total = sums.totals.get(layer.name)
+        if total is None:
+            total = torch.zeros(square_size(w_in) + square_size(w_out) + 1, dtype=torch.float64)
+        flat_in, flat_out, tokens = split(layer, total)
+        flat_in, flat_out = flat_in / max(tokens, 1.0), flat_out / max(tokens, 1.0)
+        same = inputs.setdefault(w_in, [])
+        factor = next((found for flat, found in same if torch.equal(flat, flat_in)), None)
+        if factor is None:
+            factor = Factor.of(flat_in, w_in)
+            same[:] = [*same, (flat_in, factor)][-2:]  # siblings come one after the other
+        mine[layer.name] = (factor, Factor.of(flat_out, w_out))
+    if world > 1:
+        parts: list[dict[str, tuple[Factor, Factor]] | None] = [None] * world
+        torch.distributed.all_gather_object(parts, {name: _cpu(pair) for name, pair in mine.items()})
+        mine = {name: pair for part in parts if part for name, pair in part.items()}
+    return {layer.name: _cpu(mine[layer.name]) for layer in layers}
+
+
+def _cpu(pair: tuple[Factor, Factor]) -> tuple[Factor, Factor]:
+    first, second = (Factor(f.values.cpu(), [v.cpu() for v in f.vectors]) for f in pair)
+    return first, second
+
+
+def _trace(flat: Tensor, width: int) -> float:
+    trace, start = 0.0, 0
+    for part in cut(width):
+        n = part.stop - part.start
+        trace += float(flat[start : start + n * n].view(n, n).diagonal().sum())
+        start += n * n
+    return trace
+
+
+def fit_sides(
+    layers: Sequence[Layer],
+    found: Sums | Mapping[str, tuple[Factor, Factor]],
+    config: Config,
+) -> dict[str, tuple[Side, Side]]:
+    """Make a fitted projection, from the sums of a covariance pass (brought together here) or from factors."""
+    if isinstance(found, Sums):
+        found.reduce({layer.name: Covariance().shape(layer, 0) for layer in layers})
+        found = decompose(layers, found)
+    sides = {}
+    for layer in layers:
+        if layer.name not in found:
+            raise MismatchError(f"layer {layer.name!r} has no factors: fit them with the same watch(...) patterns.")
+        kind, seed, rank, damping = config.projection, config.seed, config.rank, config.whitening
+        group, (first, second) = shared_input_name(layer.name), found[layer.name]
+        sides[layer.name] = (
+            fit_side(kind, first, seed=seed, name=group, side="in", rank=rank, damping=damping),
+            fit_side(kind, second, seed=seed, name=layer.name, side="out", rank=rank, damping=damping),
+        )
+    return sides

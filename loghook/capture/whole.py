@@ -1,0 +1,228 @@
+"""Statistics and scores of whole gradients, gathered in the backward pass like rows, and no gradient kept.
+
+Three jobs that a block may do instead of logging rows: second moments of inputs and output gradients; EK-FAC's
+corrected eigenvalues; and inner products of every sample's gradient with preconditioned queries. Each is what one leaf
+of a layer receives as its gradient (see ``loghook.capture.tap``), so that they hold wherever rows do.
+
+Shape suffixes as in ``loghook.project.outer``; Q queries, r their rank.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from loghook.capture.layers import Layer, Slots
+from loghook.capture.tap import alias, by_document, output_gradient
+from loghook.project.blocks import second_moment_blocks, square_size, take_blocks
+from loghook.project.outer import outer, outer_grouped, project_output, second_moment_grouped
+from loghook.project.projection import Side
+
+CHUNK_BYTES = 64 * 2**20  # what the gradients of some samples of one layer may take at a time
+
+
+class WholeTap(torch.autograd.Function):
+    """Identity on a layer's output whose backward delivers what a job makes of inputs and output gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x: Tensor,
+        kind: str,
+        weight_BS: Tensor | None,
+        documents_DL: Tensor | None,
+        channel_dim: int,
+        batch_dim: int,
+        leaf: Tensor,
+        *held: Tensor | None,
+    ) -> Tensor:
+        """Return ``y``; ``kind`` names the job, ``held`` is what it needs; the rest is as in ``Tap.forward``."""
+        ctx.save_for_backward(x, weight_BS, documents_DL, *held)
+        ctx.kind, ctx.channel_dim, ctx.batch_dim, ctx.wide = kind, channel_dim, batch_dim, leaf.dtype
+        return alias(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Pass the output gradient on and deliver."""
+        (g,) = grads
+        x, weight_BS, documents_DL, *held = ctx.saved_tensors
+        with torch.autocast(g.device.type, enabled=False):
+            g_BSO = output_gradient(ctx, g, x).to(ctx.wide)
+            x = x.to(ctx.wide)
+            if ctx.kind == "covariance":
+                delivered = _moments(g_BSO, x, weight_BS)
+            else:
+                g_BSO, x = by_document(documents_DL, g_BSO, x)
+                delivered = _squares(g_BSO, x, *held) if ctx.kind == "eigenvalues" else _products(g_BSO, x, *held)
+        return (g, None, None, None, None, None, None, delivered, *(None for _ in held))
+
+
+def _moments(g_BSO: Tensor, x: Tensor, weight_BS: Tensor | None) -> Tensor:
+    """[blocks of the sum of x x^T, blocks of the sum of g g^T, tokens], flat."""
+    groups = 1 if x.dim() == 3 else x.shape[2]
+    weight = None if weight_BS is None else weight_BS.reshape(-1).to(x.dtype)
+    if groups == 1:
+        out = second_moment_blocks(g_BSO.flatten(0, 1), weight)
+    else:
+        out = take_blocks(second_moment_grouped(g_BSO, groups, None, weight))
+        weight = None if weight is None else weight.repeat_interleave(groups)
+    x_Nk = x.flatten(0, -2)
+    tokens = x.new_full((1,), x_Nk.shape[0]) if weight is None else weight.sum().reshape(1)
+    return torch.cat([second_moment_blocks(x_Nk, weight), out, tokens])
+
+
+def _gradients(g_BSO: Tensor, x: Tensor, p_out: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """Gradients (b, O, I) of a few samples at a time."""
+    width_out = g_BSO.shape[2] if p_out is None else p_out.shape[0]
+    step = max(1, CHUNK_BYTES // (width_out * x.shape[-1] * x.element_size()))
+    for start in range(0, len(x), step):
+        part = slice(start, min(start + step, len(x)))
+        if x.dim() == 3:
+            yield part, outer(project_output(g_BSO[part], p_out), x[part])
+        else:
+            yield part, outer_grouped(g_BSO[part], x[part], p_out)
+
+
+def _squares(g_BSO: Tensor, x: Tensor, p_out: Tensor | None, keep_B: Tensor | None) -> Tensor:
+    """Sum over samples of the squares of their gradients: (O, I)."""
+    total = None
+    for part, rows in _gradients(g_BSO, x, p_out):
+        squares = rows.square_() if keep_B is None else rows.square_() * keep_B[part, None, None].to(rows.dtype)
+        total = squares.sum(0) if total is None else total + squares.sum(0)
+    assert total is not None
+    return total
+
+
+def _products(g_BSO: Tensor, x: Tensor, left: Tensor, right: Tensor | None) -> Tensor:
+    """Inner products of each sample's gradient with each query: (B, Q).
+
+    Args:
+        g_BSO: output gradients.
+        x: inputs (B, S, I), or (B, S, G, I) in groups.
+        left: queries (Q, O, I); with ``right`` their left halves (Q, O, r).
+        right: None, or (Q, r, I): a query is ``left @ right``.
+    """
+    S, (Q, _, r) = x.shape[1], left.shape
+    scores = x.new_empty(len(x), Q)
+    if x.dim() == 3 and (right is not None or S * Q <= S + Q):
+        # <sum_s g_s x_s^T, L R> = sum_s (g_s L) . (R x_s): no gradient is formed.
+        wide = left.transpose(0, 1).flatten(1)
+        step = max(1, CHUNK_BYTES // (S * Q * r * x.element_size()))
+        for g_bSO, x_bSI, part in zip(g_BSO.split(step), x.split(step), scores.split(step), strict=True):
+            gl_bSQr = (g_bSO @ wide).unflatten(2, (Q, r))
+            rx_bSQr = x_bSI[:, :, None] if right is None else (x_bSI @ right.flatten(0, 1).T).unflatten(2, (Q, r))
+            part.copy_((gl_bSQr * rx_bSQr).sum((1, 3)))
+        return scores
+    queries = (left if right is None else left @ right).flatten(1)
+    for place, rows in _gradients(g_BSO, x, None):
+        scores[place] = rows.flatten(1) @ queries.T
+    return scores
+
+
+@dataclass(frozen=True)
+class Covariance:
+    """Second moments of every layer's inputs (with the bias column) and output gradients, by blocks where wide."""
+
+    def sides(self, layer: Layer) -> tuple[Side, Side]:
+        """Nothing is projected."""
+        return whole_sides(layer)
+
+    def shape(self, layer: Layer, size: int) -> tuple[int, ...]:
+        """A vector: blocks of both, and the number of tokens."""
+        return (sum(square_size(side.width) for side in layer.sides) + 1,)
+
+    def tap(
+        self, layer: Layer, slots: Slots, y: Tensor, x: Tensor, weight: Tensor | None, documents: Tensor | None
+    ) -> Tensor:
+        """Deliver the moments."""
+        return _tap("covariance", layer, slots, y, x, weight, None)
+
+    def finish(self, layer: Layer, delivered: Tensor, scale: float | Tensor) -> Tensor:
+        """Moments of output gradients are multiplied by the square of the scale."""
+        start = square_size(layer.input_side.width)
+        delivered[start:-1] *= scale**2
+        return delivered
+
+
+@dataclass(frozen=True)
+class Eigenvalues:
+    """EK-FAC's corrected eigenvalues: sums over samples of ``(Q_S^T G Q_A)^2`` (George et al. 2018).
+
+    Attributes:
+        bases: {layer: (Q_A^T as the input side, Q_S^T as the output side)}.
+    """
+
+    bases: Mapping[str, tuple[Side, Side]]
+
+    def sides(self, layer: Layer) -> tuple[Side, Side]:
+        """Rotations into the eigenbasis."""
+        return self.bases[layer.name]
+
+    def shape(self, layer: Layer, size: int) -> tuple[int, ...]:
+        """One value for each parameter: (O, I)."""
+        return layer.output_side.width, layer.input_side.width
+
+    def tap(
+        self, layer: Layer, slots: Slots, y: Tensor, x: Tensor, weight: Tensor | None, documents: Tensor | None
+    ) -> Tensor:
+        """Deliver the squares."""
+        return _tap("eigenvalues", layer, slots, y, x, None, documents, slots.output_side.matrix, slots.kept)
+
+    def finish(self, layer: Layer, delivered: Tensor, scale: float | Tensor) -> Tensor:
+        """Squares are multiplied by the square of the scale."""
+        return delivered.mul_(scale**2)
+
+
+@dataclass(frozen=True)
+class Products:
+    """Inner products of each sample's gradient with queries.
+
+    Attributes:
+        queries: {layer: (left, right)}, see ``_products``.
+        count: how many queries there are, Q.
+    """
+
+    queries: Mapping[str, tuple[Tensor, Tensor | None]]
+    count: int
+
+    def sides(self, layer: Layer) -> tuple[Side, Side]:
+        """Nothing is projected."""
+        return whole_sides(layer)
+
+    def shape(self, layer: Layer, size: int) -> tuple[int, ...]:
+        """One value for each sample and query."""
+        return size, self.count
+
+    def tap(
+        self, layer: Layer, slots: Slots, y: Tensor, x: Tensor, weight: Tensor | None, documents: Tensor | None
+    ) -> Tensor:
+        """Deliver the products."""
+        device, dtype = slots.leaf.device, slots.leaf.dtype
+        held = [None if half is None else half.to(device, dtype) for half in self.queries[layer.name]]
+        return _tap("products", layer, slots, y, x, None, documents, *held)
+
+    def finish(self, layer: Layer, delivered: Tensor, scale: float | Tensor) -> Tensor:
+        """Gradients are multiplied by the scale."""
+        return delivered.mul_(scale)
+
+
+def whole_sides(layer: Layer) -> tuple[Side, Side]:
+    """The sides of a layer without any projection."""
+    return Side(layer.input_side.width, None), Side(layer.output_side.width, None)
+
+
+def _tap(
+    kind: str,
+    layer: Layer,
+    slots: Slots,
+    y: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    documents: Tensor | None,
+    *held: Tensor | None,
+) -> Tensor:
+    channel_dim, batch_dim = layer.adapter.channel_dim, layer.spec.batch_dim
+    return WholeTap.apply(y, x, kind, weight, documents, channel_dim, batch_dim, slots.leaf, *held)

@@ -1,0 +1,82 @@
+"""Block-diagonal symmetric matrices: how second moments of layers too wide for a full one are kept.
+
+A width is cut into equal contiguous blocks of at most ``BLOCK``; what couples two blocks is left out.
+"""
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+BLOCK = 4096
+
+
+def cut(width: int, limit: int = BLOCK) -> list[slice]:
+    """Cut a width into as few contiguous slices of at most ``limit`` as it takes, of nearly equal length."""
+    count = -(-width // limit)
+    edges = [width * i // count for i in range(count + 1)]
+    return [slice(a, b) for a, b in itertools.pairwise(edges)]
+
+
+def square_size(width: int) -> int:
+    """Number of values in the blocks of a (width, width) matrix."""
+    return sum((part.stop - part.start) ** 2 for part in cut(width))
+
+
+def second_moment_blocks(z_Nk: Tensor, weight_N: Tensor | None) -> Tensor:
+    """Sum over tokens of ``z z^T``, its diagonal blocks flattened one after the other."""
+    weighted = z_Nk if weight_N is None else z_Nk * weight_N[:, None]
+    return torch.cat([(z_Nk[:, part].T @ weighted[:, part]).flatten() for part in cut(z_Nk.shape[1])])
+
+
+def take_blocks(matrix_kk: Tensor) -> Tensor:
+    """Return the diagonal blocks of a full matrix, flattened one after the other."""
+    return torch.cat([matrix_kk[part, part].flatten() for part in cut(len(matrix_kk))])
+
+
+@dataclass(frozen=True)
+class Factor:
+    """Eigendecomposition of one side's mean second moment.
+
+    Attributes:
+        values: (width,) float64, not negative, ascending within each block.
+        vectors: for each block its eigenvectors as columns.
+    """
+
+    values: Tensor
+    vectors: Sequence[Tensor]
+
+    @classmethod
+    def of(cls, flat: Tensor, width: int) -> "Factor":
+        """Decompose flattened blocks (see ``second_moment_blocks``), already divided by the number of tokens."""
+        values, vectors, start = [], [], 0
+        for part in cut(width):
+            n = part.stop - part.start
+            block = flat[start : start + n * n].view(n, n).double()
+            w, v = torch.linalg.eigh((block + block.T) / 2)
+            values.append(w.clamp(min=0))
+            vectors.append(v)
+            start += n * n
+        return cls(torch.cat(values), vectors)
+
+    @property
+    def basis(self) -> Tensor:
+        """All eigenvectors as columns of one matrix (width, width)."""
+        return self.vectors[0] if len(self.vectors) == 1 else torch.block_diag(*self.vectors)
+
+    def power(self, exponent: float, damping: float) -> Tensor:
+        """(M + damping * mean eigenvalue)^exponent, (width, width); the identity where M is zero."""
+        mean = float(self.values.mean())
+        if mean <= 0:
+            return torch.eye(len(self.values), dtype=torch.float64)
+        scaled = (self.values + damping * mean) ** exponent
+        parts = zip(cut(len(self.values)), self.vectors, strict=True)
+        return torch.block_diag(*[(v * scaled[part]) @ v.T for part, v in parts])
+
+    @property
+    def effective_rank(self) -> float:
+        """(sum of eigenvalues)^2 / (sum of their squares): how many directions carry the second moment."""
+        squares = float(self.values.square().sum())
+        return float(self.values.sum()) ** 2 / squares if squares > 0 else 0.0

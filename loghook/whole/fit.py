@@ -1,0 +1,256 @@
+"""``Fit``: EK-FAC on whole gradients (George et al. 2018; Grosse et al. 2023), fitted through a user's own loop."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loghook.capture.batch import Ids, check_ids, unscaled
+from loghook.capture.coverage import describe_coverage
+from loghook.capture.hooked import Hooked
+from loghook.capture.layers import Job
+from loghook.capture.passes import Pass
+from loghook.capture.processes import process_rank, shared
+from loghook.capture.repeats import Repeats
+from loghook.capture.select import Watch, patterns
+from loghook.capture.sums import Sums, decompose
+from loghook.capture.whole import Covariance, Eigenvalues
+from loghook.errors import ConfigError, LogExistsError, MismatchError, StateError
+from loghook.influence.precondition import Curvature
+from loghook.influence.solvers import Diagonal, Identity, Solver, Zero
+from loghook.log.disk import lock, writing
+from loghook.log.format import fingerprint
+from loghook.log.query import Query
+from loghook.project.projection import Side
+from loghook.statistics.factors import Eigenbasis
+from loghook.statistics.store import FACTORS, FactorStore, pack_factors
+from loghook.whole.scoring import Scoring, low_rank
+
+FISHERS = ("empirical", "true")
+
+
+class Fit(Hooked):
+    """EK-FAC factors of whole gradients, and what can be asked of them; made by ``loghook.fit``."""
+
+    def __init__(self, path: Path, *, fisher: str, resume: bool, overwrite: bool) -> None:
+        """See ``loghook.fit``."""
+        super().__init__("none", rank=1, seed=0)
+        if fisher not in FISHERS:
+            raise ConfigError(f"fisher={fisher!r} is unknown: choose 'empirical' or 'true'.")
+        if resume and overwrite:
+            raise ConfigError("resume=True and overwrite=True exclude each other: keep one.")
+        self.path, self.fisher = path, fisher
+        if (path / FACTORS).exists() and not resume and not overwrite:
+            raise LogExistsError(
+                f"{path} holds factors already: pass resume=True to use or complete them, or overwrite=True."
+            )
+        self._store: FactorStore | None = None
+        if (path / FACTORS).exists() and not overwrite:
+            self._store = FactorStore.load(path)
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+        self._pass: Pass | None = None
+        self._job: Job = Covariance()
+        self._sums, self._repeats = Sums(), Repeats()
+        self._solvers: dict[Curvature, dict[str, Solver]] = {}
+
+    def watch(
+        self,
+        model: nn.Module,
+        include: str | Sequence[str] = "*",
+        exclude: str | Sequence[str] = "*lm_head",
+        *,
+        bias: bool = True,
+        may_sleep: str | Sequence[str] = (),
+        flattened: str | Sequence[str] = (),
+        batch_dim: int = 0,
+    ) -> None:
+        """Put inert hooks on a model's layers; arguments as in ``Run.watch``."""
+        self._require_outside()
+        if self._layers:
+            raise StateError("a model is watched already: one watch() call takes several patterns.")
+        arguments = Watch(
+            include=patterns(include),
+            exclude=patterns(exclude),
+            may_sleep=patterns(may_sleep),
+            flattened=patterns(flattened),
+            bias=bias,
+            batch_dim=batch_dim,
+            activations=None,
+            output_gradients=None,
+        )
+        coverage = self._hook(model, arguments)
+        specs = tuple(layer.spec for layer in self._layers)
+        if self._store is None:
+            self._store = FactorStore(path=self.path, layers=specs, fisher=self.fisher)
+        self._store.check_same(specs, self.fisher)
+        if process_rank() == 0:
+            print(describe_coverage(len(self.layers), coverage))
+
+    def passes(self) -> Iterator[Pass]:
+        """Yield the passes over the data that are not done yet: "covariance", then "eigenvalues".
+
+        Each is committed when it is complete, and skipped by a later ``loghook.fit(..., resume=True)``. In every one of
+        them each data_id counts once. All ranks go through it together; their sums are brought together at its end.
+        """
+        store = self._require_store()
+        held = lock(self.path / f"lock-{process_rank():05d}")
+        try:
+            for index, kind in enumerate(("covariance", "eigenvalues")):
+                if shared(store.done(kind)):
+                    continue
+                self._sums, self._repeats = Sums(), Repeats()
+                self._job = Covariance() if kind == "covariance" else Eigenvalues(self._bases())
+                self._pass = Pass(index, kind, self.fisher)
+                if kind == "covariance":
+                    self._pass._error = lambda: self._sums.error(self._layers)
+                try:
+                    yield self._pass
+                finally:
+                    self._pass = None
+                self._commit(kind, store)
+        finally:
+            held.close()
+
+    def _commit(self, kind: str, store: FactorStore) -> None:
+        self._sums.reduce({layer.name: self._job.shape(layer, 0) for layer in self._layers})
+        if kind == "covariance":
+            tensors = pack_factors(decompose(self._layers, self._sums))
+        else:
+            totals = self._sums.totals
+            tensors = {
+                layer.name: (totals[layer.name] / self._sums.samples).float().cpu()
+                if layer.name in totals
+                else torch.zeros(self._job.shape(layer, 0))  # it may sleep, and always did
+                for layer in self._layers
+            }
+        store.parameters = self.digest()
+        if process_rank() == 0:
+            with writing(self.path):
+                store.commit(kind, tensors, self._sums.samples)
+        # Other ranks find on the disk what rank 0 wrote.
+        store.files, store.samples = shared((store.files, store.samples))
+        self._sums, self._solvers = Sums(), {}
+
+    @contextmanager
+    def __call__(
+        self,
+        data_id: Ids,
+        *,
+        mask: Tensor | None = None,
+        scale: float | Tensor = 1.0,
+        scaler: Any = None,
+        segments: Tensor | None = None,
+    ) -> Iterator[None]:
+        """Gather the statistics of one batch: run its forward and backward inside; arguments as in ``Run``."""
+        if self._pass is None:
+            raise StateError(
+                "no pass is under way: put the loop over batches inside `for _ in run.passes():`, or score with "
+                "run.score(query)."
+            )
+        ids = check_ids(data_id)
+        keep, _ = self._repeats.keep(ids, "first")
+        scale = unscaled(scale, scaler)
+        with self._capture(
+            len(ids), mask=mask, scale=scale, keep=keep, moments=False, segments=segments, job=self._job
+        ) as captured:
+            yield
+        self._sums.add(captured[0].results, int(keep.sum()))
+        self._repeats.met(ids)
+
+    def score(
+        self,
+        query: Query,
+        method: str = "ekfac",
+        *,
+        damping: float = 0.1,
+        damping_abs: float | None = None,
+        rank: int | None = None,
+        per_layer: bool = False,
+    ) -> Scoring:
+        """Prepare to score training samples against questions, in one pass and without storing rows.
+
+        Args:
+            query: whole gradients of the questions, from this object's ``query``; or directions that were
+                preconditioned already (``loghook.refine``), with method "dot".
+            method: "ekfac", "kfac", or "dot" (no curvature).
+            damping: added to the eigenvalues, times the layer's mean eigenvalue.
+            damping_abs: added as it is, instead.
+            rank: replace each question's preconditioned gradient, layer by layer, by its best approximation of this
+                rank; then no sample's gradient is ever formed (Grosse et al. 2023, section 3.2.2).
+            per_layer: keep the scores of every layer as well.
+
+        Returns:
+            A Scoring: ``with scoring(data_id=...):`` around forward and backward, then ``scoring.scores()``.
+        """
+        curvature = Curvature(method=method, damping=damping, damping_abs=damping_abs)
+        directions = self.precondition(query, curvature)
+        columns = self._layout.kinds["gradients"]
+        held: dict[str, tuple[Tensor, Tensor | None]] = {}
+        lost: list[float] = []
+        for layer in self._layers:
+            device, dtype = layer.device_and_dtype()
+            matrices = directions[:, columns[layer.name]].unflatten(1, (layer.spec.k_out, layer.spec.k_in))
+            if rank is None:
+                held[layer.name] = (matrices.to(device, dtype), None)
+            else:
+                left, right, error = low_rank(matrices, rank)
+                held[layer.name] = (left.to(device, dtype), right.to(device, dtype))
+                lost.append(error)
+        return Scoring(self, query, held, curvature, per_layer=per_layer, lost=max(lost) if lost else None)
+
+    def precondition(self, query: Query, curvature: Curvature) -> Tensor:
+        """Return H^-1 g for each question: (Q, width), float32 or float64."""
+        self._require_store()
+        if query.fingerprint != self._fingerprint():
+            raise MismatchError(
+                "the query does not hold whole gradients of these layers: make it with this object's query(...)."
+            )
+        rows, columns = query.matrix, self._layout.kinds["gradients"]
+        out = torch.empty_like(rows)
+        for name, solver in self.solvers(curvature).items():
+            out[:, columns[name]] = solver.apply(rows[:, columns[name]])
+        return out
+
+    def solvers(self, curvature: Curvature) -> dict[str, Solver]:
+        """Return the inverse curvature of every layer: {name: Solver}, kept for the next call."""
+        if curvature.method == "dot":
+            return {name: Identity() for name in self.layers}
+        if curvature.method not in ("kfac", "ekfac"):
+            raise ConfigError(
+                f"method={curvature.method!r} has no whole-gradient form: choose 'ekfac', 'kfac' or 'dot'."
+            )
+        if curvature not in self._solvers:
+            store = self._require_store()
+            corrected = store.eigenvalues() if curvature.method == "ekfac" else {}
+            solvers: dict[str, Solver] = {}
+            for name, (inputs, outputs) in store.factors().items():
+                products = outputs.values[:, None] * inputs.values[None, :]
+                values = corrected[name] if corrected else products
+                basis, mean = Eigenbasis(inputs.basis, outputs.basis, products), float(values.double().mean())
+                solvers[name] = Diagonal(basis, values, curvature.amount(mean)) if mean > 0 else Zero()
+            self._solvers = {curvature: solvers}
+        return self._solvers[curvature]
+
+    def _bases(self) -> dict[str, tuple[Side, Side]]:
+        sides: dict[str, tuple[Side, Side]] = {}
+        shared_sides: list[Side] = []
+        for name, pair in self._require_store().factors().items():
+            matrices = [factor.basis.T.float().contiguous() for factor in pair]
+            fresh = Side(matrices[0].shape[0], matrices[0])
+            same = (s for s in shared_sides if s.width == fresh.width and torch.equal(s.matrix, fresh.matrix))  # type: ignore[arg-type]
+            inputs = next(same, fresh)
+            shared_sides = [*shared_sides[-2:], inputs]
+            sides[name] = (inputs, Side(matrices[1].shape[0], matrices[1]))
+        return sides
+
+    def _fingerprint(self) -> str:
+        return fingerprint([layer.spec for layer in self._layers], self._projection, self._seed)
+
+    def _require_store(self) -> FactorStore:
+        if self._store is None or not self._layers:
+            raise StateError("nothing is watched yet: call watch(model) first.")
+        return self._store

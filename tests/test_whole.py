@@ -1,0 +1,273 @@
+"""Whole-gradient EK-FAC: factors and scores against slow dense references, in the modes that users run."""
+
+import contextlib
+import tempfile
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import loghook
+from loghook.capture import whole
+from loghook.errors import ConfigError, CorruptLogError, LogExistsError, MismatchError, StateError
+from loghook.whole.scoring import low_rank
+from tests import dense
+from tests.oracle import one_sample_gradients
+from tests.test_fitted import data, loss_fn, make, quietly, raw_moments
+
+
+def fitted(model, x, loss=loss_fn, folder=None, size=16, fisher="empirical", **arguments):
+    fit = loghook.fit(folder or tempfile.mkdtemp(prefix="loghook-test-"), fisher=fisher)
+    quietly(fit, model)
+    for _ in fit.passes():
+        for ids in torch.arange(len(x)).split(size):
+            with fit(data_id=ids, **arguments):
+                loss(model, x[ids]).backward()
+    return fit
+
+
+def ask(fit, model, x, loss=loss_fn, count=2):
+    with fit.query(data_id=list(range(count))) as query:
+        loss(model, x[:count]).backward()
+    return query
+
+
+def scored(fit, query, model, x, loss=loss_fn, size=16, **options):
+    scoring = fit.score(query, **options)
+    for ids in torch.arange(len(x)).split(size):
+        with scoring(data_id=ids):
+            loss(model, x[ids]).backward()
+    return scoring.scores()
+
+
+def reference(method, model, x, **damping):
+    gradients, moments = one_sample_gradients(model, loss_fn, x, fit_names(model)), raw_moments(model, x)
+    rows = [{"G": gradients[n], "A": moments[n][0], "S": moments[n][1]} for n in gradients]
+    return getattr(dense, method)(rows, [layer["G"][:2] for layer in rows], **damping)
+
+
+def fit_names(model):
+    return [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+
+
+def close(values, expected, tolerance=1e-5):
+    return np.abs(values - expected).max() <= tolerance * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("method", ["dot", "kfac", "ekfac"])
+def test_scores_are_those_of_dense_matrices(method):
+    model, x = make(), data()
+    fit = fitted(model, x)
+    damping = {} if method == "dot" else {"damping": 0.2}
+    expected = reference(method, model, x, **damping)
+    scores = scored(fit, ask(fit, model, x), model, x, method=method, per_layer=True, **damping)
+    assert close(scores.values, expected.total)
+    assert close(scores.by_layer, expected.layers)
+    assert scores.data_ids == list(range(40)) and scores.query_ids == [0, 1]
+    assert scores.method == f"{method} (whole gradients)"
+
+
+def test_one_query_and_one_token_take_the_other_contraction():
+    model, x = make(), data(tokens=1)
+    fit = fitted(model, x)
+    for count in (1, 2):
+        scores = scored(fit, ask(fit, model, x, count=count), model, x, damping_abs=0.3)
+        assert close(scores.values, reference("ekfac", model, x, damping_abs=0.3).total[:count])
+    long = data(tokens=7)
+    fit = fitted(model, long)
+    scores = scored(fit, ask(fit, model, long, count=1), model, long)
+    assert close(scores.values, reference("ekfac", model, long).total[:1])
+
+
+def test_small_chunks_change_nothing(monkeypatch):
+    model, x = make(), data()
+    fit = fitted(model, x)
+    query = ask(fit, model, x)
+    expected = scored(fit, query, model, x).values
+    monkeypatch.setattr(whole, "CHUNK_BYTES", 1)
+    again = fitted(model, x)
+    assert close(scored(again, query, model, x).values, expected)
+    assert close(scored(again, query, model, x, rank=2).values, scored(fit, query, model, x, rank=2).values)
+
+
+def test_low_rank_questions():
+    model, x = make(), data()
+    fit = fitted(model, x)
+    query = ask(fit, model, x)
+    scoring = fit.score(query, rank=12)
+    assert scoring.lost == pytest.approx(0, abs=1e-12)
+    assert close(scored(fit, query, model, x, rank=12).values, scored(fit, query, model, x).values)
+    torch.manual_seed(0)
+    matrices = torch.randn(3, 6, 5, dtype=torch.float64)
+    left, right, lost = low_rank(matrices, 2)
+    u, s, v = torch.linalg.svd(matrices)
+    best = torch.stack([u[i][:, :2] @ torch.diag(s[i, :2]) @ v[i][:2] for i in range(3)])
+    assert torch.allclose(left @ right, best)
+    assert lost == pytest.approx(float(((matrices - best) ** 2).sum((1, 2)).div((matrices**2).sum((1, 2))).max()))
+
+
+def image_model():
+    torch.manual_seed(0)
+    layers = (nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Conv2d(4, 6, 2, groups=2, bias=False), nn.Flatten(), nn.Linear(54, 3))
+    return nn.Sequential(*layers).double()
+
+
+@pytest.mark.parametrize("rank", [None, 60])
+def test_convolutions_and_groups_equal_a_log_of_whole_gradients(rank):
+    torch.manual_seed(1)
+    model, x = image_model(), torch.randn(20, 2, 6, 6, dtype=torch.float64)
+    fit = fitted(model, x)
+    run = loghook.init(tempfile.mkdtemp(), projection="none", dtype="float64")
+    quietly(run, model)
+    with run(data_id=list(range(20))):
+        loss_fn(model, x).backward()
+    run.finalize()
+    query = ask(fit, model, x)
+    expected = loghook.load(run.path).influence(query, method="ekfac").values
+    assert close(scored(fit, query, model, x, rank=rank).values, expected)
+
+
+def test_mask_scale_segments_and_repeats():
+    model, x = make(), data()
+    base = fitted(model, x)
+    query = ask(base, model, x)
+    expected = scored(base, query, model, x).values
+
+    def mean_loss(model, x):
+        return loss_fn(model, x) / 7
+
+    scaled = fitted(model, x, loss=mean_loss, scale=7.0)
+    assert close(scored(scaled, query, model, x).values, expected)
+    # Documents of five tokens packed two to a row, and an id that comes twice.
+    fit = loghook.fit(tempfile.mkdtemp())
+    quietly(fit, model)
+    packed = x.reshape(20, 10, 12)
+    for _ in fit.passes():
+        with fit(data_id=list(range(40)), segments=torch.arange(40).repeat_interleave(5).view(20, 10)):
+            loss_fn(model, packed).backward()
+        with fit(data_id=[3, 3]):
+            loss_fn(model, 5 * x[3:5]).backward()
+    scoring = fit.score(query)
+    for _ in range(2):
+        with scoring(data_id=list(range(40)), segments=torch.arange(40).repeat_interleave(5).view(20, 10)):
+            loss_fn(model, packed).backward()
+    scores = scoring.scores()
+    assert scores.data_ids == list(range(40)) and close(scores.values, expected)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_compiled_without_breaks(frozen):
+    model, x = make(), data()
+    fit = fitted(model, x)
+    query = ask(fit, model, x)
+    expected = scored(fit, query, model, x).values
+    fast = make()
+    run = loghook.fit(tempfile.mkdtemp())
+    quietly(run, fast)
+    compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
+    torch._dynamo.reset()
+    with loghook.frozen(fast) if frozen else contextlib.nullcontext():
+        for _ in run.passes():
+            for ids in torch.arange(len(x)).split(16):
+                with run(data_id=ids):
+                    compiled(x[ids]).logsumexp(-1).sum().backward()
+        scoring = run.score(query)
+        for ids in torch.arange(len(x)).split(16):
+            with scoring(data_id=ids):
+                compiled(x[ids]).logsumexp(-1).sum().backward()
+    assert close(scoring.scores().values, expected)
+
+
+def test_true_fisher_draws_labels_from_the_model():
+    torch.manual_seed(0)
+    logits = torch.tensor([0.0, 1.0, 2.0]).expand(4000, 3)
+    labels = torch.zeros(4000, dtype=torch.long)
+    labels[::4] = -100
+    sampling = loghook.Pass(0, "covariance", "true")
+    drawn = sampling.labels(logits, labels)
+    assert (drawn[::4] == -100).all()
+    kept = drawn[labels >= 0]
+    shares = torch.bincount(kept, minlength=3) / len(kept)
+    assert torch.allclose(shares, logits[0].softmax(-1), atol=0.03)
+    assert torch.equal(loghook.Pass(0, "covariance", "true").labels(logits, labels), drawn)
+    assert loghook.Pass(0, "covariance").labels(logits, labels) is labels
+
+
+def test_stopped_fits_go_on_and_finished_ones_are_used(tmp_path):
+    model, x = make(), data()
+    complete = fitted(model, x)
+    query = ask(complete, model, x)
+    expected = scored(complete, query, model, x).values
+
+    def attempt(stop):
+        fit = loghook.fit(tmp_path / "f", resume=True)
+        quietly(fit, model)
+        done = 0
+        for current in fit.passes():
+            for ids in torch.arange(len(x)).split(16):
+                if done == stop:
+                    fit.close()
+                    return current.kind
+                with fit(data_id=ids):
+                    loss_fn(model, x[ids]).backward()
+                done += 1
+        return fit
+
+    assert attempt(2) == "covariance"
+    assert attempt(4) == "eigenvalues"
+    fit = attempt(99)
+    assert close(scored(fit, query, model, x).values, expected)
+    fit.close()
+    assert list(attempt(0).passes()) == []
+    with pytest.raises(LogExistsError, match="resume=True"):
+        loghook.fit(tmp_path / "f")
+    other = loghook.fit(tmp_path / "f", resume=True, fisher="true")
+    with pytest.raises(MismatchError, match="Fisher"):
+        quietly(other, model)
+    bigger = loghook.fit(tmp_path / "f", resume=True)
+    with pytest.raises(MismatchError, match="layers"):
+        quietly(bigger, nn.Linear(5, 5))
+
+
+def test_damage_and_wrong_use_are_refused(tmp_path):
+    model, x = make(), data()
+    fit = loghook.fit(tmp_path / "f")
+    with pytest.raises(StateError, match="watch"):
+        next(fit.passes())
+    quietly(fit, model)
+    with pytest.raises(StateError, match="passes"), fit(data_id=[0]):
+        pass
+    query = ask(fit, model, x)
+    with pytest.raises(StateError, match="no eigenvalues yet"):
+        fit.score(query)
+    with pytest.raises(StateError, match="no samples"):
+        for _ in fit.passes():
+            pass
+    for _ in fit.passes():
+        with fit(data_id=[0, 1]):
+            loss_fn(model, x[:2]).backward()
+    with pytest.raises(ConfigError, match="fisher"):
+        fit.score(query, method="fisher")
+    with pytest.raises(StateError, match="nothing was scored"):
+        fit.score(query).scores()
+    run = loghook.init(tmp_path / "log", rank=4)
+    quietly(run, model)
+    with run.query(data_id=[0]) as other:
+        loss_fn(model, x[:1]).backward()
+    with pytest.raises(MismatchError, match="whole gradients"):
+        fit.score(other)
+    fit.close()
+    file = tmp_path / "f" / "eigenvalues.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    again = loghook.fit(tmp_path / "f", resume=True)
+    quietly(again, model)
+    with pytest.raises(CorruptLogError, match="eigenvalues"):
+        again.score(query)
+    (tmp_path / "f" / "factors.json").write_text("{}")
+    with pytest.raises(CorruptLogError, match="factors"):
+        loghook.fit(tmp_path / "f", resume=True)
+    with pytest.raises(ConfigError, match="fisher"):
+        loghook.fit(tmp_path / "g", fisher="exact")
