@@ -1,5 +1,6 @@
 """The result of a question: scores with ids, axes, sign and provenance."""
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -83,6 +84,26 @@ class Scores:
                 "these scores keep only the best rows (top=...): score again without top to see opponents."
             )
         return self._ranked(k, best=False)
+
+    def among(self, candidates: Sequence[Sequence[int | str]]) -> "Scores":
+        """Only some rows of each question (as many for each), best first.
+
+        Raises:
+            ConfigError: if one of them was not scored.
+        """
+        where = {data_id: place for place, data_id in enumerate(self.data_ids)}
+        missing = [i for ids in candidates for i in ids if i not in where]
+        if missing or self.places is not None:
+            raise ConfigError(
+                f"{missing[:1] or 'a top-k result'} was not scored for every question: score all of them."
+            )
+        values, places = [], []
+        for row, ids in zip(self.values, candidates, strict=True):
+            chosen = np.array([where[i] for i in ids], dtype=np.int64)
+            order = np.argsort(-row[chosen], kind="stable")
+            places.append(chosen[order])
+            values.append(row[chosen[order]])
+        return dataclasses.replace(self, values=np.stack(values), places=np.stack(places), by_layer=None)
 
     def to_pandas(self) -> "pandas.DataFrame":
         """A table with a row for each pair: query_id, data_id, score (needs the pandas extra)."""

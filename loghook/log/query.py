@@ -30,6 +30,7 @@ class Query:
         self._projection, self._seed = "", 0
         self._fitted: str | None = None
         self.parameters: str | None = None
+        self.direction: str | None = None  # how the rows were preconditioned already, if they were
 
     def fill(
         self,
@@ -105,6 +106,8 @@ class Query:
         for query in queries[1:]:
             if query.fingerprint != first.fingerprint or query._specs != first._specs:
                 raise MismatchError("these queries come from different layers or projections and cannot be joined.")
+            if query.direction != first.direction:
+                raise MismatchError("some of these queries are preconditioned and some are not: join equal ones.")
             if type(query.data_ids[0]) is not type(first.data_ids[0]):
                 raise MismatchError("these queries have ids of different types: use int or str throughout.")
         ids: list[Any] = [i for query in queries for i in query.data_ids]
@@ -113,14 +116,16 @@ class Query:
         rows = torch.cat([query.matrix for query in queries])
         parameters = first.parameters if same else None
         joined.fill(rows, first._specs, first._projection, first._seed, parameters, first._fitted)
+        joined.direction = first.direction
         return joined
 
-    def with_rows(self, rows: Tensor) -> "Query":
-        """The same questions with other rows (Q, width), as a preconditioner returns them."""
+    def with_rows(self, rows: Tensor, direction: str) -> "Query":
+        """The same questions with other rows (Q, width): what ``direction`` says was made of them."""
         if rows.shape != self.matrix.shape:
             raise ConfigError(f"rows {tuple(rows.shape)} do not have the query's shape {tuple(self.matrix.shape)}.")
         query = Query(self.data_ids)
         query.fill(rows, self._specs, self._projection, self._seed, self.parameters, self._fitted)
+        query.direction = direction
         return query
 
     def save(self, path: str | Path) -> None:
@@ -132,6 +137,7 @@ class Query:
             "data_ids": self.data_ids,
             "parameters": self.parameters,
             "fitted": self._fitted,
+            "direction": self.direction,
         }
         data = safetensors.torch.save({"rows": self.matrix.contiguous()}, {"loghook_query": json.dumps(header)})
         write_atomically(Path(path), data)
@@ -154,6 +160,7 @@ class Query:
         except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CorruptLogError(f"{path} is no query file ({error}): save it again.") from error
         query.fill(rows, specs, header["projection"], header["seed"], header["parameters"], header.get("fitted"))
+        query.direction = header.get("direction")
         return query
 
 

@@ -1,6 +1,6 @@
 """``Fit``: EK-FAC on whole gradients (George et al. 2018; Grosse et al. 2023), fitted through a user's own loop."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from loghook.capture.sums import Sums, decompose
 from loghook.capture.whole import Covariance, Eigenvalues
 from loghook.errors import ConfigError, LogExistsError, MismatchError, StateError
 from loghook.influence.precondition import Curvature
+from loghook.influence.scores import Scores
 from loghook.influence.solvers import Diagonal, Identity, Solver, Zero
 from loghook.log.disk import lock, writing
 from loghook.log.format import fingerprint
@@ -27,6 +28,7 @@ from loghook.log.query import Query
 from loghook.project.projection import Side
 from loghook.statistics.factors import Eigenbasis
 from loghook.statistics.store import FACTORS, FactorStore, pack_factors
+from loghook.whole.refine import Damped, GaussNewton, OutputLoss, Outputs, listed, solve
 from loghook.whole.scoring import Scoring, low_rank
 
 FISHERS = ("empirical", "true")
@@ -164,7 +166,7 @@ class Fit(Hooked):
     def score(
         self,
         query: Query,
-        method: str = "ekfac",
+        method: str | None = None,
         *,
         damping: float = 0.1,
         damping_abs: float | None = None,
@@ -174,9 +176,8 @@ class Fit(Hooked):
         """Prepare to score training samples against questions, in one pass and without storing rows.
 
         Args:
-            query: whole gradients of the questions, from this object's ``query``; or directions that were
-                preconditioned already (``loghook.refine``), with method "dot".
-            method: "ekfac", "kfac", or "dot" (no curvature).
+            query: whole gradients of the questions, from this object's ``query``, or what ``refine`` made of them.
+            method: "ekfac" (the default), "kfac", or "dot" (no curvature; the only one for refined questions).
             damping: added to the eigenvalues, times the layer's mean eigenvalue.
             damping_abs: added as it is, instead.
             rank: replace each question's preconditioned gradient, layer by layer, by its best approximation of this
@@ -186,6 +187,9 @@ class Fit(Hooked):
         Returns:
             A Scoring: ``with scoring(data_id=...):`` around forward and backward, then ``scoring.scores()``.
         """
+        method = method or ("ekfac" if query.direction is None else "dot")
+        if query.direction is not None and method != "dot":
+            raise ConfigError(f"this query is preconditioned already ({query.direction}): score it with method='dot'.")
         curvature = Curvature(method=method, damping=damping, damping_abs=damping_abs)
         directions = self.precondition(query, curvature)
         columns = self._layout.kinds["gradients"]
@@ -202,13 +206,90 @@ class Fit(Hooked):
                 lost.append(error)
         return Scoring(self, query, held, curvature, per_layer=per_layer, lost=max(lost) if lost else None)
 
+    def refine(
+        self,
+        query: Query,
+        batches: Iterable[Any],
+        outputs: Outputs,
+        loss: OutputLoss,
+        *,
+        solver: str = "cg",
+        iterations: int = 10,
+        damping: float = 0.1,
+        damping_abs: float | None = None,
+        tolerance: float = 0.01,
+        step: float = 0.3,
+        momentum: float = 0.5,
+    ) -> Query:
+        """Solve ``(GGN + damping) u = g`` for each question, preconditioned with EK-FAC; then ``score(u)``.
+
+        Args:
+            query: whole gradients of the questions.
+            batches: training data that the curvature is taken from, a few hundred samples or more; gone through once
+                for each iteration of "cg", one batch for each of "astra". On several processes each has its own.
+            outputs: batch -> the watched model's outputs, in eval mode.
+            loss: (outputs, batch) -> the batch's summed loss, convex in the outputs (cross-entropy, squared error).
+            solver: "cg": conjugate gradients, exact products; "astra": stochastic steps.
+            iterations: of the solver.
+            damping: times each layer's mean EK-FAC eigenvalue.
+            damping_abs: the damping itself, instead.
+            tolerance: "cg" stops once the mean of |residual| / |g| is below it.
+            step: of "astra", over EK-FAC's own step.
+            momentum: of "astra".
+
+        Returns:
+            A query that holds u; ``query.direction`` says how it was made, residual included.
+        """
+        curvature = Curvature(method="ekfac", damping=damping, damping_abs=damping_abs)
+        g = query.matrix
+        self._require_whole(query)
+        solvers = self.solvers(curvature)
+        amounts = torch.zeros(g.shape[1], dtype=g.dtype)
+        for name, one in solvers.items():
+            amounts[self._layout.kinds["gradients"][name]] = one.damping if isinstance(one, Diagonal) else 1.0
+        matrix = GaussNewton(self._layers, self._layout, listed(batches), outputs, loss)
+        u, residuals = solve(
+            Damped(matrix, amounts, solvers), g, solver=solver, iterations=iterations, tolerance=tolerance, step=step,
+            momentum=momentum,
+        )  # fmt: skip
+        return query.with_rows(u, f"{solver}, {len(residuals) - 1} iterations, residual {residuals[-1]:.2g}")
+
+    def rerank(
+        self,
+        scores: Scores,
+        query: Query,
+        batches: Callable[[list[Any]], Iterable[tuple[Ids, Any]]],
+        loss: Callable[[Any], Tensor],
+        *,
+        top: int = 300,
+        **options: Any,
+    ) -> Scores:
+        """Score the best samples of a log once more, with whole gradients.
+
+        Args:
+            scores: of the same questions, from ``Log.influence``.
+            query: whole gradients of the questions, or refined ones.
+            batches: ids -> (ids of a batch, batch) pairs that yield those samples.
+            loss: batch -> its summed loss, through the watched model.
+            top: how many candidates of each question are taken from ``scores``.
+            options: as in ``score``.
+
+        Returns:
+            The candidates of each question, best first: (queries, top).
+        """
+        if list(scores.query_ids) != list(query.data_ids):
+            raise MismatchError("scores and query hold different questions: pass both in the same order.")
+        candidates = [[record.data_id for record in ranked] for ranked in scores.top(top)]
+        wanted = list(dict.fromkeys(i for ids in candidates for i in ids))
+        scoring = self.score(query, **options)
+        for ids, batch in batches(wanted):
+            with scoring(data_id=ids):
+                loss(batch).backward()
+        return scoring.scores().among(candidates)
+
     def precondition(self, query: Query, curvature: Curvature) -> Tensor:
         """Return H^-1 g for each question: (Q, width), float32 or float64."""
-        self._require_store()
-        if query.fingerprint != self._fingerprint():
-            raise MismatchError(
-                "the query does not hold whole gradients of these layers: make it with this object's query(...)."
-            )
+        self._require_whole(query)
         rows, columns = query.matrix, self._layout.kinds["gradients"]
         out = torch.empty_like(rows)
         for name, solver in self.solvers(curvature).items():
@@ -247,8 +328,12 @@ class Fit(Hooked):
             sides[name] = (inputs, Side(matrices[1].shape[0], matrices[1]))
         return sides
 
-    def _fingerprint(self) -> str:
-        return fingerprint([layer.spec for layer in self._layers], self._projection, self._seed)
+    def _require_whole(self, query: Query) -> None:
+        self._require_store()
+        if query.fingerprint != fingerprint([layer.spec for layer in self._layers], self._projection, self._seed):
+            raise MismatchError(
+                "the query does not hold whole gradients of these layers: make it with this object's query(...)."
+            )
 
     def _require_store(self) -> FactorStore:
         if self._store is None or not self._layers:

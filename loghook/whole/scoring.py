@@ -97,7 +97,7 @@ class Scoring:
             places=None,
             by_layer=np.ascontiguousarray(by_layer) if self._per_layer else None,
             layers=self._fit.layers,
-            method=f"{self._curvature.method} (whole gradients)",
+            method=f"{self._query.direction or self._curvature.method} (whole gradients)",
             normalize=None,
             damping=self._curvature.damping if relative else None,
             damping_abs=self._curvature.damping_abs if curved else None,
