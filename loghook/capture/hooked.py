@@ -16,7 +16,7 @@ from loghook.capture.layers import Layer
 from loghook.capture.models import mixing_modules, parameters_digest, refuse, unwrap
 from loghook.capture.segments import arrange
 from loghook.capture.select import Watch, select
-from loghook.errors import ConfigError, DeliveryError, NotFiniteError, StateError, UnsupportedError
+from loghook.errors import ConfigError, DeliveryError, StateError, UnsupportedError
 from loghook.log.finite import not_finite
 from loghook.log.format import LayerSpec, Layout
 from loghook.log.query import Query
@@ -162,5 +162,5 @@ class Hooked:
             yield query
         rows = captured[0].rows.cpu()
         if not bool(torch.isfinite(rows).all()):
-            raise NotFiniteError(not_finite(ids, rows))
+            raise not_finite(ids, rows)
         query.fill(rows, [layer.spec for layer in self._layers], self._projection, self._seed, self.digest())

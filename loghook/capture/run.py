@@ -18,7 +18,7 @@ from loghook.capture.pack import pack
 from loghook.capture.processes import process_rank, provenance, shared, shared_run_id, world_size
 from loghook.capture.repeats import Repeats
 from loghook.capture.select import FUSED_EXPERTS, Watch, patterns
-from loghook.errors import BatchError, LogExistsError, LoghookError, StateError
+from loghook.errors import BatchError, LogExistsError, LoghookError, NotFiniteError, StateError
 from loghook.log.disk import writing
 from loghook.log.folder import check_same, claim, seal
 from loghook.log.format import DTYPES, MANIFEST, Layout, Manifest
@@ -151,7 +151,9 @@ class Run(Hooked):
             try:
                 yield current
                 if self._writer is not None:
-                    self._writer.put({"pass_end": current.index})
+                    with self._heeding():
+                        self._writer.settle()  # a pass that misses rows is not over
+                        self._writer.put({"pass_end": current.index})
                 done.add(current.index)
             finally:
                 self._pass = None
@@ -182,10 +184,14 @@ class Run(Hooked):
         Raises:
             BatchError: ids, mask or scale that do not fit the batch.
             DeliveryError: a watched layer delivered nothing, or two backward passes ran.
-            NotFiniteError: rows with infinities (on a device at the latest in the next block).
+            NotFiniteError: rows with infinities; on a device they are found in the background, and a later block, the
+                end of the pass or ``finalize`` raises it, once. Its ``ids`` can be logged again.
             StateError: after ``finalize``, or inside another block.
         """
         self._require_open()
+        if self._writer is not None:
+            with self._heeding():
+                self._writer.check()
         ids = check_ids(data_id)
         if self._manifest is not None and self._manifest.id_type != type(ids[0]).__name__:
             raise BatchError(
@@ -210,8 +216,9 @@ class Run(Hooked):
             pass_index=self._pass.index if self._pass else -1,
             step=self._step,
         )
-        # What an interrupted run has committed was counted there.
-        writer.put(dataclasses.replace(batch, dropped=repeats if self._step >= self._fresh_step else 0))
+        with self._heeding():
+            # What an interrupted run has committed was counted there.
+            writer.put(dataclasses.replace(batch, dropped=repeats if self._step >= self._fresh_step else 0))
         if self._rule != "all":
             self._repeats.met(ids)
         self._step += 1
@@ -234,6 +241,7 @@ class Run(Hooked):
 
         Raises:
             StateError: if nothing was logged, or ranks are missing after the timeout.
+            NotFiniteError: of the last blocks, as in ``run(...)``; the run is still open then.
         """
         if self._finalized:
             return
@@ -244,6 +252,8 @@ class Run(Hooked):
                 "nothing was logged, so there is nothing to finalise: run the loop with `with run(...)` first."
             )
         writer = self._ready(self._manifest.id_type)  # an interrupted run may have nothing left to log
+        with self._heeding():
+            writer.settle()  # while this rank can still go on, and before the others are told that it ended
         session = self._agree_to_end()
         self._writer = None
         try:
@@ -258,6 +268,15 @@ class Run(Hooked):
         finally:
             writer.unlock()
         self._finalized = True
+
+    @contextmanager
+    def _heeding(self) -> Iterator[None]:
+        """Let ids come again whose batches the writer rejects."""
+        try:
+            yield
+        except NotFiniteError as error:
+            self._repeats.forget(error.ids)
+            raise
 
     def _agree_to_end(self) -> str:
         """Draw an id for this end, the same on all ranks, so that the end of an interrupted run is not taken for it."""
