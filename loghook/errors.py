@@ -65,4 +65,4 @@ class MismatchError(LoghookError, ValueError):
 
 
 class CheckpointWarning(UserWarning):
-    """A query that comes from other parameter values than the rows it is compared with."""
+    """A query, or a pass taken up again, with other parameter values than the rows that it goes with."""

@@ -18,7 +18,7 @@ from loghook.capture.pack import pack
 from loghook.capture.processes import process_rank, provenance, shared, shared_run_id, world_size
 from loghook.capture.repeats import Repeats
 from loghook.capture.select import FUSED_EXPERTS, Watch, patterns
-from loghook.errors import BatchError, LogExistsError, LoghookError, NotFiniteError, StateError
+from loghook.errors import BatchError, CheckpointWarning, LogExistsError, LoghookError, NotFiniteError, StateError
 from loghook.log.disk import writing
 from loghook.log.folder import check_same, claim, seal
 from loghook.log.format import DTYPES, MANIFEST, Layout, Manifest
@@ -57,6 +57,7 @@ class Run(Hooked):
         self._step = self._fresh_step = 0  # number of the next block, and the first that no earlier process committed
         self._pass: Pass | None = None
         self._finalized = self._closed = False
+        self._elsewhere: str | None = None  # digest of parameters that are not those which the run began with
         self._was_sealed = False  # by an earlier process: the same script, started again, has nothing left to do
         if self._resumed:
             self._read_back()
@@ -154,6 +155,8 @@ class Run(Hooked):
                     with self._heeding():
                         self._writer.settle()  # a pass that misses rows is not over
                         self._writer.put({"pass_end": current.index})
+                if self._elsewhere is not None and self._elsewhere == self.digest():
+                    self._warn_of_other_values()  # training would have moved them on
                 done.add(current.index)
             finally:
                 self._pass = None
@@ -343,6 +346,12 @@ class Run(Hooked):
             )
         if self._manifest is not None:
             check_same(self._manifest, manifest)
+            was, now = self._manifest.parameters.get("first"), manifest.parameters.get("first")
+            if self._pass is not None and was and now and was != now:
+                if any(p.requires_grad for ref in self._models if (model := ref()) for p in model.parameters()):
+                    self._elsewhere = now  # right in training, which moves parameters; the end of the pass shows it
+                else:
+                    self._warn_of_other_values()
         layout = Layout(manifest.layers)
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -365,6 +374,16 @@ class Run(Hooked):
                 raise
         self._writer = writer
         return writer
+
+    def _warn_of_other_values(self) -> None:
+        self._elsewhere = None
+        warnings.warn(
+            f"{self.path} was begun with other parameter values than it goes on with, and nothing trains them here, "
+            "but the rows of one pass should be gradients at one point: load the checkpoint that the run began with; "
+            "if you mean these values, start again with overwrite=True.",
+            CheckpointWarning,
+            stacklevel=2,
+        )
 
     def _settle(self, fresh: Manifest) -> Manifest:
         """Return the run's manifest, written by rank 0 if it is new or more ranks write now than before."""
