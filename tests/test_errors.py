@@ -437,6 +437,12 @@ def test_mask_with_a_number_of_tokens_that_no_layer_has_is_refused(run: loghook.
     with pytest.raises(BatchError) as error:
         log(run, model, [1, 2], mask=torch.ones(2, TOKENS + 1))
     says(error, (2, TOKENS + 1), "none has 4 tokens", "Pass the mask with the shape (batch, tokens)")
+    with pytest.raises(BatchError) as error:
+        log(run, model, [1, 2], mask={"first": torch.ones(2, TOKENS), "second": torch.ones(2, TOKENS + 1)})
+    says(error, (2, TOKENS + 1), "fits no layer that it is for")
+    with pytest.raises(BatchError) as error:
+        log(run, model, [1, 2], mask={"*": torch.ones(2, TOKENS), "second": torch.ones(2, TOKENS)})
+    says(error, "mask={'second': ...} serves no watched layer", "the first that fits")
     assert_goes_on(run, model, before=[0])
 
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from loghook.capture.batch import Ids, check_ids, check_mask, check_scale
+from loghook.capture.batch import Ids, Mask, check_ids, check_masks, check_scale
 from loghook.capture.block import Block, Captured, make_hook, nothing_delivered
 from loghook.capture.experts import ExpertProjection, watched
 from loghook.capture.layers import Layer
@@ -94,7 +94,7 @@ class Hooked:
         self,
         size: int,
         *,
-        mask: Tensor | None,
+        mask: Mask | None,
         scale: Any,
         keep: np.ndarray | None,
         moments: bool,
@@ -118,17 +118,17 @@ class Hooked:
                     "pass, or use GroupNorm or LayerNorm."
                 )
         documents = None if segments is None else arrange(segments, size)
-        mask = check_mask(mask, size if documents is None else len(documents.number_BS))
+        masks = check_masks(mask, size if documents is None else len(documents.number_BS), self._names)
         factor = check_scale(scale)
         block = Block(self._layers, size, moments=moments)
         captured: list[Captured] = []
         self._open = True
         experts = [layer.module.owner for layer in self._layers if isinstance(layer.module, ExpertProjection)]
         try:
-            block.open(mask, None if keep is None or keep.all() else torch.from_numpy(keep), documents)
+            block.open(masks, None if keep is None or keep.all() else torch.from_numpy(keep), documents)
             with watched(experts):
                 yield captured
-            captured.append(block.collect(block.close(), scale=factor, mask=mask))
+            captured.append(block.collect(block.close(), scale=factor, masks=masks))
         except RuntimeError as error:
             if "does not require grad" in str(error) and not any(layer.fired for layer in self._layers):
                 raise DeliveryError(nothing_delivered(self._layers)) from error  # backward() failed for want of a graph
@@ -143,13 +143,13 @@ class Hooked:
 
     @contextmanager
     def query(
-        self, data_id: Ids, *, mask: Tensor | None = None, scale: float | Tensor = 1.0, segments: Tensor | None = None
+        self, data_id: Ids, *, mask: Mask | None = None, scale: float | Tensor = 1.0, segments: Tensor | None = None
     ) -> Iterator[Query]:
         """Capture the rows of questions, to be scored against a log; nothing is written.
 
         Args:
             data_id: one int or str for each sample of the batch.
-            mask: (B, S), which tokens count in activation means; never changes a gradient.
+            mask: (B, S), or a dict of them by layer, which tokens count in activation means; never changes a gradient.
             scale: what rows are multiplied by: n if the loss is a mean over n items.
             segments: (B, S), each token's place in ``data_id``, where a question is not a sample; see ``Run``.
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loghook.capture.batch import Ids, check_ids, check_scale
+from loghook.capture.batch import Ids, Mask, check_ids, check_scale
 from loghook.capture.config import Config
 from loghook.capture.coverage import describe_coverage
 from loghook.capture.hooked import Hooked
@@ -166,7 +166,7 @@ class Run(Hooked):
         self,
         data_id: Ids,
         *,
-        mask: Tensor | None = None,
+        mask: Mask | None = None,
         scale: float | Tensor = 1.0,
         scaler: Any = None,
         segments: Tensor | None = None,
@@ -175,7 +175,9 @@ class Run(Hooked):
 
         Args:
             data_id: one int or str for each sample of the batch: a list, an array or a 1-D tensor.
-            mask: (B, S), which tokens count in the statistics and in activation means; never changes a row.
+            mask: (B, S), which tokens count in the statistics and in activation means; never changes a row. Where
+                layers see other tokens than others do (encoder and decoder), a dict {fnmatch pattern of names: mask};
+                the first pattern that fits a layer is its own, and one that none fits counts all tokens.
             scale: what rows are multiplied by: n if the loss is a mean over n items, so that a row is the gradient
                 of its own summed loss.
             scaler: the GradScaler that scaled the loss; its scale is divided out and rows that are not finite are
