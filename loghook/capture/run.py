@@ -18,7 +18,15 @@ from loghook.capture.pack import pack
 from loghook.capture.processes import process_rank, provenance, shared, shared_run_id, world_size
 from loghook.capture.repeats import Repeats
 from loghook.capture.select import FUSED_EXPERTS, Watch, patterns
-from loghook.errors import BatchError, CheckpointWarning, LogExistsError, LoghookError, NotFiniteError, StateError
+from loghook.errors import (
+    BatchError,
+    CheckpointWarning,
+    LogExistsError,
+    LoghookError,
+    NotFiniteError,
+    StateError,
+    WriteError,
+)
 from loghook.log.disk import writing
 from loghook.log.folder import check_same, claim, seal
 from loghook.log.format import DTYPES, MANIFEST, Layout, Manifest
@@ -257,8 +265,13 @@ class Run(Hooked):
                 "nothing was logged, so there is nothing to finalise: run the loop with `with run(...)` first."
             )
         writer = self._ready(self._manifest.id_type)  # an interrupted run may have nothing left to log
-        with self._heeding():
-            writer.settle()  # while this rank can still go on, and before the others are told that it ended
+        try:
+            with self._heeding():
+                writer.settle()  # while this rank can still go on, and before the others are told that it ended
+        except WriteError:
+            self._writer = None
+            writer.close()  # which raises it again and lets others write
+            raise
         session = self._agree_to_end()
         self._writer = None
         try:
