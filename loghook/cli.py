@@ -85,6 +85,7 @@ def info(
         "flagged": log.flagged,
         "not_in_statistics": log.unmeasured,
         "asleep": log.asleep,
+        "parameters": m.parameters,
         "unfinished_records": log.torn,
         "fingerprint": log.fingerprint,
         "provenance": m.provenance,
@@ -109,6 +110,9 @@ def info(
         more = f" and {len(items) - 1} more" if len(items) > 1 else ""
         typer.echo(f"    not covered: {items[0]['name'] or '(model)'}{more}, {size:,} parameters ({reason})")
     typer.echo(f"  {log.repeats:,} repeats left out, {len(log.flagged):,} samples flagged as not finite")
+    if m.parameters.get("first") and m.parameters.get("last"):
+        same = m.parameters["first"] == m.parameters["last"]
+        typer.echo(f"  parameters {'unchanged while logging' if same else 'changed while logging (as in training)'}")
     if log.unmeasured:
         typer.echo(f"  {log.unmeasured:,} rows are not in the statistics: their batches held rows that were not finite")
     if log.asleep:

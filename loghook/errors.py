@@ -1,5 +1,7 @@
 """Everything loghook raises on purpose. Each message gives the value, the rule and the remedy."""
 
+from collections.abc import Sequence
+
 
 class LoghookError(Exception):
     """Base of every error that loghook raises on purpose."""
@@ -26,7 +28,16 @@ class DeliveryError(LoghookError, RuntimeError):
 
 
 class NotFiniteError(LoghookError, ValueError):
-    """Rows that hold infinities or not-a-numbers, so that they must not be written as if they were good."""
+    """Rows that hold infinities or not-a-numbers, so that they must not be written as if they were good.
+
+    Attributes:
+        ids: all samples of the batches that were not written for it, good or not.
+    """
+
+    def __init__(self, message: str, ids: Sequence[int | str]) -> None:
+        """Say which samples are to be logged again."""
+        super().__init__(message)
+        self.ids = list(ids)
 
 
 class LogExistsError(LoghookError, FileExistsError):
@@ -54,4 +65,4 @@ class MismatchError(LoghookError, ValueError):
 
 
 class CheckpointWarning(UserWarning):
-    """A query that comes from other parameter values than the rows it is compared with."""
+    """A query, or a pass taken up again, with other parameter values than the rows that it goes with."""

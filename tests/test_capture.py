@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 from transformers.pytorch_utils import Conv1D
 
 import loghook
@@ -240,6 +247,39 @@ def test_mask_never_changes_a_row_but_decides_which_tokens_count():
         assert (with_mask.rows(name)[:] == without.rows(name)[:]).all()
     counts = [with_mask.moments()[index] for *_, index in with_mask.layout.moments.values()]
     assert set(counts) == {float(mask.sum())}
+
+
+def test_each_side_of_an_encoder_decoder_counts_its_own_tokens(tmp_path):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 30, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2}
+    model = T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).double().eval()
+    source, target = torch.randint(1, 30, (3, 6)), torch.randint(1, 30, (3, 6))  # as long as each other, by chance
+    source_mask, target_mask = ((torch.arange(6) < torch.tensor(n)[:, None]).long() for n in ([6, 4, 1], [2, 5, 6]))
+    masks = {"*EncDecAttention.[kv]": source_mask, "encoder.*": source_mask, "decoder.*": target_mask}
+
+    def log(path, mask):
+        run = loghook.init(path, rank=4, dtype="float64")
+        run.watch(model, activations="mean")
+        for call in (run, run.query):
+            with call(data_id=[0, 1, 2], mask=mask) as result:
+                labels = target.masked_fill(target_mask == 0, -100)
+                logits = model(source, source_mask, decoder_input_ids=target).logits
+                F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum").backward()
+        run.finalize()
+        run.close()
+        return loghook.load(path), result
+
+    log_both, question = log(tmp_path / "both", masks)
+    per_mask = {id(m): log(tmp_path / str(id(m)), m)[0] for m in (source_mask, target_mask)}
+    for name in log_both.layers:
+        sees_source = name.startswith("encoder.") or "EncDecAttention.k" in name or "EncDecAttention.v" in name
+        expected = per_mask[id(source_mask if sees_source else target_mask)]
+        (*_, here), (*_, there) = log_both.layout.moments[name], expected.layout.moments[name]
+        assert log_both.moments()[here] == expected.moments()[there] == (11 if sees_source else 13)
+        for side in (log_both, question):
+            got = torch.as_tensor(side.rows(name, "activations")[:].copy())
+            torch.testing.assert_close(got, torch.as_tensor(expected.rows(name, "activations")[:].copy()))
+        assert (log_both.rows(name)[:] == expected.rows(name)[:]).all()
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])

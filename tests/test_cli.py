@@ -33,7 +33,15 @@ def test_help_says_what_each_command_does(command):
 def test_info(logged):
     log, *_ = logged
     shown = call("info", log.path)
-    for fact in ("40 rows", "finished", "rank 4", "3 layers", "100.0%", log.fingerprint):
+    for fact in (
+        "40 rows",
+        "finished",
+        "rank 4",
+        "3 layers",
+        "100.0%",
+        "parameters unchanged",
+        log.fingerprint,
+    ):
         assert fact in shown
     facts = json.loads(call("info", log.path, "--json"))
     assert facts["rows"] == 40 and facts["covered"] == 1.0 and facts["fingerprint"] == log.fingerprint

@@ -5,6 +5,8 @@ Everything goes through the public face. Good rows are judged by the oracle (`as
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import errno
 import json
 import os
@@ -14,6 +16,7 @@ import socket
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
@@ -27,6 +30,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import loghook
+from loghook.capture.block import Captured
+from loghook.capture.pack import pack
 from loghook.errors import (
     BatchError,
     ConfigError,
@@ -41,6 +46,7 @@ from loghook.errors import (
     VersionError,
     WriteError,
 )
+from loghook.log.writer import Batch
 from tests.oracle import one_sample_gradients
 
 TOKENS, WIDTH = 3, 6
@@ -431,6 +437,12 @@ def test_mask_with_a_number_of_tokens_that_no_layer_has_is_refused(run: loghook.
     with pytest.raises(BatchError) as error:
         log(run, model, [1, 2], mask=torch.ones(2, TOKENS + 1))
     says(error, (2, TOKENS + 1), "none has 4 tokens", "Pass the mask with the shape (batch, tokens)")
+    with pytest.raises(BatchError) as error:
+        log(run, model, [1, 2], mask={"first": torch.ones(2, TOKENS), "second": torch.ones(2, TOKENS + 1)})
+    says(error, (2, TOKENS + 1), "fits no layer that it is for")
+    with pytest.raises(BatchError) as error:
+        log(run, model, [1, 2], mask={"*": torch.ones(2, TOKENS), "second": torch.ones(2, TOKENS)})
+    says(error, "mask={'second': ...} serves no watched layer", "the first that fits")
     assert_goes_on(run, model, before=[0])
 
 
@@ -656,6 +668,92 @@ def test_rows_too_large_for_float16_are_refused_by_id(path: Path, model: Net) ->
         run.finalize()
     opened = loghook.load(path)
     assert opened.data_ids == ["a", "b", "e"] and opened.verify() == []
+
+
+@pytest.fixture
+def found_late(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows as a GPU hands them over: nobody has looked at them before the writer does."""
+
+    def unchecked(captured: Captured, ids: Any, keep: np.ndarray, **options: Any) -> Batch:
+        clean = dataclasses.replace(captured, rows=captured.rows.nan_to_num())
+        return dataclasses.replace(pack(clean, ids, keep, **options), rows=captured.rows[keep], checked=False)
+
+    monkeypatch.setattr("loghook.capture.run.pack", unchecked)
+
+
+NAN = float("nan")
+
+
+@pytest.mark.usefixtures("found_late")
+def test_rows_found_late_are_raised_once_and_their_ids_can_come_again(path: Path, run: loghook.Run, model: Net) -> None:
+    with pytest.raises(NotFiniteError) as error:
+        for _ in run.passes():
+            log(run, model, [0])
+            log(run, model, [1, 2], x=spoilt([1, 2], 2, NAN))
+            assert run._writer is not None
+            run._writer.commit_now()
+            assert run.pending([1, 2]) == []  # nobody knows yet
+            log(run, model, [3])
+    says(error, "data_id 2)", "nothing of their batch of 2 was written", "in the background", "the error's ids")
+    assert error.value.ids == [1, 2]
+    for _ in run.passes():
+        assert run.pending([0, 1, 2, 3]) == [1, 2, 3]
+        for ids in ([0], [1, 2], [3]):
+            log(run, model, ids)
+    run.finalize()
+    assert_log(path, model, [0, 1, 2, 3])
+
+
+@pytest.mark.usefixtures("found_late")
+def test_a_pass_with_rows_found_late_is_not_over(path: Path, run: loghook.Run, model: Net) -> None:
+    """Also where they are those of its last blocks; one error speaks of all of them."""
+    with pytest.raises(NotFiniteError) as error:
+        for _ in run.passes():
+            with open_gate(run, model):
+                log(run, model, [1, 2], x=spoilt([1, 2], 2, NAN))
+                log(run, model, [3], x=spoilt([3], 3, NAN))
+    says(error, "data_id 2)", "data_id 3)")
+    assert error.value.ids == [1, 2, 3]
+    run.close()
+    with watched(path, model, resume=True) as resumed:
+        for _ in resumed.passes():
+            log(resumed, model, [0, 1])
+            log(resumed, model, [2, 3])
+        resumed.finalize()
+    assert_log(path, model, [0, 1, 2, 3])
+
+
+@contextlib.contextmanager
+def open_gate(run: loghook.Run, model: Net) -> Iterator[None]:
+    """Hold the writer's thread until the end of this context."""
+    log(run, model, [0])
+    assert run._writer is not None
+    gate, write = threading.Event(), run._writer._write
+
+    def waiting(batch: Batch) -> None:
+        gate.wait(30)
+        write(batch)
+
+    run._writer._write = waiting  # type: ignore[method-assign]
+    yield
+    gate.set()
+
+
+@pytest.mark.usefixtures("found_late")
+@pytest.mark.parametrize("again", [True, False])
+def test_finalize_after_rows_found_late_works_the_second_time(
+    path: Path, run: loghook.Run, model: Net, again: bool
+) -> None:
+    log(run, model, [0])
+    log(run, model, [1, 2], x=spoilt([1, 2], 2, NAN))
+    with pytest.raises(NotFiniteError):
+        run.finalize()
+    with watched(path, model, resume=True) as other, pytest.raises(LogLockedError):  # the run is still open
+        log(other, model, [5])
+    if again:
+        log(run, model, [1, 2])
+    run.finalize()
+    assert_log(path, model, [0, 1, 2] if again else [0])
 
 
 def test_question_that_is_not_finite_is_refused(run: loghook.Run, model: Net) -> None:
@@ -1594,5 +1692,6 @@ def test_a_folder_that_becomes_read_only_keeps_what_was_committed(tmp_path, monk
             model(torch.randn(1, 3)).sum().backward()
         run.finalize()
     monkeypatch.undo()
+    loghook.log.disk.lock(tmp_path / "run" / "lock-00000").close()  # others may write
     log = loghook.load(tmp_path / "run")
     assert log.data_ids == [0] and not log.verify()

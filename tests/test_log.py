@@ -1,18 +1,24 @@
 """The log as a user sees it: lazy reading, ids, resuming, what a kill leaves behind."""
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
 import textwrap
 import time
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from typer.testing import CliRunner
 
 import loghook
+from loghook.cli import app
+from loghook.errors import CheckpointWarning, CorruptLogError
+from loghook.log import reader
 from tests.test_influence import data, loss_fn, make_log, make_model
 
 
@@ -235,3 +241,73 @@ def test_memory_of_scoring_is_flat_in_the_number_of_rows(tmp_path):
     sizes = [sum(f.stat().st_size for f in (tmp_path / str(rows)).glob("rows-*")) for rows in (1024, 8192)]
     assert sizes[1] - sizes[0] > 200e6
     assert peaks[1] - peaks[0] < 64e6
+
+
+def test_opening_a_log_that_commits_meanwhile_reads_it_again(tmp_path, monkeypatch):
+    model, x = make_model(), data(40)
+    run = loghook.init(tmp_path, rank=4, dtype="float64")
+    run.watch(model)
+
+    def commit(i):
+        with run(data_id=[i]):
+            loss_fn(model, x[i : i + 1]).backward()
+        run._writer.settle()
+
+    commit(0)
+    commits, real = iter([2, 2, 1]), reader.load_moments  # of two, the first deletes what the reader looks for
+
+    def slow(*arguments):
+        for _ in range(next(commits, 0)):
+            commit(len(slow.done))
+            slow.done.append(1)
+        return real(*arguments)
+
+    slow.done = [0]
+    monkeypatch.setattr(reader, "load_moments", slow)
+    log = loghook.load(tmp_path)
+    monkeypatch.setattr(reader, "load_moments", real)
+    assert log.data_ids == [0, 1, 2, 3, 4] and len(slow.done) == 6
+    by_hand = real(tmp_path, run._writer.records[4]["statistics"], log.layout.moments_width)
+    np.testing.assert_array_equal(log.moments(), by_hand)  # those of its five rows
+    for file in tmp_path.glob("statistics-*"):
+        file.unlink()
+    with pytest.raises(CorruptLogError, match="cannot be read"):  # and not for ever
+        loghook.load(tmp_path)
+    run.close()
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+@pytest.mark.parametrize("moved", [True, False])
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_pass_that_goes_on_with_other_parameters_warns_unless_it_trains(tmp_path, frozen, moved, trained):
+    if frozen and trained:
+        pytest.skip("nothing frozen is trained")
+    model, x = make_model(), data(12)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-2)
+
+    def part(run, places):
+        run.watch(model)
+        with loghook.frozen(model) if frozen else contextlib.nullcontext():
+            for _ in run.passes():
+                for i in places:
+                    with run(data_id=[i, i + 1]):
+                        loss_fn(model, x[i : i + 2]).backward()
+                    if trained:
+                        optimizer.step()
+                if len(places) < 6:
+                    break  # as if it had been killed
+        if len(places) == 6:
+            run.finalize()
+        run.close()
+
+    part(loghook.init(tmp_path, rank=4), [0, 2])
+    if moved:
+        torch.nn.init.normal_(model[0].weight)
+    with warnings.catch_warnings(record=True) as met:
+        warnings.simplefilter("always")
+        part(loghook.init(tmp_path, rank=4, resume=True), range(0, 12, 2))
+    told = [w for w in met if w.category is CheckpointWarning]
+    assert len(told) == (moved and not trained)
+    assert all("other parameter values than it goes on with" in str(w.message) for w in told)
+    shown = CliRunner().invoke(app, ["info", str(tmp_path)]).output
+    assert f"parameters {'changed' if moved or trained else 'unchanged'} while logging" in shown

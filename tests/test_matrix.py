@@ -209,24 +209,24 @@ def test_compiled_without_breaks_and_few_compilations(device, compile_it, fresh_
         assert relative_error(by_id(log, layer)[SAMPLES:], by_id(expected, layer)[:3]) <= EXACT
 
 
-def test_check_of_a_compiled_model(device, fresh_compiler):
-    proven(compiled_whole(Net(0).to(device), dynamic=True), data=make_data(device)[:2])
-
-
 def test_compiled_by_inductor(device, fresh_compiler):
     model = Net(0).to(device)
-    log = logged(model, loss_of, make_data(device), call=compiled_whole(model, "inductor", dynamic=True))
+    call, data = compiled_whole(model, "inductor", dynamic=True), make_data(device)
+    log = logged(model, loss_of, data, call=call)
     assert compiles() <= 2
     assert_same(log, reference(0, device))
+    proven(call, data=data[:2])
 
 
 def test_regions_compiled_one_by_one(device, fresh_compiler):
     model = Net().to(device)
     for block in model.blocks:
         block.compile(fullgraph=True, backend="aot_eager")
-    log = logged(model, loss_of, make_data(device))
+    data = make_data(device)
+    log = logged(model, loss_of, data)
     assert compiles() <= 2 * len(model.blocks)
     assert_same(log, reference(device=device))
+    proven(model, data=data[:2])
 
 
 def test_rows_are_right_past_the_compilers_limit(device, fresh_compiler):
@@ -365,9 +365,12 @@ def test_checkpointed(device, kind, frozen):
 @pytest.mark.parametrize("kind", ["reentrant", "non_reentrant", "selective"])
 def test_checkpointed_and_compiled(device, kind, frozen, fresh_compiler):
     model, data = Net(1, kind).to(device).train(), make_data(device)
-    log = logged(model, loss_of, data, call=compiled_whole(model, dynamic=True), frozen=frozen)
+    call = compiled_whole(model, dynamic=True)
+    log = logged(model, loss_of, data, call=call, frozen=frozen)
     assert compiles() <= 2
     assert_same(log, reference(1, device))
+    if kind == "non_reentrant" and not frozen:  # once: it compiles the model anew, for two samples and for one
+        proven(call, data=data[:2])
 
 
 def test_reentrant_checkpoint_whose_input_needs_no_gradient_is_refused():
@@ -394,6 +397,11 @@ def test_gradient_accumulation(device):
             optimizer.step()
             optimizer.zero_grad()
     assert_same(finished(run), reference(device=device))
+    loss_of(model, data[:4]).backward()
+    before = [p.grad.clone() for p in model.parameters()]
+    mean = lambda model, x: loss_of(model, x) / len(x) / 2  # noqa: E731
+    proven(model, mean, data[:3], scale=lambda x: 2 * len(x))  # between two micro-batches
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
 
 
 def test_training_logs_each_step_at_its_own_parameters(device):
@@ -471,6 +479,7 @@ def test_offloaded_weights():
     cpu_offload(model, execution_device=torch.device("cpu"))
     assert all(p.is_meta for p in model.parameters())
     assert_same(logged(model, loss_of, make_data(), frozen=True), expected)
+    proven(model)
 
 
 @pytest.mark.gpu

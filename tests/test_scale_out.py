@@ -34,8 +34,12 @@ torch.distributed.destroy_process_group()
 """
 
 
-def torchrun(*arguments, folder):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+def torchrun(*arguments):
+    return call("torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments)
+
+
+def call(*arguments):
+    command = [sys.executable, "-m"]
     environment = os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*command, *map(str, arguments)], env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -45,7 +49,7 @@ def torchrun(*arguments, folder):
 def test_two_processes_score_like_one(logged):
     folder, log, query = logged
     (folder / "script.py").write_text(SCRIPT)
-    torchrun(folder / "script.py", folder, folder=folder)
+    torchrun(folder / "script.py", folder)
     for method in ("dot", "fisher", "kfac", "ekfac"):
         for name, options in (("all", {"per_layer": True}), ("unit", {"normalize": "unit"}), ("top", {"top": 5})):
             one, two = (
@@ -62,8 +66,16 @@ def test_two_processes_score_like_one(logged):
 
 def test_the_command_line_on_two_processes_prints_once(logged):
     folder, log, query = logged
-    shown = torchrun("-m", "loghook", "score", folder / "run", folder / "q.safetensors", "--top", 2, folder=folder)
+    shown = torchrun("-m", "loghook", "score", folder / "run", folder / "q.safetensors", "--top", 2)
     lines = [line.split() for line in shown.splitlines() if line.strip()]
     assert [line[0] for line in lines if len(line) == 1] == ["a", "b", "c"]
     expected = [str(r.data_id) for q in log.influence(query, "ekfac").top(2) for r in q]
     assert [line[1] for line in lines if len(line) == 2] == expected
+
+
+def test_accelerate_launch_scores_like_the_plain_command(logged):
+    """On a CPU accelerate starts one process."""
+    folder, *_ = logged
+    score = ("loghook", "score", folder / "run", folder / "q.safetensors", "--top", 3)
+    launched = call("accelerate.commands.launch", "--cpu", "--num_processes", 1, "-m", *score)
+    assert launched == call(*score) and len(launched.split()) == 3 + 2 * 3 * 3

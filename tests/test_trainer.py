@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import (
+    DataCollatorWithFlattening,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
@@ -206,6 +207,23 @@ def test_rows_are_those_of_the_summed_loss(folder, kind, setting):
     log = train(make_trainer(folder, kind, **SETTINGS[setting]), path)
     assert sorted(log.data_ids) == list(range(SAMPLES)) and len(log) == SAMPLES
     assert worst(log, reference(kind, log), np.argsort(log.data_ids)) <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["num_items", "local_mean"])
+@pytest.mark.parametrize("also", [{}, {"return_flash_attn_kwargs": True}, {"return_seq_idx": True}])
+def test_packed_samples_keep_their_ids_and_rows(folder, kind, also):
+    trainer = make_trainer(folder, kind, gradient_accumulation_steps=2, per_device_train_batch_size=3)
+    trainer.data_collator = DataCollatorWithFlattening(**also)
+    log = train(trainer, folder / f"packed-{kind}-{''.join(also)}")
+    assert sorted(log.data_ids) == list(range(SAMPLES)) and log.keys.step.max() == 3
+    assert worst(log, reference(kind, log), np.argsort(log.data_ids)) <= 1e-5
+
+
+def test_packed_samples_whose_bounds_are_not_known_are_refused(folder):
+    trainer = make_trainer(folder)
+    trainer.data_collator = DataCollatorWithFlattening(return_position_ids=False)
+    with pytest.raises(BatchError, match=r"joined 2 samples into 1 rows .* position_ids, seq_idx or cu_seq_lens_q"):
+        train(trainer, folder / "joined")
 
 
 def test_a_gradient_scaler_is_undone(folder):

@@ -1,6 +1,7 @@
 """A batch and what comes with it (ids, mask, scale), checked before anything runs."""
 
 from collections.abc import Mapping, Sequence, Set
+from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ from torch import Tensor
 from loghook.errors import BatchError
 
 Ids = Sequence[int] | Sequence[str] | np.ndarray | Tensor
+Mask = Tensor | Mapping[str, Tensor]
 
 
 def check_ids(data_id: Ids) -> list[int] | list[str]:
@@ -38,17 +40,24 @@ def check_ids(data_id: Ids) -> list[int] | list[str]:
     return values
 
 
-def check_mask(mask: Any, size: int) -> Tensor | None:
-    """Return the mask as a tensor whose first axis is the batch, (B,) or (B, S), or None."""
-    if mask is None:
-        return None
-    mask = torch.as_tensor(mask)
-    if mask.dim() not in (1, 2) or mask.shape[0] != size:
+def check_masks(mask: Any, size: int, layers: Sequence[str]) -> dict[str, Tensor]:
+    """Return {layer: its mask, (B,) or (B, S)}, for layers that have one: the first whose pattern fits the name."""
+    given = mask if isinstance(mask, Mapping) else {} if mask is None else {"*": mask}
+    masks = {pattern: torch.as_tensor(value) for pattern, value in given.items()}
+    for value in masks.values():
+        if value.dim() not in (1, 2) or value.shape[0] != size:
+            raise BatchError(
+                f"mask has shape {tuple(value.shape)} in a block of {size} ids: pass (batch, tokens), its first axis "
+                "as long as data_id."
+            )
+    found = {name: [p for p in masks if fnmatchcase(name, p)] for name in layers}
+    unused = masks.keys() - {patterns[0] for patterns in found.values() if patterns}
+    if unused:
         raise BatchError(
-            f"mask has shape {tuple(mask.shape)} in a block of {size} ids: pass (batch, tokens), its first axis as "
-            "long as data_id."
+            f"mask={{{min(unused)!r}: ...}} serves no watched layer: pass patterns over whole module names, the first "
+            "that fits a layer being its own."
         )
-    return mask
+    return {name: masks[patterns[0]] for name, patterns in found.items() if patterns}
 
 
 def check_scale(scale: Any) -> float | Tensor:

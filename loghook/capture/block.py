@@ -2,7 +2,7 @@
 
 import inspect
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -177,25 +177,29 @@ class Block:
         """Prepare a block of ``size`` samples; ``moments`` asks for the statistics as well, ``job`` replaces rows."""
         self._layers, self._size, self._moments, self._job = layers, size, moments and job is None, job
 
-    def open(self, mask: Tensor | None, keep: Tensor | None, documents: Documents | None = None) -> None:
+    def open(self, masks: Mapping[str, Tensor], keep: Tensor | None, documents: Documents | None = None) -> None:
         """Give every layer fresh leaves.
 
         Args:
-            mask: (B, S) or (B,), which tokens count in moments and means, or None for all.
+            masks: {layer: (B, S) or (B,), which tokens count in moments and means}; all where it has none.
             keep: (B,) bool, which samples (or documents) count at all in them (repeats do not), or None for all.
             documents: which tokens make a row, or None: those of a sample.
         """
-        shared, kept = Shared(), keep
-        if mask is not None and mask.dim() == 1:
-            mask = mask[:, None]
+        shared, kept, counted = Shared(), keep, None
         if documents is not None:
             # Repeats and tokens that belong to no document are told by token from here on.
             number = documents.number_BS
             counted = number >= 0 if keep is None else torch.cat([keep, keep.new_zeros(1)])[number]
-            mask, keep = counted if mask is None else mask * counted.to(mask.device), None
-        if mask is not None and keep is not None:
-            mask = mask * keep[:, None].to(mask.device)
+            keep = None
+        elif keep is not None:
+            counted = keep[:, None]
         for layer in self._layers:
+            mask = masks.get(layer.name)
+            if mask is not None:
+                mask = mask[:, None] if mask.dim() == 1 else mask
+                mask = mask if counted is None else mask * counted.to(mask.device)
+            elif documents is not None:
+                mask = counted
             spec, (device, dtype) = layer.spec, layer.device_and_dtype()
             layer.place(device)
             layer.fired = False
@@ -228,17 +232,19 @@ class Block:
         """Make every hook inert again and return the leaves."""
         return [_OPEN.pop(layer.key, None) for layer in self._layers]
 
-    def collect(self, leaves: Sequence[Slots | None], *, scale: float | Tensor, mask: Tensor | None) -> Captured:
+    def collect(
+        self, leaves: Sequence[Slots | None], *, scale: float | Tensor, masks: Mapping[str, Tensor]
+    ) -> Captured:
         """Check that each layer delivered once and pack the rows.
 
         Args:
             leaves: what ``close`` returned.
             scale: what rows are multiplied by (moments of output gradients by its square).
-            mask: the mask of the block, for its error message.
+            masks: what ``open`` was given.
 
         Raises:
             DeliveryError: if a layer that may not sleep delivered nothing, or two backward passes delivered.
-            BatchError: if no layer has as many tokens as the mask.
+            BatchError: if no layer of a mask has as many tokens as it.
         """
         slots = [leaf for leaf in leaves if leaf is not None]
         silent = [(layer, s) for layer, s in zip(self._layers, slots, strict=True) if s.leaf.grad is None]
@@ -254,12 +260,12 @@ class Block:
                 "two backward passes ran in this block, so rows would add up two losses: open one block for each "
                 "backward pass, or add the losses and call backward() once. Nothing of this batch was written."
             )
-        if mask is not None:
-            ran = [layer for layer in self._layers if layer.fired]
-            if ran and not any(s.masked for s in slots) and (mask.dim() > 1 and mask.shape[1] > 1):
+        for mask in {id(mask): mask for mask in masks.values() if mask.dim() > 1 and mask.shape[1] > 1}.values():
+            served = [(layer, s) for layer, s in zip(self._layers, slots, strict=True) if masks.get(layer.name) is mask]
+            if any(layer.fired for layer, _ in served) and not any(s.masked for _, s in served):
                 raise BatchError(
-                    f"mask of shape {tuple(mask.shape)} fits no watched layer: none has {mask.shape[1]} tokens a "
-                    "sample. Pass the mask with the shape (batch, tokens) that the watched layers see, or none."
+                    f"mask of shape {tuple(mask.shape)} fits no layer that it is for: none has {mask.shape[1]} tokens "
+                    "a sample. Pass the mask with the shape (batch, tokens) that the watched layers see, or none."
                 )
         asleep = [layer.name for layer, _ in silent]
         if self._job is not None:

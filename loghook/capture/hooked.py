@@ -9,14 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from loghook.capture.batch import Ids, check_ids, check_mask, check_scale
+from loghook.capture.batch import Ids, Mask, check_ids, check_masks, check_scale
 from loghook.capture.block import Block, Captured, make_hook, nothing_delivered
 from loghook.capture.experts import ExpertProjection, watched
 from loghook.capture.layers import Job, Layer
 from loghook.capture.models import mixing_modules, parameters_digest, refuse, unwrap
 from loghook.capture.segments import arrange
 from loghook.capture.select import Watch, select
-from loghook.errors import ConfigError, DeliveryError, MismatchError, NotFiniteError, StateError, UnsupportedError
+from loghook.errors import ConfigError, DeliveryError, MismatchError, StateError, UnsupportedError
 from loghook.log.finite import not_finite
 from loghook.log.fitted import Sides
 from loghook.log.format import LayerSpec, Layout
@@ -106,7 +106,7 @@ class Hooked:
         self,
         size: int,
         *,
-        mask: Tensor | None,
+        mask: Mask | None,
         scale: Any,
         keep: np.ndarray | None,
         moments: bool,
@@ -131,7 +131,7 @@ class Hooked:
                     "pass, or use GroupNorm or LayerNorm."
                 )
         documents = None if segments is None else arrange(segments, size)
-        mask = check_mask(mask, size if documents is None else len(documents.number_BS))
+        masks = check_masks(mask, size if documents is None else len(documents.number_BS), self._names)
         factor = check_scale(scale)
         if job is None:
             self._require_projection()
@@ -140,10 +140,10 @@ class Hooked:
         self._open = True
         experts = [layer.module.owner for layer in self._layers if isinstance(layer.module, ExpertProjection)]
         try:
-            block.open(mask, None if keep is None or keep.all() else torch.from_numpy(keep), documents)
+            block.open(masks, None if keep is None or keep.all() else torch.from_numpy(keep), documents)
             with watched(experts):
                 yield captured
-            captured.append(block.collect(block.close(), scale=factor, mask=mask))
+            captured.append(block.collect(block.close(), scale=factor, masks=masks))
         except RuntimeError as error:
             if "does not require grad" in str(error) and not any(layer.fired for layer in self._layers):
                 raise DeliveryError(nothing_delivered(self._layers)) from error  # backward() failed for want of a graph
@@ -166,13 +166,13 @@ class Hooked:
 
     @contextmanager
     def query(
-        self, data_id: Ids, *, mask: Tensor | None = None, scale: float | Tensor = 1.0, segments: Tensor | None = None
+        self, data_id: Ids, *, mask: Mask | None = None, scale: float | Tensor = 1.0, segments: Tensor | None = None
     ) -> Iterator[Query]:
         """Capture the rows of questions, to be scored against a log; nothing is written.
 
         Args:
             data_id: one int or str for each sample of the batch.
-            mask: (B, S), which tokens count in activation means; never changes a gradient.
+            mask: (B, S), or a dict of them by layer, which tokens count in activation means; never changes a gradient.
             scale: what rows are multiplied by: n if the loss is a mean over n items.
             segments: (B, S), each token's place in ``data_id``, where a question is not a sample; see ``Run``.
 
@@ -185,6 +185,6 @@ class Hooked:
             yield query
         rows = captured[0].rows.cpu()
         if not bool(torch.isfinite(rows).all()):
-            raise NotFiniteError(not_finite(ids, rows))
+            raise not_finite(ids, rows)
         specs = [layer.spec for layer in self._layers]
         query.fill(rows, specs, self._projection, self._seed, self.digest(), self._fitted)

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from loghook.capture.block import Captured
-from loghook.errors import NotFiniteError
 from loghook.log.finite import finite_rows, not_finite
 from loghook.log.writer import Batch
 
@@ -34,7 +33,7 @@ def pack(
     if flag or rows.device.type == "cpu":
         finite = finite_rows(rows).cpu().numpy()
         if not flag and not finite.all():
-            raise NotFiniteError(not_finite(ids, rows))
+            raise not_finite(ids, rows)
         if not finite.all():
             flagged = [i for i, good, kept in zip(ids, finite, keep, strict=True) if kept and not good]
             moments = None  # they are sums over the whole block and hold its infinities too

@@ -57,3 +57,7 @@ class Repeats:
     def met(self, ids: Sequence[int | str]) -> None:
         """Remember a batch that was handed to the writer."""
         self._seen.update(ids)
+
+    def forget(self, ids: Sequence[int | str]) -> None:
+        """Let a batch come again that the writer did not take."""
+        self._seen.difference_update(ids)

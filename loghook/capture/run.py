@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from loghook.capture.batch import Ids, check_ids, unscaled
+from loghook.capture.batch import Ids, Mask, check_ids, unscaled
 from loghook.capture.config import Config
 from loghook.capture.coverage import describe_coverage
 from loghook.capture.hooked import Hooked
@@ -20,7 +20,16 @@ from loghook.capture.repeats import Repeats
 from loghook.capture.select import FUSED_EXPERTS, Watch, patterns
 from loghook.capture.sums import Sums, fit_sides
 from loghook.capture.whole import Covariance
-from loghook.errors import BatchError, LogExistsError, LoghookError, MismatchError, StateError
+from loghook.errors import (
+    BatchError,
+    CheckpointWarning,
+    LogExistsError,
+    LoghookError,
+    MismatchError,
+    NotFiniteError,
+    StateError,
+    WriteError,
+)
 from loghook.log.disk import writing
 from loghook.log.fitted import Sides, load_sides, save_sides
 from loghook.log.folder import check_same, claim, seal
@@ -51,6 +60,7 @@ class Run(Hooked):
         self._sums = Sums()
         self._id_type = ""
         self._finalized = self._closed = False
+        self._elsewhere: str | None = None  # digest of parameters that are not those which the run began with
         self._was_sealed = False  # by an earlier process: the same script, started again, has nothing left to do
         if self._resumed:
             self._read_back()
@@ -159,7 +169,11 @@ class Run(Hooked):
             try:
                 yield current
                 if self._writer is not None:
-                    self._writer.put({"pass_end": current.index})
+                    with self._heeding():
+                        self._writer.settle()  # a pass that misses rows is not over
+                        self._writer.put({"pass_end": current.index})
+                if self._elsewhere is not None and self._elsewhere == self.digest():
+                    self._warn_of_other_values()  # training would have moved them on
                 done.add(current.index)
             finally:
                 self._pass = None
@@ -169,7 +183,7 @@ class Run(Hooked):
         self,
         data_id: Ids,
         *,
-        mask: Tensor | None = None,
+        mask: Mask | None = None,
         scale: float | Tensor = 1.0,
         scaler: Any = None,
         segments: Tensor | None = None,
@@ -178,7 +192,9 @@ class Run(Hooked):
 
         Args:
             data_id: one int or str for each sample of the batch: a list, an array or a 1-D tensor.
-            mask: (B, S), which tokens count in the statistics and in activation means; never changes a row.
+            mask: (B, S), which tokens count in the statistics and in activation means; never changes a row. Where
+                layers see other tokens than others do (encoder and decoder), a dict {fnmatch pattern of names: mask};
+                the first pattern that fits a layer is its own, and one that none fits counts all tokens.
             scale: what rows are multiplied by: n if the loss is a mean over n items, so that a row is the gradient
                 of its own summed loss.
             scaler: the GradScaler that scaled the loss; its scale is divided out and rows that are not finite are
@@ -190,10 +206,14 @@ class Run(Hooked):
         Raises:
             BatchError: ids, mask or scale that do not fit the batch.
             DeliveryError: a watched layer delivered nothing, or two backward passes ran.
-            NotFiniteError: rows with infinities (on a device at the latest in the next block).
+            NotFiniteError: rows with infinities; on a device they are found in the background, and a later block, the
+                end of the pass or ``finalize`` raises it, once. Its ``ids`` can be logged again.
             StateError: after ``finalize``, or inside another block.
         """
         self._require_open()
+        if self._writer is not None:
+            with self._heeding():
+                self._writer.check()
         ids = check_ids(data_id)
         self._id_type = type(ids[0]).__name__
         if self._manifest is not None and self._manifest.id_type != type(ids[0]).__name__:
@@ -226,8 +246,9 @@ class Run(Hooked):
             pass_index=self._pass.index if self._pass else -1,
             step=self._step,
         )
-        # What an interrupted run has committed was counted there.
-        writer.put(dataclasses.replace(batch, dropped=repeats if self._step >= self._fresh_step else 0))
+        with self._heeding():
+            # What an interrupted run has committed was counted there.
+            writer.put(dataclasses.replace(batch, dropped=repeats if self._step >= self._fresh_step else 0))
         if self._rule != "all":
             self._repeats.met(ids)
         self._step += 1
@@ -250,6 +271,7 @@ class Run(Hooked):
 
         Raises:
             StateError: if nothing was logged, or ranks are missing after the timeout.
+            NotFiniteError: of the last blocks, as in ``run(...)``; the run is still open then.
         """
         if self._finalized:
             return
@@ -260,6 +282,13 @@ class Run(Hooked):
                 "nothing was logged, so there is nothing to finalise: run the loop with `with run(...)` first."
             )
         writer = self._ready(self._manifest.id_type)  # an interrupted run may have nothing left to log
+        try:
+            with self._heeding():
+                writer.settle()  # while this rank can still go on, and before the others are told that it ended
+        except WriteError:
+            self._writer = None
+            writer.close()  # which raises it again and lets others write
+            raise
         session = self._agree_to_end()
         self._writer = None
         try:
@@ -274,6 +303,15 @@ class Run(Hooked):
         finally:
             writer.unlock()
         self._finalized = True
+
+    @contextmanager
+    def _heeding(self) -> Iterator[None]:
+        """Let ids come again whose batches the writer rejects."""
+        try:
+            yield
+        except NotFiniteError as error:
+            self._repeats.forget(error.ids)
+            raise
 
     def _agree_to_end(self) -> str:
         """Draw an id for this end, the same on all ranks, so that the end of an interrupted run is not taken for it."""
@@ -369,6 +407,12 @@ class Run(Hooked):
             )
         if self._manifest is not None:
             check_same(self._manifest, manifest)
+            was, now = self._manifest.parameters.get("first"), manifest.parameters.get("first")
+            if self._pass is not None and was and now and was != now:
+                if any(p.requires_grad for ref in self._models if (model := ref()) for p in model.parameters()):
+                    self._elsewhere = now  # right in training, which moves parameters; the end of the pass shows it
+                else:
+                    self._warn_of_other_values()
         layout = Layout(manifest.layers)
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -391,6 +435,16 @@ class Run(Hooked):
                 raise
         self._writer = writer
         return writer
+
+    def _warn_of_other_values(self) -> None:
+        self._elsewhere = None
+        warnings.warn(
+            f"{self.path} was begun with other parameter values than it goes on with, and nothing trains them here, "
+            "but the rows of one pass should be gradients at one point: load the checkpoint that the run began with; "
+            "if you mean these values, start again with overwrite=True.",
+            CheckpointWarning,
+            stacklevel=2,
+        )
 
     def _settle(self, fresh: Manifest) -> Manifest:
         """Return the run's manifest, written by rank 0 if it is new or more ranks write now than before."""

@@ -10,6 +10,7 @@ from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor
 
 from loghook.capture.run import Run
+from loghook.capture.segments import from_cu_seqlens, from_position_ids
 from loghook.errors import BatchError, ConfigError, UnsupportedError
 
 IGNORED = -100  # the label that transformers' losses leave out
@@ -30,8 +31,8 @@ def log_training(
 
     A row is the gradient of its own sample's loss summed over labels: what Trainer divides and multiplies the loss by
     (labels, accumulation steps, processes, GradScaler) is undone. Which labels the loss counts is found once, by
-    running it without gradients on the first micro-batch. Evaluation logs nothing. On leaving, also by an error, the
-    trainer is as it was.
+    running it without gradients on the first micro-batch. Samples that ``DataCollatorWithFlattening`` joins
+    get a row in the log each. Evaluation logs nothing. On leaving, also by an error, the trainer is as it was.
 
     Args:
         trainer: a ``transformers.Trainer``, or a subclass of it.
@@ -74,6 +75,7 @@ def log_training(
             mask=inputs.get(mask) if mask else None,
             scale=count(inputs, num_items_in_batch) * _divided_by(trainer, num_items_in_batch),
             scaler=trainer.accelerator.scaler,
+            segments=_documents(inputs, len(data_id)),
         ):
             return step(model, inputs, num_items_in_batch)
 
@@ -100,6 +102,24 @@ class _Collate:
         # Plain values stay on the CPU when the batch moves to a device, so that nobody waits for them.
         batch[column] = [value.item() if hasattr(value, "item") else value for value in values]
         return batch
+
+
+def _documents(inputs: Mapping[str, Any], size: int) -> Tensor | None:
+    """Where a collator joined ``size`` samples into fewer rows: each token's place among them, (B, S)."""
+    tokens = inputs.get("input_ids")
+    if not isinstance(tokens, Tensor) or tokens.dim() != 2 or len(tokens) >= size:
+        return None
+    for name in ("cu_seq_lens_q", "cu_seqlens"):
+        if inputs.get(name) is not None:
+            return from_cu_seqlens(inputs[name], (tokens.shape[0], tokens.shape[1]))
+    if inputs.get("seq_idx") is not None:
+        return inputs["seq_idx"]
+    if inputs.get("position_ids") is not None:
+        return from_position_ids(inputs["position_ids"])
+    raise BatchError(
+        f"the collator joined {size} samples into {len(tokens)} rows and does not say where each begins: let it return "
+        "position_ids, seq_idx or cu_seq_lens_q, as transformers' DataCollatorWithFlattening can, or pad instead."
+    )
 
 
 def _divided_by(trainer: Any, items: Any) -> float:

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from loghook.errors import NotFiniteError
+
 
 def finite_rows(rows: Tensor) -> Tensor:
     """Which rows (B, width) hold neither infinities nor not-a-numbers: (B,) bool, on the rows' device.
@@ -18,13 +20,20 @@ def finite_rows(rows: Tensor) -> Tensor:
     return finite
 
 
-def not_finite(ids: Sequence[int | str], rows: Tensor) -> str:
-    """Message for rows that must not be written; ``rows`` (B, width)."""
+def not_finite(ids: Sequence[int | str], rows: Tensor, *, late: bool = False) -> NotFiniteError:
+    """Return the error for rows (B, width) that must not be written; ``late``: found after their block had ended."""
     bad = (~torch.isfinite(rows)).any(1).tolist()
     names = [i for i, wrong in zip(ids, bad, strict=True) if wrong]
-    return (
+    found = "nothing of this batch was written"
+    if late:
+        found = (
+            f"nothing of their batch of {len(ids)} was written. This was found in the background: log the samples in "
+            "the error's ids again, and the batch of the block that raises it now, which was not written either"
+        )
+    return NotFiniteError(
         f"the rows of {len(names)} samples are not finite (data_id "
-        f"{', '.join(map(repr, names[:5]))}{', ...' if len(names) > 5 else ''}), so nothing of this batch was written. "
+        f"{', '.join(map(repr, names[:5]))}{', ...' if len(names) > 5 else ''}), so {found}. "
         "Look at the loss of these samples; if the storage dtype is too narrow for them choose bfloat16 or float32; "
-        "under a GradScaler pass run(..., scaler=scaler), which flags such rows and leaves them out."
+        "under a GradScaler pass run(..., scaler=scaler), which flags such rows and leaves them out.",
+        ids,
     )

@@ -30,6 +30,7 @@ from loghook.log.query import find_columns
 from loghook.log.records import REMEDY, read_commits
 from loghook.log.rows import Rows
 
+TRIES = 10  # how often a log is read anew that grows faster than it is opened
 BLOCK_BYTES = 32 * 2**20  # what one step of a scan looks at
 
 
@@ -87,9 +88,26 @@ class Reader:
             CorruptLogError: if its records do not match each other or its seal.
         """
         self.path = Path(path)
+        self.cache: dict[Any, Any] = {}  # what was computed from the rows, for as long as the log is open
+        before = None
+        for _ in range(TRIES):
+            self._open()
+            growing = self.manifest.sealed is None and self.manifest.no_statistics is None
+            try:
+                # The writer of a growing run replaces its snapshots, so that an open log takes what it found.
+                self._moments = self._read_moments() if growing else None
+                return
+            except CorruptLogError as error:
+                # Two commits since the records were read have deleted the snapshot that they name: read them again.
+                if not isinstance(error.__cause__, FileNotFoundError) or self._snapshots == before:
+                    raise
+                gone, before = error, self._snapshots
+        raise gone
+
+    def _open(self) -> None:
+        """Read the manifest and all records."""
         self.manifest = Manifest.load(self.path)
         self.layout = Layout(self.manifest.layers)
-        self.cache: dict[Any, Any] = {}  # what was computed from the rows, for as long as the log is open
         self._row_bytes = self.layout.width * DTYPES[self.manifest.dtype].itemsize
         self._shards: list[Shard] = []
         self._snapshots: list[dict[str, str]] = []
@@ -99,9 +117,6 @@ class Reader:
         self.unmeasured = 0
         self.asleep: dict[str, int] = {}
         self._read_records()
-        # The writer of a growing run replaces its snapshots, so that an open log takes what it found.
-        growing = self.manifest.sealed is None and self.manifest.no_statistics is None
-        self._moments = self._read_moments() if growing else None
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -6,6 +6,7 @@ queue blocks the loop, it never drops.
 """
 
 import contextlib
+import math
 import os
 import queue
 import threading
@@ -20,7 +21,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from loghook.errors import LoghookError, NotFiniteError, WriteError
+from loghook.errors import NotFiniteError, WriteError
 from loghook.log import rescue
 from loghook.log.disk import lock, sync_folder, write_all
 from loghook.log.finite import finite_rows, not_finite
@@ -119,8 +120,8 @@ class Writer:
         self._room: queue.SimpleQueue[None] = queue.SimpleQueue()
         for _ in range(QUEUE):
             self._room.put(None)
-        self._error: Exception | None = None
-        self._broken = False  # an operating system error: nothing is written after it
+        self._rejected: queue.SimpleQueue[NotFiniteError] = queue.SimpleQueue()
+        self._broken: Exception | None = None  # an operating system error: nothing is written after it
         self._thread = threading.Thread(target=self._work, name="loghook-writer", daemon=True)
         self._thread.start()
         rescue.guard(self)
@@ -131,21 +132,30 @@ class Writer:
         self._room.get()
         self._inbox.put(item)
 
-    def commit_now(self) -> None:
-        """Commit what was put, and wait for it at most ``GRACE`` seconds; may be called from a signal handler."""
+    def commit_now(self, seconds: float = GRACE) -> None:
+        """Commit what was put, and wait for it at most so long; may be called from a signal handler."""
         done: queue.SimpleQueue[None] = queue.SimpleQueue()
         self._inbox.put({"commit": done})
-        deadline = time.monotonic() + GRACE
+        deadline = time.monotonic() + seconds
         while self._thread.is_alive() and time.monotonic() < deadline:
             with contextlib.suppress(queue.Empty):
                 return done.get(timeout=0.1)
 
+    def settle(self) -> None:
+        """Wait until all that was put is committed, and raise what went wrong with it."""
+        self.commit_now(math.inf)
+        self.check()
+
     def check(self) -> None:
-        """Raise the error that the thread met, if any."""
-        if self._error is not None:
-            error = self._error
-            self._error = error if self._broken else None
-            raise error
+        """Raise what the thread met, if anything: batches that it rejected once, a broken disk always."""
+        if self._broken is not None:
+            raise self._broken
+        met = []
+        with contextlib.suppress(queue.Empty):
+            while True:
+                met.append(self._rejected.get_nowait())
+        if met:
+            raise NotFiniteError("\n".join(map(str, met)), [i for error in met for i in error.ids])
 
     def close(self, *, keep_lock: bool = False) -> None:
         """Commit, close the shard and, unless ``keep_lock``, let others write."""
@@ -173,13 +183,12 @@ class Writer:
             with contextlib.suppress(queue.Empty):  # none for so long: time for a commit
                 item = self._inbox.get(timeout=self._commit_seconds)
             try:
-                if not self._broken:
+                if self._broken is None:
                     self._handle(item)
-            except LoghookError as error:
-                self._error = self._error or error
+            except NotFiniteError as error:
+                self._rejected.put(error)
             except Exception as error:
-                self._broken = True
-                self._error = self._explain(error) if isinstance(error, OSError) else error
+                self._broken = self._explain(error) if isinstance(error, OSError) else error
             if isinstance(item, dict) and "commit" in item:
                 item["commit"].put(None)
             elif item is CLOSE:
@@ -211,7 +220,7 @@ class Writer:
         if batch.ready is not None:
             batch.ready.synchronize()
         if not batch.checked and not bool(finite_rows(batch.rows).all()):
-            raise NotFiniteError(not_finite(batch.ids, batch.rows))
+            raise not_finite(batch.ids, batch.rows, late=True)
         n = len(batch.ids)
         # A batch is never split: its rows, moments and counts are committed together or not at all.
         if n and (self._shard is None or (self._shard_rows and self._shard_rows + n > self._capacity)):

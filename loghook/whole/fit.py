@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loghook.capture.batch import Ids, check_ids, unscaled
+from loghook.capture.batch import Ids, Mask, check_ids, unscaled
 from loghook.capture.coverage import describe_coverage
 from loghook.capture.hooked import Hooked
 from loghook.capture.layers import Job
@@ -142,7 +142,7 @@ class Fit(Hooked):
         self,
         data_id: Ids,
         *,
-        mask: Tensor | None = None,
+        mask: Mask | None = None,
         scale: float | Tensor = 1.0,
         scaler: Any = None,
         segments: Tensor | None = None,

@@ -8,9 +8,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loghook.capture.batch import Ids, check_ids, unscaled
+from loghook.capture.batch import Ids, Mask, check_ids, unscaled
 from loghook.capture.whole import Products
-from loghook.errors import NotFiniteError, StateError
+from loghook.errors import StateError
 from loghook.influence.precondition import Curvature
 from loghook.influence.scores import Scores
 from loghook.influence.share import share
@@ -50,7 +50,7 @@ class Scoring:
         self,
         data_id: Ids,
         *,
-        mask: Tensor | None = None,
+        mask: Mask | None = None,
         scale: float | Tensor = 1.0,
         scaler: Any = None,
         segments: Tensor | None = None,
@@ -68,7 +68,7 @@ class Scoring:
         parts = torch.stack([results.get(name, zero).float().cpu() for name in self._fit.layers])  # (L, B, Q)
         total = parts if self._per_layer else parts.sum(0, keepdim=True)
         if not bool(torch.isfinite(total).all()):
-            raise NotFiniteError(not_finite(ids, total.sum(0)))
+            raise not_finite(ids, total.sum(0))
         self._seen.update(dict.fromkeys(ids[i] for i in first))
         self._parts.append(total[:, first])
 
