@@ -55,3 +55,7 @@ class MismatchError(LoghookError, ValueError):
 
 class CheckpointWarning(UserWarning):
     """A query that comes from other parameter values than the rows it is compared with."""
+
+
+class RetrainingError(LoghookError, RuntimeError):
+    """A training of ``loghook.evaluate.retrain`` that raised, died or returned what cannot be used."""
