@@ -66,3 +66,7 @@ class MismatchError(LoghookError, ValueError):
 
 class CheckpointWarning(UserWarning):
     """A query, or a pass taken up again, with other parameter values than the rows that it goes with."""
+
+
+class RetrainingError(LoghookError, RuntimeError):
+    """A training of ``loghook.evaluate.retrain`` that raised, died or returned what cannot be used."""

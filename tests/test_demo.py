@@ -2,10 +2,8 @@
 
 import io
 import json
-import math
 import re
 import sys
-from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -14,7 +12,6 @@ import torch
 from rich.console import Console
 
 from loghook.demo import DemoConfig, run_demo
-from loghook.demo.bm25 import bm25
 from loghook.demo.huggingface import load_documents, load_model, load_tokenizer
 from loghook.demo.proof import Estimate, Proof, bootstrap, story, strongest
 from loghook.demo.retrain import Task, measure_all
@@ -60,30 +57,6 @@ def test_too_little_text_is_refused(tokenizer):
         split([Document("a", "some words " * 300)], tokenizer, DemoConfig.fast())
     with pytest.raises(ConfigError, match="is none"):
         split([Document("a", "few")], tokenizer, DemoConfig.fast())
-
-
-# The control
-
-
-def slow_bm25(query, documents, k1=1.5, b=0.75):
-    words = [re.findall(r"\w+", document.lower()) for document in documents]
-    mean, scores = sum(map(len, words)) / len(words), []
-    for these in words:
-        score = 0.0
-        for word in re.findall(r"\w+", query.lower()):
-            holders = sum(word in others for others in words)
-            idf = math.log(1 + (len(words) - holders + 0.5) / (holders + 0.5))
-            f = Counter(these)[word]
-            score += idf * f * (k1 + 1) / (f + k1 * (1 - b + b * len(these) / mean))
-        scores.append(score)
-    return scores
-
-
-def test_bm25_equals_its_formula():
-    documents = ["The cat sat", "the dog sat; the DOG barked", "", "nothing in common here", "cat cat cat dog"]
-    queries = ["the cat", "dog dog bird", "unseen", ""]
-    expected = [slow_bm25(query, documents) for query in queries]
-    np.testing.assert_allclose(bm25(queries, documents), expected, rtol=1e-12)
 
 
 # Training

@@ -9,10 +9,10 @@ import numpy as np
 from tqdm import tqdm
 
 import loghook
-from loghook.demo.bm25 import bm25
 from loghook.demo.config import METHODS, DemoConfig
 from loghook.demo.text import Passage
 from loghook.demo.train import collate, sequence_losses
+from loghook.evaluate.controls import bm25
 
 
 @dataclass(frozen=True)

@@ -1,1 +1,1 @@
-"""How good scores are, judged by retraining: pure functions on plain arrays that know no log and no model."""
+"""How good scores are: judges and controls on plain arrays, which know no log and no model; a runner that retrains."""

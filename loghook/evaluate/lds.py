@@ -14,20 +14,27 @@ from loghook.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Lds:
-    """A linear datamodelling score.
+class Estimate:
+    """A mean over queries.
 
     Attributes:
         mean: mean over queries of ``per_query``.
         low: lower end of its bootstrap interval over queries.
         high: upper end.
-        per_query: (Q,) float64, Spearman correlations over subsets; 0 where predictions or losses are all equal.
+        per_query: (Q,) float64.
     """
 
     mean: float
     low: float
     high: float
     per_query: NDArray[np.float64]
+
+
+class Lds(Estimate):
+    """A linear datamodelling score: ``per_query`` are Spearman correlations over subsets.
+
+    They are 0 where predictions or losses are all equal.
+    """
 
 
 def random_subsets(n: int, m: int, fraction: float = 0.5, seed: int = 0) -> NDArray[np.bool_]:
@@ -102,6 +109,13 @@ def interval(
     tail = (1 - confidence) / 2
     low, high = np.quantile(values[draws].mean(axis=1), [tail, 1 - tail])
     return float(low), float(high)
+
+
+def estimate(per_query: ArrayLike, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Estimate:
+    """Return the mean of one value a query, with its bootstrap interval. per_query: (Q,)."""
+    values = np.asarray(per_query, dtype=np.float64)
+    low, high = interval(values, confidence=confidence, resamples=resamples, seed=seed)
+    return Estimate(float(values.mean()), low, high, values)
 
 
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -1,0 +1,70 @@
+"""The MLP of benchmarks/digits.py on scikit-learn's digits, as a task: 100 halves, five seeds each.
+
+`python benchmarks/digits.py --retrain --save` measures this truth; so does `--retrain` here.
+"""
+
+import functools
+from typing import Any
+
+import base  # noqa: F401  puts benchmarks/ on the path
+import digits
+import numpy as np
+import torch
+from base import Batch, Task, main
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+RECIPE = digits.Recipe()
+
+
+def build() -> nn.Module:
+    untrained = digits.train(torch.zeros(1, 1, dtype=torch.long), digits.digits(), digits.Recipe(epochs=0), seed=0)
+    return digits.module(untrained, 0)
+
+
+def fit(members: np.ndarray, seed: int) -> nn.Module:
+    places = torch.from_numpy(np.flatnonzero(members))[None]
+    return digits.module(digits.train(places, digits.digits(), RECIPE, seed), 0).eval()
+
+
+def outputs(model: nn.Module, batch: Batch) -> Tensor:
+    """Logits (B, 10)."""
+    return model(batch["x"])
+
+
+def sample_losses(logits: Tensor, batch: Batch) -> Tensor:
+    return F.cross_entropy(logits, batch["y"], reduction="none")
+
+
+def represent(model: nn.Module, batch: Batch) -> Tensor:
+    """Input of the last layer."""
+    return model[:-1](batch["x"])  # type: ignore[index]
+
+
+@functools.cache
+def task() -> Task:
+    data, truth = digits.digits(), digits.load()
+    return Task(
+        name="digits_mlp",
+        train={"x": data.x, "y": data.y},
+        queries={"x": data.query_x, "y": data.query_y},
+        fit=fit,
+        build=build,
+        outputs=outputs,
+        sample_losses=sample_losses,
+        represent=represent,
+        labels=(data.y.numpy(), data.query_y.numpy()),
+        members=truth.members,
+        losses=truth.losses,
+        about=truth.about,
+    )
+
+
+def again(_: Any) -> Task:
+    digits.save(digits.retrain(digits.digits(), RECIPE))
+    task.cache_clear()
+    return task()
+
+
+if __name__ == "__main__":
+    main(task, again, __doc__)

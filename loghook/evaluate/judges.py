@@ -1,0 +1,248 @@
+"""Judges other than the linear datamodelling score: what leaving samples out does, what is found, what one step does.
+
+Shapes: Q queries, N training samples, K numbers of removed samples, R random removals. Ties among scores favour
+nobody: what a random order of them would give on average is what counts. Intervals are 95 % bootstrap ones over
+queries; for others, pass an estimate's ``per_query`` to ``loghook.evaluate.lds.interval``.
+"""
+
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from loghook.errors import ConfigError
+from loghook.evaluate.lds import Estimate, estimate
+
+Relevant = NDArray[np.bool_] | Sequence[Collection[int]]
+
+
+@dataclass(frozen=True)
+class LossDifference:
+    """Query loss difference. Each is a mean over queries with its interval.
+
+    Attributes:
+        top: rise of a query's loss without its strongest samples, over training on everything.
+        random: the same without as many random samples, mean over the random removals.
+        lead: the first minus the second, query by query.
+    """
+
+    top: Estimate
+    random: Estimate
+    lead: Estimate
+
+
+def without_top(scores: ArrayLike, k: int) -> NDArray[np.bool_]:
+    """For each query, the training set without its k strongest samples: (Q, N) -> (Q, N) bool.
+
+    These are the subsets to hand to ``retrain`` for ``loss_difference`` and ``brittleness``. For a group of queries
+    that share a removal, pass the sum of their scores as one row. Among ties the first samples go.
+    """
+    scores_QN = _scores(scores)
+    _check_k(k, scores_QN.shape[1] - 1)
+    members_QN = np.ones(scores_QN.shape, dtype=bool)
+    np.put_along_axis(members_QN, np.argsort(-scores_QN, axis=1, kind="stable")[:, :k], False, axis=1)
+    return members_QN
+
+
+def loss_difference(full: ArrayLike, removed: ArrayLike, random: ArrayLike) -> LossDifference:
+    """How much a query's loss rises after retraining without its strongest samples, beside a random removal.
+
+    Args:
+        full: (Q,) losses after training on everything, best averaged over several seeds.
+        removed: (Q,) loss of each query after training without *its own* strongest samples (``without_top``).
+        random: (R, Q) losses after training without as many random samples.
+
+    Raises:
+        ConfigError: shapes that do not fit, or values that are not finite.
+    """
+    full_Q, removed_Q, random_RQ = (
+        _floats("full", full, 1),
+        _floats("removed", removed, 1),
+        _floats("random", random, 2),
+    )
+    if not full_Q.shape == removed_Q.shape == random_RQ.shape[1:]:
+        raise ConfigError(
+            f"full {full_Q.shape}, removed {removed_Q.shape}, random {random_RQ.shape} do not fit: pass (queries,), "
+            "(queries,) and (removals, queries)."
+        )
+    top_Q, chance_Q = removed_Q - full_Q, random_RQ.mean(axis=0) - full_Q
+    return LossDifference(*(estimate(rise) for rise in (top_Q, chance_Q, top_Q - chance_Q)))
+
+
+def brittleness(before: ArrayLike, after: ArrayLike, ks: Sequence[int]) -> dict[int, Estimate]:
+    """Share of predictions that flip when a query's k strongest samples are left out, for each k.
+
+    Args:
+        before: (Q,) predicted classes after training on everything.
+        after: (K, Q) each query's predicted class after training without its own k strongest samples.
+        ks: the K numbers of samples left out, which become the keys of the result.
+
+    Raises:
+        ConfigError: shapes that do not fit.
+    """
+    before_Q, after_KQ = np.asarray(before), np.asarray(after)
+    if before_Q.ndim != 1 or not len(before_Q) or after_KQ.shape != (len(ks), len(before_Q)):
+        raise ConfigError(
+            f"before {before_Q.shape} and after {after_KQ.shape} do not fit {len(ks)} values of k: pass (queries,) and "
+            "(values of k, queries)."
+        )
+    return {k: estimate(flips) for k, flips in zip(ks, after_KQ != before_Q, strict=True)}
+
+
+def mislabel_auc(scores: ArrayLike, flipped: ArrayLike) -> Estimate:
+    """Chance that a mislabelled sample scores higher than a clean one (area under the ROC curve), ties counting half.
+
+    Args:
+        scores: (N,) larger for more suspicious, as ``Log.self_influence``.
+        flipped: (N,) bool, which samples are mislabelled.
+
+    Returns:
+        The area. Its interval resamples the mislabelled samples: ``per_query`` holds, for each of them, the share of
+        clean samples below it.
+
+    Raises:
+        ConfigError: shapes that do not fit, or no sample of one of the kinds.
+    """
+    scores_N, flipped_N = _suspects(scores, flipped)
+    clean, bad = np.sort(scores_N[~flipped_N]), scores_N[flipped_N]
+    below = (np.searchsorted(clean, bad, "left") + np.searchsorted(clean, bad, "right")) / 2
+    return estimate(below / len(clean))
+
+
+def mislabel_recall(scores: ArrayLike, flipped: ArrayLike, share: float = 0.1) -> Estimate:
+    """Share of the mislabelled samples that are among the ``share`` of all samples with the largest scores.
+
+    Args:
+        scores: (N,) larger for more suspicious.
+        flipped: (N,) bool, which samples are mislabelled.
+        share: of all samples that somebody would look at; ``round(share * N)`` of them, at least one.
+
+    Returns:
+        The share, with an interval over the mislabelled samples.
+
+    Raises:
+        ConfigError: shapes that do not fit, no sample of one of the kinds, or a share outside 0 to 1.
+    """
+    scores_N, flipped_N = _suspects(scores, flipped)
+    if not 0 < share <= 1:
+        raise ConfigError(f"share={share} must lie above 0 and be at most 1: it is the part of the samples looked at.")
+    found_N = _within(scores_N[None], max(1, round(share * len(scores_N))))[0]
+    return estimate(found_N[flipped_N])
+
+
+def tail_patch(before: ArrayLike, after: ArrayLike) -> Estimate:
+    """Rise in the target's probability after one training step on a top sample (Chang et al. 2024).
+
+    Args:
+        before: (Q,) log-probability of each query's target.
+        after: (Q, K) the same after one step, from the same parameters, on each of its K strongest samples alone.
+
+    Returns:
+        The mean over queries; a query's value is the mean over its samples.
+
+    Raises:
+        ConfigError: shapes that do not fit, log-probabilities above 0, or values that are not finite.
+    """
+    before_Q, after_QK = _floats("before", before, 1), _floats("after", after, 2)
+    if len(before_Q) != len(after_QK) or not after_QK.shape[1]:
+        raise ConfigError(f"before {before_Q.shape}, after {after_QK.shape}: pass (queries,) and (queries, samples).")
+    if max(before_Q.max(), after_QK.max()) > 1e-6:
+        raise ConfigError("a log-probability is above 0: hand over log-probabilities, which are minus the loss.")
+    return estimate((np.exp(after_QK) - np.exp(before_Q)[:, None]).mean(axis=1))
+
+
+def recall_at(scores: ArrayLike, relevant: Relevant, k: int) -> Estimate:
+    """Share of a query's relevant samples that are among its k strongest.
+
+    Args:
+        scores: (Q, N).
+        relevant: (Q, N) bool, or for each query the places of its relevant samples.
+        k: how many samples are looked at. Where a query has more than k relevant ones, it cannot reach 1.
+
+    Raises:
+        ConfigError: shapes that do not fit, a query without a relevant sample, or a k outside 1 to N.
+    """
+    scores_QN = _scores(scores)
+    relevant_QN = _relevant(relevant, scores_QN.shape)
+    _check_k(k, scores_QN.shape[1])
+    found_QN = _within(scores_QN, k)
+    return estimate((found_QN * relevant_QN).sum(axis=1) / relevant_QN.sum(axis=1))
+
+
+def mrr(scores: ArrayLike, relevant: Relevant) -> Estimate:
+    """Mean reciprocal rank of a query's first relevant sample.
+
+    Where it ties with others, the rank is the one that it has on average in a random order of them: r relevant and t
+    irrelevant samples put t / (r + 1) irrelevant ones before it.
+
+    Args:
+        scores: (Q, N).
+        relevant: (Q, N) bool, or for each query the places of its relevant samples.
+
+    Raises:
+        ConfigError: shapes that do not fit, or a query without a relevant sample.
+    """
+    scores_QN = _scores(scores)
+    relevant_QN = _relevant(relevant, scores_QN.shape)
+    best_Q1 = np.where(relevant_QN, scores_QN, -np.inf).max(axis=1, keepdims=True)
+    tied_QN = scores_QN == best_Q1
+    irrelevant_Q = (tied_QN & ~relevant_QN).sum(axis=1)
+    rank_Q = 1 + (scores_QN > best_Q1).sum(axis=1) + irrelevant_Q / ((tied_QN & relevant_QN).sum(axis=1) + 1)
+    return estimate(1 / rank_Q)
+
+
+def _within(scores_QN: NDArray[np.float64], k: int) -> NDArray[np.float64]:
+    """Chance of each sample to be among the k strongest, where ties come in random order: (Q, N)."""
+    cut_Q1 = -np.sort(-scores_QN, axis=1)[:, k - 1 : k]
+    above_QN, at_QN = scores_QN > cut_Q1, scores_QN == cut_Q1
+    left_Q1 = k - above_QN.sum(axis=1, keepdims=True)
+    return above_QN + at_QN * left_Q1 / at_QN.sum(axis=1, keepdims=True)
+
+
+def _relevant(relevant: Relevant, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    if isinstance(relevant, np.ndarray) and relevant.dtype == bool:
+        relevant_QN = relevant
+    else:
+        places = [np.asarray(list(each), dtype=np.int64) for each in relevant]
+        relevant_QN = np.zeros((len(places), shape[1]), dtype=bool)
+        for row, each in zip(relevant_QN, places, strict=True):
+            if len(each) and not 0 <= each.min() <= each.max() < shape[1]:
+                raise ConfigError(f"relevant places {each.tolist()} must lie between 0 and {shape[1] - 1}.")
+            row[each] = True
+    if relevant_QN.shape != shape:
+        raise ConfigError(f"relevant is for {relevant_QN.shape} and scores are {shape}: pass one set for each query.")
+    if not relevant_QN.any(axis=1).all():
+        query = int(np.argmin(relevant_QN.any(axis=1)))
+        raise ConfigError(f"query {query} has no relevant sample, so nothing can be found: leave such queries out.")
+    return relevant_QN
+
+
+def _suspects(scores: ArrayLike, flipped: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    scores_N, flipped_N = _floats("scores", scores, 1), np.asarray(flipped)
+    if scores_N.shape != flipped_N.shape or flipped_N.dtype != bool:
+        raise ConfigError(
+            f"scores {scores_N.shape} and flipped {flipped_N.shape} {flipped_N.dtype} do not fit: pass a number and a "
+            "bool for each sample."
+        )
+    if flipped_N.all() or not flipped_N.any():
+        raise ConfigError(f"{flipped_N.sum()} of {len(flipped_N)} samples are flipped: there must be both kinds.")
+    return scores_N, flipped_N
+
+
+def _scores(scores: ArrayLike) -> NDArray[np.float64]:
+    return _floats("scores", scores, 2)
+
+
+def _floats(name: str, values: ArrayLike, ndim: int) -> NDArray[np.float64]:
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != ndim or not array.size:
+        raise ConfigError(f"{name} has shape {array.shape} and must have {ndim} axes, none of them empty.")
+    if not np.isfinite(array).all():
+        raise ConfigError(f"{name} holds values that are not finite and have no rank or mean: leave those out.")
+    return array
+
+
+def _check_k(k: int, most: int) -> None:
+    if not 1 <= k <= most:
+        raise ConfigError(f"k={k} must be a whole number from 1 to {most}.")

@@ -1,0 +1,205 @@
+"""Train on many subsets of the data, in parallel processes, and keep every result as it comes."""
+
+import hashlib
+import io
+import json
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike, NDArray
+from tqdm import tqdm
+
+from loghook.errors import ConfigError, RetrainingError
+from loghook.log.disk import lock, write_atomically
+
+Train = Callable[[NDArray[np.bool_], int], ArrayLike]
+PLAN = "plan.json"
+
+
+def retrain(
+    train: Train,
+    subsets: ArrayLike,
+    seeds: Sequence[int],
+    path: str | Path,
+    *,
+    workers: int = 1,
+    recipe: Mapping[str, object] | None = None,
+) -> NDArray[np.float64]:
+    """Call ``train(members, seed)`` for every subset and seed, and collect what it returns.
+
+    Each result is written to ``path`` at once. After a crash or Ctrl-C, call again with the same arguments: what is
+    done is not done again.
+
+    Args:
+        train: takes which samples to train on, (N,) bool, and a seed; returns a 1-D array of outputs, one for each
+            query, usually losses (see ``lds`` for their sign). With workers it runs in fresh processes on one torch
+            thread each, so it must be importable: a function of a module or script, or a ``functools.partial`` of
+            one. A script that calls this needs ``if __name__ == "__main__":``.
+        subsets: (m, N) bool, as ``random_subsets`` or ``without_top`` make them.
+        seeds: what ``train`` is called with for each subset; all different.
+        path: folder for the results, made if it is missing.
+        workers: how many processes train at the same time. 0 trains in this one, where ``train`` may be anything and
+            torch keeps its threads.
+        recipe: what the results depend on besides (rates, sizes, versions), as JSON: kept beside them, and another one
+            is refused.
+
+    Returns:
+        (m, seeds, Q) float64.
+
+    Raises:
+        ConfigError: arguments that cannot work, or another plan than the one that ``path`` was begun with.
+        RetrainingError: if a training raised, died, or returned something else than finite numbers, as many as the
+            others did. It names subset and seed; the others' results are kept.
+        LogLockedError: if another process works on ``path``.
+    """
+    subsets_mN = np.asarray(subsets)
+    if subsets_mN.ndim != 2 or subsets_mN.dtype != bool or not subsets_mN.size:
+        raise ConfigError(f"subsets {subsets_mN.shape} {subsets_mN.dtype} must be (subsets, samples) of bool.")
+    if not len(seeds) or len(set(seeds)) != len(seeds):
+        raise ConfigError(
+            f"seeds={list(seeds)} must be different and at least one: equal seeds measure the same twice."
+        )
+    if workers < 0:
+        raise ConfigError(f"workers={workers} must be 0 (this process) or a number of processes.")
+    folder = Path(path)
+    folder.mkdir(parents=True, exist_ok=True)
+    with lock(folder / "lock"):
+        _check_plan(folder, subsets_mN, seeds, recipe)
+        jobs = [(i, seed) for i in range(len(subsets_mN)) for seed in seeds]
+        open_jobs = [job for job in jobs if not _file(folder, *job).exists()]
+        with tqdm(total=len(jobs), initial=len(jobs) - len(open_jobs), desc="retraining", unit=" trainings") as bar:
+            run = _here if workers == 0 else _in_processes
+            run(train, subsets_mN, open_jobs, workers, folder, bar)
+        results = [_read(_file(folder, *job)) for job in jobs]
+    for (subset, seed), result in zip(jobs, results, strict=True):
+        if result.shape != results[0].shape:
+            raise RetrainingError(
+                f"training on subset {subset} with seed {seed} returned {len(result)} outputs and the first one "
+                f"{len(results[0])}: train must return one number for each query. Delete {folder} and mend it."
+            )
+    return np.stack(results).reshape(len(subsets_mN), len(seeds), -1)
+
+
+def _check_plan(
+    folder: Path, subsets_mN: NDArray[np.bool_], seeds: Sequence[int], recipe: Mapping[str, object] | None
+) -> None:
+    plan = {
+        "subsets": hashlib.sha256(np.packbits(subsets_mN, axis=1).tobytes()).hexdigest(),
+        "shape": list(subsets_mN.shape),
+        "seeds": [int(seed) for seed in seeds],
+        "recipe": recipe,
+    }
+    file, text = folder / PLAN, json.dumps(plan, indent=1)
+    if not file.exists():
+        write_atomically(file, text.encode())
+        return
+    old, new = json.loads(file.read_text()), json.loads(text)
+    changed = [key for key in plan if old.get(key) != new[key]]
+    if changed:
+        raise ConfigError(
+            f"{folder} was begun with other {' and '.join(changed)}: pass what it was begun with (see {PLAN}), or "
+            "another path for a new measurement."
+        )
+
+
+def _here(
+    train: Train, subsets_mN: NDArray[np.bool_], jobs: list[tuple[int, int]], _: int, folder: Path, bar: tqdm
+) -> None:
+    for subset, seed in jobs:
+        try:
+            result = train(subsets_mN[subset].copy(), seed)
+        except Exception as error:
+            raise _failed(subset, seed, folder, error) from error
+        _keep(result, subset, seed, folder)
+        bar.update()
+
+
+def _in_processes(
+    train: Train, subsets_mN: NDArray[np.bool_], jobs: list[tuple[int, int]], workers: int, folder: Path, bar: tqdm
+) -> None:
+    if not jobs:
+        return
+    context = multiprocessing.get_context("spawn")  # a fork after torch has started its threads can hang
+    others = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start, (train, subsets_mN))
+    try:
+        futures = {pool.submit(_work, *job): job for job in jobs}
+        for future in as_completed(futures):
+            try:
+                result = future.result()
+            except BrokenProcessPool as error:  # which job it was is not known: all that had begun are lost
+                raise RetrainingError(
+                    "a training process died (killed for memory?), or could not import train: see its output above. "
+                    f"What was done is kept in {folder}: call again with the same arguments, or with fewer workers."
+                ) from error
+            except Exception as error:
+                raise _failed(*futures[future], folder, error) from error
+            _keep(result, *futures[future], folder)
+            bar.update()
+    except BaseException:  # Ctrl-C as well: nobody waits for trainings whose results would be thrown away
+        for process in set(multiprocessing.active_children()) - others:
+            process.terminate()
+        raise
+    finally:
+        pool.shutdown(cancel_futures=True)
+
+
+def _failed(subset: int, seed: int, folder: Path, error: Exception) -> RetrainingError:
+    return RetrainingError(
+        f"training on subset {subset} with seed {seed} raised {type(error).__name__}: {error}. What was done is "
+        f"kept in {folder}: mend it and call again with the same arguments."
+    )
+
+
+def _keep(result: ArrayLike, subset: int, seed: int, folder: Path) -> None:
+    outputs_Q = np.asarray(result, dtype=np.float64)
+    if outputs_Q.ndim != 1 or not outputs_Q.size or not np.isfinite(outputs_Q).all():
+        raise RetrainingError(
+            f"training on subset {subset} with seed {seed} returned an array of shape {outputs_Q.shape} with "
+            f"{np.count_nonzero(~np.isfinite(outputs_Q))} values that are not finite: train must return a 1-D array of "
+            "finite numbers, one for each query."
+        )
+    buffer = io.BytesIO()
+    np.save(buffer, outputs_Q)
+    write_atomically(_file(folder, subset, seed), buffer.getvalue())
+
+
+def _file(folder: Path, subset: int, seed: int) -> Path:
+    return folder / f"subset{subset:05d}-seed{seed}.npy"
+
+
+def _read(file: Path) -> NDArray[np.float64]:
+    return np.load(file, allow_pickle=False)
+
+
+_train: Train
+_subsets_mN: NDArray[np.bool_]
+
+
+def _start(train: Train, subsets_mN: NDArray[np.bool_]) -> None:
+    """Run once in each worker, so that subsets travel once."""
+    global _train, _subsets_mN
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends its workers
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+    torch.set_num_threads(1)
+    _train, _subsets_mN = train, subsets_mN
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def _work(subset: int, seed: int) -> NDArray[np.float64]:
+    return np.asarray(_train(_subsets_mN[subset].copy(), seed), dtype=np.float64)
