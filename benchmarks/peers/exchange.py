@@ -75,7 +75,7 @@ class Exchange:
         if self.kind == "mlp":
             return F.cross_entropy(model(batch["x"]), batch["y"], reduction="sum")
         logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
-        return F.cross_entropy(logits.flatten(0, 1).float(), batch["labels"][:, 1:].flatten(), reduction="sum")
+        return F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
 
     def fisher_data(self) -> Batch:
         """Return the training data with the labels that the Fisher matrix is fitted with."""
