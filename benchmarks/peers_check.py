@@ -74,7 +74,7 @@ def agree(folder: Path, batch: int, threads: int) -> list[dict[str, Any]]:
     exchange = read(folder)
     for damping, absolute in ((0.1, False), (1e-8, True)):
         slow = {
-            positions: reference.ekfac(exchange, damping, absolute=absolute, positions=positions)
+            positions: reference.ekfac(exchange, damping, absolute=absolute, positions=positions, single=True)
             for positions in (("all",) if exchange.kind == "mlp" else ("all", "but last"))
         }
         for peer in ("kronfluence", "bergson", "dattri"):

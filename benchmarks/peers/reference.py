@@ -15,7 +15,13 @@ Pair = tuple[Tensor, Tensor]  # inputs (T, I), with a column of ones where the l
 
 
 def ekfac(
-    exchange: Exchange, damping: float, *, absolute: bool = False, positions: str = "all", bias: bool = True
+    exchange: Exchange,
+    damping: float,
+    *,
+    absolute: bool = False,
+    positions: str = "all",
+    bias: bool = True,
+    single: bool = False,
 ) -> np.ndarray:
     """Return scores (Q, N): over layers, the sum of <H^-1 G_q, G_i>, H = (Q_S x Q_A) diag(lambda) (Q_S x Q_A)^T.
 
@@ -30,8 +36,10 @@ def ekfac(
         positions: "all", or "but last": A and S leave out the last, where a causal language model's g is zero
             (sequences only).
         bias: whether a bias counts as a weight to a constant input 1.
+        single: whether the model itself runs in float32, as a peer's does; all after its gradients is float64 anyway.
+            Where a loss is below about 1e-6, float32 rounds 1 - p, and the gradient with it.
     """
-    model = copy.deepcopy(exchange.model).double().requires_grad_(True)
+    model = copy.deepcopy(exchange.model).to(torch.float32 if single else torch.float64).requires_grad_(True)
     kept = slice(None) if positions == "all" else slice(None, -1)
     fisher = [_pairs(exchange, model, exchange.fisher_data(), i, bias) for i in _rows(exchange.train)]
     train = [_pairs(exchange, model, exchange.train, i, bias) for i in _rows(exchange.train)]
@@ -75,9 +83,12 @@ def _pairs(exchange: Exchange, model: torch.nn.Module, side: Batch, i: int, bias
 
     handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in linears(model)]
     one = {key: values[i : i + 1] for key, values in side.items()}
-    one = {key: values.double() if values.is_floating_point() else values for key, values in one.items()}
+    dtype = next(model.parameters()).dtype
+    one = {key: values.to(dtype) if values.is_floating_point() else values for key, values in one.items()}
     loss = exchange.loss(model, one)
     for handle in handles:
         handle.remove()
     gradients = torch.autograd.grad(loss, list(outputs.values()))
-    return {name: (inputs[name], g.flatten(0, -2)) for name, g in zip(outputs, gradients, strict=True)}
+    return {
+        name: (inputs[name].double(), g.flatten(0, -2).double()) for name, g in zip(outputs, gradients, strict=True)
+    }
