@@ -17,7 +17,7 @@ DEV := $(VENV)/.installed-dev
 PINS := pyproject.toml constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-gpu test-long bench lint format clean
+.PHONY: help demo test test-gpu test-long bench peers lint format clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ test-long: $(DEV) ## run the tests that take minutes
 
 bench: $(DEV) ## run every script in benchmarks/, one after another
 	@set -e; for script in benchmarks/[!_]*.py; do echo "== $$script"; $(PY) "$$script" $(ARGS); done
+
+peers: ## install the libraries that benchmarks compare with into .peers, an environment of their own
+	PYTHON=$(PYTHON) benchmarks/peers/setup.sh
 
 lint: $(DEV) ## check format, lint and types; change nothing
 	$(PY) -m ruff format --check .
