@@ -66,7 +66,7 @@ def test_a_second_log_is_matched_by_ids_and_its_agreement_is_seen(seeds, tmp_pat
     one, two = log.influence(query, "dot").values, seeds[1][0].influence(seeds[1][1], "dot").values
     expected = [np.corrcoef(a, b)[0, 1] for a, b in zip(one, two, strict=True)]
     np.testing.assert_allclose(found.correlation, expected, rtol=1e-3)
-    np.testing.assert_allclose(found.together, 2 * found.correlation / (1 + found.correlation))
+    np.testing.assert_allclose(found.together, 2 * found.correlation / (1 + found.correlation.clip(min=0)))
     best = [set(np.argsort(-v)[:10]) for v in one], [set(np.argsort(-v)[:10]) for v in two]
     assert found.overlap.tolist() == [len(a & b) for a, b in zip(*best, strict=True)]
     assert found.how == "a second log" and str(found).endswith("between seeds.")

@@ -111,7 +111,7 @@ def trust(
         raise ConfigError(f"k={k} must be from 1 to {len(log) - 1}, below the number of rows, and nulls={nulls} >= 0.")
     normalize = normalize or ("unit" if method == "cosine" else None)
     asked = {"method": method, "damping": damping, "damping_abs": damping_abs, "normalize": normalize}
-    rng = np.random.default_rng(seed)
+    rng, level = np.random.default_rng(seed), np.ones((len(query), len(log)))
     first = engine.influence(log, query, **asked)  # type: ignore[arg-type]
     values_QN = _spread_out(first.values, normalize)
     top_Qk = np.argsort(-values_QN, axis=1, kind="stable")[:, :k]
@@ -124,15 +124,17 @@ def trust(
         best = np.argsort(-second_QN, axis=1, kind="stable")[:, :k]
         overlap = np.array([len(np.intersect1d(a, b)) for a, b in zip(top_Qk, best, strict=True)], dtype=np.float64)
     elif any(any(projected(spec)) for spec in log.layout.layers):
-        deals = [
-            [_parts(log, query, parts, asked, normalize, seed + deal) for parts in (2, 4)] for deal in range(DEALS)
-        ]
-        halves_Q, quarters_Q = (np.mean([_agreement(d[i]) for d in deals], axis=0) for i in (0, 1))
+        halves_Q, quarters_Q = np.zeros(len(query)), np.zeros(len(query))
+        for deal in range(DEALS):
+            one, two = _parts(log, query, 2, asked, normalize, seed + deal)
+            level = _level(one, two) if deal == 0 else level
+            halves_Q += correlations(one, two) / DEALS
+            quarters = _parts(log, query, 4, asked, normalize, seed + deal)
+            quarters_Q += np.mean([correlations(a, b) for a, b in itertools.combinations(quarters, 2)], axis=0) / DEALS
         correlation = extended(halves_Q, quarters_Q)
-        level = _level(*deals[0][0][:2])
         how, overlap = "parts of the log's coordinates", None
     else:
-        correlation, level = np.ones(len(values_QN)), np.ones_like(values_QN)
+        correlation = np.ones(len(values_QN))
         how, overlap = "no projection", None
     if normalize is None:  # noise is about as large as a row; for unit rows it depends on the score itself
         curvature = Curvature(method=method, damping=damping, damping_abs=damping_abs)
@@ -144,7 +146,7 @@ def trust(
     return Trust(
         how=how,
         correlation=correlation,
-        together=2 * correlation / (1 + correlation),
+        together=2 * correlation / (1 + correlation.clip(min=0)),
         overlap=stays.sum(1) if overlap is None else overlap,
         top=top_Qk,
         stays=stays,
@@ -218,10 +220,6 @@ def _parts(
         _spread_out(engine.influence(part, part.query(query), **asked).values, normalize)  # type: ignore[arg-type]
         for part in made
     ]
-
-
-def _agreement(parts: list[Array]) -> Array:
-    return np.mean([correlations(a, b) for a, b in itertools.combinations(parts, 2)], axis=0)
 
 
 def _level(one_QN: Array, other_QN: Array) -> Array:
