@@ -119,7 +119,8 @@ class Log(Reader):
             query: rows of the questions, from ``run.query`` or ``log.attach(model).query``.
             method: "dot": H = I. "cosine": dot at unit norm. "fisher": H = mean vec(G) vec(G)^T (LoGra's default).
                 "kfac": H = S kron A from the streamed statistics. "ekfac": the same eigenbasis with eigenvalues
-                corrected from the rows (George et al. 2018; Grosse et al. 2023).
+                corrected from the rows (George et al. 2018; Grosse et al. 2023). "shampoo": like ekfac, with the
+                eigenbases of mean G G^T and mean G^T G (Gupta et al. 2018), which need the rows alone.
             damping: added to H, times the mean eigenvalue of the layer.
             damping_abs: added to H as it is, instead.
             normalize: "unit" divides by the roots of both sides' self-influence; "relatif" by that of the row only

@@ -192,7 +192,7 @@ def _parse_id(id_type: str, text: str) -> int | str:
 def score(
     run: Run,
     query: Annotated[Path, typer.Argument(help="A query saved with query.save(...).", metavar="QUERY")],
-    method: Annotated[str, typer.Option(help="dot, cosine, fisher, kfac or ekfac.")] = "ekfac",
+    method: Annotated[str, typer.Option(help="dot, cosine, fisher, kfac, ekfac or shampoo.")] = "ekfac",
     damping: Annotated[float, typer.Option(help="Times the mean eigenvalue of each layer.")] = 0.1,
     normalize: Annotated[str | None, typer.Option(help="unit or relatif.")] = None,
     top: Annotated[int, typer.Option(help="Proponents shown for each question.")] = 10,

@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[Any]  # float64 throughout
 Layer = Mapping[str, Any]  # "G", "A", "S" to arrays or CPU tensors
-Method = Literal["dot", "fisher", "kfac", "ekfac"]
+Method = Literal["dot", "fisher", "kfac", "ekfac", "shampoo"]
 
 
 class Scores(NamedTuple):
@@ -76,6 +76,16 @@ def ekfac(
     on factors whose eigenvalues are distinct (a null space that no row touches does no harm).
     """
     return _score("ekfac", rows, queries, damping, damping_abs)
+
+
+def shampoo(
+    rows: Sequence[Layer],
+    queries: Sequence[ArrayLike],
+    damping: float = 0.1,
+    damping_abs: float | None = None,
+) -> Scores:
+    """As `ekfac`, in the eigenbases of sum_i G_i^T G_i and sum_i G_i G_i^T instead of A and S."""
+    return _score("shampoo", rows, queries, damping, damping_abs)
 
 
 def self_influence(
@@ -181,10 +191,18 @@ def ekfac_matrix(layer: Layer) -> Array:
     return U @ np.diag(lambdas.reshape(-1)) @ U.T
 
 
+def shampoo_matrix(layer: Layer) -> Array:
+    """`ekfac_matrix` with sums of G^T G and G G^T for A and S; their scale plays no part."""
+    G = _array(layer["G"])
+    sides = {"A": sum(row.T @ row for row in G), "S": sum(row @ row.T for row in G)}
+    return ekfac_matrix({"G": G, **sides})
+
+
 _MATRICES: dict[str, Callable[[Layer], Array]] = {
     "fisher": fisher_matrix,
     "kfac": kfac_matrix,
     "ekfac": ekfac_matrix,
+    "shampoo": shampoo_matrix,
 }
 
 

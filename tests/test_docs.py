@@ -162,3 +162,20 @@ def test_mislabelled_digits(tmp_path: Path) -> None:
     output = example(tmp_path, "mislabelled_digits.py")
     found = {name: float(value) for name, value in re.findall(r"^(.+?) +AUC ([\d.]+)", output, re.MULTILINE)}
     assert found["self-influence, ekfac"] > 0.95, output
+
+
+def test_tracin_of_the_methods_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2))
+    checkpoints = [(tmp_path / f"step{i}.pt", rate) for i, rate in enumerate((0.1, 0.02))]
+    for file, _ in checkpoints:
+        torch.save(model.state_dict(), file)
+        for p in model.parameters():
+            p.data *= 0.9
+    batch = {"id": [0, 1, 2], "x": torch.randn(3, 5)}
+    names = {"model": model, "checkpoints": checkpoints, "loader": [batch], "question": {"x": torch.randn(1, 5)}}
+    names |= {"torch": torch, "loghook": loghook, "summed_loss": lambda model, batch: model(batch["x"]).square().sum()}
+    (tracin,) = blocks((ROOT / "docs" / "methods.md").read_text(), "python")
+    exec(tracin.replace("rank=64", "rank=2"), names)
+    expected = 0.1 * names["parts"][0].values + 0.02 * names["parts"][1].values
+    torch.testing.assert_close(torch.from_numpy(names["tracin"].values), torch.from_numpy(expected))

@@ -13,7 +13,7 @@ from loghook.log import reader
 from tests import dense
 from tests.harness import sides, whole
 
-METHODS = ("dot", "fisher", "kfac", "ekfac")
+METHODS = ("dot", "fisher", "kfac", "ekfac", "shampoo")
 
 
 def make_model(seed=0):

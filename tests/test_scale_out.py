@@ -25,7 +25,7 @@ torch.set_num_threads(1)
 torch.distributed.init_process_group("gloo")
 folder = sys.argv[1]
 query = loghook.Query.load(f"{folder}/q.safetensors")
-for method in ("dot", "fisher", "kfac", "ekfac"):
+for method in ("dot", "fisher", "kfac", "ekfac", "shampoo"):
     for name, options in (("all", {"per_layer": True}), ("unit", {"normalize": "unit"}), ("top", {"top": 5})):
         scores = loghook.load(f"{folder}/run").influence(query, method, **options)
         if torch.distributed.get_rank() == 0:
@@ -50,7 +50,7 @@ def test_two_processes_score_like_one(logged):
     folder, log, query = logged
     (folder / "script.py").write_text(SCRIPT)
     torchrun(folder / "script.py", folder)
-    for method in ("dot", "fisher", "kfac", "ekfac"):
+    for method in ("dot", "fisher", "kfac", "ekfac", "shampoo"):
         for name, options in (("all", {"per_layer": True}), ("unit", {"normalize": "unit"}), ("top", {"top": 5})):
             one, two = (
                 log.influence(query, method, **options),

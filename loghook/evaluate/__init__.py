@@ -1,1 +1,6 @@
-"""How good scores are: judges and controls on plain arrays, which know no log and no model; a runner that retrains."""
+"""How good scores are: judged by retraining and planted facts on plain arrays, tuned, and how far to rely on them."""
+
+from loghook.evaluate.sweep import Setting, Sweep, sweep
+from loghook.evaluate.trust import Trust, trust
+
+__all__ = ["Setting", "Sweep", "Trust", "sweep", "trust"]

@@ -39,12 +39,12 @@ def influence(
     query: Query,
     *,
     method: str,
-    damping: float,
-    damping_abs: float | None,
-    normalize: str | None,
-    layers: Sequence[str] | None,
-    top: int | None,
-    per_layer: bool,
+    damping: float = 0.1,
+    damping_abs: float | None = None,
+    normalize: str | None = None,
+    layers: Sequence[str] | None = None,
+    top: int | None = None,
+    per_layer: bool = False,
 ) -> Scores:
     """Score every row of a log for every question; see ``Log.influence``."""
     if normalize not in NORMALIZE:
@@ -59,7 +59,7 @@ def influence(
     normalize = normalize or ("unit" if method == "cosine" else None)
     curvature = Curvature(method=method, damping=damping, damping_abs=damping_abs)
     chosen = choose_layers(reader, layers)
-    prepared = _prepare(reader, query, curvature, chosen, normalize)
+    prepared = prepare(reader, query, curvature, chosen, normalize)
     scan = _scan_top if top is not None else _scan_all
     values, places, by_layer = scan(reader, prepared, chosen, top or 0, per_layer)
     if not np.isfinite(values).all():
@@ -118,9 +118,10 @@ def check_match(reader: Reader, query: Query) -> None:
     )
 
 
-def _prepare(
+def prepare(
     reader: Reader, query: Query, curvature: Curvature, chosen: Sequence[LayerSpec], normalize: str | None
 ) -> Prepared:
+    """Fit the curvature and apply its inverse to the queries, with the norms that ``normalize`` needs."""
     width, columns = reader.layout.gradient_width, reader.layout.kinds["gradients"]
     rows = query.matrix[:, :width].double()
     matrix = torch.zeros_like(rows)

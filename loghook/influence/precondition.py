@@ -4,7 +4,6 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -16,7 +15,7 @@ from loghook.log.format import LayerSpec
 from loghook.log.reader import Reader
 from loghook.statistics.factors import Eigenbasis, eigenbasis
 
-METHODS = ("dot", "cosine", "fisher", "kfac", "ekfac")
+METHODS = ("dot", "cosine", "fisher", "kfac", "ekfac", "shampoo")
 FIT_BYTES = 2**30  # what dense curvature of a group of layers may take at a time
 
 
@@ -25,7 +24,7 @@ class Curvature:
     """Which curvature, and how it is damped.
 
     Attributes:
-        method: "dot" (none), "fisher", "kfac" or "ekfac".
+        method: "dot" (none), "fisher", "kfac", "ekfac" or "shampoo".
         damping: times the layer's mean eigenvalue.
         damping_abs: added as it is, instead; or None.
     """
@@ -78,35 +77,55 @@ def solvers(reader: Reader, curvature: Curvature, layers: Sequence[LayerSpec]) -
         for group in _groups(layers, len(reader)):
             yield _fit_fisher(reader, curvature, group)
     else:
-        moments = reader.moments()
-        silent = [spec for spec in layers if moments[reader.layout.moments[spec.name][2]] <= 0]
-        if len(silent) == len(layers):
-            raise ConfigError(
-                "no token was counted while logging (a mask that is all zero?), so there are no Kronecker factors: use "
-                "method='fisher', 'dot' or 'cosine', or log again with the right mask."
-            )
+        shampoo = curvature.method == "shampoo"
+        bases = _row_bases(reader, layers) if shampoo else _token_bases(reader, layers)
+        silent = [spec for spec in layers if spec.name not in bases]
         if silent:
             yield {spec.name: Zero() for spec in silent}  # layers that may sleep and always did
-        bases = _bases(reader, moments, [spec for spec in layers if spec not in silent])
         eigenvalues = {name: basis.products for name, basis in bases.items()}
-        if curvature.method == "ekfac":
-            eigenvalues = _corrected_eigenvalues(reader, bases)
+        if curvature.method != "kfac":
+            eigenvalues = _corrected_eigenvalues(reader, "shampoo" if shampoo else "ekfac", bases)
         yield {
             name: Diagonal(bases[name], values, curvature.amount(float(values.mean())))
             for name, values in eigenvalues.items()
         }
 
 
-def _bases(reader: Reader, moments: np.ndarray, layers: Sequence[LayerSpec]) -> dict[str, Eigenbasis]:
-    missing = [spec.name for spec in layers if ("basis", spec.name) not in reader.cache]
+def _token_bases(reader: Reader, layers: Sequence[LayerSpec]) -> dict[str, Eigenbasis]:
+    """Eigenbases from the streamed statistics of tokens, without the layers of which no token was counted."""
+    moments = reader.moments()
+    heard = [spec.name for spec in layers if moments[reader.layout.moments[spec.name][2]] > 0]
+    if not heard:
+        raise ConfigError(
+            "no token was counted while logging (a mask that is all zero?), so there are no Kronecker factors: use "
+            "method='shampoo', 'fisher', 'dot' or 'cosine', or log again with the right mask."
+        )
+    missing = [name for name in heard if ("basis", name) not in reader.cache]
     for name in tqdm(missing, desc="eigenbases", unit=" layers", delay=2, leave=False, disable=None):
         reader.cache["basis", name] = eigenbasis(reader.layout, moments, name)
-    return {spec.name: reader.cache["basis", spec.name] for spec in layers}
+    return {name: reader.cache["basis", name] for name in heard}
 
 
-def _corrected_eigenvalues(reader: Reader, bases: dict[str, Eigenbasis]) -> dict[str, Tensor]:
+def _row_bases(reader: Reader, layers: Sequence[LayerSpec]) -> dict[str, Eigenbasis]:
+    """Shampoo's eigenbases (Gupta et al. 2018): of the means over rows of ``G^T G`` and ``G G^T``."""
+    missing = [spec for spec in layers if ("row basis", spec.name) not in reader.cache]
+    if missing:
+        columns = reader.layout.kinds["gradients"]
+        sums = {s.name: [torch.zeros(k, k, dtype=torch.float64) for k in (s.k_in, s.k_out)] for s in missing}
+        for _, block in progress(reader, "row covariances"):
+            for spec in missing:
+                rows = block[:, columns[spec.name]].unflatten(1, (spec.k_out, spec.k_in))
+                for total, side in zip(sums[spec.name], (rows.flatten(0, 1), rows.mT.flatten(0, 1)), strict=True):
+                    total += (side.T @ side).double()  # a block is short, the log is long
+        for name, sides in sums.items():
+            (in_values, q_in), (out_values, q_out) = (torch.linalg.eigh(combine(side) / len(reader)) for side in sides)
+            reader.cache["row basis", name] = Eigenbasis(q_in, q_out, out_values[:, None] * in_values)
+    return {spec.name: reader.cache["row basis", spec.name] for spec in layers}
+
+
+def _corrected_eigenvalues(reader: Reader, kind: str, bases: dict[str, Eigenbasis]) -> dict[str, Tensor]:
     """EK-FAC's eigenvalues: the mean over rows of ``(Q_S^T G Q_A)^2`` (George et al. 2018), float64."""
-    missing = {name: basis for name, basis in bases.items() if ("corrected", name) not in reader.cache}
+    missing = {name: basis for name, basis in bases.items() if (kind, name) not in reader.cache}
     if missing:
         sums = {name: torch.zeros_like(basis.products) for name, basis in missing.items()}
         for _, block in progress(reader, "eigenvalues"):
@@ -114,8 +133,8 @@ def _corrected_eigenvalues(reader: Reader, bases: dict[str, Eigenbasis]) -> dict
                 rows = block[:, reader.layout.kinds["gradients"][name]].unflatten(1, basis.products.shape)
                 sums[name] += basis.rotate(rows).square().sum(0).double()  # a block is short, the log is long
         for name, total in sums.items():
-            reader.cache["corrected", name] = combine(total) / len(reader)
-    return {name: reader.cache["corrected", name] for name in bases}
+            reader.cache[kind, name] = combine(total) / len(reader)
+    return {name: reader.cache[kind, name] for name in bases}
 
 
 def _fit_fisher(reader: Reader, curvature: Curvature, group: Sequence[LayerSpec]) -> dict[str, Solver]:

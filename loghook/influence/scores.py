@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from loghook.errors import ConfigError, CorruptLogError
+from loghook.errors import ConfigError, CorruptLogError, MismatchError
 from loghook.log.disk import write_atomically
 
 if TYPE_CHECKING:
@@ -43,12 +44,13 @@ class Scores:
         places: None, or (queries, k) int64: which row each value belongs to.
         by_layer: None, or float32 (layers, queries, rows), which sums to ``values``.
         layers: names of the layers that were scored.
-        method: "dot", "cosine", "fisher", "kfac" or "ekfac".
+        method: "dot", "cosine", "fisher", "kfac", "ekfac" or "shampoo"; "ensemble of ..." where ``combine`` made it.
         normalize: None, "unit" or "relatif".
         damping: relative to each layer's mean eigenvalue, or None.
         damping_abs: absolute damping, or None.
         fingerprint: of the log and the query.
         log: where the log was.
+        weights: None, or what each of the combined scores was multiplied by.
     """
 
     values: np.ndarray
@@ -63,6 +65,7 @@ class Scores:
     damping_abs: float | None
     fingerprint: str
     log: str
+    weights: tuple[float, ...] | None = None
 
     @property
     def sign(self) -> str:
@@ -122,6 +125,64 @@ class Scores:
             }
         )
 
+    @staticmethod
+    def combine(
+        scores: Sequence["Scores"], weights: Sequence[float] | None = None, *, standardize: bool = False
+    ) -> "Scores":
+        """Add up what several logs say of the same pairs: checkpoints of one training, or models of several.
+
+        With the checkpoints' learning rates as weights, sums of dot products are TracIn (Pruthi et al. 2020); the
+        plain mean over models is the ensemble of TRAK (Park et al. 2023). Pairs are matched by their ids; the order
+        is that of the first.
+
+        Args:
+            scores: with all rows (not ``top=``), each with the same ids in any order.
+            weights: one finite number for each, by default 1 / n: the mean.
+            standardize: divide each question's scores by their standard deviation over rows first, so that no model
+                speaks louder than another.
+
+        Returns:
+            Scores, with the method "ensemble of n: ..." and ``weights``.
+
+        Raises:
+            ConfigError: nothing to combine, scores of top rows only, or weights that do not fit.
+            MismatchError: ids that repeat, or that one has and another has not.
+        """
+        if not scores:
+            raise ConfigError("Scores.combine got no scores: pass at least one.")
+        weights = tuple(float(w) for w in ([1 / len(scores)] * len(scores) if weights is None else weights))
+        if len(weights) != len(scores) or not np.isfinite(weights).all():
+            raise ConfigError(f"weights={weights} must be {len(scores)} finite numbers, one for each of the scores.")
+        first = scores[0]
+        values = np.zeros(first.values.shape)
+        together = all(part.by_layer is not None and part.layers == first.layers for part in scores)
+        by_layer = np.zeros(first.by_layer.shape) if together and first.by_layer is not None else None
+        for part, weight in zip(scores, weights, strict=True):
+            if part.places is not None:
+                raise ConfigError("scores that keep only the best rows (top=...) do not combine: score without top.")
+            rows = _order("query_id", part.query_ids, first.query_ids)[:, None]
+            pairs = rows, _order("data_id", part.data_ids, first.data_ids)
+            size = part.values.std(axis=1, dtype=np.float64, keepdims=True) if standardize else np.ones((1, 1))
+            factor = weight / np.where(size > 0, size, 1)
+            values += (part.values * factor)[pairs]
+            if by_layer is not None and part.by_layer is not None:
+                by_layer += (part.by_layer * factor)[:, pairs[0], pairs[1]]
+        return Scores(
+            values=values.astype(np.float32),
+            query_ids=first.query_ids,
+            data_ids=first.data_ids,
+            places=None,
+            by_layer=None if by_layer is None else by_layer.astype(np.float32),
+            layers=tuple(dict.fromkeys(name for part in scores for name in part.layers)),
+            method=f"ensemble of {len(scores)}{', standardized' if standardize else ''}: {_joined(scores, 'method')}",
+            normalize=_same(scores, "normalize"),
+            damping=_same(scores, "damping"),
+            damping_abs=_same(scores, "damping_abs"),
+            fingerprint=_joined(scores, "fingerprint"),
+            log=_joined(scores, "log"),
+            weights=weights,
+        )
+
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file."""
         header = {key: getattr(self, key) for key in _HEADER}
@@ -139,11 +200,13 @@ class Scores:
             with safetensors.safe_open(path, framework="np") as file:
                 header: dict[str, Any] = json.loads(file.metadata()["loghook_scores"])
                 tensors = {key: file.get_tensor(key) if key in file.keys() else None for key in _ARRAYS}  # noqa: SIM118
+            header.setdefault("weights", None)  # files from before scores could be combined
             if set(header) != set(_HEADER):
                 raise ValueError(f"its header has {sorted(header)}")
         except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CorruptLogError(f"{path} is no scores file ({error}): save it again.") from error
-        return Scores(**(header | {"layers": tuple(header["layers"])}), **tensors)  # type: ignore[arg-type]
+        tuples = {key: tuple(header[key]) for key in ("layers", "weights") if header[key] is not None}
+        return Scores(**(header | tuples), **tensors)  # type: ignore[arg-type]
 
     def __repr__(self) -> str:
         """Say what was scored, and how."""
@@ -166,7 +229,32 @@ class Scores:
         return ranked
 
 
+def _order(kind: str, mine: Sequence[Any], wanted: Sequence[Any]) -> np.ndarray:
+    """Where each wanted id is among mine."""
+    places = {name: place for place, name in enumerate(mine)}
+    if len(places) < len(mine) or len(set(wanted)) < len(wanted):
+        odd = next(name for names in (mine, wanted) for name, n in Counter(names).items() if n > 1)
+        raise MismatchError(
+            f"{kind} {odd!r} is there more than once, so that its scores cannot be matched: log each id once "
+            "(inside run.passes(), or with on_repeat='first')."
+        )
+    if odd_ones := [*(name for name in wanted if name not in places), *(set(mine) - set(wanted))]:
+        raise MismatchError(f"{kind} {odd_ones[0]!r} is in some of the scores only: score the same ids with every log.")
+    return np.array([places[name] for name in wanted], dtype=np.int64)
+
+
+def _same(scores: Sequence[Scores], key: str) -> Any:
+    """What all have in common, or None."""
+    first = getattr(scores[0], key)
+    return first if all(getattr(part, key) == first for part in scores) else None
+
+
+def _joined(scores: Sequence[Scores], key: str) -> str:
+    return ", ".join(dict.fromkeys(getattr(part, key) for part in scores))
+
+
 _ARRAYS = ("values", "places", "by_layer")
 _HEADER = (
     "query_ids", "data_ids", "layers", "method", "normalize", "damping", "damping_abs", "fingerprint", "log",
+    "weights",
 )  # fmt: skip

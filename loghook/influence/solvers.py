@@ -35,7 +35,7 @@ class Identity:
 
 
 class Diagonal:
-    """Curvature that is diagonal in a Kronecker eigenbasis: KFAC and EK-FAC."""
+    """Curvature that is diagonal in a Kronecker eigenbasis: KFAC, EK-FAC and Shampoo."""
 
     def __init__(self, basis: Eigenbasis, eigenvalues: Tensor, damping: float) -> None:
         """Take eigenvalues (k_out, k_in) and the damping that is added to them."""

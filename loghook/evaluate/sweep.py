@@ -1,0 +1,181 @@
+"""Which method and damping: chosen against retraining, or, for the Fisher, by the likelihood of held-out rows."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+from tqdm import tqdm
+
+from loghook.errors import ConfigError
+from loghook.evaluate.lds import Lds, lds
+from loghook.influence import engine
+from loghook.log.format import LayerSpec
+from loghook.log.query import Query
+from loghook.log.reader import Reader
+
+DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One method and damping.
+
+    Attributes:
+        method: of ``Log.influence``.
+        damping: relative to each layer's mean eigenvalue.
+        criterion: what the choice is made by, more is better; see ``Sweep.criterion``.
+        held_out: the LDS on the queries that the choice did not see, or None without ground truth.
+    """
+
+    method: str
+    damping: float
+    criterion: float
+    held_out: Lds | None
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What ``sweep`` found; print it.
+
+    Attributes:
+        settings: every method and damping, as tried.
+        criterion: what ``Setting.criterion`` measures.
+    """
+
+    settings: tuple[Setting, ...]
+    criterion: str
+
+    @property
+    def best(self) -> Setting:
+        """The setting with the largest criterion."""
+        return max(self.settings, key=lambda one: one.criterion)
+
+    def __str__(self) -> str:
+        """A table, its best line marked."""
+        lines = [f"method   damping  {self.criterion}"]
+        for one in self.settings:
+            line = f"{one.method:<8} {one.damping:<8g} {one.criterion:.4f}"
+            if one.held_out is not None:
+                line += f"; on the other queries {one.held_out.mean:.4f}"
+                line += f" ({one.held_out.low:.4f} to {one.held_out.high:.4f})"
+            lines.append(line + ("  <- best" if one is self.best else ""))
+        return "\n".join(lines)
+
+
+def sweep(
+    log: Reader,
+    query: Query | None = None,
+    *,
+    methods: Sequence[str] | None = None,
+    dampings: Sequence[float] = DAMPINGS,
+    members: ArrayLike | None = None,
+    losses: ArrayLike | None = None,
+    normalize: str | None = None,
+    seed: int = 0,
+) -> Sweep:
+    """Try dampings and find the best.
+
+    With ``members`` and ``losses`` (ground truth, as for ``lds``) a random half of the queries chooses by LDS and the
+    other half reports. Without them the damping of the Fisher is chosen that gives rows of one half of the data the
+    largest likelihood under a Gaussian fitted on the other half; docs/methods.md says how far that goes.
+
+    Args:
+        log: an open log.
+        query: at least four questions; not needed without ground truth.
+        methods: "fisher" and "ekfac" by default; without ground truth "fisher" alone.
+        dampings: relative to the mean eigenvalue.
+        members: (m, rows) bool, which rows each retraining used.
+        losses: (m, queries) of each question after each retraining.
+        normalize: as for ``Log.influence``; with ground truth only.
+        seed: of the split in halves.
+
+    Raises:
+        ConfigError: too few queries or rows, one of ``members`` and ``losses`` alone, no dampings, or a method that
+            cannot be tuned without ground truth.
+    """
+    if not dampings or not all(0 < damping < float("inf") for damping in dampings):
+        raise ConfigError(f"dampings={dampings} must be positive numbers, at least one.")
+    if (members is None) != (losses is None):
+        raise ConfigError("ground truth is both members= and losses=: pass the two, or neither.")
+    if members is None or losses is None:
+        if methods not in (None, ["fisher"], ("fisher",)):
+            raise ConfigError(
+                f"methods={methods} cannot be tuned without retraining: EK-FAC's eigenvalues are averages that need no "
+                "damping to predict held-out rows, so that the rule would always take the smallest. Pass members= and "
+                "losses=, keep damping=0.1, or sweep method 'fisher'."
+            )
+        settings = [Setting("fisher", d, v, None) for d, v in held_out_likelihood(log, dampings, seed)]
+        return Sweep(tuple(settings), "log-likelihood of held-out rows, nats a value")
+    if query is None or len(query) < 4:
+        raise ConfigError("sweep against ground truth needs a query of at least 4 questions: half of them choose.")
+    losses = np.asarray(losses)
+    order = np.random.default_rng(seed).permutation(len(query))
+    choose, report = order[: len(order) // 2], order[len(order) // 2 :]
+    found = []
+    for method in methods or ("fisher", "ekfac"):
+        for damping in dampings:
+            values = engine.influence(log, query, method=method, damping=damping, normalize=normalize).values
+            mean = lds(values[choose], members, losses[:, choose], resamples=1).mean
+            found.append(Setting(method, damping, mean, lds(values[report], members, losses[:, report])))
+    return Sweep(tuple(found), f"LDS on {len(choose)} queries")
+
+
+def held_out_likelihood(log: Reader, dampings: Sequence[float], seed: int = 0) -> Iterator[tuple[float, float]]:
+    """Score dampings of the Fisher by a proper scoring rule, without any ground truth.
+
+    With H = mean of vec(G) vec(G)^T over a random half of the rows, the mean over the other half of
+    ``log N(vec(G); 0, H + d I)``, summed over layers.
+
+    Yields:
+        Each damping with its log-likelihood, in nats a value of a row.
+    """
+    if len(log) < 4:
+        raise ConfigError(f"{log.path} holds {len(log)} rows: two halves of it need at least 4.")
+    fit = np.zeros(len(log), dtype=bool)
+    fit[np.random.default_rng(seed).permutation(len(log))[: len(log) // 2]] = True
+    totals = np.zeros(len(dampings))
+    for spec in tqdm(log.layout.layers, "held-out rows", unit=" layers", delay=2, leave=False, disable=None):
+        totals += _likelihoods(log, spec, torch.from_numpy(fit), dampings)
+    yield from zip(dampings, (totals / log.layout.gradient_width).tolist(), strict=True)
+
+
+def _likelihoods(log: Reader, spec: LayerSpec, fit: Tensor, dampings: Sequence[float]) -> np.ndarray:
+    """One layer's mean log-likelihood of the rows that were not fitted, for each damping: (dampings,) float64."""
+    n, width, columns = int(fit.sum()), spec.width, log.layout.kinds["gradients"][spec.name]
+    few = n < width
+    sums = torch.zeros(2, *((0, 0) if few else (width, width)), dtype=torch.float64)
+    kept: list[Tensor] = []
+    for place, block in log.blocks():
+        rows = block[:, columns].double()
+        if few:
+            kept.append(rows)
+        else:
+            for which, part in enumerate((rows[~fit[place]], rows[fit[place]])):
+                sums[which].addmm_(part.T, part)
+    if few:  # the same through the rows' inner products: eigenvectors (r, width) of what the fitted rows span
+        rows = torch.cat(kept)
+        values, vectors = torch.linalg.eigh(rows[fit] @ rows[fit].T)
+        real = values > values[-1] * 1e-12
+        values, basis = values[real], (vectors[:, real] / values[real].sqrt()).T @ rows[fit]
+        others = rows[~fit]
+        energy = (others @ basis.T).square().mean(0)
+        outside = (others.square().sum(1).mean() - energy.sum()).clamp(min=0)
+    else:
+        values, vectors = torch.linalg.eigh(sums[1])
+        energy = (vectors * (sums[0] @ vectors)).sum(0) / (len(fit) - n)
+        outside = torch.zeros((), dtype=torch.float64)
+    values = values.clamp(min=0) / n
+    mean = values.sum() / width
+    if mean == 0:  # a layer that slept: nothing to tell dampings apart by
+        return np.zeros(len(dampings))
+    left = width - len(values)
+    return np.array(
+        [
+            -0.5 * float((values + d).log().sum() + left * d.log() + (energy / (values + d)).sum() + outside / d)
+            - 0.5 * width * np.log(2 * np.pi)
+            for d in (damping * mean for damping in dampings)
+        ]
+    )

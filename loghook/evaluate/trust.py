@@ -1,0 +1,273 @@
+"""How far a result can be relied on: would another projection seed say the same, and could it be chance?
+
+Shapes: Q queries, N rows, k records of each query.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from loghook.errors import ConfigError
+from loghook.evaluate.parts import Part, projected
+from loghook.influence import engine
+from loghook.influence.precondition import Curvature, progress
+from loghook.influence.scores import Scores
+from loghook.influence.share import combine
+from loghook.log.query import Query
+from loghook.log.reader import Reader
+
+Array = NDArray[np.float64]
+DRAWS = 200  # of another seed's scores, for the probabilities
+DEALS = 3  # ways of dealing coordinates into parts, to average over
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trust:
+    """What ``trust`` found; print it.
+
+    Attributes:
+        how: where the noise is known from: "a second log", "parts of the log's coordinates" or "no projection".
+        correlation: (Q,) Pearson correlation over rows between two seeds' scores, seen or estimated.
+        together: (Q,) that of the mean of two seeds with the mean of two others (Spearman and Brown).
+        overlap: (Q,) how many of the top k two seeds share: seen with a second log, else expected.
+        top: (Q, k) places of the top records in the log, best first.
+        stays: (Q, k) probability that a top record is in another seed's top k.
+        true: (Q, k) probability that it is in the top k of scores without projection noise.
+        p_values: (Q, k) how often the best of all rows scores as high for a chance question, a draw from a
+            Gaussian with the rows' covariance, at the question's norm; so it allows for having looked at all rows.
+            None with nulls=0.
+    """
+
+    how: str
+    correlation: Array
+    together: Array
+    overlap: Array
+    top: NDArray[np.int64]
+    stays: Array
+    true: Array
+    p_values: Array | None
+
+    def __str__(self) -> str:
+        """A few lines; the last one is a plain sentence."""
+        k = self.top.shape[1]
+        lines = [
+            f"between seeds, from {self.how}: scores correlate {np.median(self.correlation):.2f} "
+            f"(means of two: {np.median(self.together):.2f}), the top {k} share {self.overlap.mean():.1f}",
+            f"truly in the top {k}: {self.true.sum(1).mean():.1f} of {k}, the first with probability "
+            f"{self.true[:, 0].mean():.2f}",
+        ]
+        chance = ""
+        if self.p_values is not None:
+            real = (self.p_values <= 0.05).sum(1).mean()
+            lines.append(f"above chance (p <= 0.05 over all rows): {real:.1f} of the top {k}")
+            chance = f", and {real:.0f} of them score higher than chance would"
+        stay = (self.stays >= 0.5).sum(1).mean()
+        lines.append(
+            f"{stay:.0f} of the top {k} would probably stay with another seed; scores correlate "
+            f"{np.median(self.correlation):.2f} between seeds{chance}."
+        )
+        return "\n".join(lines)
+
+
+def trust(
+    log: Reader,
+    query: Query,
+    method: str = "ekfac",
+    *,
+    other: tuple[Reader, Query] | None = None,
+    damping: float = 0.1,
+    damping_abs: float | None = None,
+    normalize: str | None = None,
+    k: int = 10,
+    nulls: int = 99,
+    seed: int = 0,
+) -> Trust:
+    """Say how much of a result is the projection's chance.
+
+    With ``other``, the same data logged with another seed and the same questions asked of it, agreement is seen.
+    Without, it is estimated: halves and quarters of the projected coordinates are scored as if each were a log of a
+    smaller rank, and their disagreement is extended to the whole rank (docs/methods.md).
+
+    Args:
+        log: an open log.
+        query: its questions.
+        method: as for ``Log.influence``, as are damping, damping_abs and normalize.
+        other: (log, query) with another seed.
+        damping: relative.
+        damping_abs: absolute, instead.
+        normalize: None, "unit" or "relatif".
+        k: how many top records of each query.
+        nulls: chance questions for the p-values; 0 leaves them out.
+        seed: of everything drawn here.
+
+    Raises:
+        ConfigError: arguments that cannot work, or, without ``other``, a rank too small for quarters (below 8).
+        MismatchError: ids of the two logs that do not match.
+    """
+    if not 1 <= k < len(log) or nulls < 0:
+        raise ConfigError(f"k={k} must be from 1 to {len(log) - 1}, below the number of rows, and nulls={nulls} >= 0.")
+    normalize = normalize or ("unit" if method == "cosine" else None)
+    asked = {"method": method, "damping": damping, "damping_abs": damping_abs, "normalize": normalize}
+    rng, level = np.random.default_rng(seed), np.ones((len(query), len(log)))
+    first = engine.influence(log, query, **asked)  # type: ignore[arg-type]
+    values_QN = _spread_out(first.values, normalize)
+    top_Qk = np.argsort(-values_QN, axis=1, kind="stable")[:, :k]
+    if other is not None:
+        second = engine.influence(*other, **asked)  # type: ignore[arg-type]
+        second_QN = _spread_out(Scores.combine([first, second], [0, 1]).values, normalize)
+        correlation = correlations(values_QN, second_QN)
+        level = _level(values_QN, second_QN)
+        how = "a second log"
+        best = np.argsort(-second_QN, axis=1, kind="stable")[:, :k]
+        overlap = np.array([len(np.intersect1d(a, b)) for a, b in zip(top_Qk, best, strict=True)], dtype=np.float64)
+    elif any(any(projected(spec)) for spec in log.layout.layers):
+        halves_Q, quarters_Q = np.zeros(len(query)), np.zeros(len(query))
+        for deal in range(DEALS):
+            one, two = _parts(log, query, 2, asked, normalize, seed + deal)
+            level = _level(one, two) if deal == 0 else level
+            halves_Q += correlations(one, two) / DEALS
+            quarters = _parts(log, query, 4, asked, normalize, seed + deal)
+            quarters_Q += np.mean([correlations(a, b) for a, b in itertools.combinations(quarters, 2)], axis=0) / DEALS
+        correlation = extended(halves_Q, quarters_Q)
+        how, overlap = "parts of the log's coordinates", None
+    else:
+        correlation = np.ones(len(values_QN))
+        how, overlap = "no projection", None
+    if normalize is None:  # noise is about as large as a row; for unit rows it depends on the score itself
+        curvature = Curvature(method=method, damping=damping, damping_abs=damping_abs)
+        own = engine.self_influence(log, curvature, None).astype(np.float64)
+        level = np.broadcast_to(np.sqrt(own / max(own.mean(), 1e-300)), values_QN.shape)
+    elif normalize == "relatif":
+        level = np.ones_like(values_QN)
+    stays, true = membership(values_QN, correlation, level, top_Qk, rng)
+    return Trust(
+        how=how,
+        correlation=correlation,
+        together=2 * correlation / (1 + correlation.clip(min=0)),
+        overlap=stays.sum(1) if overlap is None else overlap,
+        top=top_Qk,
+        stays=stays,
+        true=true,
+        p_values=_p_values(log, query, asked, first, top_Qk, nulls, seed) if nulls else None,
+    )
+
+
+def correlations(one_QN: Array, other_QN: Array) -> Array:
+    """Pearson correlation over rows for each query: (Q,); 0 where a side is constant."""
+    one, other = (a - a.mean(axis=1, keepdims=True) for a in (one_QN, other_QN))
+    size = np.sqrt((one**2).sum(axis=1) * (other**2).sum(axis=1))
+    return np.divide((one * other).sum(axis=1), size, out=np.zeros(len(one)), where=size > 0)
+
+
+def extended(halves_Q: Array, quarters_Q: Array) -> Array:
+    """Correlation between seeds at the whole rank, from that between halves and between quarters of it: (Q,).
+
+    Noise over signal is (1 - r) / r. From quarters to halves it fell by a factor, and from halves to the whole it is
+    taken to fall by the same one again. Averaging over one side's coordinates alone would halve it each time (Spearman
+    and Brown), over both sides' at once quarter it, which is the least factor that is believed; a preconditioner,
+    fitted anew at each rank, makes it fall more slowly. The factor is the queries' median, as a single query's is too
+    noisy.
+    """
+    halves, quarters = ((1 - r) / r for r in (np.clip(halves_Q, 1e-3, 1.0), np.clip(quarters_Q, 1e-3, 1.0)))
+    falls = float(np.clip(np.median(halves) / max(float(np.median(quarters)), 1e-12), 0.25, 1.0))
+    return np.asarray(1 / (1 + halves * falls), dtype=np.float64)
+
+
+def membership(
+    values_QN: Array, correlation_Q: Array, level_QN: Array, top_Qk: NDArray[np.int64], rng: np.random.Generator
+) -> tuple[Array, Array]:
+    """How probable it is that each top record stays, with another seed and without noise: twice (Q, k).
+
+    Given one seed's scores s with correlation r between seeds, mean m and variance v over rows, scores without noise
+    are taken as Gaussian with mean m + r (s - m) and variance v r (1 - r), another seed's with the same mean and
+    v (1 - r^2): both times the squared ``level`` of the row, whose mean square is 1.
+    """
+    stays, true = np.zeros(top_Qk.shape), np.zeros(top_Qk.shape)
+    k = top_Qk.shape[1]
+    for q, (values, r, level) in enumerate(zip(values_QN, correlation_Q.clip(0, 1), level_QN, strict=True)):
+        centre = values.mean() + r * (values - values.mean())
+        for total, variance in ((stays, 1 - r**2), (true, r * (1 - r))):
+            deviation = level * values.std() * np.sqrt(variance)
+            for _ in range(DRAWS):
+                drawn = centre + deviation * rng.standard_normal(len(values))
+                total[q] += drawn[top_Qk[q]] >= np.partition(drawn, -k)[-k]
+    return stays / DRAWS, true / DRAWS
+
+
+def _spread_out(values: NDArray[np.float32], normalize: str | None) -> Array:
+    """Cosines on Fisher's z scale, where noise does not shrink towards 1; others as they are."""
+    wide = values.astype(np.float64)
+    return np.arctanh(wide.clip(-1 + 1e-6, 1 - 1e-6)) if normalize == "unit" else wide
+
+
+def _parts(
+    log: Reader, query: Query, parts: int, asked: dict[str, object], normalize: str | None, seed: int
+) -> list[Array]:
+    """Scores of each part of the coordinates: parts times (Q, N)."""
+    smallest = min(
+        k for spec in log.layout.layers for k, cut in zip((spec.k_out, spec.k_in), projected(spec), strict=True) if cut
+    )
+    if smallest < 2 * parts:
+        raise ConfigError(
+            f"a side projected to {smallest} values is too small to be cut in {parts} parts: pass other=(log, query) "
+            "of another seed, or log at rank 8 or more."
+        )
+    made = [Part(log, part, parts, seed) for part in range(parts)]
+    return [
+        _spread_out(engine.influence(part, part.query(query), **asked).values, normalize)  # type: ignore[arg-type]
+        for part in made
+    ]
+
+
+def _level(one_QN: Array, other_QN: Array) -> Array:
+    """Relative noise by rank in the list, (Q, N): root mean square over queries and neighbouring ranks.
+
+    What neighbours in the ranking have in common does not change their order and is taken out.
+    """
+    one, other = (a / np.where((s := a.std(axis=1, keepdims=True)) > 0, s, 1) for a in (one_QN, other_QN))
+    order = np.argsort(-(one + other), axis=1, kind="stable")
+    noise = np.take_along_axis(one - other, order, axis=1)
+    size = min(25, noise.shape[1])
+    kernel = np.ones(size)
+    count = np.convolve(np.ones(noise.shape[1]), kernel, "same")
+    smooth = lambda a: np.apply_along_axis(lambda row: np.convolve(row, kernel, "same"), -1, a) / count  # noqa: E731
+    square = smooth(((noise - smooth(noise)) ** 2).mean(axis=0))
+    total = (noise**2).mean()
+    level = np.empty_like(noise)
+    np.put_along_axis(level, order, np.sqrt(square / total if total > 0 else square)[None, :], axis=1)
+    return level
+
+
+def _p_values(
+    log: Reader,
+    query: Query,
+    asked: dict[str, object],
+    scores: Scores,
+    top_Qk: NDArray[np.int64],
+    nulls: int,
+    seed: int,
+) -> Array:
+    """Share of chance questions whose best row scores at least as high, at equal norm of the questions: (Q, k).
+
+    A chance question is a sum of all rows with Gaussian weights, so a draw from a Gaussian with the rows' own
+    covariance: it knows which directions are common, and has no more to do with one row than with another.
+    """
+    width, m = log.layout.gradient_width, log.manifest
+    weights = torch.randn(nulls, len(log), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    mixed = torch.zeros(nulls, width, dtype=torch.float64)
+    for place, block in progress(log, "chance"):
+        mixed += weights[:, place] @ block[:, :width].double()
+    chance = Query(range(nulls))
+    chance.fill(combine(mixed) / len(log) ** 0.5, log.layout.layers, m.projection, m.seed, None)
+    best = engine.influence(log, chance, top=1, **asked).values[:, 0]  # type: ignore[arg-type]
+    seen = np.take_along_axis(scores.values, top_Qk, axis=1)
+    if asked["normalize"] != "unit":
+        sizes = {name: asked[name] for name in ("method", "damping", "damping_abs")}
+        curvature = Curvature(**sizes)  # type: ignore[arg-type]
+        norms = [engine.prepare(log, q, curvature, log.layout.layers, "unit").query_norms for q in (query, chance)]
+        own, other = (np.maximum(n.numpy(), 1e-300) for n in norms if n is not None)
+        seen, best = seen / own[:, None], best / other
+    return np.asarray((1 + (best >= seen[:, :, None]).sum(axis=2)) / (1 + nulls), dtype=np.float64)

@@ -1,0 +1,89 @@
+"""Scores of several logs added up: matched by ids, weighted, refused where pairs do not match."""
+
+import numpy as np
+import pytest
+
+import loghook
+from loghook.errors import ConfigError, MismatchError
+from loghook.influence.scores import Scores
+from tests.test_influence import data, loss_fn, make_log, make_model
+
+
+def made(values, queries=("a", "b"), rows=(1, 2, 3), **changed):
+    values = np.asarray(values, dtype=np.float32)
+    about = {"query_ids": list(queries), "data_ids": list(rows), "places": None, "by_layer": None, "layers": ("0",)}
+    about |= {"method": "dot", "normalize": None, "damping": None, "damping_abs": None, "fingerprint": "f", "log": "l"}
+    return Scores(values=values, **(about | changed))
+
+
+def test_pairs_are_matched_by_their_ids_and_weighted():
+    one, other = made([[1, 2, 3], [4, 5, 6]]), made([[60, 40, 50], [30, 10, 20]], ("b", "a"), (3, 1, 2), log="m")
+    both = Scores.combine([one, other], [1.0, 0.1])
+    np.testing.assert_allclose(both.values, [[2, 4, 6], [8, 10, 12]])
+    assert (both.query_ids, both.data_ids) == (["a", "b"], [1, 2, 3])
+    assert (both.method, both.weights, both.log) == ("ensemble of 2: dot", (1.0, 0.1), "l, m")
+    np.testing.assert_allclose(Scores.combine([one, other]).values, [[5.5, 11, 16.5], [22, 27.5, 33]])
+
+
+def test_standardized_scores_speak_equally_loud_for_each_question():
+    rng = np.random.default_rng(0)
+    one, other = rng.normal(size=(2, 3)), rng.normal(size=(2, 3)) * [[1e4], [1e-4]]
+    both = Scores.combine([made(one), made(other)], [1, 1], standardize=True)
+    expected = [a / np.std(a) + b / np.std(b) for a, b in zip(one, other, strict=True)]
+    np.testing.assert_allclose(both.values, expected, rtol=1e-5)
+    flat = Scores.combine([made(np.zeros((2, 3))), made(one)], standardize=True)
+    assert np.isfinite(flat.values).all() and "standardized" in flat.method
+
+
+def test_tracin_over_checkpoints(tmp_path):
+    """Learning rate times gradient products, summed over checkpoints, against gradients taken one by one."""
+    import torch
+
+    rates, parts, expected = (0.1, 0.03), [], np.zeros((3, 6))
+    for step, rate in enumerate(rates):
+        model = make_model(seed=step)
+        run = loghook.init(tmp_path / str(step), projection="none", dtype="float64")
+        run.watch(model)
+        order = torch.arange(6) if step == 0 else torch.arange(5, -1, -1)
+        with run(data_id=order):
+            loss_fn(model, data(6)[order]).backward()
+        with run.query(data_id=["a", "b", "c"]) as query:
+            loss_fn(model, data(3, seed=2)).backward()
+        run.finalize()
+        parts.append(loghook.load(run.path).influence(query, "dot", per_layer=True))
+        run.close()
+        one = lambda x, model=model: torch.cat(  # noqa: E731
+            [g.flatten() for g in torch.autograd.grad(loss_fn(model, x[None]), list(model.parameters()))]
+        )
+        questions, rows = torch.stack([one(x) for x in data(3, seed=2)]), torch.stack([one(x) for x in data(6)])
+        expected += rate * (questions @ rows.T).numpy()
+    tracin = Scores.combine(parts, rates)
+    np.testing.assert_allclose(tracin.values, expected, rtol=1e-5)
+    np.testing.assert_allclose(tracin.by_layer.sum(0), tracin.values, rtol=1e-4, atol=1e-5)
+    tracin.save(tmp_path / "s")
+    assert Scores.load(tmp_path / "s").weights == rates
+    assert tracin.top(1)[0][0].data_id == int(expected[0].argmax())
+
+
+def test_what_cannot_be_matched_is_refused(tmp_path):
+    one = made(np.zeros((2, 3)))
+    for other, says in (
+        (made(np.zeros((2, 3)), rows=(1, 2, 4)), "data_id 3"),
+        (made(np.zeros((2, 4)), rows=(1, 2, 3, 9)), "data_id 9"),
+        (made(np.zeros((2, 3)), rows=(1, 2, 2)), "data_id 2 is there more than once"),
+        (made(np.zeros((2, 3)), queries=("a", "c")), "query_id 'b'"),
+        (made(np.zeros((2, 3)), queries=("a", "a")), "query_id 'a' is there more"),
+    ):
+        with pytest.raises(MismatchError, match=says):
+            Scores.combine([one, other])
+    twice = made(np.zeros((2, 3)), rows=(7, 7, 8))
+    with pytest.raises(MismatchError, match="data_id 7"):
+        Scores.combine([twice, twice])
+    log, query, _ = make_log(tmp_path)
+    with pytest.raises(ConfigError, match="without top"):
+        Scores.combine([log.influence(query, "dot", top=3)])
+    for weights in ([1.0], [1.0, float("nan")]):
+        with pytest.raises(ConfigError, match="2 finite numbers"):
+            Scores.combine([one, one], weights)
+    with pytest.raises(ConfigError, match="no scores"):
+        Scores.combine([])

@@ -1,0 +1,73 @@
+"""Choosing a damping: against a truth made to favour one, and by held-out likelihood against a dense reference."""
+
+import numpy as np
+import pytest
+
+import loghook
+from loghook.errors import ConfigError
+from loghook.evaluate import sweep
+from loghook.evaluate.lds import random_subsets
+from loghook.evaluate.sweep import held_out_likelihood
+from tests.test_influence import data, loss_fn, make_log
+
+
+def test_the_setting_that_made_the_truth_wins(tmp_path):
+    log, _, model = make_log(tmp_path)
+    with log.attach(model).query(data_id=range(12)) as query:
+        loss_fn(model, data(12, seed=3)).backward()
+    members = random_subsets(40, 60)
+    losses = -(members @ log.influence(query, "ekfac", damping=0.3).values.T)
+    found = sweep(log, query, members=members, losses=losses, dampings=(0.01, 0.3, 3))
+    assert (found.best.method, found.best.damping) == ("ekfac", 0.3) and len(found.settings) == 6
+    assert found.best.criterion > 0.999 and found.best.held_out.mean > 0.999 and len(found.best.held_out.per_query) == 6
+    assert "\nekfac    0.3      1.0000; on the other queries 1.0000 (1.0000 to 1.0000)  <- best" in str(found)
+
+
+def test_the_choice_sees_half_of_the_queries_only(tmp_path):
+    log, query, _ = make_log(tmp_path)
+    query = loghook.Query.concat([query, query])
+    members, rng = random_subsets(40, 20), np.random.default_rng(0)
+    losses = rng.normal(size=(20, 6))
+    one = sweep(log, query, members=members, losses=losses, dampings=(0.1,), methods=("dot",))
+    choose = np.random.default_rng(0).permutation(6)[:3]
+    losses[:, np.setdiff1d(np.arange(6), choose)] *= -1
+    other = sweep(log, query, members=members, losses=losses, dampings=(0.1,), methods=("dot",))
+    assert one.best.criterion == other.best.criterion and one.best.held_out.mean == -other.best.held_out.mean
+
+
+@pytest.mark.parametrize("rank", [2, 6])  # more and fewer rows than values in a layer
+def test_held_out_likelihood_is_that_of_a_gaussian(tmp_path, rank):
+    log, *_ = make_log(tmp_path, n=30, rank=rank)
+    widths = [spec.width for spec in log.layout.layers]
+    assert (max(widths) < 15) if rank == 2 else (max(widths) > 15)
+    fit = np.zeros(30, dtype=bool)
+    fit[np.random.default_rng(0).permutation(30)[:15]] = True
+    for damping, value in held_out_likelihood(log, (0.01, 1.0)):
+        total = 0.0
+        for name in log.layers:
+            rows = log.rows(name)[:].reshape(30, -1)
+            H = rows[fit].T @ rows[fit] / 15
+            H += damping * np.trace(H) / len(H) * np.eye(len(H))
+            log_det = np.linalg.slogdet(2 * np.pi * H)[1]
+            total += np.mean([-0.5 * (log_det + row @ np.linalg.solve(H, row)) for row in rows[~fit]])
+        assert value == pytest.approx(total / sum(widths), rel=1e-6)
+
+
+def test_without_truth_too_little_and_too_much_damping_lose(tmp_path):
+    log, *_ = make_log(tmp_path, n=60, rank=6)
+    found = sweep(log, dampings=(1e-6, 1e-2, 1e-1, 1, 1e6))
+    assert found.best.damping not in (1e-6, 1e6) and found.best.held_out is None
+    assert "held-out rows" in str(found)
+
+
+def test_what_cannot_be_swept_is_refused(tmp_path):
+    log, query, _ = make_log(tmp_path)
+    for arguments, says in (
+        ({"methods": ("ekfac",)}, "cannot be tuned without retraining"),
+        ({"members": np.ones((2, 40), bool)}, "the two, or neither"),
+        ({"members": np.ones((2, 40), bool), "losses": np.ones((2, 3)), "query": query}, "at least 4 questions"),
+        ({"dampings": ()}, "at least one"),
+        ({"dampings": (0.1, -1)}, "positive"),
+    ):
+        with pytest.raises(ConfigError, match=says):
+            sweep(log, **arguments)
