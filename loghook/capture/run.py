@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from loghook.capture.batch import Ids, check_ids, check_scale
@@ -19,9 +20,10 @@ from loghook.capture.processes import process_rank, provenance, shared, shared_r
 from loghook.capture.repeats import Repeats
 from loghook.capture.select import FUSED_EXPERTS, Watch, patterns
 from loghook.errors import BatchError, LogExistsError, LoghookError, StateError
+from loghook.log.codec import FLOATS
 from loghook.log.disk import writing
 from loghook.log.folder import check_same, claim, seal
-from loghook.log.format import DTYPES, MANIFEST, Layout, Manifest
+from loghook.log.format import MANIFEST, Layout, Manifest
 from loghook.log.recovery import ranks_on_disk, read_back
 from loghook.log.writer import Writer
 
@@ -126,8 +128,7 @@ class Run(Hooked):
         if process_rank() == 0:
             print(describe_coverage(len(self.layers), coverage))
             print(
-                f"  {self._layout.width:,} values a sample, "
-                f"{self._layout.width * DTYPES[self._config.dtype].itemsize:,} bytes"
+                f"  {self._layout.width:,} values a sample, {self._layout.codec(self._config.dtype).row_bytes:,} bytes"
             )
 
     def passes(self) -> Iterator[Pass]:
@@ -205,7 +206,7 @@ class Run(Hooked):
             captured[0],
             ids,
             keep,
-            dtype=DTYPES[self._config.dtype],
+            dtype=FLOATS.get(self._config.dtype, torch.float32),  # the writer makes low-bit rows of it
             flag=scaler is not None,
             pass_index=self._pass.index if self._pass else -1,
             step=self._step,
@@ -331,9 +332,8 @@ class Run(Hooked):
                 self.path,
                 run_id=manifest.run_id,
                 rank=process_rank(),
-                width=layout.width,
+                codec=layout.codec(manifest.dtype),
                 moments_width=layout.moments_width,
-                dtype=manifest.dtype,
                 shard_bytes=self._config.shard_bytes,
                 commit_seconds=self._config.commit_seconds,
                 generation=self._manifest.generation if self._manifest else 0,
