@@ -12,8 +12,10 @@ from loghook.capture.config import Config
 from loghook.capture.run import Run
 from loghook.errors import CheckpointWarning
 from loghook.influence import engine
+from loghook.influence.fidelity import Fidelity, check_sample, compare
 from loghook.influence.precondition import Curvature
 from loghook.influence.scores import Scores
+from loghook.log import maintain
 from loghook.log.query import Query
 from loghook.log.reader import Reader
 from loghook.whole.fit import Fit
@@ -44,7 +46,8 @@ def init(
         whitening: damping of each second moment that "whitened" inverts, times its mean eigenvalue.
         fitted: take the fitted projection of another run, or the factors of ``loghook.fit``, instead of a pass.
         seed: of the random projection.
-        dtype: how rows are stored: "float64", "float32", "bfloat16" or "float16".
+        dtype: how rows are stored: "float64", "float32", "bfloat16" or "float16"; or "int8", "int4" or "int1", whole
+            numbers of so many bits with a scale for each layer and row. "int1" wants whitened rows, and warns.
         resume: go on with an interrupted run at ``path``, or start one if there is none.
         overwrite: delete what is there.
         on_repeat: what happens to a data_id that comes again: "first" keeps the first row, "all" keeps every row,
@@ -68,6 +71,13 @@ def init(
         shard_bytes=shard_bytes,
         commit_seconds=commit_seconds,
     )
+    if dtype == "int1" and projection != "whitened":
+        warnings.warn(
+            f"dtype='int1' keeps only signs, which say much less with projection={projection!r} than with whitened "
+            "rows: use projection='whitened', or 'int8', or look at what `loghook compress --dtype int1` prints of "
+            "a float32 log.",
+            stacklevel=2,
+        )
     return Run(config, resume=resume, overwrite=overwrite)
 
 
@@ -167,6 +177,25 @@ class Log(Reader):
         """Influence of each row on itself, <H^-1 G, G>: float32 (rows,). Large for mislabelled or unusual samples."""
         curvature = Curvature(method=method, damping=damping, damping_abs=damping_abs)
         return engine.self_influence(self, curvature, layers)
+
+    def compress(self, path: str | Path, dtype: str = "int8", *, queries: int = 16, seed: int = 0) -> Fidelity:
+        """Write a finished log again with fewer bits, and say what is left of its scores; this log stays.
+
+        Args:
+            path: folder of the new run.
+            dtype: how its rows are stored, as in ``init``.
+            queries: how many rows, drawn at random, are asked as questions of both logs.
+            seed: of the draw.
+
+        Raises:
+            ConfigError: an argument that cannot work, or fewer rows than a comparison needs.
+            LogExistsError: if ``path`` exists.
+            StateError: if this log is not finished.
+            NotFiniteError: for rows that the dtype cannot hold.
+        """
+        check_sample(self, queries)
+        maintain.compress(self.path, path, dtype)
+        return compare(self, Reader(path), queries=queries, seed=seed)
 
     def attach(self, model: nn.Module) -> Asker:
         """Put this log's hooks on a model, for queries in a new process.

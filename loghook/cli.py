@@ -1,4 +1,4 @@
-"""The command line: ``loghook info | verify | repair | score | append | merge | delete | demo``."""
+"""The command line: ``loghook info | verify | repair | score | append | merge | delete | compress | demo``."""
 
 import json
 import os
@@ -165,6 +165,18 @@ def merge(
 ) -> None:
     """Join finished runs, for instance of several machines, into a new one; the old ones stay."""
     typer.echo(f"{out}: {maintain.merge(out, runs).rows:,} rows of {len(runs)} runs")
+
+
+@_command
+def compress(
+    source: Annotated[Path, typer.Argument(help="Folder of a finished run; it stays.", metavar="SOURCE")],
+    destination: Annotated[Path, typer.Argument(help="Folder of the new run.", metavar="DESTINATION")],
+    dtype: Annotated[str, typer.Option(help="int8, int4 or int1; or a float dtype.")] = "int8",
+    queries: Annotated[int, typer.Option(help="Rows asked as questions of both logs.")] = 16,
+    seed: Annotated[int, typer.Option(help="Of the draw of these rows.")] = 0,
+) -> None:
+    """Write a finished run again with fewer bits a value, and print what is left of its scores."""
+    typer.echo(f"{destination}: {loghook.load(source).compress(destination, dtype, queries=queries, seed=seed)}")
 
 
 @_command

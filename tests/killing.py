@@ -93,7 +93,7 @@ def log_everything(plan: Plan, blocks: Any = None) -> None:
     data = torch.randn(SAMPLES, 3, 5, generator=torch.Generator().manual_seed(1)).double()
     if plan.die_at is not None:
         arm(plan.die_at)
-    run = loghook.init(plan.path, rank=4, dtype="float64", resume=True, **plan.options)
+    run = loghook.init(plan.path, rank=4, resume=True, **({"dtype": "float64"} | plan.options))
     run.watch(model)
     for _ in run.passes():
         for ids in batches(plan):

@@ -21,6 +21,7 @@ from loghook.log.format import LayerSpec, Layout, Manifest
 
 PAGE = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
 DTYPES = ("float64", "float32", "bfloat16", "float16")
+BITS = {"int8": 8, "int4": 4, "int1": 1}
 
 
 def table(first_header: str) -> list[str]:
@@ -91,6 +92,30 @@ def read_values(data: bytes, dtype: str) -> np.ndarray:
     return np.frombuffer(data, {"float64": "<f8", "float32": "<f4", "float16": "<f2"}[dtype])
 
 
+def read_low_bits(data: np.ndarray, widths: list[int], rest: int, bits: int) -> np.ndarray:
+    """Rows (n, values) of stored ones (n, bytes), value by value."""
+    rows = []
+    for stored in data:
+        place = 4 * (len(widths) + rest)
+        scales = np.frombuffer(stored[: 4 * len(widths)].tobytes(), "<f4")
+        row = []
+        for scale, width in zip(scales, widths, strict=True):
+            codes = stored[place : place + -(-width * bits // 8)].astype(int)
+            place += len(codes)
+            for value in range(width):
+                if bits == 8:
+                    c = (codes[value] + 128) % 256 - 128
+                elif bits == 4:
+                    c = (codes[value % len(codes)] >> 4 * (value // len(codes))) % 16 - 8
+                else:
+                    c = 1 if codes[value // 8] >> value % 8 & 1 else -1
+                row.append(scale * np.float32(c))
+        row += list(np.frombuffer(stored[4 * len(widths) : 4 * (len(widths) + rest)].tobytes(), "<f4"))
+        assert len(stored) - place in range(4) and not stored[place:].any()
+        rows.append(row)
+    return np.array(rows, np.float32)
+
+
 def read_run(path: Path) -> dict:
     """Read a finished run as the page says: manifest, ids, keys, rows by (kind, layer), statistics by layer."""
     manifest = json.loads((path / "loghook.json").read_text())
@@ -115,7 +140,12 @@ def read_run(path: Path) -> dict:
         if layer["output_gradients"]
     ]
     width = sum(int(np.prod(shape)) for *_, shape in parts)
-    size = width * {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}[manifest["dtype"]]
+    columns, bits = width, BITS.get(manifest["dtype"])
+    if bits:
+        widths = [layer["k_out"] * layer["k_in"] for layer in manifest["layers"]]
+        rest = width - sum(widths)
+        columns = -(-(4 * (len(widths) + rest) + sum(-(-w * bits // 8) for w in widths)) // 4) * 4
+    size = columns * {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}.get(manifest["dtype"], 1)
     ids, places, rows, logs, total = [], [], [], b"", 0.0
     for rank in range(manifest["world_size"]):
         log = (path / f"commits-{rank:05d}.jsonl").read_bytes()
@@ -130,13 +160,16 @@ def read_run(path: Path) -> dict:
             header = json.loads(data[8:512])
             assert header["__metadata__"] == {"run_id": manifest["run_id"]}
             count = header["rows"]["shape"][0]
-            assert header["rows"]["shape"] == [count, width] and len(data) == 512 + count * size
+            assert header["rows"]["shape"] == [count, columns] and len(data) == 512 + count * size
             assert header["rows"]["data_offsets"] == [0, count * size]
             assert record["start"] == ends.get(record["shard"], 0)
             ends[record["shard"]] = record["start"] + record["rows"]
             body = data[512 + record["start"] * size : 512 + (record["start"] + record["rows"]) * size]
             assert checksum(body) == record["checksum"]
-            rows.append(read_values(body, manifest["dtype"]).reshape(-1, width))
+            if bits:
+                rows.append(read_low_bits(np.frombuffer(body, np.uint8).reshape(-1, columns), widths, rest, bits))
+            else:
+                rows.append(read_values(body, manifest["dtype"]).reshape(-1, width))
             ids += record["ids"]
             places += [(p, s, rank) for p, s, n in record["steps"] for _ in range(n)]
             assert len(ids) == len(places) == sum(map(len, rows))
@@ -158,9 +191,9 @@ def read_run(path: Path) -> dict:
     else:
         kept = list(range(len(ids)))
     matrix = np.concatenate(rows)[kept]
-    columns, end = {}, 0
+    values, end = {}, 0
     for kind, name, shape in parts:
-        columns[kind, name] = matrix[:, end : end + int(np.prod(shape))].reshape(-1, *shape)
+        values[kind, name] = matrix[:, end : end + int(np.prod(shape))].reshape(-1, *shape)
         end += int(np.prod(shape))
     statistics, end = {}, 0
     for layer in manifest["layers"]:
@@ -170,7 +203,7 @@ def read_run(path: Path) -> dict:
         end += k * k + o * o + 1
     assert end == len(total)
     ids, places = [ids[i] for i in kept], [places[i] for i in kept]
-    return {"manifest": manifest, "ids": ids, "places": places, "rows": columns, "statistics": statistics}
+    return {"manifest": manifest, "ids": ids, "places": places, "rows": values, "statistics": statistics}
 
 
 # Page and code.
@@ -235,7 +268,8 @@ def test_query_and_scores_tables(finished: Path, tmp_path: Path) -> None:
         assert list(header) == table(f"{name} metadata")
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dtype", (*DTYPES, *BITS))
+@pytest.mark.filterwarnings("ignore:dtype='int1'")
 def test_reader_from_the_page(tmp_path: Path, dtype: str) -> None:
     write_run(tmp_path / "run", dtype, shard_bytes=1000, commit_seconds=1e-9)
     mine, log = read_run(tmp_path / "run"), loghook.load(tmp_path / "run")

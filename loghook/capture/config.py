@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from loghook.errors import ConfigError
-from loghook.log.format import DTYPES
+from loghook.log.codec import DTYPES
 from loghook.project.projection import FITTED
 
 _PROJECTIONS = ("random", *FITTED, "none")

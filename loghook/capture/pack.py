@@ -20,7 +20,7 @@ def pack(
         captured: rows and moments of a block.
         ids: one for each row.
         keep: (B,) bool, False for repeats.
-        dtype: how rows are stored.
+        dtype: in which the writer takes rows: that of the storage, or float32 for low bits.
         flag: leave out rows that are not finite instead of raising.
         pass_index: which pass the block belongs to, -1 outside passes.
         step: which block of the run it is.

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from loghook.capture.batch import Ids, Mask, check_ids, unscaled
@@ -30,10 +31,11 @@ from loghook.errors import (
     StateError,
     WriteError,
 )
+from loghook.log.codec import FLOATS
 from loghook.log.disk import writing
 from loghook.log.fitted import Sides, load_sides, save_sides
 from loghook.log.folder import check_same, claim, seal
-from loghook.log.format import DTYPES, MANIFEST, Layout, Manifest
+from loghook.log.format import MANIFEST, Layout, Manifest
 from loghook.log.recovery import ranks_on_disk, read_back
 from loghook.log.writer import Writer
 from loghook.project.projection import FITTED
@@ -132,8 +134,7 @@ class Run(Hooked):
         if process_rank() == 0:
             print(describe_coverage(len(self.layers), coverage))
             print(
-                f"  {self._layout.width:,} values a sample, "
-                f"{self._layout.width * DTYPES[self._config.dtype].itemsize:,} bytes"
+                f"  {self._layout.width:,} values a sample, {self._layout.codec(self._config.dtype).row_bytes:,} bytes"
             )
 
     def passes(self) -> Iterator[Pass]:
@@ -241,7 +242,7 @@ class Run(Hooked):
             captured[0],
             ids,
             keep,
-            dtype=DTYPES[self._config.dtype],
+            dtype=FLOATS.get(self._config.dtype, torch.float32),  # the writer makes low-bit rows of it
             flag=scaler is not None,
             pass_index=self._pass.index if self._pass else -1,
             step=self._step,
@@ -420,9 +421,8 @@ class Run(Hooked):
                 self.path,
                 run_id=manifest.run_id,
                 rank=process_rank(),
-                width=layout.width,
+                codec=layout.codec(manifest.dtype),
                 moments_width=layout.moments_width,
-                dtype=manifest.dtype,
                 shard_bytes=self._config.shard_bytes,
                 commit_seconds=self._config.commit_seconds,
                 generation=self._manifest.generation if self._manifest else 0,

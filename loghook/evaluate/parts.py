@@ -41,6 +41,7 @@ class Part(Reader):
             scale.append(np.full(len(columns[-1]), (spec.width / len(columns[-1])) ** 0.5))
             self._sides[spec.name] = out, into
         self.layout = Layout(specs)
+        self.codec = self.layout.codec("float64" if whole.dtype == torch.float64 else "float32")  # blocks come decoded
         self._columns, self._scale = torch.from_numpy(np.concatenate(columns)), torch.from_numpy(np.concatenate(scale))
 
     @property
@@ -59,8 +60,10 @@ class Part(Reader):
         made.fill(rows, self.layout.layers, "part", self.manifest.seed, None)
         return made
 
-    def blocks(self, rows: int | None = None, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[slice, Tensor]]:
-        """As ``Reader.blocks``, cut."""
+    def blocks(
+        self, rows: int | None = None, share: tuple[int, int] = (0, 1), *, stored: bool = False
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """As ``Reader.blocks``, cut; what is cut is never stored."""
         for place, block in self._whole.blocks(rows, share):
             yield place, self._cut(block)
 

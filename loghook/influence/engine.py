@@ -9,6 +9,7 @@ from torch import Tensor
 
 from loghook.errors import ConfigError, MismatchError
 from loghook.influence.precondition import Curvature, progress, solvers, working_dtype
+from loghook.influence.products import products
 from loghook.influence.scores import Scores
 from loghook.influence.share import combine, gather
 from loghook.influence.solvers import Solver
@@ -163,10 +164,8 @@ def _add_quadratics(reader: Reader, group: dict[str, Solver], total: Tensor) -> 
             total[place] += solver.quadratic(block[:, columns[name]])
 
 
-def _products(block: Tensor, prepared: Prepared, runs: Sequence[slice], place: slice) -> Tensor:
-    """Scores of a block (Q, n): one product for each contiguous range of columns."""
-    scores = sum(prepared.matrix[:, run] @ block[:, run].T for run in runs)
-    assert isinstance(scores, Tensor)
+def _normalised(scores: Tensor, prepared: Prepared, place: slice) -> Tensor:
+    """Divide the scores of a block, (Q, n), by the norms that were asked for."""
     if prepared.query_norms is not None:
         scores /= _nonzero(prepared.query_norms)[:, None].to(scores.dtype)
     if prepared.row_norms is not None:
@@ -179,30 +178,19 @@ def _nonzero(norms: Tensor) -> Tensor:
     return torch.where(norms > 0, norms, torch.ones_like(norms))
 
 
-def _runs(reader: Reader, chosen: Sequence[LayerSpec]) -> list[slice]:
-    """The columns of some layers as few contiguous ranges."""
-    runs: list[slice] = []
-    for spec in chosen:
-        part = reader.layout.kinds["gradients"][spec.name]
-        if runs and runs[-1].stop == part.start:
-            runs[-1] = slice(runs[-1].start, part.stop)
-        else:
-            runs.append(part)
-    return runs
-
-
 def _scan_all(
     reader: Reader, prepared: Prepared, chosen: Sequence[LayerSpec], _: int, per_layer: bool
 ) -> tuple[np.ndarray, None, np.ndarray | None]:
     queries = len(prepared.matrix)
     values = torch.zeros(queries, len(reader))
     by_layer = torch.zeros(len(chosen), queries, len(reader)) if per_layer else None
-    runs, columns = _runs(reader, chosen), reader.layout.kinds["gradients"]
-    for place, block in progress(reader, "scoring"):
-        values[:, place] = _products(block, prepared, runs, place).float()
+    product = products(reader, prepared.matrix, chosen)
+    parts = [products(reader, prepared.matrix, [spec]) for spec in chosen] if per_layer else []
+    for place, block in progress(reader, "scoring", stored=product.stored):
+        values[:, place] = _normalised(product(block), prepared, place).float()
         if by_layer is not None:
-            for i, spec in enumerate(chosen):
-                by_layer[i, :, place] = _products(block, prepared, [columns[spec.name]], place).float()
+            for i, part in enumerate(parts):
+                by_layer[i, :, place] = _normalised(part(block), prepared, place).float()
     return combine(values).numpy(), None, None if by_layer is None else combine(by_layer).numpy()
 
 
@@ -213,9 +201,9 @@ def _scan_top(
     queries = len(prepared.matrix)
     best = torch.empty(queries, 0, dtype=prepared.matrix.dtype)
     places = torch.empty(queries, 0, dtype=torch.int64)
-    runs = _runs(reader, chosen)
-    for place, block in progress(reader, "scoring"):
-        scores = _products(block, prepared, runs, place)
+    product = products(reader, prepared.matrix, chosen)
+    for place, block in progress(reader, "scoring", stored=product.stored):
+        scores = _normalised(product(block), prepared, place)
         index = torch.arange(place.start, place.stop).expand(queries, -1)
         best, places = _best(torch.cat([best, scores], 1), torch.cat([places, index], 1), top)
     best, places = _best(gather(best, 1), gather(places, 1), top)

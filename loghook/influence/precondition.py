@@ -51,12 +51,15 @@ def working_dtype(reader: Reader) -> torch.dtype:
     return torch.float64 if reader.dtype == torch.float64 else torch.float32
 
 
-def progress(reader: Reader, what: str) -> Iterator[tuple[slice, Tensor]]:
-    """Scan this process's share of a log in the working dtype, with a bar once it takes more than two seconds."""
+def progress(reader: Reader, what: str, *, stored: bool = False) -> Iterator[tuple[slice, Tensor]]:
+    """Scan this process's share of a log in the working dtype, with a bar once it takes more than two seconds.
+
+    With ``stored`` rows come as they lie in the shard.
+    """
     dtype = working_dtype(reader)
     with tqdm(total=len(reader), desc=what, unit=" rows", delay=2, leave=False, disable=None) as bar:
-        for place, block in reader.blocks(share=share()):
-            yield place, block.to(dtype)
+        for place, block in reader.blocks(share=share(), stored=stored):
+            yield place, block if stored else block.to(dtype)
             bar.update(len(block))
 
 

@@ -10,7 +10,7 @@ import xxhash
 from loghook.errors import ConfigError, LogExistsError, MismatchError, StateError
 from loghook.log.disk import lock, writing
 from loghook.log.fitted import PROJECTION
-from loghook.log.format import MANIFEST, Layout, Manifest
+from loghook.log.format import MANIFEST, Manifest
 from loghook.log.records import Commits, read_commits
 from loghook.log.recovery import recover
 
@@ -94,8 +94,7 @@ def recover_rank(path: Path, manifest: Manifest, rank: int) -> Commits:
     held = lock(path / f"lock-{rank:05d}")
     try:
         m = manifest
-        width = Layout(m.layers).width
-        return recover(path, rank, run_id=m.run_id, width=width, dtype=m.dtype, generation=m.generation, snapshots=1)
+        return recover(path, rank, run_id=m.run_id, codec=m.codec, generation=m.generation, snapshots=1)
     finally:
         held.close()
 

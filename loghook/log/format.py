@@ -12,17 +12,14 @@ import torch
 import xxhash
 
 from loghook.errors import CorruptLogError, VersionError
+from loghook.log.codec import DTYPES, Codec
 from loghook.log.disk import write_atomically
 
 VERSION = 1
 MANIFEST = "loghook.json"
-DTYPES = {
-    "float64": torch.float64,
-    "float32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-}
-SAFETENSORS_DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16", "float16": "F16"}
+SAFETENSORS_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8",
+}  # fmt: skip
 SHARD_HEADER = 512  # bytes before the first row, length prefix included: constant, so that a shard can grow
 
 
@@ -139,6 +136,10 @@ class Layout:
             end = last + 1
         self.moments_width = end
 
+    def codec(self, dtype: str) -> Codec:
+        """Return how such rows are stored in a dtype of ``DTYPES``."""
+        return Codec(dtype, [spec.width for spec in self.layers], self.width - self.gradient_width)
+
 
 @dataclass(kw_only=True)
 class Manifest:
@@ -184,6 +185,11 @@ class Manifest:
     sealed: dict[str, Any] | None = None
     fitted: str | None = None
     version: int = VERSION
+
+    @property
+    def codec(self) -> Codec:
+        """How rows lie in a shard."""
+        return Layout(self.layers).codec(self.dtype)
 
     @property
     def fingerprint(self) -> str:
@@ -303,9 +309,12 @@ def statistics_name(rank: int, sequence: int) -> str:
     return f"statistics-{rank:05d}-{sequence:08d}.safetensors"
 
 
-def shard_header(rows: int, width: int, dtype: str, run_id: str) -> bytes:
+def shard_header(rows: int, codec: Codec, run_id: str) -> bytes:
     """Return the padded safetensors header of a shard with so many rows: always SHARD_HEADER bytes."""
-    size = rows * width * DTYPES[dtype].itemsize
-    entry = {"dtype": SAFETENSORS_DTYPES[dtype], "shape": [rows, width], "data_offsets": [0, size]}
+    entry = {
+        "dtype": SAFETENSORS_DTYPES[codec.stored],
+        "shape": [rows, codec.columns],
+        "data_offsets": [0, rows * codec.row_bytes],
+    }
     text = json.dumps({"__metadata__": {"run_id": run_id}, "rows": entry}).encode()
     return (SHARD_HEADER - 8).to_bytes(8, "little") + text.ljust(SHARD_HEADER - 8)

@@ -1,4 +1,4 @@
-"""Changing a log that is there: repair, delete, merge, and opening a finished one for more rows.
+"""Changing a log that is there: repair, delete, merge, compress, and opening a finished one for more rows.
 
 Nothing is altered in place. New shards and new commit logs (of the next *generation*) are written beside the old ones
 and flushed; then one replaced manifest makes them count, and what it no longer names is deleted. A kill leaves the old
@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 
 from loghook.errors import ConfigError, CorruptLogError, LogExistsError, MismatchError, StateError
+from loghook.log.codec import DTYPES
 from loghook.log.disk import lock, sync_folder, writing
 from loghook.log.fitted import load_sides, save_sides
 from loghook.log.folder import sum_up
 from loghook.log.format import (
-    DTYPES,
     Layout,
     Manifest,
     checksum,
@@ -48,7 +48,7 @@ def repair(path: str | Path) -> Changed:
     """
     path = Path(path)
     manifest = Manifest.load(path)
-    row_bytes = Layout(manifest.layers).width * DTYPES[manifest.dtype].itemsize
+    row_bytes = manifest.codec.row_bytes
     notes: list[str] = []
     lost: list[int | str] = []
     with _locked(path, manifest):
@@ -141,31 +141,65 @@ def merge(out: str | Path, runs: Sequence[str | Path]) -> Changed:
         CorruptLogError: if one is damaged.
     """
     out, paths = Path(out), [Path(run) for run in runs]
-    if out.exists():
-        raise LogExistsError(f"{out} exists: choose another path for the merged run.")
     if len(paths) < 2:
         raise ConfigError(f"merge got {len(paths)} runs: pass at least two.")
     manifests = [Manifest.load(path) for path in paths]
     first = manifests[0]
     for path, manifest in zip(paths, manifests, strict=True):
-        if manifest.sealed is None:
-            raise StateError(f"{path} is not finished: finish it with resume=True first.")
         for name in ("fingerprint", "layers", "dtype", "id_type", "on_repeat"):
             if getattr(manifest, name) != getattr(first, name):
                 raise MismatchError(f"{path} and {paths[0]} differ in {name}: only runs that agree can be merged.")
-    building = out.with_name(f"{out.name}.{uuid.uuid4().hex[:8]}.tmp")
+    done = entry("merge", runs=[_origin(m) for m in manifests])
+    return _build(out, list(zip(paths, manifests, strict=True)), first.dtype, [done])
+
+
+def compress(source: str | Path, out: str | Path, dtype: str) -> Changed:
+    """Write a finished run again with another dtype, usually one of fewer bits; the old one stays.
+
+    Args:
+        source: the run's folder.
+        out: folder of the new run.
+        dtype: how its rows are stored, as in ``loghook.init``.
+
+    Raises:
+        ConfigError: for an unknown dtype.
+        LogExistsError: if ``out`` exists.
+        StateError: if the run is not finished.
+        CorruptLogError: if it is damaged.
+        NotFiniteError: for rows that the dtype cannot hold.
+    """
+    if dtype not in DTYPES:
+        raise ConfigError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
+    path, manifest = Path(source), Manifest.load(Path(source))
+    done = entry("compress", runs=[_origin(manifest)], dtype=manifest.dtype)
+    return _build(Path(out), [(path, manifest)], dtype, [done])
+
+
+def _origin(manifest: Manifest) -> dict[str, Any]:
+    """What a new run's history says of one that it was made of."""
+    rows = manifest.sealed["rows"] if manifest.sealed else None
+    return {"run_id": manifest.run_id, "rows": rows, "history": manifest.history}
+
+
+def _build(out: Path, runs: Sequence[tuple[Path, Manifest]], dtype: str, history: list[dict[str, Any]]) -> Changed:
+    """Write a new run of finished ones, all of it or nothing."""
+    if out.exists():
+        raise LogExistsError(f"{out} exists: choose another path for the new run.")
+    for path, manifest in runs:
+        if manifest.sealed is None:
+            raise StateError(f"{path} is not finished: finish it with resume=True first.")
+    manifests = [manifest for _, manifest in runs]
+    first, building = manifests[0], out.with_name(f"{out.name}.{uuid.uuid4().hex[:8]}.tmp")
     run_id, reasons = uuid.uuid4().hex, [m.no_statistics for m in manifests if m.no_statistics]
     target = dataclasses.replace(
-        first, run_id=run_id, world_size=sum(m.world_size for m in manifests), generation=0, sealed=None,
-        no_statistics=reasons[0] if reasons else None,
-        history=[entry("merge", runs=[{"run_id": m.run_id, "rows": m.sealed["rows"], "history": m.history}
-                                       for m in manifests if m.sealed])],
+        first, run_id=run_id, world_size=sum(m.world_size for m in manifests), generation=0, sealed=None, dtype=dtype,
+        no_statistics=reasons[0] if reasons else None, history=history,
     )  # fmt: skip
     with writing(building):
         building.mkdir(parents=True)
         try:
             logs: list[Commits] = []
-            for path, manifest in zip(paths, manifests, strict=True):
+            for path, manifest in runs:
                 for log in _recovered(path, manifest):
                     copy_log(path, manifest, log, building, target, len(logs), _all_or_error(path))
                     logs.append(read_commits(building, len(logs), run_id=run_id))
@@ -174,7 +208,7 @@ def merge(out: str | Path, runs: Sequence[str | Path]) -> Changed:
                     "ids clash between the runs and on_repeat is 'error': delete them in one run first."
                 )
             if first.fitted is not None:
-                save_sides(building, load_sides(paths[0], first.fitted))
+                save_sides(building, load_sides(runs[0][0], first.fitted))
             target.sealed = sum_up(logs)
             target.save(building)
             os.rename(building, out)
@@ -187,12 +221,12 @@ def merge(out: str | Path, runs: Sequence[str | Path]) -> Changed:
 
 def _mend_headers(path: Path, manifest: Manifest, logs: Sequence[Commits]) -> list[str]:
     """Let every shard end after its rows and its header say so; a note for each that did not."""
-    width, notes = Layout(manifest.layers).width, []
+    codec, notes = manifest.codec, []
     for log in logs:
         for index, rows in shard_ends(log.records).items():
             file = path / shard_name(rank_of(log), index)
-            header = shard_header(rows, width, manifest.dtype, manifest.run_id)
-            if close_shard(file, header, rows * width * DTYPES[manifest.dtype].itemsize):
+            header = shard_header(rows, codec, manifest.run_id)
+            if close_shard(file, header, rows * codec.row_bytes):
                 notes.append(f"{file}: header and size are those of its rows again, all of which are good")
     return notes
 

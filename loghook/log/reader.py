@@ -17,7 +17,6 @@ from tqdm import tqdm
 from loghook.errors import CorruptLogError, StateError
 from loghook.log.fitted import load_sides
 from loghook.log.format import (
-    DTYPES,
     SHARD_HEADER,
     Layout,
     Manifest,
@@ -43,7 +42,7 @@ class Shard:
         first: index in the log (before repeats are left out) of its first row.
         rows: committed rows.
         parts: (first row in the shard, rows, checksum) of every record.
-        data: the mapped rows (rows, width) once touched.
+        data: the mapped rows, as they are stored (see ``Codec``), once touched.
     """
 
     file: Path
@@ -77,6 +76,7 @@ class Reader:
         repeats: rows left out because their id came before.
         unmeasured: rows whose tokens are not in the statistics, since their batch held rows that were not finite.
         asleep: {layer: rows that are zero because the layer, which may sleep, did not run}.
+        codec: how rows are stored.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -108,7 +108,7 @@ class Reader:
         """Read the manifest and all records."""
         self.manifest = Manifest.load(self.path)
         self.layout = Layout(self.manifest.layers)
-        self._row_bytes = self.layout.width * DTYPES[self.manifest.dtype].itemsize
+        self.codec = self.manifest.codec
         self._shards: list[Shard] = []
         self._snapshots: list[dict[str, str]] = []
         self.flagged: list[int | str] = []
@@ -130,8 +130,8 @@ class Reader:
 
     @property
     def dtype(self) -> torch.dtype:
-        """How rows are stored."""
-        return DTYPES[self.manifest.dtype]
+        """Of the rows that are read: how they are stored, or float32 for low bits."""
+        return self.codec.dtype
 
     def __len__(self) -> int:
         """Number of rows."""
@@ -169,17 +169,21 @@ class Reader:
         snapshots = [load_moments(self.path, entry, width) for entry in self._snapshots]
         return sum(snapshots[1:], snapshots[0]) if snapshots else np.zeros(width)
 
-    def blocks(self, rows: int | None = None, share: tuple[int, int] = (0, 1)) -> Iterator[tuple[slice, Tensor]]:
+    def blocks(
+        self, rows: int | None = None, share: tuple[int, int] = (0, 1), *, stored: bool = False
+    ) -> Iterator[tuple[slice, Tensor]]:
         """Walk through the log in blocks.
 
         Args:
             rows: rows of a block at most; by default as many as fit in 32 MB.
             share: (i, n) walks through every n-th shard from the i-th on.
+            stored: yield rows as they are in the shard, (n, ``codec.columns``), without decoding them.
 
         Yields:
-            The block's place among the rows, and its rows (n, width) in the storage dtype: a view of the map.
+            The block's place among the rows, and its rows (n, width): a view of the map where nothing is coded.
         """
-        step = rows or max(1, BLOCK_BYTES // self._row_bytes)
+        row_bytes = self.codec.row_bytes if stored else self.codec.width * self.dtype.itemsize
+        step = rows or max(1, BLOCK_BYTES // row_bytes)
         place = 0
         for number, shard in enumerate(self._shards):
             if number % share[1] != share[0]:
@@ -194,28 +198,31 @@ class Reader:
                     kept = self._keep[shard.first + start : shard.first + stop]
                     if not kept.all():
                         block = block[torch.from_numpy(kept)]
-                yield slice(place, place + len(block)), block
+                yield slice(place, place + len(block)), block if stored else self.codec.decode(block)
                 place += len(block)
                 self._release(shard, start, stop)
 
-    def gather(self, index: np.ndarray) -> Tensor:
-        """Copy rows out by their place in the log: (len(index), width) in the storage dtype."""
+    def gather(self, index: np.ndarray, columns: slice = slice(None)) -> Tensor:
+        """Copy rows out by their place in the log: (len(index), width), or some columns that contain whole layers."""
         physical = index if self._keep is None else np.flatnonzero(self._keep)[index]
         parts = []
         for shard in self._shards:
             inside = (physical >= shard.first) & (physical < shard.first + shard.rows)
             if inside.any():
                 places = torch.from_numpy(physical[inside] - shard.first)
-                parts.append((torch.from_numpy(inside), self._touch(shard), places))
+                parts.append((torch.from_numpy(np.flatnonzero(inside)), self._touch(shard), places))
         # Only now: a file that is there vouches for the width that the manifest states.
-        out = torch.empty(len(physical), self.layout.width, dtype=self.dtype)
-        for mask, data, places in parts:
-            out[mask] = data[places]
+        out = torch.empty(len(physical), len(range(self.codec.width)[columns]), dtype=self.dtype)
+        step = max(1, BLOCK_BYTES // max(self.codec.row_bytes, out.shape[1] * out.itemsize))
+        for where, data, places in parts:
+            for chosen, source in zip(where.split(step), places.split(step), strict=True):
+                coded = self.codec.bits is not None
+                out[chosen] = self.codec.decode(data[source], columns) if coded else data[:, columns][source]
         return out
 
     def view(self, start: int, stop: int) -> Tensor | None:
-        """Rows as a view of the map, or None if they lie in several shards or around repeats."""
-        if self._keep is not None:
+        """Rows as a view of the map, or None if they lie in several shards or around repeats, or are coded."""
+        if self._keep is not None or self.codec.bits:
             return None
         for shard in self._shards:
             if shard.first <= start and stop <= shard.first + shard.rows:
@@ -322,7 +329,7 @@ class Reader:
 
     def _map(self, shard: Shard) -> Tensor:
         """Map a shard after checking its size, its header and the checksum of every record."""
-        end = SHARD_HEADER + shard.rows * self._row_bytes
+        end = SHARD_HEADER + shard.rows * self.codec.row_bytes
         remedy = "restore it from a copy, or log its samples again"
         try:
             with open(shard.file, "rb") as handle:
@@ -344,17 +351,18 @@ class Reader:
                 )
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # the map is read-only and stays so
-            flat = torch.frombuffer(
-                shard.map, dtype=self.dtype, offset=SHARD_HEADER, count=shard.rows * self.layout.width
-            )
-        return flat.view(shard.rows, self.layout.width)
+            count = shard.rows * self.codec.columns
+            flat = torch.frombuffer(shard.map, dtype=self.codec.stored, offset=SHARD_HEADER, count=count)
+        return flat.view(shard.rows, self.codec.columns)
 
     def _checksum(self, shard: Shard, view: memoryview, start: int, stop: int) -> str:
         """Checksum of some rows, a block at a time and with flat memory."""
-        digest, step = xxhash.xxh3_128(), max(1, BLOCK_BYTES // self._row_bytes)
+        digest, step = xxhash.xxh3_128(), max(1, BLOCK_BYTES // self.codec.row_bytes)
         for first in range(start, stop, step):
             last = min(first + step, stop)
-            digest.update(view[SHARD_HEADER + first * self._row_bytes : SHARD_HEADER + last * self._row_bytes])
+            digest.update(
+                view[SHARD_HEADER + first * self.codec.row_bytes : SHARD_HEADER + last * self.codec.row_bytes]
+            )
             self._release(shard, first, last)
         return digest.hexdigest()
 
@@ -364,14 +372,14 @@ class Reader:
             stated = json.loads(header[8:])["rows"]["shape"][0]
         except (ValueError, KeyError, TypeError, IndexError):
             return False
-        expected = shard_header(stated, self.layout.width, self.manifest.dtype, self.manifest.run_id)
+        expected = shard_header(stated, self.codec, self.manifest.run_id)
         return header == expected and (stated == 0 or stated >= rows)
 
     def _release(self, shard: Shard, start: int, stop: int) -> None:
         """Let go of scanned pages, so that a scan's resident memory stays flat; they remain in the page cache."""
         if shard.map is not None and hasattr(mmap, "MADV_DONTNEED"):
-            first = (SHARD_HEADER + start * self._row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
-            shard.map.madvise(mmap.MADV_DONTNEED, first, SHARD_HEADER + stop * self._row_bytes - first)
+            first = (SHARD_HEADER + start * self.codec.row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            shard.map.madvise(mmap.MADV_DONTNEED, first, SHARD_HEADER + stop * self.codec.row_bytes - first)
 
 
 def _first_of_each(ids: Sequence[Any], keys: np.ndarray, *, outside_too: bool) -> np.ndarray:

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from loghook.errors import CorruptLogError
+from loghook.log.codec import Codec
 from loghook.log.disk import sync_folder, write_all
-from loghook.log.format import DTYPES, SHARD_HEADER, Manifest, shard_header, shard_name
+from loghook.log.format import SHARD_HEADER, Manifest, shard_header, shard_name
 from loghook.log.records import REMEDY, Commits, read_commits
 
 
@@ -70,9 +71,7 @@ def ranks_on_disk(path: Path, manifest: Manifest) -> range:
     return range(max([manifest.world_size, *(rank + 1 for rank in found)]))
 
 
-def recover(
-    path: Path, rank: int, *, run_id: str, width: int, dtype: str, generation: int = 0, snapshots: int = 2
-) -> Commits:
+def recover(path: Path, rank: int, *, run_id: str, codec: Codec, generation: int = 0, snapshots: int = 2) -> Commits:
     """Bring one writer's files to the state of its last record; its lock must be held.
 
     Cuts off an unfinished record and uncommitted rows, closes its shards, and deletes shards and snapshots that no
@@ -82,18 +81,17 @@ def recover(
         CorruptLogError: if what is there does not match its records; nothing is changed then.
     """
     log = read_commits(path, rank, run_id=run_id, generation=generation)
-    row_bytes = width * DTYPES[dtype].itemsize
     ends = shard_ends(log.records)
     for index, rows in ends.items():
         shard = path / shard_name(rank, index)
-        if not shard.is_file() or shard.stat().st_size < SHARD_HEADER + rows * row_bytes:
+        if not shard.is_file() or shard.stat().st_size < SHARD_HEADER + rows * codec.row_bytes:
             raise CorruptLogError(f"{shard} is missing or shorter than its records say: {REMEDY}.")
     if log.torn:
         with open(log.file, "r+b") as handle:
             handle.truncate(len(log.data))
             os.fsync(handle.fileno())
     for index, rows in ends.items():
-        close_shard(path / shard_name(rank, index), shard_header(rows, width, dtype, run_id), rows * row_bytes)
+        close_shard(path / shard_name(rank, index), shard_header(rows, codec, run_id), rows * codec.row_bytes)
     named = [record["statistics"]["file"] for record in log.records if "statistics" in record][-snapshots:]
     keep = {shard_name(rank, index) for index in ends} | set(named)
     for file in _files(path, rank):

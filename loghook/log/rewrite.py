@@ -9,11 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
+from loghook.log.codec import Codec
 from loghook.log.disk import sync_folder
+from loghook.log.finite import finite_rows, not_finite
 from loghook.log.folder import sum_up
 from loghook.log.format import (
-    DTYPES,
     SHARD_HEADER,
     Layout,
     Manifest,
@@ -27,6 +29,7 @@ from loghook.log.moments import load_moments, save_moments
 from loghook.log.records import Commits, encode_record, read_commits
 from loghook.log.recovery import shard_ends
 
+RECODED = 2**22  # values of rows that are written in another dtype at a time
 GENERATION_STEP = 10**10  # snapshots of maintenance are numbered from here, out of the way of every writer's
 Keep = Callable[[dict[str, Any], bytes], np.ndarray]
 
@@ -80,20 +83,38 @@ def read_rows(path: Path, log: Commits, record: dict[str, Any], row_bytes: int) 
     return data if checksum(data) == record["checksum"] else None
 
 
+def _recoded(stored: np.ndarray, ids: Sequence[int | str], old: Codec, new: Codec) -> bytes:
+    """Bytes of rows (n, row_bytes) in another dtype, a few at a time."""
+    if old.name == new.name:
+        return stored.tobytes()
+    parts, step = [], max(1, RECODED // old.width)
+    for start in range(0, len(stored), step):
+        chunk = torch.from_numpy(stored[start : start + step]).view(old.stored)
+        rows = old.decode(chunk).to(new.dtype)
+        if not finite_rows(rows).all():
+            raise not_finite(ids[start : start + step], rows)
+        parts.append(new.encode(rows).view(torch.uint8).numpy().tobytes())
+    return b"".join(parts)
+
+
 def copy_log(
     path: Path, old: Manifest, log: Commits, out: Path, new: Manifest, rank: int, keep: Keep, *,
     first_shard: int = 0, drop_ends: bool = False, gone: Set[int | str] = frozenset(),
 ) -> tuple[int, list[int | str]]:  # fmt: skip
     """Write one writer's kept rows as new shards and a new commit log; returns rows and ids left out."""
     layout = Layout(new.layers)
-    row_bytes = layout.width * DTYPES[new.dtype].itemsize
+    coded, codec = old.codec, new.codec
     rows = [r for r in log.records if "shard" in r]
     number = new.generation * GENERATION_STEP + len(log.records)
     moments = np.zeros(layout.moments_width)
     if rows and new.no_statistics is None:
         moments = load_moments(path, rows[-1]["statistics"], layout.moments_width)
     statistics = save_moments(out / statistics_name(rank, number), moments, new.run_id) if rows else None
-    shards = {index: first_shard + place for place, index in enumerate(shard_ends(log.records))}
+    # Where rows get smaller, several shards become one of about the same size.
+    shards = {
+        index: first_shard + place * codec.row_bytes // coded.row_bytes
+        for place, index in enumerate(shard_ends(log.records))
+    }
     handles: dict[int, tuple[Any, int]] = {}
     lines, dropped = b"", []
     written = 0
@@ -103,29 +124,29 @@ def copy_log(
         fresh = record | {"n": written, "run": new.run_id}
         fresh["flagged"] = [i for i in record["flagged"] if i not in gone]
         if "shard" in record:
-            data = read_rows(path, log, record, row_bytes) or b""
+            data = read_rows(path, log, record, coded.row_bytes) or b""
             mask = keep(record, data)
+            ids = [i for i, kept in zip(record["ids"], mask, strict=True) if kept]
             dropped += [i for i, kept in zip(record["ids"], mask, strict=True) if not kept]
             if not mask.any():
                 continue
-            kept_bytes = np.frombuffer(data, np.uint8).reshape(len(mask), row_bytes)[mask].tobytes()
+            kept_bytes = _recoded(np.frombuffer(data, np.uint8).reshape(len(mask), -1)[mask], ids, coded, codec)
             shard = shards[record["shard"]]
             if shard not in handles:
                 handles[shard] = (open(out / shard_name(rank, shard), "wb"), 0)  # noqa: SIM115
-                handles[shard][0].write(shard_header(0, layout.width, new.dtype, new.run_id))
+                handles[shard][0].write(shard_header(0, codec, new.run_id))
             handle, start = handles[shard]
             handle.write(kept_bytes)
             handles[shard] = (handle, start + int(mask.sum()))
             fresh |= {
                 "shard": shard, "start": start, "rows": int(mask.sum()), "checksum": checksum(kept_bytes),
-                "ids": [i for i, kept in zip(record["ids"], mask, strict=True) if kept],
-                "steps": _kept_steps(record["steps"], mask), "statistics": statistics,
+                "ids": ids, "steps": _kept_steps(record["steps"], mask), "statistics": statistics,
             }  # fmt: skip
         lines += encode_record(fresh)
         written += 1
     for handle, count in handles.values():
         handle.seek(0)
-        handle.write(shard_header(count, layout.width, new.dtype, new.run_id))
+        handle.write(shard_header(count, codec, new.run_id))
         _flush(handle)
     with open(out / commits_name(rank, new.generation), "wb") as handle:
         handle.write(lines)

@@ -45,18 +45,17 @@ class Rows:
             place = int(first) % len(self)
             return self._read(place, place + 1)[0][rest]
         everything = (slice(None), *rest)
-        everything = (slice(None), *rest)
         if isinstance(first, slice):
             start, stop, step = first.indices(len(self))
             if step > 0:
                 values = self._read(start, max(start, stop))[::step]
             else:
-                values = self._numpy(self._reader.gather(np.arange(start, stop, step)))
+                values = self._gather(np.arange(start, stop, step))
             return values[everything]
         index = np.arange(len(self))[first]  # numpy's own rules for lists, masks and negative places
         if index.ndim != 1:
             return self[:][key]
-        return self._numpy(self._reader.gather(index))[everything]
+        return self._gather(index)[everything]
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Read everything."""
@@ -69,12 +68,14 @@ class Rows:
 
     def _read(self, start: int, stop: int) -> np.ndarray:
         view = self._reader.view(start, stop)
-        return self._numpy(self._reader.gather(np.arange(start, stop)) if view is None else view)
+        return self._gather(np.arange(start, stop)) if view is None else self._numpy(view[:, self._columns])
 
-    def _numpy(self, rows: Tensor) -> np.ndarray:
-        values = rows[:, self._columns]
+    def _gather(self, index: np.ndarray) -> np.ndarray:
+        return self._numpy(self._reader.gather(index, self._columns))
+
+    def _numpy(self, values: Tensor) -> np.ndarray:
         if values.dtype == torch.bfloat16:
             values = values.float()
-        array = values.numpy().reshape(len(rows), *self.shape[1:])
+        array = values.numpy().reshape(len(values), *self.shape[1:])
         array.flags.writeable = False
         return array

@@ -23,10 +23,10 @@ from torch import Tensor
 
 from loghook.errors import NotFiniteError, WriteError
 from loghook.log import rescue
+from loghook.log.codec import Codec
 from loghook.log.disk import lock, sync_folder, write_all
 from loghook.log.finite import finite_rows, not_finite
 from loghook.log.format import (
-    DTYPES,
     SHARD_HEADER,
     shard_header,
     shard_name,
@@ -46,7 +46,7 @@ class Batch:
     """What one block hands to the writer.
 
     Attributes:
-        rows: (B, width) on the CPU, in the storage dtype; with ``ready``, still being copied there.
+        rows: (B, width) on the CPU, in the dtype that the codec takes; with ``ready``, still being copied there.
         ids: one for each row.
         moments: statistics of the block, or None.
         pass_index: which pass it belongs to.
@@ -79,9 +79,8 @@ class Writer:
         *,
         run_id: str,
         rank: int,
-        width: int,
+        codec: Codec,
         moments_width: int,
-        dtype: str,
         shard_bytes: int,
         commit_seconds: float,
         generation: int = 0,
@@ -92,14 +91,13 @@ class Writer:
             LogLockedError: if another process writes to this run as the same rank.
             CorruptLogError: if what is there does not match its records.
         """
-        self._path, self._run_id, self._rank, self._dtype = path, run_id, rank, dtype
-        self._width, self._row_bytes = width, width * DTYPES[dtype].itemsize
-        self._capacity = max(1, shard_bytes // self._row_bytes)
+        self._path, self._run_id, self._rank, self._codec = path, run_id, rank, codec
+        self._capacity = max(1, shard_bytes // codec.row_bytes)
         self._commit_seconds = commit_seconds
         self._lock = lock(path / f"lock-{rank:05d}")
         self.moments = np.zeros(moments_width)
         try:
-            log = recover(path, rank, run_id=run_id, width=width, dtype=dtype, generation=generation)
+            log = recover(path, rank, run_id=run_id, codec=codec, generation=generation)
             last = next((r for r in reversed(log.records) if "statistics" in r), None)
             if last is not None:
                 self.moments = load_moments(path, last["statistics"], moments_width)
@@ -236,8 +234,8 @@ class Writer:
         for name in batch.asleep:
             self._asleep[name] = self._asleep.get(name, 0) + n
         assert self._shard is not None
-        data = batch.rows.contiguous().view(torch.uint8).numpy().data.cast("B")
-        write_all(self._shard, data, SHARD_HEADER + self._shard_rows * self._row_bytes)
+        data = self._codec.encode(batch.rows).view(torch.uint8).numpy().data.cast("B")
+        write_all(self._shard, data, SHARD_HEADER + self._shard_rows * self._codec.row_bytes)
         self._shard_rows += n
         self._hash.update(data)
         self._ids += batch.ids
@@ -308,7 +306,7 @@ class Writer:
         self._shard_index += 1
         file = self._path / shard_name(self._rank, self._shard_index)
         self._shard = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        header = shard_header(0, self._width, self._dtype, self._run_id)
+        header = shard_header(0, self._codec, self._run_id)
         write_all(self._shard, memoryview(header), 0)
         self._shard_rows = 0
         sync_folder(self._path)
@@ -317,9 +315,9 @@ class Writer:
         """Make the file a valid safetensors file of the committed rows."""
         if self._shard is None:
             return
-        header = shard_header(self._shard_rows, self._width, self._dtype, self._run_id)
+        header = shard_header(self._shard_rows, self._codec, self._run_id)
         write_all(self._shard, memoryview(header), 0)
-        os.ftruncate(self._shard, SHARD_HEADER + self._shard_rows * self._row_bytes)
+        os.ftruncate(self._shard, SHARD_HEADER + self._shard_rows * self._codec.row_bytes)
         os.fsync(self._shard)
         os.close(self._shard)
         self._shard = None

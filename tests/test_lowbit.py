@@ -1,0 +1,327 @@
+"""Low-bit rows: the codec against its formula, and a log of them against the float32 log of the same run."""
+
+import itertools
+import json
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
+from typer.testing import CliRunner
+
+import loghook
+from loghook.cli import app
+from loghook.errors import ConfigError, LogExistsError, NotFiniteError, StateError
+from loghook.influence import products
+from loghook.log import codec as codecs
+from loghook.log import maintain, reader
+from loghook.log.codec import BITS, Codec
+from tests.killing import OPTIONS, Killer, Plan, assert_same, log_everything
+from tests.test_influence import METHODS, make_log
+from tests.test_maintain import flip, write
+
+pytestmark = pytest.mark.filterwarnings("ignore:dtype='int1'")
+DTYPES = tuple(BITS)
+ANY = pytest.mark.parametrize("dtype", DTYPES)
+
+
+def formula(x, bits):
+    """Decoded values of one layer of one row, in float64, as the page says."""
+    x = x.astype(np.float64)
+    s = np.abs(x).mean() if bits == 1 else np.abs(x).max() / (2 ** (bits - 1) - 1)
+    if s < np.finfo(np.float32).tiny:
+        return s, np.zeros_like(x)
+    return s, s * (np.where(x > 0, 1, -1) if bits == 1 else np.round(x / s))
+
+
+@st.composite
+def rows_of_layers(draw):
+    widths = draw(st.lists(st.sampled_from([1, 2, 7, 8, 8, 9, 33]), min_size=1, max_size=6))
+    rest, n = draw(st.integers(0, 3)), draw(st.integers(1, 4))
+    finite = st.floats(-1, 1, width=32)
+    x = draw(arrays(np.float32, (n, sum(widths) + rest), elements=finite))
+    size = draw(arrays(np.float32, (n, 1), elements=st.sampled_from([0.0, 1.0, 1e-44, 1e-30, 1e30, 3e38])))
+    return widths, rest, torch.from_numpy(x * size)
+
+
+@ANY
+@settings(deadline=None)
+@given(rows_of_layers())
+def test_codec_is_the_formula(dtype, drawn):
+    widths, rest, x = drawn
+    codec = Codec(dtype, widths, rest)
+    stored = codec.encode(x)
+    assert stored.shape == (len(x), codec.row_bytes) and stored.dtype == torch.uint8
+    y = codec.decode(stored)
+    assert torch.equal(y[:, sum(widths) :], x[:, sum(widths) :])
+    ends = np.cumsum([0, *widths])
+    for start, stop in itertools.pairwise(ends.tolist()):
+        part = codec.decode(stored, slice(start, stop))
+        assert torch.equal(part, y[:, start:stop])
+        for a, b in zip(x[:, start:stop].numpy(), part.double().numpy(), strict=True):
+            s, expected = formula(a, BITS[dtype])
+            if np.array_equal(expected, b):
+                continue
+            # Whether the smallest scales count is a matter of rounding, and so is a value between two whole numbers.
+            assert s > 1e-38 and np.abs(b - a).max() <= s * (0.5001 if BITS[dtype] > 1 else 2**23)
+            tie = np.abs(np.abs(a / s) % 1 - 0.5) < 1e-4
+            np.testing.assert_allclose(b[~tie], expected[~tie], rtol=1e-6)
+    for place in range(len(x)):  # batches do not matter
+        assert torch.equal(codec.encode(x[place : place + 1])[0], stored[place])
+
+
+@ANY
+def test_rows_do_not_depend_on_chunks(dtype, monkeypatch):
+    codec = Codec(dtype, [100, 100, 64, 3], 2)
+    x = torch.randn(50, codec.width, generator=torch.Generator().manual_seed(0))
+    stored, decoded = codec.encode(x), codec.decode(codec.encode(x))
+    monkeypatch.setattr(codecs, "CHUNK", 300)
+    assert torch.equal(codec.encode(x), stored) and torch.equal(codec.decode(stored), decoded)
+
+
+@ANY
+def test_signs_keep_the_inner_product_in_the_least_squares_sense(dtype):
+    x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
+    codec = Codec(dtype, [64], 0)
+    y = codec.decode(codec.encode(x))
+    fitted = (x * y).sum(1) / y.square().sum(1)  # what y would have to be multiplied by to be closest to x
+    np.testing.assert_allclose(fitted, 1, atol={"int8": 5e-3, "int4": 0.1, "int1": 1e-5}[dtype])
+
+
+@pytest.fixture(scope="module")
+def exact(tmp_path_factory):
+    return make_log(tmp_path_factory.mktemp("low") / "float32", dtype="float32", shard_bytes=3000)
+
+
+@pytest.fixture(scope="module")
+def low(tmp_path_factory, exact):
+    folder, logs = tmp_path_factory.mktemp("compressed"), {}
+    for dtype in DTYPES:
+        maintain.compress(exact[0].path, folder / dtype, dtype)
+        logs[dtype] = loghook.load(folder / dtype)
+    return logs
+
+
+def stored(log):
+    return torch.cat([block for _, block in log.blocks(stored=True)])
+
+
+@ANY
+def test_logging_with_few_bits_equals_compressing(tmp_path, exact, low, dtype):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        direct, _, _ = make_log(tmp_path / "direct", dtype=dtype)
+    assert [str(w.message) for w in caught if "whitened" in str(w.message)] == [] or dtype == "int1"
+    assert torch.equal(stored(direct), stored(low[dtype])) and direct.data_ids == low[dtype].data_ids
+    np.testing.assert_array_equal(direct.moments(), low[dtype].moments())
+    np.testing.assert_array_equal(exact[0].moments(), direct.moments())
+    for log in (direct, low[dtype]):
+        assert not log.verify() and log.manifest.sealed and log.manifest.dtype == dtype
+        assert log.fingerprint == exact[0].fingerprint
+    assert low[dtype].manifest.history[0]["dtype"] == "float32"
+
+
+@ANY
+def test_rows_are_read_as_from_an_array(exact, low, dtype):
+    log, expected = low[dtype], low[dtype].codec.decode(stored(low[dtype])).numpy()
+    for name in log.layers:
+        rows = log.rows(name)
+        whole = expected[:, log.layout.kinds["gradients"][name]].reshape(rows.shape)
+        assert rows.dtype == np.float32
+        np.testing.assert_array_equal(rows[:], whole)
+        for key in (3, slice(5, 30, 3), slice(None, None, -1), [7, 2, 2], np.arange(40) % 3 == 0, (slice(2), 1)):
+            np.testing.assert_array_equal(rows[key], whole[key])
+    for size in (1, 7, None):
+        np.testing.assert_array_equal(torch.cat([block for _, block in log.blocks(size)]), expected)
+    np.testing.assert_array_equal(log.gather(np.array([39, 0, 5])), expected[[39, 0, 5]])
+
+
+@ANY
+@pytest.mark.parametrize("integers", [True, False])
+def test_scores_are_those_of_the_decoded_rows(tmp_path, monkeypatch, low, exact, dtype, integers):
+    """A float64 log of the decoded rows is the reference: every method, option and layer."""
+    if not integers:
+        monkeypatch.setattr(products, "integer_products_are_exact", lambda: False)
+    elif not products.integer_products_are_exact():
+        pytest.skip("this processor has no exact integer products")
+    query = exact[1]
+    maintain.compress(low[dtype].path, tmp_path / "decoded", "float64")
+    decoded, log = loghook.load(tmp_path / "decoded"), loghook.load(low[dtype].path)
+    monkeypatch.setattr(products, "CHUNK", 100)
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 3000)
+    for method in METHODS:
+        for options in ({}, {"normalize": "unit"}, {"layers": log.layers[1:]}):
+            expected = decoded.influence(query, method, per_layer=True, **options)
+            found = log.influence(query, method, per_layer=True, **options)
+            allowed = 3e-4 * np.abs(expected.values).max()
+            np.testing.assert_allclose(found.values, expected.values, rtol=1e-4, atol=allowed)
+            np.testing.assert_allclose(found.by_layer, expected.by_layer, rtol=1e-4, atol=allowed)
+            best = log.influence(query, method, top=5, **options)
+            np.testing.assert_array_equal(best.values, -np.sort(-found.values, 1)[:, :5])
+        np.testing.assert_allclose(log.self_influence(method), decoded.self_influence(method), rtol=1e-4)
+
+
+def test_integer_products_are_of_the_questions_themselves(low, exact):
+    """Against float64 products with the decoded rows, also for questions of zeros and of very different sizes."""
+    if not products.integer_products_are_exact():
+        pytest.skip("this processor has no exact integer products")
+    generator = torch.Generator().manual_seed(0)
+    for log in low.values():
+        matrix = torch.randn(5, log.layout.gradient_width, generator=generator)
+        matrix *= torch.tensor([1.0, 0.0, 1e-20, 1e20, 1.0])[:, None]
+        rows = log.codec.decode(stored(log)).double()
+        found = products.products(log, matrix, log.layout.layers)
+        assert found.stored
+        expected = matrix.double() @ rows.T
+        bound = matrix.double().norm(dim=1)[:, None] * rows.norm(dim=1)[None]
+        assert ((found(stored(log)) - expected).abs() <= 5e-5 * bound).all()
+
+
+def test_layers_too_wide_for_integer_sums_are_decoded(monkeypatch, low, exact):
+    expected = low["int8"].influence(exact[1], "dot").values
+    monkeypatch.setattr(products, "WIDEST", 10)
+    found = products.products(low["int8"], exact[1].matrix, low["int8"].layout.layers)
+    assert not found.stored
+    np.testing.assert_allclose(low["int8"].influence(exact[1], "dot").values, expected, rtol=1e-3, atol=1e-4)
+
+
+def test_compress_reports_what_is_left(tmp_path, exact):
+    log, reports = exact[0], {}
+    for dtype in DTYPES:
+        report = reports[dtype] = log.compress(tmp_path / dtype, dtype, queries=8, seed=1)
+        assert report.bytes_per_sample == (log.codec.row_bytes, loghook.load(tmp_path / dtype).codec.row_bytes)
+        assert (report.dtype, report.rows, report.queries) == (("float32", dtype), 40, 8)
+        assert set(report.pearson) == set(report.top10) == {"dot", "ekfac"} and min(report.rows_per_second) > 0
+    for method in ("dot", "ekfac"):
+        assert reports["int8"].pearson[method] > 0.999 and reports["int8"].top10[method] > 0.9
+        assert reports["int8"].pearson[method] > reports["int4"].pearson[method] > reports["int1"].pearson[method]
+    same = log.compress(tmp_path / "same", "float32")
+    assert same.pearson == pytest.approx({"dot": 1, "ekfac": 1}) and same.top10 == {"dot": 1, "ekfac": 1}
+
+
+def test_fidelity_is_what_the_scores_of_both_logs_say(tmp_path, exact):
+    log = exact[0]
+    report = log.compress(tmp_path / "int1", "int1", queries=len(log))
+    rows, low = (
+        r.gather(np.arange(len(r)), slice(0, r.layout.gradient_width)).double().numpy()
+        for r in (log, loghook.load(tmp_path / "int1"))
+    )
+    pairs = [(np.delete(rows @ q, i), np.delete(low @ q, i)) for i, q in enumerate(rows)]
+    pearson = np.mean([np.corrcoef(a, b)[0, 1] for a, b in pairs])
+    overlap = np.mean([len(set(np.argsort(-a)[:10]) & set(np.argsort(-b)[:10])) / 10 for a, b in pairs])
+    assert report.pearson["dot"] == pytest.approx(pearson, abs=1e-4)
+    assert report.top10["dot"] == pytest.approx(overlap, abs=0.01)
+
+
+def test_compress_refuses(tmp_path, exact):
+    log = exact[0]
+    with pytest.raises(ConfigError, match=r"int2.*choose one of"):
+        log.compress(tmp_path / "out", "int2")
+    with pytest.raises(ConfigError, match="at least one question"):
+        log.compress(tmp_path / "out", queries=0)
+    with pytest.raises(LogExistsError):
+        log.compress(log.path)
+    shutil.copytree(log.path, tmp_path / "open")
+    maintain.reopen(tmp_path / "open")
+    with pytest.raises(StateError, match="not finished"):
+        loghook.load(tmp_path / "open").compress(tmp_path / "out")
+    model = torch.nn.Linear(4, 4)
+    with loghook.init(tmp_path / "large", projection="none") as run:
+        run.watch(model)
+        with run(data_id=list(range(12)), scale=1e6):
+            model(torch.ones(12, 4)).sum().backward()
+        run.finalize()
+    with pytest.raises(NotFiniteError, match="too narrow"):
+        loghook.load(tmp_path / "large").compress(tmp_path / "out", "float16")
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["large", "open"]
+
+
+def test_command(tmp_path, exact):
+    result = CliRunner().invoke(app, ["compress", str(exact[0].path), str(tmp_path / "out"), "--dtype", "int1"])
+    assert result.exit_code == 0 and "times fewer" in result.output and "ekfac  Pearson 0." in result.output
+    assert loghook.load(tmp_path / "out").manifest.dtype == "int1"
+    shown = CliRunner().invoke(app, ["info", str(tmp_path / "out"), "--json"])
+    assert json.loads(shown.output)["dtype"] == "int1"
+
+
+def test_signs_without_whitening_warn(tmp_path):
+    with pytest.warns(UserWarning, match="int1.*whitened") as caught:
+        loghook.init(tmp_path / "run", dtype="int1")
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loghook.init(tmp_path / "run", dtype="int8")
+
+
+def test_activations_are_not_quantised(tmp_path):
+    model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
+    x = torch.randn(4, 6)
+    with loghook.init(tmp_path / "run", rank=4, dtype="int4") as run:
+        run.watch(model, activations="mean", output_gradients="sum")
+        with run(data_id=[0, 1, 2, 3]):
+            model(x).sum().backward()
+        run.finalize()
+    log = loghook.load(tmp_path / "run")
+    np.testing.assert_array_equal(log.rows("0", "activations")[:], x)
+    np.testing.assert_array_equal(log.rows("2", "output_gradients")[:], np.ones((4, 3)))
+
+
+def test_one_bit_is_a_fifteenth_of_bfloat16():
+    for rank in (32, 64):
+        layers = [rank * rank] * 224
+        assert Codec("int1", layers, 0).row_bytes * 15 <= Codec("bfloat16", layers, 0).row_bytes
+
+
+# What the log does for every dtype.
+
+
+def parts(log):
+    return {i: row.numpy().tobytes() for i, row in zip(log.data_ids, stored(log), strict=True)}
+
+
+@ANY
+def test_delete_merge_append_and_repair(tmp_path, dtype):
+    options = {"dtype": dtype, "shard_bytes": 1, "commit_seconds": 1e-9}
+    whole = parts(write(tmp_path / "whole", list(range(40)), **options))
+    a, b = (write(tmp_path / name, list(ids), **options) for name, ids in (("a", range(20)), ("b", range(20, 40))))
+    maintain.merge(tmp_path / "out", [a.path, b.path])
+    log = loghook.load(tmp_path / "out")
+    assert parts(log) == whole and not log.verify()
+    assert maintain.delete(tmp_path / "out", [3, 30]).rows == 38
+    log = loghook.load(tmp_path / "out")
+    assert parts(log) == {i: row for i, row in whole.items() if i not in (3, 30)} and not log.verify()
+    maintain.reopen(b.path)
+    assert parts(write(b.path, list(range(40)), resume=True, **options)) == whole
+    flip(a.path / "rows-00000-00001.safetensors", -1)
+    assert "do not match their checksum" in loghook.load(a.path).verify()[0]
+    lost = maintain.repair(a.path).ids
+    log = loghook.load(a.path)
+    assert 0 < len(lost) < 20 and not log.verify()
+    assert parts(log) == {i: whole[i] for i in range(20) if i not in lost}
+
+
+@pytest.mark.parametrize("number", range(len(OPTIONS)))
+def test_a_killed_run_ends_as_if_it_never_was(tmp_path, number):
+    options = OPTIONS[number] | {"dtype": "int8"}
+    log_everything(Plan(str(tmp_path / "whole"), options))
+    killer = Killer(number)
+    killer.until_done(4, path=str(tmp_path / "run"), options=options)
+    assert_same(tmp_path / "run", tmp_path / "whole")
+    assert torch.equal(stored(loghook.load(tmp_path / "run")), stored(loghook.load(tmp_path / "whole")))
+    assert killer.kills
+
+
+@ANY
+def test_repeats_and_many_shards_become_few(tmp_path, exact, dtype):
+    log = write(tmp_path / "run", [0, 1, 2, 3, 2, 5, 6, 7, *range(8, 40)], dtype="float32", shard_bytes=1)
+    maintain.compress(log.path, tmp_path / "out", dtype)
+    small = loghook.load(tmp_path / "out")
+    files = [len(list(path.glob("rows-*"))) for path in (log.path, small.path)]
+    assert (
+        files[0] > files[1] == len({place * small.codec.row_bytes // log.codec.row_bytes for place in range(files[0])})
+    )
+    assert small.data_ids == log.data_ids and small.repeats == log.repeats and not small.verify()
