@@ -89,6 +89,5 @@ def _pairs(exchange: Exchange, model: torch.nn.Module, side: Batch, i: int, bias
     for handle in handles:
         handle.remove()
     gradients = torch.autograd.grad(loss, list(outputs.values()))
-    return {
-        name: (inputs[name].double(), g.flatten(0, -2).double()) for name, g in zip(outputs, gradients, strict=True)
-    }
+    found = zip(outputs, gradients, strict=True)
+    return {name: (inputs[name].double(), g.flatten(0, -2).double()) for name, g in found}
