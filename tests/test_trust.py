@@ -98,20 +98,23 @@ def test_extension_to_the_whole_rank():
 
 @pytest.mark.parametrize("method,normalize", [("dot", None), ("ekfac", None), ("ekfac", "unit"), ("fisher", "relatif")])
 def test_p_values_know_chance_from_signal(seeds, method, normalize):
-    """The p-values of draws from a Gaussian with the rows' covariance are even; those of the rows themselves small."""
+    """The p-values of chance questions are even, or on the safe side; those of the rows themselves small."""
     log = seeds[0][0]
     rows = torch.tensor(log.rows("0")[:]).flatten(1)
-    mixed = torch.randn(100, len(log), generator=torch.Generator().manual_seed(1)) @ rows
+    mixed = torch.randn(100, len(log), generator=torch.Generator().manual_seed(1)) @ (
+        rows / torch.from_numpy(log.self_influence(method))[:, None].sqrt()
+    )
     made = {}
     for name, questions in (("chance", mixed), ("signal", rows[:50] + 0.01 * mixed[:50])):
         made[name] = loghook.Query(list(range(len(questions))))
         made[name].fill(questions, log.layout.layers, log.manifest.projection, log.manifest.seed, None)
     chance, signal = (trust(log, made[name], method, normalize=normalize, k=3) for name in ("chance", "signal"))
     p = chance.p_values[:, 0]
-    assert p.mean() == pytest.approx(0.5, abs=0.12) and (p <= 0.05).mean() < 0.12
-    assert signal.p_values[:, 0].mean() < p.mean() - 0.03 and "above chance" in str(signal)
+    assert p.mean() > 0.38 and (p <= 0.05).mean() < 0.12
+    if normalize == "unit":  # where the top is the best aligned row, they are exact and not on the safe side only
+        assert p.mean() < 0.62 and (np.diff(chance.p_values, axis=1) >= 0).all()
+    assert signal.p_values[:, 0].mean() < p.mean() - 0.03 and "than chance" in str(signal)
     assert method == "dot" or (signal.p_values[:, 0] <= 0.05).mean() > 0.6
-    assert (np.diff(chance.p_values, axis=1) >= 0).all()  # a lower score is never less likely by chance
 
 
 def test_a_part_is_a_log_of_fewer_coordinates(seeds):

@@ -36,9 +36,9 @@ class Trust:
         top: (Q, k) places of the top records in the log, best first.
         stays: (Q, k) probability that a top record is in another seed's top k.
         true: (Q, k) probability that it is in the top k of scores without projection noise.
-        p_values: (Q, k) how often the best of all rows scores as high for a chance question, a draw from a
-            Gaussian with the rows' covariance, at the question's norm; so it allows for having looked at all rows.
-            None with nulls=0.
+        p_values: (Q, k) how often the best of all rows is as well aligned with a chance question, a sum of all rows
+            with Gaussian weights; so it allows for having looked at all rows. Both sides at unit norm in the method's
+            metric, whatever ``normalize`` is. None with nulls=0.
     """
 
     how: str
@@ -59,15 +59,12 @@ class Trust:
             f"truly in the top {k}: {self.true.sum(1).mean():.1f} of {k}, the first with probability "
             f"{self.true[:, 0].mean():.2f}",
         ]
-        chance = ""
         if self.p_values is not None:
             real = (self.p_values <= 0.05).sum(1).mean()
-            lines.append(f"above chance (p <= 0.05 over all rows): {real:.1f} of the top {k}")
-            chance = f", and {real:.0f} of them score higher than chance would"
-        stay = (self.stays >= 0.5).sum(1).mean()
+            lines.append(f"better aligned than chance (p <= 0.05 over all rows): {real:.1f} of the top {k}")
         lines.append(
-            f"{stay:.0f} of the top {k} would probably stay with another seed; scores correlate "
-            f"{np.median(self.correlation):.2f} between seeds{chance}."
+            f"{self.overlap.mean():.0f} of the top {k} would probably stay with another seed; scores correlate "
+            f"{np.median(self.correlation):.2f} between seeds."
         )
         return "\n".join(lines)
 
@@ -151,7 +148,7 @@ def trust(
         top=top_Qk,
         stays=stays,
         true=true,
-        p_values=_p_values(log, query, asked, first, top_Qk, nulls, seed) if nulls else None,
+        p_values=_p_values(log, query, asked, top_Qk, nulls, seed) if nulls else None,
     )
 
 
@@ -242,32 +239,24 @@ def _level(one_QN: Array, other_QN: Array) -> Array:
 
 
 def _p_values(
-    log: Reader,
-    query: Query,
-    asked: dict[str, object],
-    scores: Scores,
-    top_Qk: NDArray[np.int64],
-    nulls: int,
-    seed: int,
+    log: Reader, query: Query, asked: dict[str, object], top_Qk: NDArray[np.int64], nulls: int, seed: int
 ) -> Array:
-    """Share of chance questions whose best row scores at least as high, at equal norm of the questions: (Q, k).
+    """Share of chance questions whose best row is at least as well aligned, both sides at unit norm: (Q, k).
 
-    A chance question is a sum of all rows with Gaussian weights, so a draw from a Gaussian with the rows' own
-    covariance: it knows which directions are common, and has no more to do with one row than with another.
+    A chance question is a sum of all rows at unit norm with Gaussian weights: it knows which directions are common, and
+    has no more to do with one row than with another. At unit norm, since a few very large rows would be all of it.
     """
-    width, m = log.layout.gradient_width, log.manifest
+    sizes = {name: asked[name] for name in ("method", "damping", "damping_abs")}
+    own = torch.from_numpy(engine.self_influence(log, Curvature(**sizes), None)).double()  # type: ignore[arg-type]
     weights = torch.randn(nulls, len(log), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    weights *= torch.where(own > 0, own, torch.inf).rsqrt()
+    width, m = log.layout.gradient_width, log.manifest
     mixed = torch.zeros(nulls, width, dtype=torch.float64)
     for place, block in progress(log, "chance"):
         mixed += weights[:, place] @ block[:, :width].double()
     chance = Query(range(nulls))
-    chance.fill(combine(mixed) / len(log) ** 0.5, log.layout.layers, m.projection, m.seed, None)
-    best = engine.influence(log, chance, top=1, **asked).values[:, 0]  # type: ignore[arg-type]
-    seen = np.take_along_axis(scores.values, top_Qk, axis=1)
-    if asked["normalize"] != "unit":
-        sizes = {name: asked[name] for name in ("method", "damping", "damping_abs")}
-        curvature = Curvature(**sizes)  # type: ignore[arg-type]
-        norms = [engine.prepare(log, q, curvature, log.layout.layers, "unit").query_norms for q in (query, chance)]
-        own, other = (np.maximum(n.numpy(), 1e-300) for n in norms if n is not None)
-        seen, best = seen / own[:, None], best / other
+    chance.fill(combine(mixed), log.layout.layers, m.projection, m.seed, None)
+    best = engine.influence(log, chance, normalize="unit", top=1, **sizes).values[:, 0]  # type: ignore[arg-type]
+    aligned = engine.influence(log, query, normalize="unit", **sizes).values  # type: ignore[arg-type]
+    seen = np.take_along_axis(aligned, top_Qk, axis=1)
     return np.asarray((1 + (best >= seen[:, :, None]).sum(axis=2)) / (1 + nulls), dtype=np.float64)
