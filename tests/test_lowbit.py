@@ -325,3 +325,14 @@ def test_repeats_and_many_shards_become_few(tmp_path, exact, dtype):
         files[0] > files[1] == len({place * small.codec.row_bytes // log.codec.row_bytes for place in range(files[0])})
     )
     assert small.data_ids == log.data_ids and small.repeats == log.repeats and not small.verify()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_narrow_floats_are_widened_a_few_rows_at_a_time(tmp_path, monkeypatch, dtype):
+    log, query, _ = make_log(tmp_path / "run", n=80, dtype=dtype)
+    monkeypatch.setattr(products, "CHUNK", 1)
+    monkeypatch.setattr(products, "LEAST_ROWS", 28)  # seven rows
+    rows = log.gather(np.arange(80)).double().numpy()
+    found = log.influence(query, "dot", per_layer=True)
+    np.testing.assert_allclose(found.values, query.matrix.double().numpy() @ rows.T, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.by_layer.sum(0), found.values, rtol=1e-5, atol=1e-6)

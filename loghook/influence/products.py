@@ -26,7 +26,7 @@ class Products(Protocol):
     """Questions, ready to be multiplied with blocks of rows.
 
     Attributes:
-        stored: whether it takes blocks as they are stored, or decoded in the working dtype.
+        stored: whether it takes blocks as they are stored, or in the working dtype.
     """
 
     stored: bool
@@ -45,11 +45,12 @@ def products(reader: Reader, matrix: Tensor, chosen: Sequence[LayerSpec]) -> Pro
 class Floats:
     """One matrix product for each contiguous range of columns."""
 
-    stored = False
-
     def __init__(self, reader: Reader, matrix: Tensor, chosen: Sequence[LayerSpec]) -> None:
         """Find the ranges."""
-        self._matrix = matrix
+        self._matrix, self.stored = matrix, reader.codec.bits is None
+        # Narrow floats are widened here, always into the same memory: new memory for every block costs more.
+        rows = 0 if reader.dtype == matrix.dtype else max(LEAST_ROWS // 4, CHUNK // reader.codec.width)
+        self._wide = torch.empty(rows, reader.codec.width, dtype=matrix.dtype)
         self._runs: list[slice] = []
         for spec in chosen:
             part = reader.layout.kinds["gradients"][spec.name]
@@ -59,7 +60,13 @@ class Floats:
                 self._runs.append(part)
 
     def __call__(self, block: Tensor) -> Tensor:
-        """Return the inner products with decoded rows (n, width): (Q, n)."""
+        """Return the inner products with float rows (n, width): (Q, n)."""
+        if block.dtype == self._matrix.dtype:
+            return self._multiply(block)
+        parts = block.split(len(self._wide))
+        return torch.cat([self._multiply(self._wide[: len(part)].copy_(part)) for part in parts], 1)
+
+    def _multiply(self, block: Tensor) -> Tensor:
         scores = sum(self._matrix[:, run] @ block[:, run].T for run in self._runs)
         assert isinstance(scores, Tensor)
         return scores

@@ -39,7 +39,7 @@ class Diagonal:
 
     def __init__(self, basis: Eigenbasis, eigenvalues: Tensor, damping: float) -> None:
         """Take eigenvalues (k_out, k_in) and the damping that is added to them."""
-        self._basis, self.damping = basis, damping
+        self._basis = basis
         damped = eigenvalues + damping
         # A layer that never got a gradient has no curvature and no gradients either: it contributes nothing.
         self._inverse = torch.where(damped > 0, 1 / damped, torch.zeros_like(damped))

@@ -215,11 +215,11 @@ class Fit(Hooked):
         *,
         solver: str = "cg",
         iterations: int = 10,
-        damping: float = 0.1,
+        damping: float = 10.0,
         damping_abs: float | None = None,
         tolerance: float = 0.01,
-        step: float = 0.3,
-        momentum: float = 0.5,
+        step: float = 0.5,
+        momentum: float = 0.9,
     ) -> Query:
         """Solve ``(GGN + damping) u = g`` for each question, preconditioned with EK-FAC; then ``score(u)``.
 
@@ -231,26 +231,25 @@ class Fit(Hooked):
             loss: (outputs, batch) -> the batch's summed loss, convex in the outputs (cross-entropy, squared error).
             solver: "cg": conjugate gradients, exact products; "astra": stochastic steps.
             iterations: of the solver.
-            damping: times each layer's mean EK-FAC eigenvalue.
+            damping: added to GGN, times the mean EK-FAC eigenvalue over the parameters of *all* layers: one amount for
+                all of them, larger than EK-FAC's own. docs/methods.md has what was measured.
             damping_abs: the damping itself, instead.
             tolerance: "cg" stops once the mean of |residual| / |g| is below it.
-            step: of "astra", over EK-FAC's own step.
+            step: of "astra", over the largest stable one.
             momentum: of "astra".
 
         Returns:
             A query that holds u; ``query.direction`` says how it was made, residual included.
         """
-        curvature = Curvature(method="ekfac", damping=damping, damping_abs=damping_abs)
-        g = query.matrix
         self._require_whole(query)
-        solvers = self.solvers(curvature)
-        amounts = torch.zeros(g.shape[1], dtype=g.dtype)
-        for name, one in solvers.items():
-            amounts[self._layout.kinds["gradients"][name]] = one.damping if isinstance(one, Diagonal) else 1.0
+        eigenvalues = self._require_store().eigenvalues().values()
+        mean = sum(float(v.double().sum()) for v in eigenvalues) / sum(v.numel() for v in eigenvalues)
+        amount = Curvature(method="ekfac", damping=damping, damping_abs=damping_abs).amount(mean)
+        solvers = self.solvers(Curvature(method="ekfac", damping_abs=amount))
         matrix = GaussNewton(self._layers, self._layout, listed(batches), outputs, loss)
         u, residuals = solve(
-            Damped(matrix, amounts, solvers), g, solver=solver, iterations=iterations, tolerance=tolerance, step=step,
-            momentum=momentum,
+            Damped(matrix, amount, solvers), query.matrix, solver=solver, iterations=iterations, tolerance=tolerance,
+            step=step, momentum=momentum,
         )  # fmt: skip
         return query.with_rows(u, f"{solver}, {len(residuals) - 1} iterations, residual {residuals[-1]:.2g}")
 

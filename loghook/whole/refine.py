@@ -25,6 +25,7 @@ from loghook.log.format import Layout
 Outputs = Callable[[Any], Tensor]
 OutputLoss = Callable[[Tensor, Any], Tensor]
 SOLVERS = ("cg", "astra")
+POWER_BATCHES, POWER_STEPS = 10, 4
 
 
 @dataclass
@@ -115,10 +116,10 @@ class GaussNewton:
 
 @dataclass(frozen=True)
 class Damped:
-    """GGN + damping, each layer with its own, and EK-FAC's inverse of the same as preconditioner."""
+    """GGN + damping, and EK-FAC's inverse of the same as preconditioner."""
 
     matrix: GaussNewton
-    damping: Tensor  # (width,)
+    damping: float
     solvers: dict[str, Solver]
 
     def times(self, u: Tensor, batches: Sequence[Any] | None = None) -> Tensor:
@@ -161,18 +162,26 @@ def conjugate_gradients(system: Damped, g: Tensor, iterations: int, tolerance: f
 
 
 def stochastic(system: Damped, g: Tensor, iterations: int, step: float, momentum: float) -> tuple[Tensor, list[float]]:
-    """ASTRA: ``u <- u + step * P (g - (GGN_batch + damping) u)`` with momentum, a batch at each step.
+    """ASTRA: ``u <- u + step / l * P (g - (GGN_batch + damping) u)`` with momentum, a batch at each step.
 
-    Starts from EK-FAC's own answer; the step falls linearly to zero over the last half.
+    l is the largest eigenvalue of the preconditioned matrix, by power iteration over batches: EK-FAC leaves some
+    directions many times too small, in which plain steps diverge. Starts from EK-FAC's own answer; the step falls
+    linearly to zero over the last half.
     """
+    batches, largest = system.matrix.batches, 1.0
+    start = torch.randn(1, g.shape[1], generator=torch.Generator().manual_seed(0)).to(g.dtype)
+    for batch in batches[:POWER_BATCHES]:
+        v = start
+        for _ in range(POWER_STEPS):
+            v = system.precondition(system.times(v / v.norm(), [batch]))
+        largest = max(largest, float(v.norm()))
     u = system.precondition(g)
     velocity, residuals = torch.zeros_like(u), []
-    batches = system.matrix.batches
     for i in tqdm(range(iterations), "refining", unit=" steps", delay=2, leave=False, disable=None):
         r = g - system.times(u, [batches[i % len(batches)]])
         residuals.append(float((r.norm(dim=1) / _safe(g.norm(dim=1))).mean()))
         velocity = momentum * velocity + system.precondition(r)
-        u = u + step * min(1.0, 2 * (1 - i / iterations)) * velocity
+        u = u + step / largest * min(1.0, 2 * (1 - i / iterations)) * velocity
     return u, residuals
 
 

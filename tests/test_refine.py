@@ -1,0 +1,173 @@
+"""Gauss-Newton products, solvers and re-ranking against dense matrices."""
+
+import tempfile
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+import loghook
+from loghook.errors import ConfigError, MismatchError
+from loghook.whole.refine import GaussNewton
+from tests.test_fitted import quietly
+
+
+def make():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 6), nn.Tanh(), nn.Linear(6, 4, bias=False), nn.Tanh(), nn.Linear(4, 3)).double()
+
+
+def data(n=24, tokens=2):
+    torch.manual_seed(1)
+    return torch.randn(n, tokens, 5, dtype=torch.float64), torch.randint(3, (n, tokens))
+
+
+def outputs_of(model):
+    return lambda batch: model(batch[0])
+
+
+def loss_of(outputs, batch):
+    return F.cross_entropy(outputs.flatten(0, 1), batch[1].flatten(), reduction="sum")
+
+
+def dense_gauss_newton(model, x):
+    """Mean over samples of J^T H J, in the columns of a whole-gradient row, one output at a time."""
+    total = 0
+    for sample in x:
+        for token in sample:
+            y = model(token)
+            rows = []
+            for one in y:
+                parts = []
+                for layer in model:
+                    if isinstance(layer, nn.Linear):
+                        w = torch.autograd.grad(one, layer.weight, retain_graph=True)[0]
+                        b = [] if layer.bias is None else [torch.autograd.grad(one, layer.bias, retain_graph=True)[0]]
+                        parts.append(torch.cat([w, *(t[:, None] for t in b)], 1).flatten())
+                rows.append(torch.cat(parts))
+            J, p = torch.stack(rows), y.detach().softmax(0)
+            total = total + J.T @ (torch.diag(p) - torch.outer(p, p)) @ J
+    return total / len(x)
+
+
+def fitted(model, x, y):
+    fit = loghook.fit(tempfile.mkdtemp(), fisher="true")
+    quietly(fit, model)
+    for current in fit.passes():
+        with fit(data_id=list(range(len(x)))):
+            logits = model(x)
+            loss_of(logits, (x, current.labels(logits, y))).backward()
+    with fit.query(data_id=["a", "b"]) as query:
+        loss_of(model(x[:2]), (x[:2], y[:2])).backward()
+    return fit, query
+
+
+def test_products_are_those_of_the_dense_matrix():
+    model, (x, y) = make(), data()
+    fit, query = fitted(model, x, y)
+    batches = [(x[:10], y[:10]), (x[10:], y[10:])]
+    for p in model.parameters():
+        p.requires_grad_(False)
+    matrix = GaussNewton(fit._layers, fit._layout, batches, outputs_of(model), loss_of)
+    torch.manual_seed(2)
+    vectors = torch.randn(3, query.matrix.shape[1], dtype=torch.float64)
+    found = matrix.times(vectors)
+    assert not any(p.requires_grad for p in model.parameters())
+    for p in model.parameters():
+        p.requires_grad_(True)
+    expected = vectors @ dense_gauss_newton(model, x)
+    assert torch.allclose(found, expected, atol=1e-10)
+    assert torch.allclose(matrix.times(vectors, batches[:1]), vectors @ dense_gauss_newton(model, x[:10]), atol=1e-10)
+
+
+def test_convolutions_too():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 2)).double()
+    x = torch.randn(4, 1, 3, 3, dtype=torch.float64)
+    fit = loghook.fit(tempfile.mkdtemp())
+    quietly(fit, model)
+    matrix = GaussNewton(fit._layers, fit._layout, [x], model, lambda o, _: o.square().sum() / 2)
+    torch.manual_seed(2)
+    vector = torch.randn(1, 2 * 5 + 2 * 9, dtype=torch.float64)
+    J = []  # the loss's own second derivative is the identity
+    for sample in x:
+        for one in model(sample[None])[0]:
+            w1, b1, w2, b2 = torch.autograd.grad(one, list(model.parameters()), retain_graph=True)
+            rows = (torch.cat([w1.flatten(1), b1[:, None]], 1), torch.cat([w2, b2[:, None]], 1))
+            J.append(torch.cat([r.flatten() for r in rows]))
+    J = torch.stack(J)
+    assert torch.allclose(matrix.times(vector), vector @ J.T @ J / len(x), atol=1e-10)
+
+
+@pytest.mark.parametrize(("solver", "iterations"), [("cg", 200), ("astra", 4000)])
+def test_refined_questions_solve_the_damped_system(solver, iterations):
+    model, (x, y) = make(), data()
+    fit, query = fitted(model, x, y)
+    batches = [(x, y)] if solver == "cg" else [(x[::2], y[::2]), (x[1::2], y[1::2])]
+    u = fit.refine(
+        query, batches, outputs_of(model), loss_of, solver=solver, iterations=iterations, damping_abs=0.05,
+        tolerance=1e-9,
+    )  # fmt: skip
+    matrix = dense_gauss_newton(model, x)
+    expected = torch.linalg.solve(matrix + 0.05 * torch.eye(len(matrix)), query.matrix.T).T
+    assert (u.matrix - expected).norm() / expected.norm() < (1e-6 if solver == "cg" else 2e-2)
+    assert u.direction.startswith(solver)
+    scoring = fit.score(u)
+    with scoring(data_id=list(range(len(x)))):
+        loss_of(model(x), (x, y)).backward()
+    with fit.query(data_id=list(range(len(x)))) as rows:
+        loss_of(model(x), (x, y)).backward()
+    scores = scoring.scores()
+    assert np.allclose(scores.values, (u.matrix @ rows.matrix.T).numpy(), rtol=1e-4, atol=1e-5)
+    assert u.direction in scores.method
+    with pytest.raises(ConfigError, match="preconditioned already"):
+        fit.score(u, method="ekfac")
+
+
+def test_saved_directions_say_what_they_are(tmp_path):
+    model, (x, y) = make(), data()
+    fit, query = fitted(model, x, y)
+    u = fit.refine(query, [(x, y)], outputs_of(model), loss_of, iterations=2)
+    u.save(tmp_path / "u")
+    again = loghook.Query.load(tmp_path / "u")
+    assert again.direction == u.direction and torch.equal(again.matrix, u.matrix)
+    with pytest.raises(MismatchError, match="preconditioned"):
+        u + query
+    with pytest.raises(ConfigError, match="solver"):
+        fit.refine(query, [(x, y)], outputs_of(model), loss_of, solver="newton")
+    with pytest.raises(ConfigError, match="no batches"):
+        fit.refine(query, [], outputs_of(model), loss_of)
+
+
+def test_reranking_gives_the_order_of_whole_gradients():
+    model, (x, y) = make(), data(60)
+    fit, query = fitted(model, x, y)
+    run = loghook.init(tempfile.mkdtemp(), rank=2)
+    quietly(run, model)
+    with run(data_id=[f"s{i}" for i in range(60)]):
+        loss_of(model(x), (x, y)).backward()
+    with run.query(data_id=["a", "b"]) as small:
+        loss_of(model(x[:2]), (x[:2], y[:2])).backward()
+    run.finalize()
+    rough = loghook.load(run.path).influence(small)
+    asked = []
+
+    def batches(ids):
+        asked.extend(ids)
+        index = torch.tensor([int(i[1:]) for i in ids])
+        for part in index.split(16):
+            yield [f"s{i}" for i in part.tolist()], (x[part], y[part])
+
+    better = fit.rerank(rough, query, batches, lambda b: loss_of(model(b[0]), b), top=30)
+    scoring = fit.score(query)
+    with scoring(data_id=[f"s{i}" for i in range(60)]):
+        loss_of(model(x), (x, y)).backward()
+    exact = scoring.scores()
+    assert len(asked) == len(set(asked)) <= 60
+    for q in range(2):
+        candidates = {record.data_id for record in rough.top(30)[q]}
+        expected = [r for r in exact.top(60)[q] if r.data_id in candidates]
+        assert [r.data_id for r in better.top(30)[q]] == [r.data_id for r in expected]
+        assert np.allclose([r.score for r in better.top(30)[q]], [r.score for r in expected], rtol=1e-4)
