@@ -21,7 +21,7 @@ SHAPES = {  # training samples, queries, at least so many halves
     "digits_mlp": (1200, 200, 100),
     "facts": (998, 60, 0),
     "labels": (1200, 50, 0),
-    "text": (1200, 50, 30),
+    "text": (1200, 50, 60),
 }
 
 
