@@ -10,7 +10,6 @@ import dataclasses
 import json
 import sys
 import tempfile
-import time
 import warnings
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -105,7 +104,7 @@ class Task:
     def model(self, seed: int = FIRST_SEED, folder: Path | None = None) -> nn.Module:
         """A model trained on all samples, kept in a folder for the next time."""
         folder = folder or Path(tempfile.gettempdir()) / "loghook-truths"
-        digest = zlib.crc32(json.dumps([self.about.get("recipe"), torch.__version__]).encode())
+        digest = zlib.crc32(json.dumps([self.about, torch.__version__]).encode())
         file = folder / f"{self.name}-{digest:08x}-{seed}.safetensors"
         if file.exists():
             model = self.build()
@@ -151,7 +150,6 @@ def measure(
     """Retrain on random halves: the task with its truth. The folder keeps what is done, if this is interrupted."""
     from digits import ceiling
 
-    start = time.perf_counter()
     members = random_subsets(task.n_train, halves, 0.5, seed=0)
     measured_mSQ = retrain(train, members, range(seeds), folder, workers=workers, recipe=recipe)
     about = {
@@ -159,7 +157,6 @@ def measure(
         "halves": halves,
         "seeds": seeds,
         "ceiling": ceiling(measured_mSQ.transpose(1, 0, 2)),
-        "seconds": round(time.perf_counter() - start, 1),
         "query_loss": float(query_losses(task, task.fit(everything(task), FIRST_SEED)).mean()),
         "torch": torch.__version__,
     }

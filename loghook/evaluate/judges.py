@@ -56,11 +56,8 @@ def loss_difference(full: ArrayLike, removed: ArrayLike, random: ArrayLike) -> L
     Raises:
         ConfigError: shapes that do not fit, or values that are not finite.
     """
-    full_Q, removed_Q, random_RQ = (
-        _floats("full", full, 1),
-        _floats("removed", removed, 1),
-        _floats("random", random, 2),
-    )
+    full_Q, removed_Q = _floats("full", full, 1), _floats("removed", removed, 1)
+    random_RQ = _floats("random", random, 2)
     if not full_Q.shape == removed_Q.shape == random_RQ.shape[1:]:
         raise ConfigError(
             f"full {full_Q.shape}, removed {removed_Q.shape}, random {random_RQ.shape} do not fit: pass (queries,), "
