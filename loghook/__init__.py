@@ -15,13 +15,14 @@ from loghook.influence.scores import Record, Scores
 from loghook.log.query import Query
 from loghook.whole.fit import Fit
 from loghook.whole.scoring import Scoring
+from loghook.whole.tune import Candidate, Tuned, tune
 
 __version__ = "0.1.0"
 __all__ = [
     # logging
     "init", "Run", "Pass", "frozen", "segments", "check", "CheckReport",
     # whole gradients
-    "fit", "Fit", "Scoring",
+    "fit", "Fit", "Scoring", "tune", "Tuned", "Candidate",
     # asking
     "load", "Log", "Query", "Scores", "Record",
     # extending

@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
@@ -26,7 +27,7 @@ def init(
     rank: int = 64,
     *,
     projection: str = "random",
-    whitening: float = 0.01,
+    whitening: float = 0.1,
     fitted: str | Path | None = None,
     seed: int = 0,
     dtype: str = "float32",
@@ -35,6 +36,7 @@ def init(
     on_repeat: str | None = None,
     shard_bytes: int = 256 * 2**20,
     commit_seconds: float = 30.0,
+    fidelity: dict[str, Any] | None = None,
 ) -> Run:
     """Open a run that logs.
 
@@ -54,6 +56,7 @@ def init(
             "error" raises. By default "first" inside ``passes()`` and "all" outside, where steps tell rows apart.
         shard_bytes: size of a shard file, about.
         commit_seconds: at least how often rows are committed.
+        fidelity: what ``loghook.tune`` measured of this choice; kept with the log and shown with its scores.
 
     Raises:
         ConfigError: an argument that cannot work.
@@ -70,6 +73,7 @@ def init(
         on_repeat=on_repeat,
         shard_bytes=shard_bytes,
         commit_seconds=commit_seconds,
+        fidelity=fidelity,
     )
     if dtype == "int1" and projection != "whitened":
         warnings.warn(

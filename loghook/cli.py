@@ -86,6 +86,7 @@ def info(
         "not_in_statistics": log.unmeasured,
         "asleep": log.asleep,
         "parameters": m.parameters,
+        "fidelity": m.fidelity,
         "unfinished_records": log.torn,
         "fingerprint": log.fingerprint,
         "provenance": m.provenance,
@@ -97,6 +98,8 @@ def info(
     typer.echo(f"{log.path}: {len(log):,} rows, {state}, {facts['bytes'] / 1e6:,.1f} MB on disk")
     kind = "whole gradients" if m.projection == "none" else f"{m.projection} projection, rank {m.rank}, seed {m.seed}"
     typer.echo(f"  {log.layout.width:,} values a row in {m.dtype}; {kind}")
+    if m.fidelity is not None:
+        typer.echo(f"  fidelity {m.fidelity['pearson']:.3f} to {m.fidelity['reference']}, as tuned")
     if not len(log):
         typer.echo("  nothing is committed yet")
     typer.echo(

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from loghook.errors import ConfigError
 from loghook.log.codec import DTYPES
@@ -16,15 +17,16 @@ class Config:
     """What ``loghook.init`` was given, checked at birth."""
 
     path: Path
-    rank: int
-    projection: str
-    whitening: float
-    fitted: Path | None
-    seed: int
-    dtype: str
-    on_repeat: str | None
-    shard_bytes: int
-    commit_seconds: float
+    rank: int = 64
+    projection: str = "random"
+    whitening: float = 0.1
+    fitted: Path | None = None
+    seed: int = 0
+    dtype: str = "float32"
+    on_repeat: str | None = None
+    shard_bytes: int = 256 * 2**20
+    commit_seconds: float = 30.0
+    fidelity: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:

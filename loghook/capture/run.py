@@ -405,6 +405,7 @@ class Run(Hooked):
                 provenance=provenance(),
                 parameters={"first": self.digest()},
                 fitted=self._fitted,
+                fidelity=self._config.fidelity,
             )
         if self._manifest is not None:
             check_same(self._manifest, manifest)

@@ -82,7 +82,19 @@ def influence(
         damping_abs=None if method in ("dot", "cosine") else damping_abs,
         fingerprint=reader.fingerprint,
         log=str(reader.path),
+        fidelity=_fidelity(reader, method, damping, damping_abs, normalize) if layers is None else None,
     )
+
+
+def _fidelity(
+    reader: Reader, method: str, damping: float, damping_abs: float | None, normalize: str | None
+) -> float | None:
+    """What was measured of this scoring, if it was just this one that was measured."""
+    tuned = reader.manifest.fidelity
+    if tuned is None or damping_abs is not None or normalize is not None:
+        return None
+    scoring = {"damping": damping} | tuned["scoring"]
+    return float(tuned["pearson"]) if scoring == {"method": method, "damping": damping} else None
 
 
 def self_influence(reader: Reader, curvature: Curvature, layers: Sequence[str] | None) -> np.ndarray:

@@ -64,18 +64,18 @@ def compare(source: Reader, compressed: Reader, *, queries: int, seed: int) -> F
     """Ask both logs the same rows of the source: with "dot", and with "ekfac" where there are statistics."""
     places = np.sort(np.random.default_rng(seed).choice(len(source), min(queries, len(source)), replace=False))
     query, m = Query([str(place) for place in places]), source.manifest
-    query.fill(source.gather(places).to(working_dtype(source)), m.layers, m.projection, m.seed, None)
+    query.fill(source.gather(places).to(working_dtype(source)), m.layers, m.projection, m.seed, None, m.fitted)
     methods = ("dot", "ekfac") if _has_statistics(source) else ("dot",)
     logs = (source, compressed)
     for reader in logs:
         _ask(reader, query, "dot")  # verifies checksums
-    speeds, pearson, top10 = {}, {}, {}
+    speeds, kept, top10 = {}, {}, {}
     for method in methods:
         (a, slow), (b, fast) = (_ask(reader, query, method) for reader in logs)
         speeds[method] = (len(source) / slow, len(source) / fast)
         # A row's own score is large and always found again: it would only flatter.
         pairs = [(np.delete(x, i), np.delete(y, i)) for x, y, i in zip(a, b, places, strict=True)]
-        pearson[method] = float(np.mean([_pearson(x, y) for x, y in pairs]))
+        kept[method] = float(np.mean([pearson(x, y) for x, y in pairs]))
         top10[method] = float(np.mean([_overlap(x, y) for x, y in pairs]))
     return Fidelity(
         dtype=(source.manifest.dtype, compressed.manifest.dtype),
@@ -83,7 +83,7 @@ def compare(source: Reader, compressed: Reader, *, queries: int, seed: int) -> F
         queries=len(places),
         bytes_per_sample=(source.codec.row_bytes, compressed.codec.row_bytes),
         rows_per_second=speeds["dot"],
-        pearson=pearson,
+        pearson=kept,
         top10=top10,
     )
 
@@ -105,7 +105,7 @@ def _ask(reader: Reader, query: Query, method: str) -> tuple[np.ndarray, float]:
     return scores.values, time.perf_counter() - start
 
 
-def _pearson(a: np.ndarray, b: np.ndarray) -> float:
+def pearson(a: np.ndarray, b: np.ndarray) -> float:
     """Correlation; 1 for equal scores and else 0 where one side is constant."""
     a, b = a.astype(np.float64) - a.mean(dtype=np.float64), b.astype(np.float64) - b.mean(dtype=np.float64)
     scale = np.linalg.norm(a) * np.linalg.norm(b)

@@ -51,6 +51,7 @@ class Scores:
         fingerprint: of the log and the query.
         log: where the log was.
         weights: None, or what each of the combined scores was multiplied by.
+        fidelity: None, or the correlation with whole EK-FAC that ``loghook.tune`` measured for just this scoring.
     """
 
     values: np.ndarray
@@ -66,6 +67,7 @@ class Scores:
     fingerprint: str
     log: str
     weights: tuple[float, ...] | None = None
+    fidelity: float | None = None
 
     @property
     def sign(self) -> str:
@@ -200,7 +202,7 @@ class Scores:
             with safetensors.safe_open(path, framework="np") as file:
                 header: dict[str, Any] = json.loads(file.metadata()["loghook_scores"])
                 tensors = {key: file.get_tensor(key) if key in file.keys() else None for key in _ARRAYS}  # noqa: SIM118
-            header.setdefault("weights", None)  # files from before scores could be combined
+            header = {"weights": None, "fidelity": None} | header  # files from before there were these
             if set(header) != set(_HEADER):
                 raise ValueError(f"its header has {sorted(header)}")
         except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
@@ -212,7 +214,8 @@ class Scores:
         """Say what was scored, and how."""
         kind = self.method + (f" ({self.normalize})" if self.normalize else "")
         size = f"{self.values.shape[0]} queries x {len(self.data_ids)} rows"
-        return f"Scores({size}, {kind}, damping={self.damping or self.damping_abs}, log={self.log!r})"
+        tuned = "" if self.fidelity is None else f"fidelity={self.fidelity}, "
+        return f"Scores({size}, {kind}, damping={self.damping or self.damping_abs}, {tuned}log={self.log!r})"
 
     def _all_places(self) -> np.ndarray:
         return (
@@ -256,5 +259,5 @@ def _joined(scores: Sequence[Scores], key: str) -> str:
 _ARRAYS = ("values", "places", "by_layer")
 _HEADER = (
     "query_ids", "data_ids", "layers", "method", "normalize", "damping", "damping_abs", "fingerprint", "log",
-    "weights",
+    "weights", "fidelity",
 )  # fmt: skip

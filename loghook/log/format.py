@@ -163,6 +163,7 @@ class Manifest:
         provenance: versions, time and machine, for people; nothing depends on it.
         parameters: digests of sampled parameter values at the first block and at ``finalize``.
         fitted: None, or the checksum of ``projection.safetensors``, which holds a fitted projection.
+        fidelity: None, or what ``loghook.tune`` measured: {"pearson", "reference", "samples", "queries", "scoring"}.
         sealed: None while a run goes on; then {"rows", "digest"} over all commit logs.
         version: the format's version.
     """
@@ -184,6 +185,7 @@ class Manifest:
     parameters: dict[str, str | None] = field(default_factory=dict)
     sealed: dict[str, Any] | None = None
     fitted: str | None = None
+    fidelity: dict[str, Any] | None = None
     version: int = VERSION
 
     @property
@@ -203,8 +205,9 @@ class Manifest:
     def encode(self) -> bytes:
         """Return the bytes of ``loghook.json``."""
         body = {"format": "loghook", "fingerprint": self.fingerprint} | dataclasses.asdict(self)
-        if self.fitted is None:  # as in files that were written before there were fitted projections
-            del body["fitted"]
+        for key in ("fitted", "fidelity"):  # as in files that were written before there were these fields
+            if body[key] is None:
+                del body[key]
         body["checksum"] = checksum(canonical_json(body))
         return json.dumps(body, indent=1).encode()
 

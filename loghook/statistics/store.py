@@ -84,10 +84,13 @@ class FactorStore:
         return f"{kind}.safetensors" in self.files
 
     def commit(self, kind: str, tensors: Mapping[str, Tensor], samples: int) -> None:
-        """Write what a pass found; it counts once ``factors.json`` names it."""
+        """Write what a pass found; it counts once ``factors.json`` names it. A tensor that comes twice is kept once."""
         file = self.path / f"{kind}.safetensors"
         temporary = file.with_suffix(".tmp")
-        safetensors.torch.save_file({k: v.contiguous() for k, v in tensors.items()}, temporary)
+        owners: dict[int, str] = {}
+        same = {name: owners.setdefault(id(tensor), name) for name, tensor in tensors.items()}
+        kept = {name: tensor.contiguous() for name, tensor in tensors.items() if same[name] == name}
+        safetensors.torch.save_file(kept, temporary, {"loghook_same": json.dumps(same)})
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, file)
@@ -114,11 +117,20 @@ class FactorStore:
         """Eigendecompositions of each layer's (input, output) second moments."""
         found = {}
         with safetensors.safe_open(os.fspath(self.check("covariance")), framework="pt") as file:
+            same = json.loads(file.metadata()["loghook_same"])
+            kept: dict[str, Tensor] = {}
+
+            def take(name: str) -> Tensor:
+                owner = same[name]
+                if owner not in kept:
+                    kept[owner] = file.get_tensor(owner).double()
+                return kept[owner]
+
             for spec in self.layers:
                 pair = []
                 for side in ("in", "out"):
-                    values = file.get_tensor(f"{spec.name}/{side}")
-                    parts = [file.get_tensor(f"{spec.name}/{side}/{i}").double() for i in range(len(cut(len(values))))]
+                    values = take(f"{spec.name}/{side}")
+                    parts = [take(f"{spec.name}/{side}/{i}") for i in range(len(cut(len(values))))]
                     pair.append(Factor(values, parts))
                 found[spec.name] = (pair[0], pair[1])
         return found
@@ -129,13 +141,14 @@ class FactorStore:
 
 
 def pack_factors(factors: Mapping[str, tuple[Factor, Factor]]) -> dict[str, Tensor]:
-    """Lay out factors for ``commit``: values in float64, vectors in float32."""
+    """Lay out factors for ``commit``: values in float64, vectors in float32, shared ones once."""
     tensors = {}
+    narrow: dict[int, Tensor] = {}
     for name, pair in factors.items():
         for side, factor in zip(("in", "out"), pair, strict=True):
             tensors[f"{name}/{side}"] = factor.values
             for i, vectors in enumerate(factor.vectors):
-                tensors[f"{name}/{side}/{i}"] = vectors.float()
+                tensors[f"{name}/{side}/{i}"] = narrow.setdefault(id(vectors), vectors.float())
     return tensors
 
 

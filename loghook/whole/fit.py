@@ -58,6 +58,7 @@ class Fit(Hooked):
         self._job: Job = Covariance()
         self._sums, self._repeats = Sums(), Repeats()
         self._solvers: dict[Curvature, dict[str, Solver]] = {}
+        self.watched: dict[str, Any] = {}  # the arguments of watch(), for other runs that shall see the same layers
 
     def watch(
         self,
@@ -85,12 +86,28 @@ class Fit(Hooked):
             output_gradients=None,
         )
         coverage = self._hook(model, arguments)
+        self.watched = {
+            "include": include, "exclude": exclude, "bias": bias, "may_sleep": may_sleep, "flattened": flattened,
+            "batch_dim": batch_dim,
+        }  # fmt: skip
         specs = tuple(layer.spec for layer in self._layers)
         if self._store is None:
             self._store = FactorStore(path=self.path, layers=specs, fisher=self.fisher)
         self._store.check_same(specs, self.fisher)
         if process_rank() == 0:
             print(describe_coverage(len(self.layers), coverage))
+
+    @property
+    def model(self) -> nn.Module:
+        """The watched model.
+
+        Raises:
+            StateError: if none is, or if it is gone.
+        """
+        model = self._models[0]() if self._models else None
+        if model is None:
+            raise StateError("no model is watched, or nobody holds it any more: call watch(model) and keep the model.")
+        return model
 
     def passes(self) -> Iterator[Pass]:
         """Yield the passes over the data that are not done yet: "covariance", then "eigenvalues".

@@ -1,0 +1,258 @@
+"""All methods on the shipped ground truths, beside controls and peers: LDS, time, memory, bytes a sample.
+
+    python benchmarks/leaderboard.py --task text --models 2 --peers --save
+
+Every method sees the gradients of the same models, trained on all samples with seeds that the truth does not use. LDS
+is the mean over queries, and over models where there are several; the interval is a bootstrap over queries. Seconds
+are for one model, all stages, one thread; bytes are what is kept for each sample. Peers run in an environment of their
+own (`make peers`) on the same weights and samples; where one cannot run a task, the table says why.
+
+Shapes: N training samples, Q queries.
+"""
+
+import argparse
+import contextlib
+import importlib
+import io
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from _common import RESULTS, machine
+from torch import nn
+
+import loghook
+from loghook.evaluate import controls
+from loghook.evaluate.lds import interval, lds
+
+sys.path.append(str(Path(__file__).parent / "truths"))
+TASKS = ("digits_mlp", "digits_cnn", "text", "labels", "facts")
+Scored = tuple[str, np.ndarray, float, float]  # method, scores (Q, N), seconds, bytes a sample
+
+
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def walk(task: Any, model: nn.Module, run: Any, current: loghook.Pass | None = None, size: int = 100) -> None:
+    """One pass of a run (or a scoring) over the training samples."""
+    for ids in torch.arange(task.n_train).split(size):
+        (batch,) = task.batches("train", ids.tolist(), size)
+        with run(data_id=ids, **({"mask": batch["mask"]} if "mask" in batch else {})):
+            outputs = task.outputs(model, batch)
+            if current is not None and current.fisher == "true":
+                batch = drawn(task, current, outputs, batch)
+            task.loss_from_outputs(outputs, batch).backward()
+
+
+def drawn(task: Any, current: loghook.Pass, outputs: torch.Tensor, batch: dict[str, Any]) -> dict[str, Any]:
+    """The batch with labels drawn from the model."""
+    if "targets" not in batch:
+        return batch | {"y": current.labels(outputs, batch["y"])}
+    targets = batch["targets"].clone()
+    targets[:, 1:] = current.labels(outputs[:, :-1], targets[:, 1:])
+    return batch | {"targets": targets}
+
+
+def ask(task: Any, model: nn.Module, run: Any) -> loghook.Query:
+    """All queries of a task."""
+    parts, start = [], 0
+    for batch in task.batches("query", None, 50):
+        size = len(next(iter(batch.values())))
+        with run.query(data_id=list(range(start, start + size))) as query:
+            task.loss(model, batch).backward()
+        parts.append(query)
+        start += size
+    return loghook.Query.concat(parts)
+
+
+class Whole:
+    """Factors of whole gradients of one model, and scoring passes with them."""
+
+    def __init__(self, task: Any, model: nn.Module, fisher: str, folder: str) -> None:
+        self.task, self.model, start = task, model, time.perf_counter()
+        self.fit = loghook.fit(folder, fisher=fisher, overwrite=True)
+        with silent(), loghook.frozen(model):
+            self.fit.watch(model)
+            for current in self.fit.passes():
+                walk(task, model, self.fit, current)
+            self.query = ask(task, model, self.fit)
+        self.seconds = time.perf_counter() - start
+
+    def score(self, query: loghook.Query | None = None, **options: Any) -> tuple[np.ndarray, float]:
+        start = time.perf_counter()
+        scoring = self.fit.score(query or self.query, **options)
+        with loghook.frozen(self.model):
+            walk(self.task, self.model, scoring)
+        return scoring.scores().values, time.perf_counter() - start
+
+    def refine(self, samples: int = 600, **options: Any) -> loghook.Query:
+        task = self.task
+        chosen = np.random.default_rng(0).permutation(task.n_train)[:samples]
+        batches = list(task.batches("train", chosen.tolist(), 200))
+        return self.fit.refine(
+            self.query, batches, lambda b: task.outputs(self.model, b), task.loss_from_outputs, **options
+        )
+
+
+def logged(task: Any, model: nn.Module, folder: str, **options: Any) -> tuple[loghook.Log, loghook.Query, float]:
+    """Log the training samples and ask the queries."""
+    start = time.perf_counter()
+    run = loghook.init(folder, overwrite=True, **options)
+    with silent(), loghook.frozen(model):
+        run.watch(model)
+        for current in run.passes():
+            walk(task, model, run, current)
+        run.finalize()
+        query = ask(task, model, run)
+    run.close()
+    return loghook.load(folder), query, time.perf_counter() - start
+
+
+ROWS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    f"{kind} {rank}{' ' + dtype if dtype != 'float32' else ''}": (
+        {"projection": kind.split()[0], "rank": rank, "dtype": dtype}
+        | ({"whitening": float(kind.split()[1])} if " " in kind else {}),
+        methods,
+    )
+    for kind, ranks, dtypes, methods in (
+        (
+            "random",
+            (16, 32, 64),
+            ("float32",),
+            [{"method": "dot"}, {"method": "cosine"}, {"method": "ekfac"}, {"method": "ekfac", "damping": 0.01},
+             {"method": "fisher"}],
+        ),
+        (
+            "pca",
+            (16, 32, 64),
+            ("float32",),
+            [{"method": "ekfac"}, {"method": "ekfac", "damping": 0.01}, {"method": "fisher"}],
+        ),
+        ("whitened 0.01", (32, 64), ("float32", "int1"), [{"method": "dot"}, {"method": "ekfac"}]),
+        ("whitened 0.1", (16, 32, 64), ("float32", "int8", "int1"), [{"method": "dot"}, {"method": "ekfac"}]),
+        ("whitened 1", (32, 64), ("float32",), [{"method": "dot"}, {"method": "ekfac"}]),
+    )
+    for rank in ranks
+    for dtype in dtypes
+}  # fmt: skip
+
+
+def rows(task: Any, model: nn.Module, folder: str, names: Iterable[str]) -> Iterator[Scored]:
+    for name in names:
+        options, methods = ROWS[name]
+        log, query, seconds = logged(task, model, folder, **options)
+        for method in methods:
+            start = time.perf_counter()
+            values = log.influence(query, **method).values
+            label = method["method"] + (f" {method['damping']:g}" if "damping" in method else "")
+            yield f"{name}, {label}", values, seconds + time.perf_counter() - start, log.codec.row_bytes
+
+
+def whole(task: Any, model: nn.Module, folder: str, refine: bool) -> Iterator[Scored]:
+    for fisher in ("empirical", "true"):
+        one = Whole(task, model, fisher, folder)
+        for options in (
+            {"method": "dot"}, {"method": "kfac"}, {"damping": 0.01}, {"damping": 0.1}, {"damping": 1.0}, {"rank": 16},
+        ):  # fmt: skip
+            if fisher == "true" and options == {"method": "dot"}:
+                continue
+            values, seconds = one.score(**options)
+            label = " ".join(f"{key} {value}" for key, value in ({"method": "ekfac"} | options).items())
+            yield f"whole, {fisher} Fisher, {label.replace('method ', '')}", values, one.seconds + seconds, 0
+        if refine and fisher == "true":
+            start = time.perf_counter()
+            u = one.refine(samples=task.n_train, iterations=12)
+            made = time.perf_counter() - start
+            values, seconds = one.score(u)
+            yield "whole, refined (cg, 12 iterations)", values, one.seconds + made + seconds, 0
+
+
+def unlearned(task: Any, model: nn.Module, seed: int) -> Iterator[Scored]:
+    yield "control: random", controls.random(task.n_query, task.n_train, seed), 0, 0
+    yield (
+        "control: representations",
+        controls.cosine(task.representations(model, "query"), task.representations(model, "train")),
+        0,
+        0,
+    )
+    if task.labels is not None:
+        yield "control: same label", controls.same_label(task.labels[1], task.labels[0]), 0, 0
+    if task.texts is not None:
+        yield "control: BM25", controls.bm25(task.texts[1], task.texts[0]), 0, 0
+
+
+def judge(task: Any, by_method: dict[str, list[Scored]]) -> list[dict[str, Any]]:
+    table = []
+    for name, found in by_method.items():
+        each = [lds(values, task.members, task.losses, resamples=1).per_query for _, values, _, _ in found]
+        low, high = interval(np.mean(each, 0))
+        table.append(
+            {
+                "method": name,
+                "lds": float(np.mean(each)),
+                "low": low,
+                "high": high,
+                "models": [float(one.mean()) for one in each],
+                "seconds": float(np.median([s for *_, s, _ in found])),
+                "bytes": float(found[0][3]),
+            }
+        )
+    return table
+
+
+def show(task: Any, table: list[dict[str, Any]]) -> None:
+    print(f"{task.name}: {task.n_train} samples, {task.n_query} queries, {json.dumps(task.about)}")
+    print(f"{'method':<46}{'LDS':>7}  {'95 % interval':<18}{'seconds':>8}{'bytes':>9}")
+    for row in table:
+        print(
+            f"{row['method']:<46}{row['lds']:>7.3f}  {row['low']:>6.3f} to {row['high']:<8.3f}{row['seconds']:>8.1f}"
+            f"{row['bytes']:>9,.0f}"
+        )
+
+
+def main() -> None:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--task", choices=("digits_mlp", "digits_cnn", "text"), default="digits_mlp")
+    made.add_argument("--models", type=int, default=1, help="models that are attributed (default: 1)")
+    made.add_argument("--rows", nargs="*", default=list(ROWS), help="projections to judge (default: all)")
+    made.add_argument("--no-whole", action="store_true", help="leave out whole gradients")
+    made.add_argument("--no-refine", action="store_true", help="leave out refined questions")
+    made.add_argument("--threads", type=int, default=1)
+    made.add_argument("--save", action="store_true")
+    a = made.parse_args()
+    torch.set_num_threads(a.threads)
+    task = importlib.import_module(a.task).task()
+    by_method: dict[str, list[Scored]] = {}
+    makers: list[Callable[[nn.Module, str, int], Iterator[Scored]]] = [
+        lambda model, folder, seed: unlearned(task, model, seed),
+        lambda model, folder, seed: rows(task, model, folder, a.rows),
+    ]
+    if not a.no_whole:
+        makers.append(lambda model, folder, seed: whole(task, model, folder, not a.no_refine))
+    for seed, model in enumerate(task.models(a.models)):
+        for make in makers:
+            with tempfile.TemporaryDirectory() as folder:
+                for one in make(model, f"{folder}/run", seed):
+                    by_method.setdefault(one[0], []).append(one)
+                    print(
+                        f"  {one[0]}: {lds(one[1], task.members, task.losses, resamples=1).mean:.3f}", file=sys.stderr
+                    )
+    table = judge(task, by_method)
+    show(task, table)
+    if a.save:
+        result = {"benchmark": "leaderboard", "task": a.task, "machine": machine(), "models": a.models, "rows": table}
+        file = RESULTS / f"leaderboard_{a.task}.json"
+        file.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,100 @@
+"""Choosing projection, rank, dtype and scoring by fidelity to whole-gradient EK-FAC."""
+
+import tempfile
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+import loghook
+from loghook.errors import ConfigError
+from tests.test_fitted import quietly
+
+
+class Attention(nn.Module):
+    """Siblings that read one input, as in a transformer: their factors are shared."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.out = nn.Linear(12, 8), nn.Linear(12, 8), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.q_proj(x)) * torch.tanh(self.k_proj(x)))
+
+
+def setting():
+    torch.manual_seed(0)
+    model, x = Attention(), torch.randn(80, 4, 12) * torch.linspace(0.2, 2, 12)
+    fit = loghook.fit(tempfile.mkdtemp())
+    quietly(fit, model)
+    for _ in fit.passes():
+        with fit(data_id=list(range(80))):
+            loss(model, x).backward()
+
+    def samples():
+        for part in torch.arange(60).split(20):
+            yield part, x[part]
+
+    def queries():
+        yield ["a", "b", "c"], x[60:63]
+
+    return model, x, fit, samples, queries
+
+
+def loss(model, x):
+    return model(x).logsumexp(-1).sum()
+
+
+def test_the_choice_reproduces_whole_scores_within_the_budget(tmp_path):
+    model, x, fit, samples, queries = setting()
+    tuned = loghook.tune(fit, samples, queries, lambda b: loss(model, b), ranks=(2, 4, 8))
+    by_bytes = {one.bytes for one in tuned.candidates}
+    assert len(tuned.candidates) == 3 * (2 * 2 + 3 * 3) and len(by_bytes) > 3
+    top = max(one.fidelity for one in tuned.candidates)
+    assert tuned.best.fidelity >= top - 0.005 > 0.9
+    assert all(one.fidelity < top - 0.005 for one in tuned.candidates if one.bytes < tuned.best.bytes)
+    assert "<-- chosen" in str(tuned)
+    budget = 100
+    small = loghook.tune(fit, samples, queries, lambda b: loss(model, b), ranks=(2, 4), bytes_per_sample=budget)
+    assert small.best.bytes <= budget and small.best.fidelity <= tuned.best.fidelity + 0.005
+    with pytest.raises(ConfigError, match="bytes_per_sample"):
+        loghook.tune(fit, samples, queries, lambda b: loss(model, b), ranks=(4,), bytes_per_sample=3)
+    # The log that is made with the choice has the fidelity that was measured, and says so.
+    run = loghook.init(tmp_path / "log", **tuned.arguments)
+    quietly(run, model)
+    for _ in run.passes():
+        for ids, batch in samples():
+            with run(data_id=ids):
+                loss(model, batch).backward()
+    with run.query(data_id=["a", "b", "c"]) as query:
+        loss(model, x[60:63]).backward()
+    run.finalize()
+    log = loghook.load(tmp_path / "log")
+    scores = log.influence(query, **tuned.best.scoring)
+    assert scores.fidelity == round(tuned.best.fidelity, 4)
+    assert "fidelity" in repr(scores)
+    scores.save(tmp_path / "scores")
+    assert loghook.Scores.load(tmp_path / "scores").fidelity == scores.fidelity
+    other = {"method": "cosine"}
+    assert log.influence(query, **other).fidelity is None
+    with fit.query(data_id=["a", "b", "c"]) as whole:
+        loss(model, x[60:63]).backward()
+    scoring = fit.score(whole, damping=0.1)
+    for ids, batch in samples():
+        with scoring(data_id=ids):
+            loss(model, batch).backward()
+    reference = scoring.scores().values
+    measured = np.mean([np.corrcoef(a, b)[0, 1] for a, b in zip(scores.values, reference, strict=True)])
+    assert measured == pytest.approx(tuned.best.fidelity, abs=1e-3)
+
+
+def test_siblings_share_factors_on_the_disk(tmp_path):
+    model, x, fit, _, _ = setting()
+    stored = (fit.path / "covariance.safetensors").stat().st_size
+    one = 13 * 13 * 4 + 13 * 8
+    assert stored < 2 * one + 3 * (8 * 8 * 4 + 8 * 8) + 4000
+    factors = loghook.fit(fit.path, resume=True)
+    quietly(factors, model)
+    found = factors._store.factors()
+    assert torch.equal(found["q_proj"][0].basis, found["k_proj"][0].basis)
