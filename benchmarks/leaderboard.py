@@ -15,12 +15,14 @@ import contextlib
 import importlib
 import io
 import json
+import math
+import re
 import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -30,10 +32,32 @@ from torch import nn
 import loghook
 from loghook.evaluate import controls
 from loghook.evaluate.lds import interval, lds
+from loghook.influence.fidelity import pearson
 
 sys.path.append(str(Path(__file__).parent / "truths"))
-TASKS = ("digits_mlp", "digits_cnn", "text", "labels", "facts")
-Scored = tuple[str, np.ndarray, float, float]  # method, scores (Q, N), seconds, bytes a sample
+TASKS = ("digits_mlp", "digits_cnn", "text")
+REFERENCE = "whole, empirical Fisher, ekfac damping 0.1"
+
+
+class Scored(NamedTuple):
+    method: str
+    scores: np.ndarray | None  # (Q, N)
+    seconds: float
+    bytes: float  # a sample
+    peak_mb: float = math.nan  # of the whole process
+    reason: str = ""  # why there are no scores
+
+
+class Peak:
+    """The most memory that this process has held since it was made, in MB; Linux keeps count."""
+
+    def __init__(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")
+
+    @property
+    def mb(self) -> float:
+        status = Path("/proc/self/status").read_text()
+        return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
 
 
 @contextlib.contextmanager
@@ -148,18 +172,19 @@ ROWS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
 
 def rows(task: Any, model: nn.Module, folder: str, names: Iterable[str]) -> Iterator[Scored]:
     for name in names:
-        options, methods = ROWS[name]
+        (options, methods), peak = ROWS[name], Peak()
         log, query, seconds = logged(task, model, folder, **options)
         for method in methods:
             start = time.perf_counter()
             values = log.influence(query, **method).values
             label = method["method"] + (f" {method['damping']:g}" if "damping" in method else "")
-            yield f"{name}, {label}", values, seconds + time.perf_counter() - start, log.codec.row_bytes
+            took = seconds + time.perf_counter() - start
+            yield Scored(f"{name}, {label}", values, took, log.codec.row_bytes, peak.mb)
 
 
 def whole(task: Any, model: nn.Module, folder: str, refine: bool) -> Iterator[Scored]:
     for fisher in ("empirical", "true"):
-        one = Whole(task, model, fisher, folder)
+        peak, one = Peak(), Whole(task, model, fisher, folder)
         for options in (
             {"method": "dot"}, {"method": "kfac"}, {"damping": 0.01}, {"damping": 0.1}, {"damping": 1.0}, {"rank": 16},
         ):  # fmt: skip
@@ -167,65 +192,100 @@ def whole(task: Any, model: nn.Module, folder: str, refine: bool) -> Iterator[Sc
                 continue
             values, seconds = one.score(**options)
             label = " ".join(f"{key} {value}" for key, value in ({"method": "ekfac"} | options).items())
-            yield f"whole, {fisher} Fisher, {label.replace('method ', '')}", values, one.seconds + seconds, 0
+            label = f"whole, {fisher} Fisher, {label.replace('method ', '')}"
+            yield Scored(label, values, one.seconds + seconds, 0, peak.mb)
         if refine and fisher == "true":
             start = time.perf_counter()
             u = one.refine(samples=task.n_train, iterations=12)
             made = time.perf_counter() - start
             values, seconds = one.score(u)
-            yield "whole, refined (cg, 12 iterations)", values, one.seconds + made + seconds, 0
+            yield Scored("whole, refined (cg, 12 iterations)", values, one.seconds + made + seconds, 0, peak.mb)
 
 
 def unlearned(task: Any, model: nn.Module, seed: int) -> Iterator[Scored]:
-    yield "control: random", controls.random(task.n_query, task.n_train, seed), 0, 0
-    yield (
-        "control: representations",
-        controls.cosine(task.representations(model, "query"), task.representations(model, "train")),
-        0,
-        0,
-    )
+    found = {"random": controls.random(task.n_query, task.n_train, seed)}
+    ours, theirs = (task.representations(model, which) for which in ("query", "train"))
+    found["representations"] = controls.cosine(ours, theirs)
     if task.labels is not None:
-        yield "control: same label", controls.same_label(task.labels[1], task.labels[0]), 0, 0
+        found["same label"] = controls.same_label(task.labels[1], task.labels[0])
     if task.texts is not None:
-        yield "control: BM25", controls.bm25(task.texts[1], task.texts[0]), 0, 0
+        found["BM25"] = controls.bm25(task.texts[1], task.texts[0])
+    for name, scores in found.items():
+        yield Scored(f"control: {name}", scores, 0, 0)
+
+
+PEERS = (
+    ("kronfluence", {"method": "ekfac"}),
+    ("bergson", {"method": "ekfac"}),
+    ("dattri", {"method": "ekfac"}),
+    *(("bergson", {"method": method, "rank": 32}) for method in ("dot", "cosine", "fisher")),
+    *(("dattri", {"method": method, "rank": 32}) for method in ("dot", "cosine", "fisher", "ekfac")),
+)
+
+
+def peers(task: Any, model: nn.Module, folder: str) -> Iterator[Scored]:
+    from peers import driver, exchange
+
+    def tensors(data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        if "input_ids" not in data:
+            return {"x": data["x"], "y": data["y"]}
+        return {"input_ids": data["input_ids"], "labels": data["targets"]}
+
+    exchange.write(Path(folder), model, tensors(task.train), tensors(task.queries))
+    for name, options in PEERS:
+        outcome = driver.run(name, Path(folder), exchange.Options(batch=100, query_batch=50, **options))
+        rank = f" rank {options['rank']}" if "rank" in options else ""
+        kept, most = (outcome.about.get(key, math.nan) for key in ("bytes_per_sample", "peak_mb"))
+        label = f"{name}, {options['method']}{rank}"
+        yield Scored(label, outcome.scores, outcome.seconds, kept, most, outcome.reason)
 
 
 def judge(task: Any, by_method: dict[str, list[Scored]]) -> list[dict[str, Any]]:
     table = []
+    reference = [one.scores for one in by_method.get(REFERENCE, [])]
     for name, found in by_method.items():
-        each = [lds(values, task.members, task.losses, resamples=1).per_query for _, values, _, _ in found]
-        low, high = interval(np.mean(each, 0))
-        table.append(
-            {
-                "method": name,
-                "lds": float(np.mean(each)),
-                "low": low,
-                "high": high,
-                "models": [float(one.mean()) for one in each],
-                "seconds": float(np.median([s for *_, s, _ in found])),
-                "bytes": float(found[0][3]),
-            }
-        )
+        scored = [one.scores for one in found if one.scores is not None]
+        row: dict[str, Any] = {"method": name, "reason": found[0].reason}
+        if len(scored) == len(found):
+            each = [lds(values, task.members, task.losses, resamples=1).per_query for values in scored]
+            low, high = interval(np.mean(each, 0))
+            row |= {"lds": float(np.mean(each)), "low": low, "high": high}
+            row["models"] = [float(one.mean()) for one in each]
+            if reference:
+                row["pearson"] = float(np.mean([like(a, b) for a, b in zip(scored, reference, strict=True)]))
+        for key in ("seconds", "bytes", "peak_mb"):
+            row[key] = float(np.median([getattr(one, key) for one in found]))
+        table.append(row)
     return table
+
+
+def like(scores: np.ndarray, reference: np.ndarray) -> float:
+    """Mean over queries of the correlation over samples."""
+    return float(np.mean([pearson(a, b) for a, b in zip(scores, reference, strict=True)]))
 
 
 def show(task: Any, table: list[dict[str, Any]]) -> None:
     print(f"{task.name}: {task.n_train} samples, {task.n_query} queries, {json.dumps(task.about)}")
-    print(f"{'method':<46}{'LDS':>7}  {'95 % interval':<18}{'seconds':>8}{'bytes':>9}")
+    print(f"'like' is the mean correlation with: {REFERENCE}")
+    print(f"{'method':<46}{'LDS':>7}  {'95 % interval':<17}{'like':>6}{'seconds':>9}{'bytes':>10}{'peak MB':>9}")
     for row in table:
+        if "lds" not in row:
+            print(f"{row['method']:<46}cannot run: {row['reason'][-120:]}")
+            continue
         print(
-            f"{row['method']:<46}{row['lds']:>7.3f}  {row['low']:>6.3f} to {row['high']:<8.3f}{row['seconds']:>8.1f}"
-            f"{row['bytes']:>9,.0f}"
+            f"{row['method']:<46}{row['lds']:>7.3f}  {row['low']:>6.3f} to {row['high']:<7.3f}"
+            f"{row.get('pearson', math.nan):>6.3f}{row['seconds']:>9.1f}{row['bytes']:>10,.0f}{row['peak_mb']:>9,.0f}"
         )
 
 
 def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--task", choices=("digits_mlp", "digits_cnn", "text"), default="digits_mlp")
+    made.add_argument("--task", choices=TASKS, default="digits_mlp")
     made.add_argument("--models", type=int, default=1, help="models that are attributed (default: 1)")
     made.add_argument("--rows", nargs="*", default=list(ROWS), help="projections to judge (default: all)")
     made.add_argument("--no-whole", action="store_true", help="leave out whole gradients")
     made.add_argument("--no-refine", action="store_true", help="leave out refined questions")
+    made.add_argument("--peers", action="store_true", help="run the peers as well (make peers)")
     made.add_argument("--threads", type=int, default=1)
     made.add_argument("--save", action="store_true")
     a = made.parse_args()
@@ -238,6 +298,8 @@ def main() -> None:
     ]
     if not a.no_whole:
         makers.append(lambda model, folder, seed: whole(task, model, folder, not a.no_refine))
+    if a.peers:
+        makers.append(lambda model, folder, seed: peers(task, model, folder))
     for seed, model in enumerate(task.models(a.models)):
         for make in makers:
             with tempfile.TemporaryDirectory() as folder:

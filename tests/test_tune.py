@@ -90,7 +90,7 @@ def test_the_choice_reproduces_whole_scores_within_the_budget(tmp_path):
 
 
 def test_siblings_share_factors_on_the_disk(tmp_path):
-    model, x, fit, _, _ = setting()
+    model, _, fit, _, _ = setting()
     stored = (fit.path / "covariance.safetensors").stat().st_size
     one = 13 * 13 * 4 + 13 * 8
     assert stored < 2 * one + 3 * (8 * 8 * 4 + 8 * 8) + 4000

@@ -101,9 +101,8 @@ class Tuned:
             kind = one.init["projection"] + (f" {one.init['whitening']:g}" if "whitening" in one.init else "")
             how = " ".join(str(value) for value in one.scoring.values())
             chosen = "  <-- chosen" if one is self.best else ""
-            lines.append(
-                f"{kind:<16}{one.init['rank']:>5} {one.init['dtype']:<9}{one.bytes:>9,}  {one.fidelity:>8.3f}  {how}{chosen}"
-            )
+            rank, dtype = one.init["rank"], one.init["dtype"]
+            lines.append(f"{kind:<16}{rank:>5} {dtype:<9}{one.bytes:>9,}  {one.fidelity:>8.3f}  {how}{chosen}")
         return "\n".join(lines)
 
 
