@@ -45,7 +45,7 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     model = LlamaForCausalLM(LlamaConfig(vocab_size=100, max_position_embeddings=12, **sizes)).eval()
     loader = [make_batch(list(range(4 * i, 4 * i + 4))) for i in range(3)]
     names = {"model": model, "loader": loader, "summed_loss": summed_loss, "question": make_batch([0])}
-    ten_lines, check, ask, attach = blocks(README, "python")
+    ten_lines, check, ask, attach, tune, whole = blocks(README, "python")
     assert len([line for line in ten_lines.splitlines() if line.strip()]) <= 10
     exec(ten_lines, names)
     assert names["run"].layers and len(loghook.load("runs/mine")) == 12
@@ -58,6 +58,13 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert names["scores"].values.shape == (1, 12) and len(names["unusual"]) == 12
     names["run"].close()
     exec(attach, names)
+    names |= {key: lambda: [(batch["id"], batch) for batch in loader] for key in ("samples", "queries")}
+    capsys.readouterr()
+    exec(tune, names)
+    assert "<-- chosen" in capsys.readouterr().out
+    names["run"].watch(model)
+    exec(whole, names)
+    assert names["scores"].values.shape == (1, 12)
     commands = [line.split("#")[0] for block in blocks(README, "sh") for line in block.splitlines()]
     commands = [shlex.split(c) for c in commands if c.startswith("loghook ") and not c.startswith("loghook demo")]
     assert [command[1] for command in commands] == ["info", "verify", "score"]

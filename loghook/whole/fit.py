@@ -23,7 +23,7 @@ from loghook.influence.precondition import Curvature
 from loghook.influence.scores import Scores
 from loghook.influence.solvers import Diagonal, Identity, Solver, Zero
 from loghook.log.disk import lock, writing
-from loghook.log.format import fingerprint
+from loghook.log.format import LayerSpec, fingerprint
 from loghook.log.query import Query
 from loghook.project.projection import Side
 from loghook.statistics.factors import Eigenbasis
@@ -90,10 +90,9 @@ class Fit(Hooked):
             "include": include, "exclude": exclude, "bias": bias, "may_sleep": may_sleep, "flattened": flattened,
             "batch_dim": batch_dim,
         }  # fmt: skip
-        specs = tuple(layer.spec for layer in self._layers)
         if self._store is None:
-            self._store = FactorStore(path=self.path, layers=specs, fisher=self.fisher)
-        self._store.check_same(specs, self.fisher)
+            self._store = FactorStore(path=self.path, layers=self.specs, fisher=self.fisher)
+        self._store.check_same(self.specs, self.fisher)
         if process_rank() == 0:
             print(describe_coverage(len(self.layers), coverage))
 
@@ -108,6 +107,11 @@ class Fit(Hooked):
         if model is None:
             raise StateError("no model is watched, or nobody holds it any more: call watch(model) and keep the model.")
         return model
+
+    @property
+    def specs(self) -> tuple[LayerSpec, ...]:
+        """What is watched, layer by layer."""
+        return tuple(layer.spec for layer in self._layers)
 
     def passes(self) -> Iterator[Pass]:
         """Yield the passes over the data that are not done yet: "covariance", then "eigenvalues".
@@ -346,7 +350,7 @@ class Fit(Hooked):
 
     def _require_whole(self, query: Query) -> None:
         self._require_store()
-        if query.fingerprint != fingerprint([layer.spec for layer in self._layers], self._projection, self._seed):
+        if query.fingerprint != fingerprint(self.specs, self._projection, self._seed):
             raise MismatchError(
                 "the query does not hold whole gradients of these layers: make it with this object's query(...)."
             )

@@ -148,7 +148,10 @@ def tune(
             loss(batch).backward()
     reference = scoring.scores()
     found: list[Candidate] = []
-    tried = list(itertools.product(projections, ranks))
+    widest = max(max(layer.in_features + layer.bias, layer.out_features) for layer in fit.specs)
+    tried = list(itertools.product(projections, [rank for rank in ranks if rank <= widest]))
+    if not tried:
+        raise ConfigError(f"ranks={list(ranks)} are all above the widest layer's {widest:,}: try smaller ones.")
     for projection, rank in tqdm(tried, "tuning", unit=" logs", delay=2, leave=False, disable=None):
         arguments = projection | {"rank": rank}
         with tempfile.TemporaryDirectory(prefix="loghook-tune-") as folder:
