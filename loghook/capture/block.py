@@ -193,6 +193,7 @@ class Block:
             keep = None
         elif keep is not None:
             counted = keep[:, None]
+        zeros: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         for layer in self._layers:
             mask = masks.get(layer.name)
             if mask is not None:
@@ -207,9 +208,13 @@ class Block:
             sides = layer.sides if job is None else job.sides(layer)
             shape = (self._size, spec.k_out, spec.k_in) if job is None else job.shape(layer, self._size)
 
-            def leaf(*shape: int, device: torch.device = device, dtype: torch.dtype = dtype) -> Tensor:
-                # Nobody reads a leaf, so that one stored value serves for all of it.
-                return torch.zeros((), device=device, dtype=dtype).expand(shape).requires_grad_()
+            # Nobody reads a leaf, so that one stored value serves for all of them.
+            if (device, dtype) not in zeros:
+                zeros[device, dtype] = torch.zeros((), device=device, dtype=dtype)
+            zero = zeros[device, dtype]
+
+            def leaf(*shape: int, zero: Tensor = zero) -> Tensor:
+                return zero.expand(shape).requires_grad_()
 
             _OPEN[layer.key] = slots = Slots(
                 size=self._size,
@@ -279,12 +284,12 @@ class Block:
 
     def _pack(self, slots: Sequence[Slots], scale: float | Tensor, asleep: list[str]) -> Captured:
         device = slots[0].leaf.device
-        gradients: list[Tensor] = []
+        gradients = [_delivered(s.leaf).flatten(1) for s in slots]
+        _multiply(gradients, [layer.gain for layer in self._layers])
         activations: list[Tensor] = []
         outputs: list[Tensor] = []
         moments: list[Tensor] = []
         for layer, s in zip(self._layers, slots, strict=True):
-            gradients.append(_delivered(s.leaf).flatten(1).mul_(layer.gain).to(device))
             for leaf, reduction, out, factor in (
                 (s.activations, layer.spec.activations, activations, 1.0),
                 (s.outputs, layer.spec.output_gradients, outputs, scale),
@@ -294,12 +299,15 @@ class Block:
                     value = total / torch.where(tokens > 0, tokens, 1) if reduction == "mean" else total
                     out.append((value * factor).to(device))
             if s.moments is not None:
-                sizes = [layer.spec.k_in**2, layer.spec.k_out**2, 1]
-                in_moment, out_moment, tokens = _delivered(s.moments).split(sizes)
-                in_moment.mul_(layer.input_side.gain**2)
-                out_moment.mul_(layer.output_side.gain**2).mul_(scale**2)
-                moments += [in_moment.to(device), out_moment.to(device), tokens.to(device)]
-        rows = torch.cat(gradients, 1).mul_(scale)
+                moments += _delivered(s.moments).split([layer.spec.k_in**2, layer.spec.k_out**2, 1])
+        if moments:  # inputs', output gradients' and tokens of each layer in turn
+            _multiply(moments[0::3], [layer.input_side.gain**2 for layer in self._layers])
+            _multiply(moments[1::3], [layer.output_side.gain**2 for layer in self._layers])
+            _multiply(moments[1::3], scale**2)
+            moments = [part.to(device) for part in moments]
+        rows = torch.cat([part.to(device) for part in gradients], 1)
+        if not isinstance(scale, float) or scale != 1.0:
+            rows.mul_(scale)
         if activations or outputs:
             rows = torch.cat([rows, *activations, *outputs], 1)
         for s in slots:  # the user may keep the loss, and with it the graph and its leaves
@@ -311,6 +319,15 @@ class Block:
 
 def _delivered(leaf: Tensor) -> Tensor:
     return torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device) if leaf.grad is None else leaf.grad
+
+
+def _multiply(parts: Sequence[Tensor], factors: Sequence[float] | float | Tensor) -> None:
+    """Multiply tensors in place, on a GPU with few kernels for all layers instead of one for each."""
+    if isinstance(factors, Tensor):
+        for part in parts:
+            part.mul_(factors)
+    elif factors != 1.0:
+        torch._foreach_mul_(list(parts), factors if isinstance(factors, float) else list(factors))
 
 
 def _count(slots: Slots) -> Callable[[Tensor], None]:

@@ -7,6 +7,7 @@ graph from the first tap on, and ``torch.compile`` traces it without a break.
 Shape suffixes as in ``loghook.project.outer``.
 """
 
+import contextlib
 from typing import Any
 
 import torch
@@ -73,7 +74,7 @@ class Tap(torch.autograd.Function):
         need_moments, need_activations, need_outputs = ctx.needs_input_grad[9:]
         wide = ctx.wide
         # Sums over tokens run in float32 or wider, also where the user calls backward() under autocast.
-        with torch.autocast(g.device.type, enabled=False):
+        with wide_context(g.device.type):
             g_BSO = output_gradient(ctx, g, x)
             x = x.to(wide)
             moments = outputs = None
@@ -109,7 +110,14 @@ def alias(y: Tensor) -> Tensor:
     Autograd does not track this alias as a view: in-place code after the layer stays legal (with a view it raises, with
     a tensor hook it silently loses the gradient), and nothing is copied.
     """
-    return torch.ops.aten._unsafe_view(y, y.shape)
+    return torch.ops.aten._unsafe_view.default(y, y.shape)
+
+
+def wide_context(device: str) -> contextlib.AbstractContextManager[None]:
+    """Switch autocast off; entering the context costs more than asking whether it is on."""
+    if torch.compiler.is_compiling() or torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return contextlib.nullcontext()
 
 
 def output_gradient(ctx: Any, g: Tensor, x: Tensor) -> Tensor:
