@@ -7,13 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loghook.capture.batch import batch_size, one_sample
+from loghook.capture.batch import Given, batch_size, one_sample
 from loghook.capture.block import nothing_delivered
 from loghook.capture.coverage import describe_coverage
 from loghook.capture.hooked import Hooked
 from loghook.capture.layers import Layer
 from loghook.capture.models import mixing_modules, unwrap
-from loghook.capture.select import Watch, patterns
+from loghook.capture.select import Watch
 from loghook.errors import BatchError, DeliveryError, UnsupportedError
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -65,17 +65,8 @@ class _Probe(Hooked):
     def __init__(self, model: nn.Module, include: Any, exclude: Any, flattened: Any, batch_dim: int, rank: int) -> None:
         super().__init__("random", rank, seed=0)
         self.model = model
-        arguments = Watch(
-            include=patterns(include),
-            exclude=patterns(exclude),
-            may_sleep=("*",),
-            flattened=patterns(flattened),
-            bias=True,
-            batch_dim=batch_dim,
-            activations="sum",
-            output_gradients=None,
-        )
-        self.coverage = self._hook(model, arguments)
+        watch = Watch(include, exclude, may_sleep="*", flattened=flattened, batch_dim=batch_dim, activations="sum")
+        self.coverage = self._hook(model, watch)
 
     @property
     def watched(self) -> list[Layer]:
@@ -83,7 +74,7 @@ class _Probe(Hooked):
 
     def rows(self, loss_fn: LossFunction, batch: Any, size: int) -> tuple[dict[str, Tensor], float, set[str]]:
         """Rows of a batch by layer (B, k_out, k_in) in float64, the loss, and the layers that stayed silent."""
-        with self._capture(size, mask=None, scale=1.0, keep=None, moments=False) as captured:
+        with self._capture(size, Given()) as captured:
             loss = loss_fn(self.model, batch)
             loss.backward()
         columns = self._layout.kinds["gradients"]
@@ -96,7 +87,7 @@ class _Probe(Hooked):
 
     def inputs(self, loss_fn: LossFunction, batch: Any, size: int) -> dict[str, Tensor]:
         """Inputs of every layer summed over tokens: {layer: (B, channels)} in float64."""
-        with self._capture(size, mask=None, scale=1.0, keep=None, moments=False) as captured:
+        with self._capture(size, Given()) as captured:
             loss_fn(self.model, batch).backward()
         rows = captured[0].rows.double().cpu()
         return {name: rows[:, columns] for name, columns in self._layout.kinds["activations"].items()}

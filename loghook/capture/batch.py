@@ -1,6 +1,8 @@
 """A batch and what comes with it (ids, mask, scale), checked before anything runs."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -12,6 +14,58 @@ from loghook.errors import BatchError
 
 Ids = Sequence[int] | Sequence[str] | np.ndarray | Tensor
 Mask = Tensor | Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Given:
+    """What comes with the ids of a batch; see ``Blocks``."""
+
+    mask: Mask | None = None
+    scale: float | Tensor = 1.0
+    scaler: Any = None
+    segments: Tensor | None = None
+
+
+class Blocks:
+    """What is opened around the forward and backward of each batch: ``with run(data_id=...):``."""
+
+    @contextmanager
+    def __call__(
+        self,
+        data_id: Ids,
+        *,
+        mask: Mask | None = None,
+        scale: float | Tensor = 1.0,
+        scaler: Any = None,
+        segments: Tensor | None = None,
+    ) -> Iterator[None]:
+        """Log, gather or score the samples of one batch: run its forward and backward inside.
+
+        Args:
+            data_id: one int or str for each sample of the batch: a list, an array or a 1-D tensor.
+            mask: (B, S), which tokens count in the statistics and in activation means; never changes a row. Where
+                layers see other tokens than others do (encoder and decoder), a dict {fnmatch pattern of names: mask};
+                the first pattern that fits a layer is its own, and one that none fits counts all tokens.
+            scale: what rows are multiplied by: n if the loss is a mean over n items, so that a row is the gradient
+                of its own summed loss.
+            scaler: the GradScaler that scaled the loss; its scale is divided out and, in a logging block, rows that
+                are not finite are flagged and left out instead of raising.
+            segments: (B, S) integers, for packed batches: each token's place in ``data_id``, -1 for none. A row is
+                then a document (or whatever the numbers say) instead of a sample; ``loghook.segments`` makes it from
+                ``position_ids`` or ``cu_seqlens``, or for single tokens.
+
+        Raises:
+            BatchError: ids, mask or scale that do not fit the batch.
+            DeliveryError: a watched layer delivered nothing, or two backward passes ran.
+            NotFiniteError: rows with infinities; on a device they are found in the background, and a later block, the
+                end of the pass or ``finalize`` raises it, once. Its ``ids`` can be logged again.
+            StateError: after ``finalize``, or inside another block.
+        """
+        with self._block(data_id, Given(mask, scale, scaler, segments)):
+            yield
+
+    def _block(self, data_id: Ids, given: Given) -> AbstractContextManager[None]:
+        raise NotImplementedError
 
 
 def check_ids(data_id: Ids) -> list[int] | list[str]:
