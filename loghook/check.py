@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from loghook.capture.batch import Given, batch_size, one_sample
-from loghook.capture.block import nothing_delivered
 from loghook.capture.coverage import describe_coverage
 from loghook.capture.hooked import Hooked
 from loghook.capture.layers import Layer
 from loghook.capture.models import mixing_modules, unwrap
 from loghook.capture.select import Watch
+from loghook.capture.silence import nothing_delivered
 from loghook.errors import BatchError, DeliveryError, UnsupportedError
 
 LossFunction = Callable[[nn.Module, Any], Tensor]

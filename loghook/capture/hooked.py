@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from loghook.capture.batch import Given, Ids, Mask, check_ids, check_masks, unscaled
-from loghook.capture.block import Block, Captured, make_hook, nothing_delivered
+from loghook.capture.block import Block, Captured
 from loghook.capture.experts import ExpertProjection, watched
+from loghook.capture.hook import make_hook
 from loghook.capture.layers import Job, Layer
 from loghook.capture.models import mixing_modules, parameters_digest, refuse, unwrap
 from loghook.capture.segments import arrange
 from loghook.capture.select import Watch, select
+from loghook.capture.silence import nothing_delivered
 from loghook.errors import ConfigError, DeliveryError, MismatchError, StateError, UnsupportedError
 from loghook.log.finite import not_finite
 from loghook.log.fitted import Sides

@@ -52,18 +52,38 @@ class Job(Protocol):
 
 
 @dataclass(eq=False)
-class Slots:
-    """The leaves of one layer in one block; autograd puts what was captured into their ``.grad``.
+class Leaves:
+    """What autograd fills: the ``.grad`` of each.
 
     Attributes:
+        rows: what every layer delivers once: rows (B, k_out, k_in), or what the block's job says.
+        moments: flat (see ``Tap``), or None.
+        activations: (B, channels + 1), or None.
+        outputs: (B, out_features + 1), or None.
+    """
+
+    rows: Tensor
+    moments: Tensor | None
+    activations: Tensor | None
+    outputs: Tensor | None
+
+    def clear(self) -> None:
+        """Let go of what was delivered."""
+        for leaf in (self.rows, self.moments, self.activations, self.outputs):
+            if leaf is not None:
+                leaf.grad = None
+
+
+@dataclass(eq=False)
+class Slots:
+    """One layer in one block: its leaves, what its hook has to know, and what the hook counts.
+
+    Attributes:
+        leaves: where what is captured arrives.
         size: rows of the block, B.
         input_side: the projection of the layer's inputs in this block.
         output_side: that of its output gradients.
-        leaf: what every layer delivers once: rows (B, k_out, k_in), or what ``job`` says.
         job: what is computed instead of rows, or None.
-        moments: leaf, flat (see ``Tap``), or None.
-        activations: leaf (B, channels + 1), or None.
-        outputs: leaf (B, out_features + 1), or None.
         documents: which tokens make a row, where rows are not samples.
         mask: (B, S) what each token counts in moments and means, or None.
         keep: (B,) 0 for samples that were logged before, or None (with documents it is part of the mask).
@@ -75,14 +95,11 @@ class Slots:
         masked: whether the mask fitted this layer.
     """
 
+    leaves: Leaves
     size: int
     input_side: Side
     output_side: Side
-    leaf: Tensor
     job: "Job | None"
-    moments: Tensor | None
-    activations: Tensor | None
-    outputs: Tensor | None
     documents: Documents | None
     mask: Tensor | None
     keep: Tensor | None

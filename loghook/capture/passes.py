@@ -36,9 +36,10 @@ class Gathering:
         return self.sums.error(self._hooked._layers)
 
     def reduce(self) -> Sums:
-        """Bring the sums of all processes together, at the same point on all of them."""
-        self.sums.reduce({layer.name: self._job.shape(layer, 0) for layer in self._hooked._layers})
-        return self.sums
+        """Bring the sums of all processes together, at the same point on all of them, and hand them over."""
+        sums, self.sums = self.sums, Sums()
+        sums.reduce({layer.name: self._job.shape(layer, 0) for layer in self._hooked._layers})
+        return sums
 
 
 @dataclass

@@ -200,7 +200,7 @@ class Products:
         self, layer: Layer, slots: Slots, y: Tensor, x: Tensor, weight: Tensor | None, documents: Tensor | None
     ) -> Tensor:
         """Deliver the products."""
-        device, dtype = slots.leaf.device, slots.leaf.dtype
+        device, dtype = slots.leaves.rows.device, slots.leaves.rows.dtype
         held = [None if half is None else half.to(device, dtype) for half in self.queries[layer.name]]
         return _tap("products", layer, slots, y, x, None, documents, *held)
 
@@ -225,4 +225,4 @@ def _tap(
     *held: Tensor | None,
 ) -> Tensor:
     channel_dim, batch_dim = layer.adapter.channel_dim, layer.spec.batch_dim
-    return WholeTap.apply(y, x, kind, weight, documents, channel_dim, batch_dim, slots.leaf, *held)
+    return WholeTap.apply(y, x, kind, weight, documents, channel_dim, batch_dim, slots.leaves.rows, *held)
