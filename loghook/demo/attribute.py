@@ -74,10 +74,5 @@ def score(
     """Score every passage for every question with every method: (questions, passages), in the passages' order."""
     place = {data_id: i for i, data_id in enumerate(log.data_ids)}
     order = [place[passage.data_id] for passage in passages]
-    scores = {
-        method: log.influence(query, method=method, damping=damping).values[:, order]
-        for method in METHODS
-        if method != "bm25"
-    }
-    scores["bm25"] = bm25([question.text for question in questions], [passage.text for passage in passages])
-    return scores
+    scores = {m: log.influence(query, m, damping=damping).values[:, order] for m in METHODS if m != "bm25"}
+    return scores | {"bm25": bm25([question.text for question in questions], [passage.text for passage in passages])}
