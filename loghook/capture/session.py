@@ -10,7 +10,7 @@ from loghook.capture.repeats import Repeats
 from loghook.errors import LogExistsError, NotFiniteError, StateError, WriteError
 from loghook.log.disk import writing
 from loghook.log.folder import check_same, claim, seal
-from loghook.log.format import MANIFEST, Layout, Manifest
+from loghook.log.format import MANIFEST, Manifest
 from loghook.log.recovery import ranks_on_disk, read_back
 from loghook.log.writer import Writer
 
@@ -44,18 +44,14 @@ class Session:
         """Open the writer, and with it the manifest, which is ``fresh`` unless the run has one already."""
         if self.manifest is not None:
             check_same(self.manifest, fresh)
-        layout = Layout(fresh.layers)
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             writer = Writer(
                 self.path,
-                run_id=fresh.run_id,
-                rank=process_rank(),
-                codec=layout.codec(fresh.dtype),
-                moments_width=layout.moments_width,
+                self.manifest or fresh,
+                process_rank(),
                 shard_bytes=self._config.shard_bytes,
                 commit_seconds=self._config.commit_seconds,
-                generation=self.manifest.generation if self.manifest else 0,
             )
             try:
                 # Under the lock: whoever comes second must not put a manifest of its own in place of the first one's.

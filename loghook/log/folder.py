@@ -11,7 +11,7 @@ from loghook.errors import ConfigError, LogExistsError, MismatchError, StateErro
 from loghook.log.disk import lock, writing
 from loghook.log.fitted import PROJECTION
 from loghook.log.format import MANIFEST, Manifest
-from loghook.log.records import Commits, read_commits
+from loghook.log.records import Commits, all_commits
 from loghook.log.recovery import recover
 
 SEAL_TIMEOUT = 600.0  # seconds that rank 0 waits for the others
@@ -51,9 +51,7 @@ def check_same(old: Manifest, new: Manifest) -> None:
     for name in ("projection", "rank", "seed", "dtype", "id_type", "layers", "fitted"):
         was, now = getattr(old, name), getattr(new, name)
         if was != now:
-            shown = (
-                f"{was!r} in the log and {now!r} now" if name != "layers" else "other layers or widths than in the log"
-            )
+            shown = "other layers or widths than in the log" if name == "layers" else f"{was!r} there and {now!r} now"
             raise MismatchError(f"cannot resume: {name} is {shown}. Use the arguments and the model of the first run.")
 
 
@@ -71,13 +69,11 @@ def seal(path: Path, manifest: Manifest, session: str, active: int) -> dict[str,
         CorruptLogError: a damaged commit log.
     """
     for rank in range(active, manifest.world_size):
-        recover_rank(path, manifest, rank)
+        with lock(path / f"lock-{rank:05d}"):  # one that does not write now
+            recover(path, manifest, rank, snapshots=1)
     deadline = time.monotonic() + SEAL_TIMEOUT
     while True:
-        logs = [
-            read_commits(path, rank, run_id=manifest.run_id, generation=manifest.generation)
-            for rank in range(manifest.world_size)
-        ]
+        logs = all_commits(path, manifest)
         missing = [r for r in range(active) if not (logs[r].records and logs[r].records[-1].get("end") == session)]
         if not missing:
             return sum_up(logs)
@@ -87,16 +83,6 @@ def seal(path: Path, manifest: Manifest, session: str, active: int) -> dict[str,
                 "committed rows are kept; start again with resume=True."
             )
         time.sleep(0.1)
-
-
-def recover_rank(path: Path, manifest: Manifest, rank: int) -> Commits:
-    """Bring the files of a rank that does not write now to the state of its last record."""
-    held = lock(path / f"lock-{rank:05d}")
-    try:
-        m = manifest
-        return recover(path, rank, run_id=m.run_id, codec=m.codec, generation=m.generation, snapshots=1)
-    finally:
-        held.close()
 
 
 def sum_up(logs: Sequence[Commits]) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from loghook.errors import CorruptLogError
-from loghook.log.codec import Codec
 from loghook.log.disk import sync_folder, write_all
 from loghook.log.format import SHARD_HEADER, Manifest, shard_header, shard_name
 from loghook.log.records import REMEDY, Commits, read_commits
@@ -43,11 +42,9 @@ def read_back(path: Path, manifest: Manifest, *, outside_too: bool) -> Committed
     """
     found = Committed()
     ended: list[set[int]] = []
-    reopened: list[int] = next(
-        (entry["records"] for entry in reversed(manifest.history) if entry["what"] == "append"), []
-    )
+    reopened: list[int] = next((e["records"] for e in reversed(manifest.history) if e["what"] == "append"), [])
     for rank in ranks_on_disk(path, manifest):
-        log = read_commits(path, rank, run_id=manifest.run_id, generation=manifest.generation, id_type=manifest.id_type)
+        log = read_commits(path, manifest, rank)
         # What ended before the log was opened for more data has to be gone through again.
         fresh = reopened[rank] if rank < len(reopened) else 0
         ended.append({r["pass_end"] for r in log.records if "pass_end" in r and r["n"] >= fresh})
@@ -71,7 +68,7 @@ def ranks_on_disk(path: Path, manifest: Manifest) -> range:
     return range(max([manifest.world_size, *(rank + 1 for rank in found)]))
 
 
-def recover(path: Path, rank: int, *, run_id: str, codec: Codec, generation: int = 0, snapshots: int = 2) -> Commits:
+def recover(path: Path, manifest: Manifest, rank: int, *, snapshots: int = 2) -> Commits:
     """Bring one writer's files to the state of its last record; its lock must be held.
 
     Cuts off an unfinished record and uncommitted rows, closes its shards, and deletes shards and snapshots that no
@@ -80,7 +77,7 @@ def recover(path: Path, rank: int, *, run_id: str, codec: Codec, generation: int
     Raises:
         CorruptLogError: if what is there does not match its records; nothing is changed then.
     """
-    log = read_commits(path, rank, run_id=run_id, generation=generation)
+    log, codec = read_commits(path, manifest, rank), manifest.codec
     ends = shard_ends(log.records)
     for index, rows in ends.items():
         shard = path / shard_name(rank, index)
@@ -91,12 +88,14 @@ def recover(path: Path, rank: int, *, run_id: str, codec: Codec, generation: int
             handle.truncate(len(log.data))
             os.fsync(handle.fileno())
     for index, rows in ends.items():
-        close_shard(path / shard_name(rank, index), shard_header(rows, codec, run_id), rows * codec.row_bytes)
+        header = shard_header(rows, codec, manifest.run_id)
+        close_shard(path / shard_name(rank, index), header, rows * codec.row_bytes)
     named = [record["statistics"]["file"] for record in log.records if "statistics" in record][-snapshots:]
     keep = {shard_name(rank, index) for index in ends} | set(named)
-    for file in _files(path, rank):
-        if file.name not in keep:
-            file.unlink()
+    for kind in ("rows", "statistics"):
+        for file in path.glob(f"{kind}-{rank:05d}-*.safetensors"):
+            if file.name not in keep:
+                file.unlink()
     sync_folder(path)
     return log
 
@@ -120,7 +119,3 @@ def close_shard(shard: Path, header: bytes, size: int) -> bool:
     finally:
         os.close(descriptor)
     return True
-
-
-def _files(path: Path, rank: int) -> list[Path]:
-    return [*path.glob(f"rows-{rank:05d}-*.safetensors"), *path.glob(f"statistics-{rank:05d}-*.safetensors")]

@@ -26,7 +26,7 @@ from loghook.log.format import (
     statistics_name,
 )
 from loghook.log.moments import load_moments, save_moments
-from loghook.log.records import Commits, encode_record, read_commits
+from loghook.log.records import Commits, all_commits, encode_record
 from loghook.log.recovery import shard_ends
 
 RECODED = 2**22  # values of rows that are written in another dtype at a time
@@ -182,7 +182,7 @@ def rewrite(
         )  # fmt: skip
         ids += dropped
     sync_folder(path)
-    written = [read_commits(path, r, run_id=new.run_id, generation=new.generation) for r in range(new.world_size)]
+    written = all_commits(path, new)
     still = set(ids_of(written))
     seal = sum_up(written)
     new.sealed = seal if manifest.sealed is not None else None

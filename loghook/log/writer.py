@@ -23,15 +23,9 @@ from torch import Tensor
 
 from loghook.errors import NotFiniteError, WriteError
 from loghook.log import rescue
-from loghook.log.codec import Codec
 from loghook.log.disk import lock, sync_folder, write_all
 from loghook.log.finite import finite_rows, not_finite
-from loghook.log.format import (
-    SHARD_HEADER,
-    shard_header,
-    shard_name,
-    statistics_name,
-)
+from loghook.log.format import SHARD_HEADER, Layout, Manifest, shard_header, shard_name, statistics_name
 from loghook.log.moments import load_moments, save_moments
 from loghook.log.records import encode_record
 from loghook.log.recovery import recover, shard_ends
@@ -76,14 +70,11 @@ class Writer:
     def __init__(
         self,
         path: Path,
-        *,
-        run_id: str,
+        manifest: Manifest,
         rank: int,
-        codec: Codec,
-        moments_width: int,
+        *,
         shard_bytes: int,
         commit_seconds: float,
-        generation: int = 0,
     ) -> None:
         """Open the rank's files, cut off a torn tail, and start the thread.
 
@@ -91,16 +82,16 @@ class Writer:
             LogLockedError: if another process writes to this run as the same rank.
             CorruptLogError: if what is there does not match its records.
         """
-        self._path, self._run_id, self._rank, self._codec = path, run_id, rank, codec
-        self._capacity = max(1, shard_bytes // codec.row_bytes)
+        self._path, self._run_id, self._rank, self._codec = path, manifest.run_id, rank, manifest.codec
+        self._capacity = max(1, shard_bytes // self._codec.row_bytes)
         self._commit_seconds = commit_seconds
         self._lock = lock(path / f"lock-{rank:05d}")
-        self.moments = np.zeros(moments_width)
+        self.moments = np.zeros(Layout(manifest.layers).moments_width)
         try:
-            log = recover(path, rank, run_id=run_id, codec=codec, generation=generation)
+            log = recover(path, manifest, rank)
             last = next((r for r in reversed(log.records) if "statistics" in r), None)
             if last is not None:
-                self.moments = load_moments(path, last["statistics"], moments_width)
+                self.moments = load_moments(path, last["statistics"], len(self.moments))
             self._commits = open(log.file, "ab", buffering=0)  # noqa: SIM115
             sync_folder(path)
         except BaseException:
@@ -269,11 +260,8 @@ class Writer:
     def _counts(self) -> dict[str, Any]:
         """What every record says of the samples since the last one."""
         return {
-            "flagged": self._flagged,
-            "dropped": self._dropped,
-            "unmeasured": self._unmeasured,
-            "asleep": self._asleep,
-        }
+            "flagged": self._flagged, "dropped": self._dropped, "unmeasured": self._unmeasured, "asleep": self._asleep
+        }  # fmt: skip
 
     def _start_record(self) -> None:
         self._ids: list[int | str] = []
@@ -306,8 +294,7 @@ class Writer:
         self._shard_index += 1
         file = self._path / shard_name(self._rank, self._shard_index)
         self._shard = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        header = shard_header(0, self._codec, self._run_id)
-        write_all(self._shard, memoryview(header), 0)
+        write_all(self._shard, memoryview(shard_header(0, self._codec, self._run_id)), 0)
         self._shard_rows = 0
         sync_folder(self._path)
 
