@@ -16,18 +16,13 @@ from loghook.errors import BatchError, DeliveryError
 
 @dataclass
 class Captured:
-    """What a block delivered.
+    """What a block delivered."""
 
-    Attributes:
-        rows: (B, width) in float32 or float64, on the device of the first layer; empty where a job took their place.
-        moments: the vector of statistics (see ``Layout``) summed over the block's tokens, or None.
-        asleep: names of layers that may sleep and did; their rows are zero.
-        results: {layer name: what the block's job delivered}; sleeping layers are missing.
-    """
-
+    # (B, width) in float32 or float64, on the device of the first layer; empty where a job took their place
     rows: Tensor
-    moments: Tensor | None
-    asleep: list[str]
+    moments: Tensor | None  # the vector of statistics (see ``Layout``) summed over the block's tokens, or None
+    asleep: list[str]  # names of layers that may sleep and did; their rows are zero
+    # {layer name: what the block's job delivered}; sleeping layers are missing
     results: dict[str, Tensor] = field(default_factory=dict)
 
 

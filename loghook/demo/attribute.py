@@ -17,23 +17,14 @@ from loghook.evaluate.controls import bm25
 
 @dataclass(frozen=True)
 class Question:
-    """Something the model says, whose loss is attributed.
+    """Something the model says, whose loss is attributed."""
 
-    Attributes:
-        data_id: what the query is called.
-        kind: "held out", "generated" or "prompt".
-        title: a line above it.
-        text: all of it.
-        tokens: its ids.
-        given: how many of them at the front are context only and count for nothing.
-    """
-
-    data_id: str
-    kind: str
-    title: str
-    text: str
-    tokens: tuple[int, ...]
-    given: int = 1
+    data_id: str  # what the query is called
+    kind: str  # "held out", "generated" or "prompt"
+    title: str  # a line above it
+    text: str  # all of it
+    tokens: tuple[int, ...]  # its ids
+    given: int = 1  # how many of them at the front are context only and count for nothing
 
 
 def log_passages(model: Any, passages: Sequence[Passage], path: Path, config: DemoConfig) -> None:

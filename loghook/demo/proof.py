@@ -14,25 +14,16 @@ from loghook.evaluate.lds import Estimate, Lds, estimate, lds, random_subsets
 
 @dataclass(frozen=True)
 class Proof:
-    """What fine-tuning again showed. Methods are ekfac, cosine, dot, bm25, and random where it makes sense.
+    """What fine-tuning again showed. Methods are ekfac, cosine, dot, bm25, and random where it makes sense."""
 
-    Attributes:
-        removed: how many passages a removal takes.
-        full: loss of each question after fine-tuning on everything, nats a token.
-        losses: by method, the loss of each question without its group's strongest proponents.
-        rises: by method, the mean rise over the full fine-tuning.
-        leads: by other method, how much more ekfac's removal raises the loss than this one's, question by question.
-        lds: by method, the linear datamodelling score; empty if none was asked for.
-        subsets: how many random halves it rests on.
-    """
-
-    removed: int
-    full: np.ndarray
-    losses: dict[str, np.ndarray]
-    rises: dict[str, Estimate]
+    removed: int  # how many passages a removal takes
+    full: np.ndarray  # loss of each question after fine-tuning on everything, nats a token
+    losses: dict[str, np.ndarray]  # by method, the loss of each question without its group's strongest proponents
+    rises: dict[str, Estimate]  # by method, the mean rise over the full fine-tuning
+    # by other method, how much more ekfac's removal raises the loss than this one's, question by question
     leads: dict[str, Estimate]
-    lds: dict[str, Lds]
-    subsets: int
+    lds: dict[str, Lds]  # by method, the linear datamodelling score; empty if none was asked for
+    subsets: int  # how many random halves it rests on
 
 
 def prove(

@@ -19,19 +19,12 @@ from loghook.evaluate.retrain import retrain
 
 @dataclass(frozen=True)
 class Task:
-    """All that a fine-tuning needs but the passages to keep.
+    """All that a fine-tuning needs but the passages to keep."""
 
-    Attributes:
-        base: folder or name of the model it starts from.
-        train: ids of the passages.
-        queries: ids of the passages whose loss is wanted.
-        config: steps, rates and seed.
-    """
-
-    base: str
-    train: Sequences
-    queries: Sequences
-    config: DemoConfig
+    base: str  # folder or name of the model it starts from
+    train: Sequences  # ids of the passages
+    queries: Sequences  # ids of the passages whose loss is wanted
+    config: DemoConfig  # steps, rates and seed
 
 
 def finetune(task: Task, keep: Sequence[bool], progress: str | None = None) -> nn.Module:

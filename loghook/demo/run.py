@@ -36,27 +36,17 @@ from loghook.views.report import Report, write
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What ``run_demo`` found.
+    """What ``run_demo`` found."""
 
-    Attributes:
-        page: the HTML page.
-        log: folder of the log.
-        report: what page and terminal show.
-        scores: by method, float (questions, passages): first the held-out passages, then what was generated.
-        questions: the rows of the scores.
-        passages: their columns.
-        proof: what fine-tuning again showed, or None if it was not asked for.
-        seconds: wall-clock time of each stage.
-    """
-
-    page: Path
-    log: Path
-    report: Report
+    page: Path  # the HTML page
+    log: Path  # folder of the log
+    report: Report  # what page and terminal show
+    # by method, float (questions, passages): first the held-out passages, then what was generated
     scores: dict[str, np.ndarray]
-    questions: Sequence[Question]
-    passages: Sequence[Passage]
-    proof: Proof | None
-    seconds: dict[str, float]
+    questions: Sequence[Question]  # the rows of the scores
+    passages: Sequence[Passage]  # their columns
+    proof: Proof | None  # what fine-tuning again showed, or None if it was not asked for
+    seconds: dict[str, float]  # wall-clock time of each stage
 
 
 def run_demo(config: DemoConfig | None = None, *, console: Console | None = None) -> DemoResult:

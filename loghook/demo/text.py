@@ -22,19 +22,12 @@ class Document:
 
 @dataclass(frozen=True)
 class Passage:
-    """A piece of a document, as the model is trained on it.
+    """A piece of a document, as the model is trained on it."""
 
-    Attributes:
-        data_id: "topic#number", what the log knows it by.
-        topic: of its document.
-        text: what it says; a topic's passages, joined in order, give its documents back.
-        tokens: its ids, with the start token in front where the tokenizer has one.
-    """
-
-    data_id: str
-    topic: str
-    text: str
-    tokens: tuple[int, ...]
+    data_id: str  # "topic#number", what the log knows it by
+    topic: str  # of its document
+    text: str  # what it says; a topic's passages, joined in order, give its documents back
+    tokens: tuple[int, ...]  # its ids, with the start token in front where the tokenizer has one
 
 
 @dataclass(frozen=True)

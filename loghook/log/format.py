@@ -56,39 +56,22 @@ def checksum(data: bytes | memoryview) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """What the log knows of a layer.
+    """What the log knows of a layer."""
 
-    Attributes:
-        name: canonical module name (wrapper prefixes removed).
-        type: the adapter's class name.
-        in_features: columns of the full gradient without the bias.
-        out_features: rows of the full gradient.
-        groups: groups of outputs with inputs of their own.
-        channels: features of the module's input.
-        bias: whether a bias is the last column of the full gradient.
-        k_in: columns of a logged row.
-        k_out: rows of a logged row.
-        activations: None, or how inputs are reduced over tokens ("mean" or "sum").
-        output_gradients: None, or how output gradients are reduced over tokens.
-        batch_dim: axis of samples in the module's input.
-        may_sleep: whether the layer may deliver nothing in a batch.
-        flattened: whether the module's input has batch and tokens in one axis, batch first.
-    """
-
-    name: str
-    type: str
-    in_features: int
-    out_features: int
-    groups: int
-    channels: int
-    bias: bool
-    k_in: int
-    k_out: int
-    activations: str | None = None
-    output_gradients: str | None = None
-    batch_dim: int = 0
-    may_sleep: bool = False
-    flattened: bool = False
+    name: str  # canonical module name (wrapper prefixes removed)
+    type: str  # the adapter's class name
+    in_features: int  # columns of the full gradient without the bias
+    out_features: int  # rows of the full gradient
+    groups: int  # groups of outputs with inputs of their own
+    channels: int  # features of the module's input
+    bias: bool  # whether a bias is the last column of the full gradient
+    k_in: int  # columns of a logged row
+    k_out: int  # rows of a logged row
+    activations: str | None = None  # None, or how inputs are reduced over tokens ("mean" or "sum")
+    output_gradients: str | None = None  # None, or how output gradients are reduced over tokens
+    batch_dim: int = 0  # axis of samples in the module's input
+    may_sleep: bool = False  # whether the layer may deliver nothing in a batch
+    flattened: bool = False  # whether the module's input has batch and tokens in one axis, batch first
 
     @property
     def width(self) -> int:
@@ -143,48 +126,34 @@ class Layout:
 
 @dataclass(kw_only=True)
 class Manifest:
-    """``loghook.json``: everything about a run but its rows.
+    """``loghook.json``: everything about a run but its rows."""
 
-    Attributes:
-        run_id: 32 hexadecimal digits drawn at birth; every shard and commit log names it.
-        projection: "random", "pca", "whitened" or "none".
-        rank: the rank asked for.
-        seed: the projection's seed.
-        dtype: how rows are stored.
-        layers: layers in row order.
-        coverage: {"covered": parameters, "total": parameters, "not_covered": [{"name", "parameters", "reason"}]}.
-        id_type: "int" or "str".
-        on_repeat: the rule for ids that come again: "error", "first", "all", or None: "first" for rows logged inside
-            ``passes()`` and "all" for others.
-        world_size: number of commit logs.
-        generation: which commit logs count; maintenance (``repair``, ``delete``) writes new ones and then raises it.
-        history: what was done to the log since: [{"what", "when", ...}].
-        no_statistics: None, or why the statistics are not those of the rows, so that kfac and ekfac refuse.
-        provenance: versions, time and machine, for people; nothing depends on it.
-        parameters: digests of sampled parameter values at the first block and at ``finalize``.
-        fitted: None, or the checksum of ``projection.safetensors``, which holds a fitted projection.
-        sealed: None while a run goes on; then {"rows", "digest"} over all commit logs.
-        version: the format's version.
-    """
-
-    run_id: str
-    projection: str
-    rank: int
-    seed: int
-    dtype: str
-    layers: tuple[LayerSpec, ...]
+    run_id: str  # 32 hexadecimal digits drawn at birth; every shard and commit log names it
+    projection: str  # "random", "pca", "whitened" or "none"
+    rank: int  # the rank asked for
+    seed: int  # the projection's seed
+    dtype: str  # how rows are stored
+    layers: tuple[LayerSpec, ...]  # layers in row order
+    # {"covered": parameters, "total": parameters, "not_covered": [{"name", "parameters", "reason"}]}
     coverage: dict[str, Any]
-    id_type: str
+    id_type: str  # "int" or "str"
+    # the rule for ids that come again: "error", "first", "all", or None: "first" for rows logged inside ``passes()``
+    # and "all" for others
     on_repeat: str | None
-    world_size: int
+    world_size: int  # number of commit logs
+    # which commit logs count; maintenance (``repair``, ``delete``) writes new ones and then raises it
     generation: int = 0
+    # what was done to the log since: [{"what", "when", ...}]
     history: list[dict[str, Any]] = field(default_factory=list)
+    # None, or why the statistics are not those of the rows, so that kfac and ekfac refuse
     no_statistics: str | None = None
+    # versions, time and machine, for people; nothing depends on it
     provenance: dict[str, Any] = field(default_factory=dict)
+    # digests of sampled parameter values at the first block and at ``finalize``
     parameters: dict[str, str | None] = field(default_factory=dict)
-    sealed: dict[str, Any] | None = None
-    fitted: str | None = None
-    version: int = VERSION
+    sealed: dict[str, Any] | None = None  # None while a run goes on; then {"rows", "digest"} over all commit logs
+    fitted: str | None = None  # None, or the checksum of ``projection.safetensors``, which holds a fitted projection
+    version: int = VERSION  # the format's version
 
     @property
     def codec(self) -> Codec:

@@ -51,19 +51,12 @@ def decode_records(data: bytes) -> tuple[list[dict[str, Any]], int, str | None]:
 
 @dataclass(frozen=True)
 class Commits:
-    """One writer's commit log, checked.
+    """One writer's commit log, checked."""
 
-    Attributes:
-        file: where it is.
-        records: its records.
-        data: the bytes of these records.
-        torn: how many bytes of an unfinished record follow.
-    """
-
-    file: Path
-    records: list[dict[str, Any]]
-    data: bytes
-    torn: int
+    file: Path  # where it is
+    records: list[dict[str, Any]]  # its records
+    data: bytes  # the bytes of these records
+    torn: int  # how many bytes of an unfinished record follow
 
 
 def read_commits(path: Path, manifest: Manifest, rank: int) -> Commits:

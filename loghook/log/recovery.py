@@ -14,19 +14,13 @@ from loghook.log.records import REMEDY, Commits, read_commits
 
 @dataclass
 class Committed:
-    """What a resumed run has to know of what was logged before.
+    """What a resumed run has to know of what was logged before."""
 
-    Attributes:
-        ids: data_ids whose rows are there (or were flagged) and that are not logged again.
-        steps: {rank: number of the first step that is not committed}.
-        starts: {pass: its first step}.
-        done: passes that every writer has completed.
-    """
-
+    # data_ids whose rows are there (or were flagged) and that are not logged again
     ids: set[int | str] = field(default_factory=set)
-    steps: dict[int, int] = field(default_factory=dict)
-    starts: dict[int, int] = field(default_factory=dict)
-    done: set[int] = field(default_factory=set)
+    steps: dict[int, int] = field(default_factory=dict)  # {rank: number of the first step that is not committed}
+    starts: dict[int, int] = field(default_factory=dict)  # {pass: its first step}
+    done: set[int] = field(default_factory=set)  # passes that every writer has completed
 
 
 def read_back(path: Path, manifest: Manifest, *, outside_too: bool) -> Committed:

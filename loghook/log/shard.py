@@ -20,25 +20,16 @@ REMEDY = "restore it from a copy, or log its samples again"
 
 @dataclass(eq=False)
 class Shard:
-    """Committed rows of one file: ``rows`` of them, the first at row ``first`` of the log.
+    """Committed rows of one file: ``rows`` of them, the first at row ``first`` of the log."""
 
-    Attributes:
-        file: the safetensors file.
-        manifest: of its run.
-        codec: how rows are stored.
-        first: index in the log (before repeats are left out) of its first row.
-        rows: committed rows.
-        parts: (first row in the shard, rows, checksum) of every record.
-        data: the mapped rows, as they are stored (see ``Codec``), once touched.
-    """
-
-    file: Path
-    manifest: Manifest
-    codec: Codec
-    first: int
-    rows: int = 0
+    file: Path  # the safetensors file
+    manifest: Manifest  # of its run
+    codec: Codec  # how rows are stored
+    first: int  # index in the log (before repeats are left out) of its first row
+    rows: int = 0  # committed rows
+    # (first row in the shard, rows, checksum) of every record
     parts: list[tuple[int, int, str]] = field(default_factory=list)
-    data: Tensor | None = None
+    data: Tensor | None = None  # the mapped rows, as they are stored (see ``Codec``), once touched
     map: mmap.mmap | None = None
 
     def touch(self) -> Tensor:

@@ -37,31 +37,18 @@ CLOSE = {"close": True}
 
 @dataclass(frozen=True)
 class Batch:
-    """What one block hands to the writer.
+    """What one block hands to the writer."""
 
-    Attributes:
-        rows: (B, width) on the CPU, in the dtype that the codec takes; with ``ready``, still being copied there.
-        ids: one for each row.
-        moments: statistics of the block, or None.
-        pass_index: which pass it belongs to.
-        step: which block of the run it is.
-        flagged: ids of samples left out because their rows were not finite.
-        dropped: how many repeats were left out.
-        asleep: layers that may sleep and delivered nothing; their rows are zero.
-        ready: CUDA event after which ``rows`` and ``moments`` may be read, or None.
-        checked: whether the rows are known to be finite; otherwise the writer looks.
-    """
-
-    rows: Tensor
-    ids: list[int] | list[str]
-    moments: Tensor | None
-    pass_index: int
-    step: int
-    flagged: Sequence[int | str] = ()
-    dropped: int = 0
-    asleep: Sequence[str] = ()
-    ready: Any = None
-    checked: bool = True
+    rows: Tensor  # (B, width) on the CPU, in the dtype that the codec takes; with ``ready``, still being copied there
+    ids: list[int] | list[str]  # one for each row
+    moments: Tensor | None  # statistics of the block, or None
+    pass_index: int  # which pass it belongs to
+    step: int  # which block of the run it is
+    flagged: Sequence[int | str] = ()  # ids of samples left out because their rows were not finite
+    dropped: int = 0  # how many repeats were left out
+    asleep: Sequence[str] = ()  # layers that may sleep and delivered nothing; their rows are zero
+    ready: Any = None  # CUDA event after which ``rows`` and ``moments`` may be read, or None
+    checked: bool = True  # whether the rows are known to be finite; otherwise the writer looks
 
 
 class Writer:
