@@ -151,9 +151,8 @@ def batch_size(batch: Any) -> int:
     sizes = {t.shape[0] for t in _tensors(batch)}
     if len(sizes) != 1:
         raise BatchError(
-            f"the batch's tensors have first axes of {sorted(sizes)}: pass tensors (or a dict, list or tuple of "
-            "them) with the "
-            "samples along the first axis."
+            f"the batch's tensors have first axes of {sorted(sizes)}: pass tensors (or a dict, list or tuple of them) "
+            "with the samples along the first axis."
         )
     return sizes.pop()
 

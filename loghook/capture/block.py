@@ -94,17 +94,7 @@ class Block:
     def collect(
         self, leaves: Sequence[Slots | None], *, scale: float | Tensor, masks: Mapping[str, Tensor]
     ) -> Captured:
-        """Check that each layer delivered once and pack the rows.
-
-        Args:
-            leaves: what ``close`` returned.
-            scale: what rows are multiplied by (moments of output gradients by its square).
-            masks: what ``open`` was given.
-
-        Raises:
-            DeliveryError: if a layer that may not sleep delivered nothing, or two backward passes delivered.
-            BatchError: if no layer of a mask has as many tokens as it.
-        """
+        """Check that each layer delivered once into ``leaves``, and pack rows times ``scale``; masks as in ``open``."""
         slots = [leaf for leaf in leaves if leaf is not None]
         silent = [(layer, s) for layer, s in zip(self._layers, slots, strict=True) if s.leaves.rows.grad is None]
         missing = [layer for layer, _ in silent if not layer.spec.may_sleep]

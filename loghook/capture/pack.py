@@ -24,9 +24,6 @@ def pack(
         flag: leave out rows that are not finite instead of raising.
         pass_index: which pass the block belongs to, -1 outside passes.
         step: which block of the run it is.
-
-    Raises:
-        NotFiniteError: rows on the CPU that hold infinities, unless ``flag``; on a device the writer looks.
     """
     rows = captured.rows.to(dtype)
     moments, flagged, finite = captured.moments, [], None

@@ -57,9 +57,6 @@ def select(
 
     Returns:
         The layers in module order, and the coverage record (see ``Manifest.coverage``).
-
-    Raises:
-        ConfigError: if a pattern matches nothing, or the rank would reduce nothing.
     """
     modules = dict(named_modules(model))
     bypassed = {

@@ -164,14 +164,10 @@ class Covariance(WholeJob):
 
 @dataclass(frozen=True)
 class Eigenvalues(WholeJob):
-    """EK-FAC's corrected eigenvalues: sums over samples of ``(Q_S^T G Q_A)^2`` (George et al. 2018).
-
-    Attributes:
-        bases: {layer: (Q_A^T as the input side, Q_S^T as the output side)}.
-    """
+    """EK-FAC's corrected eigenvalues: sums over samples of ``(Q_S^T G Q_A)^2`` (George et al. 2018)."""
 
     kind = "eigenvalues"
-    bases: Mapping[str, tuple[Side, Side]]
+    bases: Mapping[str, tuple[Side, Side]]  # {layer: (Q_A^T as the input side, Q_S^T as the output side)}
 
     def sides(self, layer: Layer) -> tuple[Side, Side]:
         """Rotations into the eigenbasis."""
@@ -192,16 +188,11 @@ class Eigenvalues(WholeJob):
 
 @dataclass(frozen=True)
 class Products(WholeJob):
-    """Inner products of each sample's gradient with queries.
-
-    Attributes:
-        queries: {layer: (left, right)}, see ``_products``.
-        count: how many queries there are, Q.
-    """
+    """Inner products of each sample's gradient with queries."""
 
     kind = "products"
-    queries: Mapping[str, tuple[Tensor, Tensor | None]]
-    count: int
+    queries: Mapping[str, tuple[Tensor, Tensor | None]]  # {layer: (left, right)}, see ``_products``
+    count: int  # how many queries there are, Q
 
     def shape(self, layer: Layer, size: int) -> tuple[int, ...]:
         """One value for each sample and query."""

@@ -50,9 +50,6 @@ def load_documents(name: str, config: DemoConfig) -> Iterator[Document]:
 
     The topic is what a column of that name, or title, category, label or source, says; without one, it is the block of
     records that the text is in.
-
-    Raises:
-        ConfigError: if the dataset, or the ``datasets`` library, is not to be had, or it holds no text.
     """
     try:
         import datasets

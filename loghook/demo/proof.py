@@ -31,12 +31,8 @@ def prove(
 ) -> Proof:
     """Fine-tune again without each group's strongest proponents, for each method and at random.
 
-    Args:
-        task: what to fine-tune; its queries are the groups' passages, one group after the other.
-        full: their losses after fine-tuning on everything.
-        scores: by method, (questions, passages).
-        sizes: how many passages each group has.
-        config: fractions, seeds and counts.
+    The task's queries are the groups' passages, of which each has as many as ``sizes`` says; ``full`` are their losses
+    after fine-tuning on everything, and ``scores`` (questions, passages) by method.
     """
     n, rng = len(task.train), np.random.default_rng(config.seed)
     removed = max(1, round(config.fraction * n))

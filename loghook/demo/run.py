@@ -149,8 +149,7 @@ def _own_base(config: DemoConfig) -> str:
 def _questions(model: Any, tokenizer: Any, parts: Split, config: DemoConfig) -> tuple[list[Question], list[str]]:
     """What is asked about: held-out passages, what the model makes of their beginnings and of the user's prompts.
 
-    Returns:
-        The questions, and of each the text in front that counts for nothing.
+    With it, the text in front of each question that counts for nothing.
     """
     questions = [Question(p.data_id, "held out", p.topic, p.text, p.tokens) for p in parts.queries]
     givens = [""] * len(questions)

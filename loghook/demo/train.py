@@ -54,11 +54,7 @@ def sequence_losses(model: nn.Module, ids_BS: Tensor, mask_BS: Tensor) -> Tensor
 
 
 def fit(model: nn.Module, batches: Iterable[Sequences], steps: int, learning_rate: float) -> Iterator[float]:
-    """AdamW on the mean loss of a token, warm-up over 5 % of the steps, then down to zero in a line.
-
-    Yields:
-        The loss of each step, for whoever shows progress.
-    """
+    """AdamW on the mean loss of a token, warm-up over 5 % of the steps, then to zero in a line; yields the losses."""
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True

@@ -56,17 +56,9 @@ def check_same(old: Manifest, new: Manifest) -> None:
 
 
 def seal(path: Path, manifest: Manifest, session: str, active: int) -> dict[str, Any]:
-    """Wait for the last record of every active rank, then sum up all commit logs.
+    """Wait until each of ``active`` ranks has ended this ``session``, then sum up all commit logs.
 
-    Args:
-        path: the run's folder.
-        manifest: its manifest; a resumed run may count more ranks than write now.
-        session: what the last record of this session says; the end that an interrupted run came to does not count.
-        active: how many ranks write now.
-
-    Raises:
-        StateError: ranks are missing after ``SEAL_TIMEOUT``.
-        CorruptLogError: a damaged commit log.
+    A resumed run may count more ranks than write now, and the end that an interrupted run came to does not count.
     """
     for rank in range(active, manifest.world_size):
         with lock(path / f"lock-{rank:05d}"):  # one that does not write now

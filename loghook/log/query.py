@@ -165,11 +165,7 @@ class Query:
 
 
 def find_columns(layout: Layout, layer: str, kind: str) -> tuple[LayerSpec, slice]:
-    """Return a layer's spec and its columns of a row, for one kind of rows.
-
-    Raises:
-        ConfigError: for an unknown layer or kind.
-    """
+    """Return a layer's spec and its columns of a row, for one kind of rows."""
     if kind not in layout.kinds:
         raise ConfigError(f"kind={kind!r} is unknown: choose one of {', '.join(layout.kinds)}.")
     specs = {spec.name: spec for spec in layout.layers}

@@ -60,11 +60,7 @@ class Commits:
 
 
 def read_commits(path: Path, manifest: Manifest, rank: int) -> Commits:
-    """Read and check the commit log of one of a run's writers; one that does not exist is empty.
-
-    Raises:
-        CorruptLogError: for a damaged line, a record of another run, or one that says what no writer writes.
-    """
+    """Read and check the commit log of one of a run's writers; one that does not exist is empty."""
     file = path / commits_name(rank, manifest.generation)
     try:
         data = file.read_bytes() if file.exists() else b""

@@ -24,16 +24,7 @@ class Committed:
 
 
 def read_back(path: Path, manifest: Manifest, *, outside_too: bool) -> Committed:
-    """Read the commit logs of all ranks of an interrupted run.
-
-    Args:
-        path: the run's folder.
-        manifest: its manifest.
-        outside_too: whether ids logged outside ``passes()`` are not logged again either.
-
-    Raises:
-        CorruptLogError: if a commit log is damaged.
-    """
+    """Read back an interrupted run; ``outside_too``: ids logged outside ``passes()`` are not logged again either."""
     found = Committed()
     ended: list[set[int]] = []
     reopened: list[int] = next((e["records"] for e in reversed(manifest.history) if e["what"] == "append"), [])

@@ -39,11 +39,7 @@ class Shard:
         return self.data
 
     def map_rows(self) -> Tensor:
-        """Map the file after checking its size, its header and the checksum of every record.
-
-        Raises:
-            CorruptLogError: if one is not what was committed.
-        """
+        """Map the file after checking its size, its header and the checksum of every record."""
         end = self._place(self.rows)
         try:
             with open(self.file, "rb") as handle:

@@ -63,12 +63,7 @@ class Writer:
         shard_bytes: int,
         commit_seconds: float,
     ) -> None:
-        """Open the rank's files, cut off a torn tail, and start the thread.
-
-        Raises:
-            LogLockedError: if another process writes to this run as the same rank.
-            CorruptLogError: if what is there does not match its records.
-        """
+        """Open the rank's files, cut off a torn tail, and start the thread."""
         self._path, self._run_id, self._rank, self._codec = path, manifest.run_id, rank, manifest.codec
         self._capacity = max(1, shard_bytes // self._codec.row_bytes)
         self._commit_seconds = commit_seconds
