@@ -224,27 +224,24 @@ def _check_manifest(manifest: Manifest) -> None:
             known = "None" if value is None else type(value).__name__
             if known not in allowed and known != stated:
                 raise ValueError(f"{entry.name} is {value!r:.100}, which is no {stated}")
-    if not re.fullmatch("[0-9a-f]{32}", manifest.run_id):
-        raise ValueError(f"run_id {manifest.run_id!r:.100} is not 32 hexadecimal digits")
-    if manifest.dtype not in DTYPES:
-        raise ValueError(f"dtype {manifest.dtype!r:.100} is none of {', '.join(DTYPES)}")
-    if manifest.id_type not in ("int", "str"):
-        raise ValueError(f"id_type {manifest.id_type!r:.100} is neither 'int' nor 'str'")
-    if manifest.on_repeat not in (None, "first", "all", "error"):
-        raise ValueError(f"on_repeat {manifest.on_repeat!r:.100} is unknown")
-    if not 1 <= manifest.world_size <= 1_000_000:
-        raise ValueError(f"world_size {manifest.world_size} is out of range")
-    if not 0 <= manifest.generation < 1 << 40:
-        raise ValueError(f"generation {manifest.generation} is out of range")
-    sealed, coverage = manifest.sealed, manifest.coverage
-    if sealed is not None and (type(sealed["rows"]) is not int or type(sealed["digest"]) is not str):
-        raise ValueError(f"its seal is {sealed!r:.100}")
-    if not type(coverage["covered"]) is type(coverage["total"]) is int or type(coverage["not_covered"]) is not list:
-        raise ValueError(f"its coverage is {coverage!r:.100}")
-    if not all(isinstance(value, str | None) for value in manifest.parameters.values()):
-        raise ValueError(f"its parameters are {manifest.parameters!r:.100}")
-    if not manifest.layers or len({layer.name for layer in manifest.layers}) < len(manifest.layers):
-        raise ValueError("it has no layers, or two of the same name")
+    m, coverage = manifest, manifest.coverage
+    sealed = m.sealed is None or (type(m.sealed["rows"]) is int and type(m.sealed["digest"]) is str)
+    counted = type(coverage["covered"]) is type(coverage["total"]) is int
+    rules = (
+        (re.fullmatch("[0-9a-f]{32}", m.run_id), f"run_id {m.run_id!r:.100} is not 32 hexadecimal digits"),
+        (m.dtype in DTYPES, f"dtype {m.dtype!r:.100} is none of {', '.join(DTYPES)}"),
+        (m.id_type in ("int", "str"), f"id_type {m.id_type!r:.100} is neither 'int' nor 'str'"),
+        (m.on_repeat in (None, "first", "all", "error"), f"on_repeat {m.on_repeat!r:.100} is unknown"),
+        (1 <= m.world_size <= 1_000_000, f"world_size {m.world_size} is out of range"),
+        (0 <= m.generation < 1 << 40, f"generation {m.generation} is out of range"),
+        (sealed, f"its seal is {m.sealed!r:.100}"),
+        (counted and type(coverage["not_covered"]) is list, f"its coverage is {coverage!r:.100}"),
+        (all(isinstance(v, str | None) for v in m.parameters.values()), f"its parameters are {m.parameters!r:.100}"),
+        (m.layers and len({x.name for x in m.layers}) == len(m.layers), "it has no layers, or two of the same name"),
+    )
+    for good, wrong in rules:
+        if not good:
+            raise ValueError(wrong)
     for layer in manifest.layers:
         sizes = (layer.in_features, layer.out_features, layer.groups, layer.k_in, layer.k_out)
         if not all(1 <= n < 1 << 40 for n in sizes) or not 0 <= layer.channels < 1 << 40:

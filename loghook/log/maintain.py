@@ -21,19 +21,11 @@ from loghook.log.codec import DTYPES
 from loghook.log.disk import lock, sync_folder, writing
 from loghook.log.fitted import load_sides, save_sides
 from loghook.log.folder import sum_up
-from loghook.log.format import (
-    Layout,
-    Manifest,
-    checksum,
-    commits_name,
-    parse_object,
-    shard_header,
-    shard_name,
-)
+from loghook.log.format import Layout, Manifest, checksum, commits_name, parse_object, shard_header, shard_name
 from loghook.log.moments import load_moments
 from loghook.log.records import Commits, all_commits, check_record, decode_records, encode_record, read_commits
-from loghook.log.recovery import close_shard, shard_ends
-from loghook.log.rewrite import Changed, Keep, clean, copy_log, entry, ids_of, rank_of, read_rows, rewrite, shard_of
+from loghook.log.recovery import close_shard
+from loghook.log.rewrite import Changed, Keep, clean, copy_log, entry, ids_of, read_rows, rewrite, shard_of
 
 
 def repair(path: str | Path) -> Changed:
@@ -62,13 +54,12 @@ def repair(path: str | Path) -> Changed:
         if sealed is not None and not notes and sum_up(logs) != sealed:
             notes.append(f"{path}: the commit logs are not those that were sealed: rows may be missing")
         for log in logs:
-            for record in (r for r in log.records if "shard" in r):
+            for record in log.rows:
                 if read_rows(path, log, record, row_bytes) is None:
                     notes.append(f"{shard_of(path, log, record)}: {record['rows']} rows do not match their checksum")
-            last = next((r for r in reversed(log.records) if "shard" in r), None)
             try:
-                if last is not None and manifest.no_statistics is None:
-                    load_moments(path, last["statistics"], Layout(manifest.layers).moments_width)
+                if log.rows and manifest.no_statistics is None:
+                    load_moments(path, log.rows[-1]["statistics"], Layout(manifest.layers).moments_width)
             except CorruptLogError as error:
                 notes.append(str(error))
         if not notes:
@@ -214,8 +205,8 @@ def _mend_headers(path: Path, manifest: Manifest, logs: Sequence[Commits]) -> li
     """Let every shard end after its rows and its header say so; a note for each that did not."""
     codec, notes = manifest.codec, []
     for log in logs:
-        for index, rows in shard_ends(log.records).items():
-            file = path / shard_name(rank_of(log), index)
+        for index, rows in log.shard_ends.items():
+            file = path / shard_name(log.rank, index)
             header = shard_header(rows, codec, manifest.run_id)
             if close_shard(file, header, rows * codec.row_bytes):
                 notes.append(f"{file}: header and size are those of its rows again, all of which are good")
@@ -267,7 +258,7 @@ def _good_records(path: Path, manifest: Manifest, rank: int) -> tuple[Commits, l
             lost += [i for r in found for i in r.get("ids", ()) if type(i).__name__ == manifest.id_type]
     torn = wrong == "torn" and manifest.sealed is None
     notes = [] if wrong is None or torn else [f"{file}: {wrong}"]
-    return Commits(file, records, data[:size], 0), lost, notes
+    return Commits(rank, file, records, data[:size]), lost, notes
 
 
 def _object(body: bytes) -> dict[str, Any]:

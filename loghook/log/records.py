@@ -53,10 +53,21 @@ def decode_records(data: bytes) -> tuple[list[dict[str, Any]], int, str | None]:
 class Commits:
     """One writer's commit log, checked."""
 
+    rank: int  # whose it is
     file: Path  # where it is
     records: list[dict[str, Any]]  # its records
     data: bytes  # the bytes of these records
-    torn: int  # how many bytes of an unfinished record follow
+    torn: int = 0  # how many bytes of an unfinished record follow
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Those of its records that name rows."""
+        return [record for record in self.records if "shard" in record]
+
+    @property
+    def shard_ends(self) -> dict[int, int]:
+        """How many rows of each shard are committed: {number of the shard: rows}."""
+        return {r["shard"]: r["start"] + r["rows"] for r in self.rows}
 
 
 def read_commits(path: Path, manifest: Manifest, rank: int) -> Commits:
@@ -79,7 +90,7 @@ def read_commits(path: Path, manifest: Manifest, rank: int) -> Commits:
                 ends[record["shard"]] = record["start"] + record["rows"]
         except ValueError as error:
             raise CorruptLogError(f"{file}: record {record['n']} {error}: {REMEDY}.") from error
-    return Commits(file, records, data[:size], len(data) - size)
+    return Commits(rank, file, records, data[:size], len(data) - size)
 
 
 REMEDY = "restore it from a copy, or run `loghook repair` on the run"

@@ -1,10 +1,8 @@
 """What a kill leaves behind: read back what is committed, cut off what is not. It may itself be killed at any point."""
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from loghook.errors import CorruptLogError
 from loghook.log.disk import sync_folder, write_all
@@ -63,7 +61,7 @@ def recover(path: Path, manifest: Manifest, rank: int, *, snapshots: int = 2) ->
         CorruptLogError: if what is there does not match its records; nothing is changed then.
     """
     log, codec = read_commits(path, manifest, rank), manifest.codec
-    ends = shard_ends(log.records)
+    ends = log.shard_ends
     for index, rows in ends.items():
         shard = path / shard_name(rank, index)
         if not shard.is_file() or shard.stat().st_size < SHARD_HEADER + rows * codec.row_bytes:
@@ -75,7 +73,7 @@ def recover(path: Path, manifest: Manifest, rank: int, *, snapshots: int = 2) ->
     for index, rows in ends.items():
         header = shard_header(rows, codec, manifest.run_id)
         close_shard(path / shard_name(rank, index), header, rows * codec.row_bytes)
-    named = [record["statistics"]["file"] for record in log.records if "statistics" in record][-snapshots:]
+    named = [record["statistics"]["file"] for record in log.rows][-snapshots:]
     keep = {shard_name(rank, index) for index in ends} | set(named)
     for kind in ("rows", "statistics"):
         for file in path.glob(f"{kind}-{rank:05d}-*.safetensors"):
@@ -83,11 +81,6 @@ def recover(path: Path, manifest: Manifest, rank: int, *, snapshots: int = 2) ->
                 file.unlink()
     sync_folder(path)
     return log
-
-
-def shard_ends(records: Iterable[dict[str, Any]]) -> dict[int, int]:
-    """How many rows of each shard are committed: {number of the shard: rows}."""
-    return {r["shard"]: r["start"] + r["rows"] for r in records if "shard" in r}
 
 
 def close_shard(shard: Path, header: bytes, size: int) -> bool:

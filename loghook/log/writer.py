@@ -28,7 +28,7 @@ from loghook.log.finite import finite_rows, not_finite
 from loghook.log.format import SHARD_HEADER, Layout, Manifest, shard_header, shard_name, statistics_name
 from loghook.log.moments import load_moments, save_moments
 from loghook.log.records import encode_record
-from loghook.log.recovery import recover, shard_ends
+from loghook.log.recovery import recover
 
 QUEUE = 8  # blocks under way between the loop and the disk
 GRACE = 30.0  # seconds that a process which was told to end waits for the commit
@@ -71,9 +71,8 @@ class Writer:
         self.moments = np.zeros(Layout(manifest.layers).moments_width)
         try:
             log = recover(path, manifest, rank)
-            last = next((r for r in reversed(log.records) if "statistics" in r), None)
-            if last is not None:
-                self.moments = load_moments(path, last["statistics"], len(self.moments))
+            if log.rows:
+                self.moments = load_moments(path, log.rows[-1]["statistics"], len(self.moments))
             self._commits = open(log.file, "ab", buffering=0)  # noqa: SIM115
             sync_folder(path)
         except BaseException:
@@ -81,7 +80,7 @@ class Writer:
             raise
         self.records = log.records
         self._shard: int | None = None  # descriptor of the open shard
-        self._shard_index = max(shard_ends(self.records), default=-1)
+        self._shard_index = max(log.shard_ends, default=-1)
         self._shard_rows = 0
         self._start_record()
         self._committed_at = time.monotonic()
