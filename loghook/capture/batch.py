@@ -72,15 +72,10 @@ def check_ids(data_id: Ids) -> list[int] | list[str]:
     """Turn ids into a list of Python int or str, refusing anything else."""
     if isinstance(data_id, Tensor):
         if data_id.dim() != 1 or data_id.is_floating_point() or data_id.dtype == torch.bool:
-            raise BatchError(
-                f"data_id is a {data_id.dtype} tensor of shape {tuple(data_id.shape)}: pass a 1-D integer tensor, "
-                "one id a sample."
-            )
+            raise BatchError(f"data_id is {data_id.dtype} {tuple(data_id.shape)}: pass a 1-D integer tensor of ids.")
         values: list[Any] = data_id.tolist()
     elif isinstance(data_id, str | bytes) or not hasattr(data_id, "__iter__") or getattr(data_id, "ndim", 1) == 0:
-        raise BatchError(
-            f"data_id={data_id!r} is a single value: pass a list with one id for each sample, such as [{data_id!r}]."
-        )
+        raise BatchError(f"data_id={data_id!r} is a single value: pass a list with one id a sample, as [{data_id!r}].")
     elif isinstance(data_id, Set | Mapping):
         raise BatchError(f"data_id is a {type(data_id).__name__}, which has no order: pass a list, one id a sample.")
     else:
@@ -100,17 +95,11 @@ def check_masks(mask: Any, size: int, layers: Sequence[str]) -> dict[str, Tensor
     masks = {pattern: torch.as_tensor(value) for pattern, value in given.items()}
     for value in masks.values():
         if value.dim() not in (1, 2) or value.shape[0] != size:
-            raise BatchError(
-                f"mask has shape {tuple(value.shape)} in a block of {size} ids: pass (batch, tokens), its first axis "
-                "as long as data_id."
-            )
+            raise BatchError(f"mask has shape {tuple(value.shape)} in a block of {size} ids: pass (batch, tokens).")
     found = {name: [p for p in masks if fnmatchcase(name, p)] for name in layers}
     unused = masks.keys() - {patterns[0] for patterns in found.values() if patterns}
     if unused:
-        raise BatchError(
-            f"mask={{{min(unused)!r}: ...}} serves no watched layer: pass patterns over whole module names, the first "
-            "that fits a layer being its own."
-        )
+        raise BatchError(f"mask={{{min(unused)!r}: ...}} serves no watched layer: the first that fits a name is used.")
     return {name: masks[patterns[0]] for name, patterns in found.items() if patterns}
 
 

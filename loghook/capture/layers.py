@@ -130,7 +130,4 @@ def _execution_device(module: nn.Module) -> torch.device:
         device = getattr(one, "execution_device", None)
         if device is not None:
             return torch.device(device)
-    raise UnsupportedError(
-        f"the weights of a watched {type(module).__name__} are on the meta device and hold no values: load or "
-        "materialise the model first."
-    )
+    raise UnsupportedError(f"a watched {type(module).__name__} has weights on the meta device: load the model first.")

@@ -47,17 +47,9 @@ def pack(
     elif rows.device.type != "cpu":
         rows, moments = rows.cpu(), None if moments is None else moments.cpu()
     return Batch(
-        rows=rows,
-        ids=kept,
-        moments=moments,
-        pass_index=pass_index,
-        step=step,
-        flagged=flagged,
-        dropped=dropped,
-        asleep=captured.asleep,
-        ready=ready,
-        checked=finite is not None,
-    )
+        rows=rows, ids=kept, moments=moments, pass_index=pass_index, step=step, flagged=flagged, dropped=dropped,
+        asleep=captured.asleep, ready=ready, checked=finite is not None,
+    )  # fmt: skip
 
 
 def _to_pinned(t: Tensor) -> Tensor:

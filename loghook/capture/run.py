@@ -90,9 +90,7 @@ class Run(Blocks, Hooked):
         if not self._was_sealed or self._closed:
             self._require_open()
         if self._writer is not None:
-            raise StateError(
-                "rows are being logged already, with a fixed set of layers: call watch() before the first block."
-            )
+            raise StateError("rows of a fixed set of layers are being logged: call watch() before the first block.")
         arguments = Watch(include, exclude, may_sleep, flattened, bias, batch_dim, activations, output_gradients)
         if isinstance(model, nn.Module) and self._watches(model):
             raise StateError("this model is watched by this run already: one watch() call takes several patterns.")
@@ -166,7 +164,7 @@ class Run(Blocks, Hooked):
         manifest = self._session.manifest
         if manifest is not None and manifest.id_type != self._id_type:
             raise BatchError(
-                f"data_id is {self._id_type} here and was {manifest.id_type} before: use one type throughout the run."
+                f"data_id is {self._id_type} here, was {manifest.id_type}: use one type throughout the run."
             )
         if self._pass is not None and self._pass._gathering is not None:
             with self._pass._gathering.block(ids, given):
@@ -221,9 +219,7 @@ class Run(Blocks, Hooked):
         self._require_outside()
         self._require_open()
         if self._session.manifest is None:
-            raise StateError(
-                "nothing was logged, so there is nothing to finalise: run the loop with `with run(...)` first."
-            )
+            raise StateError("nothing was logged, so nothing is to finalise: run the loop with `with run(...)` first.")
         self._ready(self._session.manifest.id_type)  # an interrupted run may have nothing left to log
         self._session.end(self.digest if self._models else None)
 
@@ -293,20 +289,11 @@ class Run(Blocks, Hooked):
         old = fresh = self._session.manifest
         if old is None or self._layers:
             fresh = Manifest(
-                run_id=old.run_id if old else shared_run_id(),
-                projection=self._projection,
-                rank=self._rank,
-                seed=self._seed,
-                dtype=self._config.dtype,
-                layers=tuple(layer.spec for layer in self._layers),
-                coverage=self._coverage,
-                id_type=id_type,
-                on_repeat=self._config.on_repeat,
-                world_size=world_size(),
-                provenance=provenance(),
-                parameters={"first": self.digest()},
-                fitted=self._fitted,
-            )
+                run_id=old.run_id if old else shared_run_id(), projection=self._projection, rank=self._rank,
+                seed=self._seed, dtype=self._config.dtype, layers=tuple(layer.spec for layer in self._layers),
+                coverage=self._coverage, id_type=id_type, on_repeat=self._config.on_repeat, world_size=world_size(),
+                provenance=provenance(), parameters={"first": self.digest()}, fitted=self._fitted,
+            )  # fmt: skip
         assert fresh is not None
         writer = self._session.open(fresh)
         was, now = old and old.parameters.get("first"), fresh.parameters.get("first")

@@ -72,10 +72,7 @@ def select(
             )
         if not found_by:
             sample = ", ".join([name for name, m in modules.items() if find_adapter(m)][:6])
-            raise ConfigError(
-                f"pattern {pattern!r} matches no module. Patterns are fnmatch patterns over whole names, such as "
-                f"{sample}."
-            )
+            raise ConfigError(f"pattern {pattern!r} matches no module: fnmatch patterns are of whole names: {sample}.")
     chosen: dict[str, tuple[nn.Module, Adapter]] = {}
     reasons: dict[str, str] = {}
     for name, module in modules.items():

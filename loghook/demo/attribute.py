@@ -24,6 +24,7 @@ class Question:
     title: str  # a line above it
     text: str  # all of it
     tokens: tuple[int, ...]  # its ids
+    before: str = ""  # the text in front that counts for nothing
     given: int = 1  # how many of them at the front are context only and count for nothing
 
 

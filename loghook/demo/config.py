@@ -79,19 +79,14 @@ class DemoConfig:
             if not isinstance(value, int) or isinstance(value, bool) or value < n:
                 raise ConfigError(f"{name}={value!r} must be a whole number of at least {n}.")
         if self.hidden % self.heads or (self.hidden // self.heads) % 2:
-            raise ConfigError(
-                f"hidden={self.hidden} over heads={self.heads} is no even width for a head: choose hidden = heads x an "
-                "even number."
-            )
+            raise ConfigError(f"hidden={self.hidden} over heads={self.heads} must be an even width for each head.")
         if not 0 < self.fraction < 0.5:
             raise ConfigError(f"fraction={self.fraction} must lie between 0 and 0.5: it is the share that is removed.")
         for name in ("epochs", "pretrain_lr", "learning_rate", "damping"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be positive.")
         if self.lds_subsets in (1, 2, 3):
-            raise ConfigError(
-                f"lds_subsets={self.lds_subsets} is too few for a rank correlation: pass 0 for none, or at least 4."
-            )
+            raise ConfigError(f"lds_subsets={self.lds_subsets} is too few to correlate: pass 0 for none, or 4 or more.")
 
     @classmethod
     def fast(cls, **changes: object) -> "DemoConfig":

@@ -89,13 +89,12 @@ def run_demo(config: DemoConfig | None = None, *, console: Console | None = None
         with clock("log"):
             log_passages(model, passages, config.out / "log", config)
         with clock("attribution"):
-            questions, givens = _questions(model, tokenizer, parts, config)
+            questions = _questions(model, tokenizer, parts, config)
             log = loghook.load(config.out / "log")
             scores = score(log, ask(model, questions, log, config), questions, passages, config.damping)
         # Of the held-out passages a group's first is shown, then all that was generated.
         shown = [i for i, q in enumerate(questions) if q.kind != "held out" or i % config.group_size == 0]
-        asked, before = [questions[i] for i in shown], [givens[i] for i in shown]
-        cards = make_cards(asked, before, passages, scores["ekfac"][shown], config.show)
+        cards = make_cards([questions[i] for i in shown], passages, scores["ekfac"][shown], config.show)
         print_cards(cards, console)
         proof = None
         if config.prove:
@@ -146,18 +145,14 @@ def _own_base(config: DemoConfig) -> str:
     return str(folder)
 
 
-def _questions(model: Any, tokenizer: Any, parts: Split, config: DemoConfig) -> tuple[list[Question], list[str]]:
-    """What is asked about: held-out passages, what the model makes of their beginnings and of the user's prompts.
-
-    With it, the text in front of each question that counts for nothing.
-    """
+def _questions(model: Any, tokenizer: Any, parts: Split, config: DemoConfig) -> list[Question]:
+    """What is asked about: held-out passages, what the model makes of their beginnings and of the user's prompts."""
     questions = [Question(p.data_id, "held out", p.topic, p.text, p.tokens) for p in parts.queries]
-    givens = [""] * len(questions)
 
     def go_on(data_id: str, kind: str, title: str, start: tuple[int, ...]) -> None:
         ids = generate(model, start, config.new_tokens, config.seed)
-        questions.append(Question(data_id, kind, title, decode(tokenizer, ids), tuple(ids), len(start)))
-        givens.append(decode(tokenizer, start))
+        text, before = decode(tokenizer, ids), decode(tokenizer, start)
+        questions.append(Question(data_id, kind, title, text, tuple(ids), before, len(start)))
 
     for topic, passages in parts.groups:
         start = passages[0].tokens[: config.chunk_tokens // 8]
@@ -167,6 +162,5 @@ def _questions(model: Any, tokenizer: Any, parts: Split, config: DemoConfig) -> 
         start = (*start_tokens(tokenizer), *tokenize(tokenizer, prompt)[0])
         if len(start) > 1:  # a single token is never predicted
             questions.append(Question(f"prompt#{number}", "prompt", "the prompt itself", prompt, start))
-            givens.append("")
         go_on(f"continuation#{number}", "prompt", "how the model goes on", start)
-    return questions, givens
+    return questions

@@ -15,7 +15,7 @@ from loghook.views.report import Bars, Card, Entry, Report
 
 
 def make_cards(
-    questions: Sequence[Question], givens: Sequence[str], passages: Sequence[Passage], scores: np.ndarray, show: int
+    questions: Sequence[Question], passages: Sequence[Passage], scores: np.ndarray, show: int
 ) -> tuple[Card, ...]:
     """A card for each question, from its row of (questions, passages) scores."""
 
@@ -25,14 +25,14 @@ def make_cards(
         return Entry(data_id=passage.data_id, topic=passage.topic, text=text, score=float(score))
 
     cards = []
-    for question, given, row in zip(questions, givens, scores, strict=True):
+    for question, row in zip(questions, scores, strict=True):
         order = np.argsort(-row, kind="stable")
         cards.append(
             Card(
                 kind=question.kind,
                 title=question.title,
-                text=question.text.removeprefix(given).rstrip("\n"),
-                given=given,
+                text=question.text.removeprefix(question.before).rstrip("\n"),
+                given=question.before,
                 proponents=tuple(entry(i, row[i]) for i in order[:show]),
                 opponents=tuple(entry(i, row[i]) for i in order[::-1][:show]),
             )

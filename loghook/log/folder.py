@@ -25,10 +25,7 @@ def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
         raise LogExistsError(f"{path} is a file: choose another path for the run.")
     old = [] if not path.exists() else [p for p in path.iterdir() if p.name == MANIFEST or _is_ours(p)]
     if old and not resume and not overwrite:
-        raise LogExistsError(
-            f"{path} holds a run already: pass resume=True to go on with it, overwrite=True to delete it, or another "
-            "path."
-        )
+        raise LogExistsError(f"{path} holds a run already: pass resume=True, overwrite=True or another path.")
     # Files without a manifest are of a run that was killed before its first block was done: nothing refers to them.
     if overwrite or (old and not (path / MANIFEST).exists()):
         locks = [lock(file) for file in old if file.name.startswith("lock-")]  # nobody may be writing what goes away

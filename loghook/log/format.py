@@ -199,9 +199,7 @@ class Manifest:
             if type(body["version"]) is not int or body["version"] < 1:
                 raise ValueError(f"its version is {body['version']!r:.100}")
             if body["version"] > VERSION:
-                raise VersionError(
-                    f"{file} has format version {body['version']}; this loghook reads up to {VERSION}: upgrade loghook."
-                )
+                raise VersionError(f"{file}: version {body['version']}; this reads up to {VERSION}: upgrade loghook.")
             fields = {k: v for k, v in body.items() if k not in ("format", "fingerprint", "checksum")}
             fields["layers"] = tuple(LayerSpec(**layer) for layer in body["layers"])
             manifest = cls(**fields)
