@@ -345,10 +345,8 @@ def main() -> None:
         for make in makers:
             with tempfile.TemporaryDirectory() as folder:
                 for one in make(model, f"{folder}/run", seed):
-                    by_method.setdefault(one[0], []).append(one)
-                    print(
-                        f"  {one[0]}: {lds(one[1], task.members, task.losses, resamples=1).mean:.3f}", file=sys.stderr
-                    )
+                    by_method.setdefault(one.method, []).append(one)
+                    print(f"  {one.method}: {one.seconds:.1f} s {one.reason}", file=sys.stderr)
     table = judge(task, by_method)
     show(task, table)
     if a.save:

@@ -63,18 +63,10 @@ def init(
         LogExistsError: a run is there already and neither ``resume`` nor ``overwrite`` was given.
     """
     config = Config(
-        path=Path(path),
-        rank=rank,
-        projection=projection,
-        whitening=whitening,
-        fitted=None if fitted is None else Path(fitted),
-        seed=seed,
-        dtype=dtype,
-        on_repeat=on_repeat,
-        shard_bytes=shard_bytes,
-        commit_seconds=commit_seconds,
-        fidelity=fidelity,
-    )
+        path=Path(path), rank=rank, projection=projection, whitening=whitening,
+        fitted=None if fitted is None else Path(fitted), seed=seed, dtype=dtype, on_repeat=on_repeat,
+        shard_bytes=shard_bytes, commit_seconds=commit_seconds, fidelity=fidelity,
+    )  # fmt: skip
     if dtype == "int1" and projection != "whitened":
         warnings.warn(
             f"dtype='int1' keeps only signs, which say much less with projection={projection!r} than with whitened "

@@ -1,19 +1,21 @@
 """``loghook.check``: proves the rows on a user's own model against one-sample-at-a-time autograd."""
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from loghook.capture.batch import batch_size, one_sample
-from loghook.capture.block import nothing_delivered
+from loghook.capture.batch import Given, batch_size, one_sample
 from loghook.capture.coverage import describe_coverage
 from loghook.capture.hooked import Hooked
 from loghook.capture.layers import Layer
 from loghook.capture.models import mixing_modules, unwrap
-from loghook.capture.select import Watch, patterns
+from loghook.capture.select import Watch
+from loghook.capture.silence import nothing_delivered
 from loghook.errors import BatchError, DeliveryError, UnsupportedError
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -65,41 +67,33 @@ class _Probe(Hooked):
     def __init__(self, model: nn.Module, include: Any, exclude: Any, flattened: Any, batch_dim: int, rank: int) -> None:
         super().__init__("random", rank, seed=0)
         self.model = model
-        arguments = Watch(
-            include=patterns(include),
-            exclude=patterns(exclude),
-            may_sleep=("*",),
-            flattened=patterns(flattened),
-            bias=True,
-            batch_dim=batch_dim,
-            activations="sum",
-            output_gradients=None,
-        )
-        self.coverage = self._hook(model, arguments)
+        watch = Watch(include, exclude, may_sleep="*", flattened=flattened, batch_dim=batch_dim, activations="sum")
+        self.coverage = self._hook(model, watch)
 
     @property
     def watched(self) -> list[Layer]:
         return self._layers
 
-    def rows(self, loss_fn: LossFunction, batch: Any, size: int) -> tuple[dict[str, Tensor], float, set[str]]:
-        """Rows of a batch by layer (B, k_out, k_in) in float64, the loss, and the layers that stayed silent."""
-        with self._capture(size, mask=None, scale=1.0, keep=None, moments=False) as captured:
+    def rows(self, loss_fn: LossFunction, batch: Any, size: int) -> "_Found":
+        """Run a batch through the hooks."""
+        with self._capture(size, Given()) as captured:
             loss = loss_fn(self.model, batch)
             loss.backward()
-        columns = self._layout.kinds["gradients"]
-        rows = captured[0].rows.double().cpu()
-        by_layer = {
-            layer.name: rows[:, columns[layer.name]].view(size, layer.spec.k_out, layer.spec.k_in)
-            for layer in self._layers
-        }
-        return by_layer, float(loss.detach()), set(captured[0].asleep)
+        rows, kinds = captured[0].rows.double().cpu(), self._layout.kinds
+        shapes = {layer.name: (layer.spec.k_out, layer.spec.k_in) for layer in self._layers}
+        return _Found(
+            {name: rows[:, kinds["gradients"][name]].unflatten(1, shape) for name, shape in shapes.items()},
+            {name: rows[:, columns] for name, columns in kinds["activations"].items()},
+            float(loss.detach()),
+            set(captured[0].asleep),
+        )
 
-    def inputs(self, loss_fn: LossFunction, batch: Any, size: int) -> dict[str, Tensor]:
-        """Inputs of every layer summed over tokens: {layer: (B, channels)} in float64."""
-        with self._capture(size, mask=None, scale=1.0, keep=None, moments=False) as captured:
-            loss_fn(self.model, batch).backward()
-        rows = captured[0].rows.double().cpu()
-        return {name: rows[:, columns] for name, columns in self._layout.kinds["activations"].items()}
+
+class _Found(NamedTuple):
+    rows: dict[str, Tensor]  # by layer, (B, k_out, k_in) in float64
+    inputs: dict[str, Tensor]  # by layer, summed over tokens: (B, channels) in float64
+    loss: float
+    silent: set[str]  # layers that delivered nothing
 
 
 def check(
@@ -169,9 +163,9 @@ def _examine(probe: _Probe, loss_fn: LossFunction, batch: Any, size: int, report
         return
     try:
         with _random_state():
-            together, loss, silent = probe.rows(loss_fn, batch, size)
+            together, _, loss, silent = probe.rows(loss_fn, batch, size)
         with _random_state(advance=True):
-            again, _, _ = probe.rows(loss_fn, batch, size)
+            again = probe.rows(loss_fn, batch, size).rows
     except (DeliveryError, UnsupportedError, BatchError) as error:
         report.problems.append(str(error))
         return
@@ -229,10 +223,8 @@ def _one_at_a_time(
     losses = []
     parameters = [p for layer in probe.watched for p in layer.module.parameters(recurse=False)]
     frozen = [(p, p.requires_grad) for p in parameters]
-    uses: dict[int, int] = {}  # in how many modules a parameter is, watched or not
-    for module in probe.model.modules():
-        for p in module.parameters(recurse=False):
-            uses[id(p)] = uses.get(id(p), 0) + 1
+    # In how many modules a parameter is, watched or not.
+    uses = Counter(id(p) for module in probe.model.modules() for p in module.parameters(recurse=False))
     try:
         for p in parameters:
             if p.is_floating_point():
@@ -241,7 +233,7 @@ def _one_at_a_time(
             for p in probe.model.parameters():
                 p.grad = None
             with _random_state():
-                captured, loss, _ = probe.rows(loss_fn, one_sample(batch, i, size), 1)
+                captured, _, loss, _ = probe.rows(loss_fn, one_sample(batch, i, size), 1)
             losses.append(loss)
             for layer in probe.watched:
                 rows[layer.name].append(_from_parameters(layer, uses, captured[layer.name][0]))
@@ -251,7 +243,7 @@ def _one_at_a_time(
     return {name: torch.stack(values) for name, values in rows.items()}, losses
 
 
-def _from_parameters(layer: Layer, uses: dict[int, int], captured: Tensor) -> Tensor:
+def _from_parameters(layer: Layer, uses: Counter[int], captured: Tensor) -> Tensor:
     """The row of one sample from autograd's own gradient: (k_out, k_in) in float64.
 
     Where autograd has none (quantised or sharded weights, weights tied to another module), what a batch of one
@@ -261,7 +253,7 @@ def _from_parameters(layer: Layer, uses: dict[int, int], captured: Tensor) -> Te
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None) if layer.spec.bias else None
     if not isinstance(weight, Tensor) or weight.grad is None or type(weight).__name__ == "DTensor":
         return captured
-    if uses.get(id(weight), 0) > 1 or weight.numel() != layer.spec.in_features * layer.spec.out_features:
+    if uses[id(weight)] > 1 or weight.numel() != layer.spec.in_features * layer.spec.out_features:
         return captured
     gradient = layer.adapter.gradient(module, weight.grad.double(), None if bias is None else bias.grad.double()).cpu()
     for side, axis in ((layer.output_side, 0), (layer.input_side, 1)):
@@ -282,11 +274,11 @@ def _factors(together: list[Tensor], alone: list[Tensor]) -> Tensor:
 def _influence_message(probe: _Probe, loss_fn: LossFunction, batch: Any, size: int, wrong: Sequence[str]) -> str:
     """Say where samples mix: the first layer whose *input* depends on the rest of the batch."""
     with _random_state():
-        inputs = probe.inputs(loss_fn, batch, size)
+        inputs = probe.rows(loss_fn, batch, size).inputs
     first = None
     for i in range(size):
         with _random_state():
-            single = probe.inputs(loss_fn, one_sample(batch, i, size), 1)
+            single = probe.rows(loss_fn, one_sample(batch, i, size), 1).inputs
         off = [n for n, x in single.items() if _error(inputs[n][i : i + 1], x) > 1e-3]
         names = list(inputs)
         first = min([first, *off] if first else off, key=names.index, default=first)
@@ -335,18 +327,11 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:4])) + (", ..." if len(names) > 4 else "")
 
 
-class _random_state:
+@contextmanager
+def _random_state(*, advance: bool = False) -> Iterator[None]:
     """Run something from the same random state each time, and leave the state as it was."""
-
-    def __init__(self, *, advance: bool = False) -> None:
-        self._advance = advance
-
-    def __enter__(self) -> None:
-        devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-        self._fork = torch.random.fork_rng(devices=devices)
-        self._fork.__enter__()
-        if self._advance:
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        if advance:
             torch.manual_seed(torch.initial_seed() + 1)
-
-    def __exit__(self, *error: object) -> None:
-        self._fork.__exit__(None, None, None)
+        yield

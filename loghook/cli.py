@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 import loghook
+from loghook.capture.coverage import by_reason
 from loghook.errors import ConfigError, LoghookError
 from loghook.log import maintain
 
@@ -23,16 +24,6 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 Run = Annotated[Path, typer.Argument(help="The run's folder, as given to loghook.init.", metavar="RUN")]
-
-
-@contextmanager
-def _plain_errors() -> Iterator[None]:
-    """Show what loghook raises on purpose as one line, without a traceback."""
-    try:
-        yield
-    except (LoghookError, FileNotFoundError) as error:
-        typer.secho(f"error: {error}", fg="red", err=True)
-        raise typer.Exit(1) from error
 
 
 @contextmanager
@@ -51,10 +42,15 @@ def _processes() -> Iterator[bool]:
 
 
 def _command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a command that shows what loghook raises on purpose as one line, without a traceback."""
+
     @wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
-        with _plain_errors():
+        try:
             return function(*args, **kwargs)
+        except (LoghookError, FileNotFoundError) as error:
+            typer.secho(f"error: {error}", fg="red", err=True)
+            raise typer.Exit(1) from error
 
     return app.command()(wrapped)
 
@@ -105,10 +101,7 @@ def info(
     typer.echo(
         f"  {len(log.layers)} layers with {facts['covered']:.1%} of {m.coverage['total']:,} parameters (--json: all)"
     )
-    reasons: dict[str, list[dict[str, Any]]] = {}
-    for item in m.coverage["not_covered"]:
-        reasons.setdefault(item["reason"], []).append(item)
-    for reason, items in reasons.items():
+    for reason, items in by_reason(m.coverage).items():
         size = sum(item["parameters"] for item in items)
         more = f" and {len(items) - 1} more" if len(items) > 1 else ""
         typer.echo(f"    not covered: {items[0]['name'] or '(model)'}{more}, {size:,} parameters ({reason})")
@@ -219,34 +212,19 @@ def score(
     On many processes, `torchrun --nproc_per_node N -m loghook score ...` (or accelerate launch): each reads its share.
     """
     with _processes() as first:
-        _score(run, query, method, damping, normalize, top, bottom, out, show=first)
-
-
-def _score(
-    run: Path,
-    query: Path,
-    method: str,
-    damping: float,
-    normalize: str | None,
-    top: int,
-    bottom: int,
-    out: Path | None,
-    *,
-    show: bool,
-) -> None:
-    log, questions = loghook.load(run), loghook.Query.load(query)
-    keep = None if out or bottom else top
-    scores = log.influence(questions, method, damping=damping, normalize=normalize, top=keep)
-    if not show:
-        return
-    if out:
-        scores.save(out)
-        typer.echo(f"scores written to {out}")
-    opponents = scores.bottom(bottom) if bottom else [[]] * len(scores.query_ids)
-    for query_id, best, worst in zip(scores.query_ids, scores.top(top), opponents, strict=True):
-        typer.echo(f"{query_id}")
-        for record in (*best, *worst):
-            typer.echo(f"  {record.score:+.6g}  {record.data_id}")
+        log, questions = loghook.load(run), loghook.Query.load(query)
+        keep = None if out or bottom else top
+        scores = log.influence(questions, method, damping=damping, normalize=normalize, top=keep)
+        if not first:
+            return
+        if out:
+            scores.save(out)
+            typer.echo(f"scores written to {out}")
+        opponents = scores.bottom(bottom) if bottom else [[]] * len(scores.query_ids)
+        for query_id, best, worst in zip(scores.query_ids, scores.top(top), opponents, strict=True):
+            typer.echo(f"{query_id}")
+            for record in (*best, *worst):
+                typer.echo(f"  {record.score:+.6g}  {record.data_id}")
 
 
 @_command
@@ -260,24 +238,11 @@ def demo(
     device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.")] = "cpu",
     proof: Annotated[bool, typer.Option(help="Fine-tune again without the strongest proponents.")] = True,
     lds: Annotated[int, typer.Option(help="Random halves for the linear datamodelling score; 0: none.")] = 0,
-    fast: Annotated[
-        bool, typer.Option(help="A smoke test of the same code in seconds; its numbers mean little.")
-    ] = False,
+    fast: Annotated[bool, typer.Option(help="A smoke test of the same code in seconds; no numbers to keep.")] = False,
 ) -> None:
     """Fine-tune on Python's reference, log it, ask what made the model say this, and prove it: about five minutes."""
     from loghook.demo import DemoConfig, run_demo
 
     make = DemoConfig.fast if fast else DemoConfig
-    run_demo(
-        make(
-            out=out,
-            prompts=tuple(prompt or ()),
-            model=model,
-            dataset=dataset,
-            rank=rank,
-            seed=seed,
-            device=device,
-            prove=proof,
-            lds_subsets=lds,
-        )
-    )
+    chosen = {"model": model, "dataset": dataset, "rank": rank, "seed": seed, "device": device}
+    run_demo(make(out=out, prompts=tuple(prompt or ()), prove=proof, lds_subsets=lds, **chosen))  # type: ignore[arg-type]

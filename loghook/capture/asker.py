@@ -30,10 +30,7 @@ class Asker(Hooked):
             self._order(manifest.layers)
             for mine, theirs in zip(self._layers, manifest.layers, strict=True):
                 if mine.spec != theirs:
-                    raise MismatchError(
-                        f"layer {theirs.name!r} is {mine.spec} in the model and {theirs} in {origin}: attach the model "
-                        "that was logged."
-                    )
+                    raise MismatchError(f"{origin} has {theirs}, not {mine.spec}: attach the model that was logged.")
             if manifest.fitted is not None:
                 self._project_with(load_sides(origin, manifest.fitted), manifest.fitted)
         except ConfigError as error:

@@ -1,6 +1,8 @@
 """A batch and what comes with it (ids, mask, scale), checked before anything runs."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Iterator, Mapping, Sequence, Set
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -14,19 +16,66 @@ Ids = Sequence[int] | Sequence[str] | np.ndarray | Tensor
 Mask = Tensor | Mapping[str, Tensor]
 
 
+@dataclass(frozen=True)
+class Given:
+    """What comes with the ids of a batch; see ``Blocks``."""
+
+    mask: Mask | None = None
+    scale: float | Tensor = 1.0
+    scaler: Any = None
+    segments: Tensor | None = None
+
+
+class Blocks:
+    """What is opened around the forward and backward of each batch: ``with run(data_id=...):``."""
+
+    @contextmanager
+    def __call__(
+        self,
+        data_id: Ids,
+        *,
+        mask: Mask | None = None,
+        scale: float | Tensor = 1.0,
+        scaler: Any = None,
+        segments: Tensor | None = None,
+    ) -> Iterator[None]:
+        """Log, gather or score the samples of one batch: run its forward and backward inside.
+
+        Args:
+            data_id: one int or str for each sample of the batch: a list, an array or a 1-D tensor.
+            mask: (B, S), which tokens count in the statistics and in activation means; never changes a row. Where
+                layers see other tokens than others do (encoder and decoder), a dict {fnmatch pattern of names: mask};
+                the first pattern that fits a layer is its own, and one that none fits counts all tokens.
+            scale: what rows are multiplied by: n if the loss is a mean over n items, so that a row is the gradient
+                of its own summed loss.
+            scaler: the GradScaler that scaled the loss; its scale is divided out and, in a logging block, rows that
+                are not finite are flagged and left out instead of raising.
+            segments: (B, S) integers, for packed batches: each token's place in ``data_id``, -1 for none. A row is
+                then a document (or whatever the numbers say) instead of a sample; ``loghook.segments`` makes it from
+                ``position_ids`` or ``cu_seqlens``, or for single tokens.
+
+        Raises:
+            BatchError: ids, mask or scale that do not fit the batch.
+            DeliveryError: a watched layer delivered nothing, or two backward passes ran.
+            NotFiniteError: rows with infinities; on a device they are found in the background, and a later block, the
+                end of the pass or ``finalize`` raises it, once. Its ``ids`` can be logged again.
+            StateError: after ``finalize``, or inside another block.
+        """
+        with self._block(data_id, Given(mask, scale, scaler, segments)):
+            yield
+
+    def _block(self, data_id: Ids, given: Given) -> AbstractContextManager[None]:
+        raise NotImplementedError
+
+
 def check_ids(data_id: Ids) -> list[int] | list[str]:
     """Turn ids into a list of Python int or str, refusing anything else."""
     if isinstance(data_id, Tensor):
         if data_id.dim() != 1 or data_id.is_floating_point() or data_id.dtype == torch.bool:
-            raise BatchError(
-                f"data_id is a {data_id.dtype} tensor of shape {tuple(data_id.shape)}: pass a 1-D integer tensor, "
-                "one id a sample."
-            )
+            raise BatchError(f"data_id is {data_id.dtype} {tuple(data_id.shape)}: pass a 1-D integer tensor of ids.")
         values: list[Any] = data_id.tolist()
     elif isinstance(data_id, str | bytes) or not hasattr(data_id, "__iter__") or getattr(data_id, "ndim", 1) == 0:
-        raise BatchError(
-            f"data_id={data_id!r} is a single value: pass a list with one id for each sample, such as [{data_id!r}]."
-        )
+        raise BatchError(f"data_id={data_id!r} is a single value: pass a list with one id a sample, as [{data_id!r}].")
     elif isinstance(data_id, Set | Mapping):
         raise BatchError(f"data_id is a {type(data_id).__name__}, which has no order: pass a list, one id a sample.")
     else:
@@ -46,17 +95,11 @@ def check_masks(mask: Any, size: int, layers: Sequence[str]) -> dict[str, Tensor
     masks = {pattern: torch.as_tensor(value) for pattern, value in given.items()}
     for value in masks.values():
         if value.dim() not in (1, 2) or value.shape[0] != size:
-            raise BatchError(
-                f"mask has shape {tuple(value.shape)} in a block of {size} ids: pass (batch, tokens), its first axis "
-                "as long as data_id."
-            )
+            raise BatchError(f"mask has shape {tuple(value.shape)} in a block of {size} ids: pass (batch, tokens).")
     found = {name: [p for p in masks if fnmatchcase(name, p)] for name in layers}
     unused = masks.keys() - {patterns[0] for patterns in found.values() if patterns}
     if unused:
-        raise BatchError(
-            f"mask={{{min(unused)!r}: ...}} serves no watched layer: pass patterns over whole module names, the first "
-            "that fits a layer being its own."
-        )
+        raise BatchError(f"mask={{{min(unused)!r}: ...}} serves no watched layer: the first that fits a name is used.")
     return {name: masks[patterns[0]] for name, patterns in found.items() if patterns}
 
 
@@ -97,9 +140,8 @@ def batch_size(batch: Any) -> int:
     sizes = {t.shape[0] for t in _tensors(batch)}
     if len(sizes) != 1:
         raise BatchError(
-            f"the batch's tensors have first axes of {sorted(sizes)}: pass tensors (or a dict, list or tuple of "
-            "them) with the "
-            "samples along the first axis."
+            f"the batch's tensors have first axes of {sorted(sizes)}: pass tensors (or a dict, list or tuple of them) "
+            "with the samples along the first axis."
         )
     return sizes.pop()
 

@@ -30,10 +30,7 @@ class Config:
 
     def __post_init__(self) -> None:
         if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise ConfigError(
-                f"rank={self.rank!r} must be a whole number of at least 1: each layer logs up to rank x rank values "
-                "a sample."
-            )
+            raise ConfigError(f"rank={self.rank!r} must be a whole number of at least 1, as rows are rank x rank.")
         if self.projection not in _PROJECTIONS:
             raise ConfigError(f"projection={self.projection!r} is unknown: choose one of {', '.join(_PROJECTIONS)}.")
         if not self.whitening > 0 or (self.fitted is not None and self.projection not in FITTED):
@@ -46,6 +43,4 @@ class Config:
         if self.on_repeat not in _ON_REPEAT:
             raise ConfigError(f"on_repeat={self.on_repeat!r} is unknown: choose None, 'error', 'first' or 'all'.")
         if self.shard_bytes < 1 or self.commit_seconds <= 0:
-            raise ConfigError(
-                f"shard_bytes={self.shard_bytes} and commit_seconds={self.commit_seconds} must be positive."
-            )
+            raise ConfigError(f"shard_bytes={self.shard_bytes}, commit_seconds={self.commit_seconds} must be positive.")

@@ -9,11 +9,7 @@ from loghook.capture.models import in_flat_parameter, named_modules
 
 
 def coverage(model: nn.Module, watched: Collection[str], reasons: dict[str, str]) -> dict[str, Any]:
-    """Count the parameters that the watched layers hold, and list the modules whose own parameters are left out.
-
-    Returns:
-        The coverage record; see ``Manifest.coverage``.
-    """
+    """Make the record of what the watched layers hold and what is left out; see ``Manifest.coverage``."""
     flattened = _flattened(model)
     counted: set[Any] = set()
     covered = 0
@@ -29,11 +25,8 @@ def coverage(model: nn.Module, watched: Collection[str], reasons: dict[str, str]
         elif size:
             left_out.append({"name": name, "parameters": size, "reason": reasons.get(name, "not included")})
     left_out.sort(key=lambda item: -item["parameters"])
-    return {
-        "covered": covered,
-        "total": covered + sum(item["parameters"] for item in left_out),
-        "not_covered": left_out,
-    }
+    total = covered + sum(item["parameters"] for item in left_out)
+    return {"covered": covered, "total": total, "not_covered": left_out}
 
 
 def _flattened(model: nn.Module) -> dict[nn.Module, dict[Any, int]]:
@@ -55,16 +48,21 @@ def _flattened(model: nn.Module) -> dict[nn.Module, dict[Any, int]]:
     return taken
 
 
+def by_reason(coverage: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """What is not covered, by the reason why."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for item in coverage["not_covered"]:
+        found.setdefault(item["reason"], []).append(item)
+    return found
+
+
 def describe_coverage(layers: int, coverage: dict[str, Any]) -> str:
     """Say in a few lines what is watched and what is not."""
     total = max(1, coverage["total"])
     lines = [
         f"loghook watches {layers} layers with {coverage['covered'] / total:.1%} of {coverage['total']:,} parameters"
     ]
-    by_reason: dict[str, list[dict[str, Any]]] = {}
-    for item in coverage["not_covered"]:
-        by_reason.setdefault(item["reason"], []).append(item)
-    for reason, items in by_reason.items():
+    for reason, items in by_reason(coverage).items():
         names = ", ".join(item["name"] or "(model)" for item in items[:3]) + (", ..." if len(items) > 3 else "")
         share = sum(item["parameters"] for item in items) / total
         lines.append(f"  not covered, {share:.1%}: {names} ({reason})")

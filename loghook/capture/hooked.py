@@ -9,13 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from loghook.capture.batch import Ids, Mask, check_ids, check_masks, check_scale
-from loghook.capture.block import Block, Captured, make_hook, nothing_delivered
+from loghook.capture.batch import Given, Ids, Mask, check_ids, check_masks, unscaled
+from loghook.capture.block import Block, Captured
 from loghook.capture.experts import ExpertProjection, watched
+from loghook.capture.hook import make_hook
 from loghook.capture.layers import Job, Layer
 from loghook.capture.models import mixing_modules, parameters_digest, refuse, unwrap
 from loghook.capture.segments import arrange
 from loghook.capture.select import Watch, select
+from loghook.capture.silence import nothing_delivered
 from loghook.errors import ConfigError, DeliveryError, MismatchError, StateError, UnsupportedError
 from loghook.log.finite import not_finite
 from loghook.log.fitted import Sides
@@ -105,12 +107,10 @@ class Hooked:
     def _capture(
         self,
         size: int,
+        given: Given,
         *,
-        mask: Mask | None,
-        scale: Any,
-        keep: np.ndarray | None,
-        moments: bool,
-        segments: Any = None,
+        keep: np.ndarray | None = None,
+        moments: bool = False,
         job: Job | None = None,
     ) -> Iterator[list[Captured]]:
         """Open the layers for one batch; the list holds what was captured once the context ends without an error."""
@@ -130,9 +130,9 @@ class Hooked:
                     "sample does not exist: use it with running statistics and call eval() on it for the logging "
                     "pass, or use GroupNorm or LayerNorm."
                 )
-        documents = None if segments is None else arrange(segments, size)
-        masks = check_masks(mask, size if documents is None else len(documents.number_BS), self._names)
-        factor = check_scale(scale)
+        documents = None if given.segments is None else arrange(given.segments, size)
+        masks = check_masks(given.mask, size if documents is None else len(documents.number_BS), self._names)
+        factor = unscaled(given.scale, given.scaler)
         if job is None:
             self._require_projection()
         block = Block(self._layers, size, moments=moments, job=job)
@@ -181,7 +181,7 @@ class Hooked:
         """
         ids = check_ids(data_id)
         query = Query(ids=ids)
-        with self._capture(len(ids), mask=mask, scale=scale, keep=None, moments=False, segments=segments) as captured:
+        with self._capture(len(ids), Given(mask, scale, None, segments)) as captured:
             yield query
         rows = captured[0].rows.cpu()
         if not bool(torch.isfinite(rows).all()):

@@ -16,21 +16,14 @@ from loghook.project.projection import Side
 
 @dataclass(eq=False)
 class Shared:
-    """What the layers of a block have in common.
+    """What the layers of a block have in common."""
 
-    Attributes:
-        source: the last input that was projected, so that layers which read the same tensor project it once.
-        key: which tensor that was, and by which side it was projected.
-        projected: the result.
-        delivered: whether any row has been delivered yet.
-        restarted: whether a layer ran forward after that, outside the backward pass.
-    """
-
+    # the last input that was projected, so that layers which read the same tensor project it once
     source: Tensor | None = None
-    key: tuple[Any, ...] | None = None
-    projected: Tensor | None = None
-    delivered: bool = False
-    restarted: bool = False
+    key: tuple[Any, ...] | None = None  # which tensor that was, and by which side it was projected
+    projected: Tensor | None = None  # the result
+    delivered: bool = False  # whether any row has been delivered yet
+    restarted: bool = False  # whether a layer ran forward after that, outside the backward pass
 
 
 class Job(Protocol):
@@ -52,46 +45,39 @@ class Job(Protocol):
 
 
 @dataclass(eq=False)
+class Leaves:
+    """What autograd fills: the ``.grad`` of each."""
+
+    rows: Tensor  # what every layer delivers once: rows (B, k_out, k_in), or what the block's job says
+    moments: Tensor | None  # flat (see ``Tap``), or None
+    activations: Tensor | None  # (B, channels + 1), or None
+    outputs: Tensor | None  # (B, out_features + 1), or None
+
+    def clear(self) -> None:
+        """Let go of what was delivered."""
+        for leaf in (self.rows, self.moments, self.activations, self.outputs):
+            if leaf is not None:
+                leaf.grad = None
+
+
+@dataclass(eq=False)
 class Slots:
-    """The leaves of one layer in one block; autograd puts what was captured into their ``.grad``.
+    """One layer in one block: its leaves, what its hook has to know, and what the hook counts."""
 
-    Attributes:
-        size: rows of the block, B.
-        input_side: the projection of the layer's inputs in this block.
-        output_side: that of its output gradients.
-        leaf: what every layer delivers once: rows (B, k_out, k_in), or what ``job`` says.
-        job: what is computed instead of rows, or None.
-        moments: leaf, flat (see ``Tap``), or None.
-        activations: leaf (B, channels + 1), or None.
-        outputs: leaf (B, out_features + 1), or None.
-        documents: which tokens make a row, where rows are not samples.
-        mask: (B, S) what each token counts in moments and means, or None.
-        keep: (B,) 0 for samples that were logged before, or None (with documents it is part of the mask).
-        kept: the same for rows, also with documents.
-        shared: what the block's layers have in common.
-        deliveries: how often autograd accumulated a row.
-        quiet: how often the layer ran without a graph, as it does in the first forward of a reentrant checkpoint.
-        recomputed: how often it ran inside the backward pass, as it does when a checkpoint recomputes.
-        masked: whether the mask fitted this layer.
-    """
-
-    size: int
-    input_side: Side
-    output_side: Side
-    leaf: Tensor
-    job: "Job | None"
-    moments: Tensor | None
-    activations: Tensor | None
-    outputs: Tensor | None
-    documents: Documents | None
-    mask: Tensor | None
-    keep: Tensor | None
-    kept: Tensor | None
-    shared: Shared
-    deliveries: int = 0
-    quiet: int = 0
-    recomputed: int = 0
-    masked: bool = False
+    leaves: Leaves  # where what is captured arrives
+    size: int  # rows of the block, B
+    input_side: Side  # the projection of the layer's inputs in this block
+    output_side: Side  # that of its output gradients
+    job: "Job | None"  # what is computed instead of rows, or None
+    documents: Documents | None  # which tokens make a row, where rows are not samples
+    mask: Tensor | None  # (B, S) what each token counts in moments and means, or None
+    keep: Tensor | None  # (B,) 0 for samples that were logged before, or None (with documents it is part of the mask)
+    kept: Tensor | None  # the same for rows, also with documents
+    shared: Shared  # what the block's layers have in common
+    deliveries: int = 0  # how often autograd accumulated a row
+    quiet: int = 0  # how often the layer ran without a graph, as it does in the first forward of a reentrant checkpoint
+    recomputed: int = 0  # how often it ran inside the backward pass, as it does when a checkpoint recomputes
+    masked: bool = False  # whether the mask fitted this layer
 
 
 @dataclass(eq=False)
@@ -144,7 +130,4 @@ def _execution_device(module: nn.Module) -> torch.device:
         device = getattr(one, "execution_device", None)
         if device is not None:
             return torch.device(device)
-    raise UnsupportedError(
-        f"the weights of a watched {type(module).__name__} are on the meta device and hold no values: load or "
-        "materialise the model first."
-    )
+    raise UnsupportedError(f"a watched {type(module).__name__} has weights on the meta device: load the model first.")

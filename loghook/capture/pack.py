@@ -24,9 +24,6 @@ def pack(
         flag: leave out rows that are not finite instead of raising.
         pass_index: which pass the block belongs to, -1 outside passes.
         step: which block of the run it is.
-
-    Raises:
-        NotFiniteError: rows on the CPU that hold infinities, unless ``flag``; on a device the writer looks.
     """
     rows = captured.rows.to(dtype)
     moments, flagged, finite = captured.moments, [], None
@@ -50,17 +47,9 @@ def pack(
     elif rows.device.type != "cpu":
         rows, moments = rows.cpu(), None if moments is None else moments.cpu()
     return Batch(
-        rows=rows,
-        ids=kept,
-        moments=moments,
-        pass_index=pass_index,
-        step=step,
-        flagged=flagged,
-        dropped=dropped,
-        asleep=captured.asleep,
-        ready=ready,
-        checked=finite is not None,
-    )
+        rows=rows, ids=kept, moments=moments, pass_index=pass_index, step=step, flagged=flagged, dropped=dropped,
+        asleep=captured.asleep, ready=ready, checked=finite is not None,
+    )  # fmt: skip
 
 
 def _to_pinned(t: Tensor) -> Tensor:

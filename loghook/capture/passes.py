@@ -1,10 +1,45 @@
-"""``Pass``: one walk over the data, as ``run.passes()`` yields it."""
+"""``Pass``: one walk over the data, as ``passes()`` yields it; ``Gathering``: what one sums up instead of logging."""
 
-from collections.abc import Callable
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from loghook.capture.batch import Given
+from loghook.capture.hooked import Hooked
+from loghook.capture.layers import Job
+from loghook.capture.repeats import Repeats
+from loghook.capture.sums import Sums
+
+
+class Gathering:
+    """What a job delivers, summed over the blocks of a pass; ids that come again are treated as ``rule`` says."""
+
+    def __init__(self, hooked: Hooked, job: Job, rule: str = "first") -> None:
+        """Nothing yet."""
+        self._hooked, self._job, self._rule = hooked, job, rule
+        self.sums, self.repeats = Sums(), Repeats()
+
+    @contextmanager
+    def block(self, ids: list[int] | list[str], given: Given) -> Iterator[None]:
+        """Capture one batch and add it."""
+        keep, _ = self.repeats.keep(ids, self._rule)
+        with self._hooked._capture(len(ids), given, keep=keep, job=self._job) as captured:
+            yield
+        self.sums.add(captured[0].results, int(keep.sum()))
+        self.repeats.met(ids)
+
+    def error(self) -> float:
+        """See ``Sums.error``."""
+        return self.sums.error(self._hooked._layers)
+
+    def reduce(self) -> Sums:
+        """Bring the sums of all processes together, at the same point on all of them, and hand them over."""
+        sums, self.sums = self.sums, Sums()
+        sums.reduce({layer.name: self._job.shape(layer, 0) for layer in self._hooked._layers})
+        return sums
 
 
 @dataclass
@@ -20,7 +55,7 @@ class Pass:
     index: int
     kind: str
     fisher: str = "empirical"
-    _error: Callable[[], float] | None = None
+    _gathering: Gathering | None = None
     _generators: dict[torch.device, torch.Generator] = field(default_factory=dict)
 
     @property
@@ -30,7 +65,7 @@ class Pass:
         In a covariance pass, ``break`` out of the loop over batches once it is small enough: 0.1 is plenty.
         In other passes it is 0: they need every sample.
         """
-        return 0.0 if self._error is None else self._error()
+        return self._gathering.error() if self._gathering and self.kind == "covariance" else 0.0
 
     def labels(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Labels for the loss of this pass: the given ones or, for the true Fisher, drawn from the model.

@@ -20,17 +20,10 @@ class Repeats:
         self._seen: set[int | str] = set()
 
     def keep(self, ids: Sequence[int | str], rule: str) -> tuple[np.ndarray, int]:
-        """Decide which samples of a batch are logged.
-
-        Args:
-            ids: one for each sample.
-            rule: "first", "all" or "error".
+        """Decide which samples of a batch are logged; ``rule`` is "first", "all" or "error".
 
         Returns:
             (B,) bool, and how many are left out as repeats.
-
-        Raises:
-            BatchError: a repeat under "error".
         """
         keep, repeats = np.ones(len(ids), dtype=bool), 0
         if rule == "all":

@@ -51,15 +51,10 @@ def per_token(batch: int, tokens: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Documents:
-    """The checked form of ``segments``.
+    """The checked form of ``segments``."""
 
-    Attributes:
-        number_BS: (B, S) place in ``data_id`` of each token's document; -1 for none.
-        index_DL: (D, L) places of each document's tokens among B * S; B * S for padding.
-    """
-
-    number_BS: Tensor
-    index_DL: Tensor
+    number_BS: Tensor  # (B, S) place in ``data_id`` of each token's document; -1 for none
+    index_DL: Tensor  # (D, L) places of each document's tokens among B * S; B * S for padding
 
     def to(self, device: torch.device) -> "Documents":
         """Move to where a layer computes."""

@@ -18,33 +18,31 @@ from loghook.project.projection import Side, draw_side, shared_input_name
 
 FUSED_EXPERTS = "fused experts are watched only where a pattern such as '*experts*' names them"
 _TRUSTED = {"torch", "torchao", "bitsandbytes", "transformers", "peft", "loghook"}
-_REDUCTIONS = (None, "mean", "sum")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Watch:
-    """The arguments of ``run.watch``, checked at birth."""
+    """The arguments of ``run.watch``, checked at birth; single patterns become tuples."""
 
-    include: tuple[str, ...]
-    exclude: tuple[str, ...]
-    may_sleep: tuple[str, ...]
-    flattened: tuple[str, ...]
-    bias: bool
-    batch_dim: int
-    activations: str | None
-    output_gradients: str | None
+    include: str | Sequence[str]
+    exclude: str | Sequence[str]
+    may_sleep: str | Sequence[str] = ()
+    flattened: str | Sequence[str] = ()
+    bias: bool = True
+    batch_dim: int = 0
+    activations: str | None = None
+    output_gradients: str | None = None
 
     def __post_init__(self) -> None:
+        for name in ("include", "exclude", "may_sleep", "flattened"):
+            value = getattr(self, name)
+            value = () if value is None else (value,) if isinstance(value, str) else tuple(value)
+            object.__setattr__(self, name, value)
         for name in ("activations", "output_gradients"):
-            if getattr(self, name) not in _REDUCTIONS:
+            if getattr(self, name) not in (None, "mean", "sum"):
                 raise ConfigError(f"{name}={getattr(self, name)!r} is unknown: choose None, 'mean' or 'sum'.")
         if self.batch_dim not in (0, 1):
             raise ConfigError(f"batch_dim={self.batch_dim} is unknown: 0 (batch first) or 1 (sequence first).")
-
-
-def patterns(value: str | Sequence[str] | None) -> tuple[str, ...]:
-    """One pattern or several, as a tuple."""
-    return () if value is None else (value,) if isinstance(value, str) else tuple(value)
 
 
 def matches(name: str, wanted: Sequence[str]) -> bool:
@@ -59,9 +57,6 @@ def select(
 
     Returns:
         The layers in module order, and the coverage record (see ``Manifest.coverage``).
-
-    Raises:
-        ConfigError: if a pattern matches nothing, or the rank would reduce nothing.
     """
     modules = dict(named_modules(model))
     bypassed = {
@@ -77,10 +72,7 @@ def select(
             )
         if not found_by:
             sample = ", ".join([name for name, m in modules.items() if find_adapter(m)][:6])
-            raise ConfigError(
-                f"pattern {pattern!r} matches no module. Patterns are fnmatch patterns over whole names, such as "
-                f"{sample}."
-            )
+            raise ConfigError(f"pattern {pattern!r} matches no module: fnmatch patterns are of whole names: {sample}.")
     chosen: dict[str, tuple[nn.Module, Adapter]] = {}
     reasons: dict[str, str] = {}
     for name, module in modules.items():

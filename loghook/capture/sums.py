@@ -8,7 +8,6 @@ from torch import Tensor
 
 from loghook.capture.config import Config
 from loghook.capture.layers import Layer
-from loghook.capture.whole import Covariance
 from loghook.errors import MismatchError, StateError
 from loghook.influence.share import share
 from loghook.project.blocks import Factor, cut, square_size
@@ -118,14 +117,9 @@ def _trace(flat: Tensor, width: int) -> float:
 
 
 def fit_sides(
-    layers: Sequence[Layer],
-    found: Sums | Mapping[str, tuple[Factor, Factor]],
-    config: Config,
+    layers: Sequence[Layer], found: Mapping[str, tuple[Factor, Factor]], config: Config
 ) -> dict[str, tuple[Side, Side]]:
-    """Make a fitted projection, from the sums of a covariance pass (brought together here) or from factors."""
-    if isinstance(found, Sums):
-        found.reduce({layer.name: Covariance().shape(layer, 0) for layer in layers})
-        found = decompose(layers, found)
+    """Make a fitted projection from the factors of second moments."""
     sides = {}
     for layer in layers:
         if layer.name not in found:

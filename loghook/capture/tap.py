@@ -121,11 +121,7 @@ def wide_context(device: str) -> contextlib.AbstractContextManager[None]:
 
 
 def output_gradient(ctx: Any, g: Tensor, x: Tensor) -> Tensor:
-    """Arrange a tap's output gradient as (B, S, O), given its inputs (B, S, ...).
-
-    Raises:
-        UnsupportedError: under ``create_graph=True``.
-    """
+    """Arrange a tap's output gradient as (B, S, O), given its inputs (B, S, ...)."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise UnsupportedError(
             "backward ran with create_graph=True (a gradient penalty, a Hessian product): the second-order part of a "

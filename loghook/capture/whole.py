@@ -7,9 +7,9 @@ of a layer receives as its gradient (see ``loghook.capture.tap``), so that they 
 Shape suffixes as in ``loghook.project.outer``; Q queries, r their rank.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -122,40 +122,52 @@ def _products(g_BSO: Tensor, x: Tensor, left: Tensor, right: Tensor | None) -> T
     return scores
 
 
-@dataclass(frozen=True)
-class Covariance:
-    """Second moments of every layer's inputs (with the bias column) and output gradients, by blocks where wide."""
+class WholeJob:
+    """What the jobs have in common: nothing is projected, and one tap delivers.
+
+    Attributes:
+        kind: which of them it is, as ``WholeTap`` takes it.
+    """
+
+    kind: ClassVar[str]
 
     def sides(self, layer: Layer) -> tuple[Side, Side]:
-        """Nothing is projected."""
-        return whole_sides(layer)
+        """The sides of a layer without any projection."""
+        return Side(layer.input_side.width, None), Side(layer.output_side.width, None)
+
+    def held(self, layer: Layer, slots: Slots) -> Sequence[Tensor | None]:
+        """What the tap needs besides inputs and output gradients."""
+        return ()
+
+    def tap(
+        self, layer: Layer, slots: Slots, y: Tensor, x: Tensor, weight: Tensor | None, documents: Tensor | None
+    ) -> Tensor:
+        """Return the layer's output through the tap."""
+        dims, held = (layer.adapter.channel_dim, layer.spec.batch_dim), self.held(layer, slots)
+        return WholeTap.apply(y, x, self.kind, weight, documents, *dims, slots.leaves.rows, *held)
+
+
+class Covariance(WholeJob):
+    """Second moments of every layer's inputs (with the bias column) and output gradients, by blocks where wide."""
+
+    kind = "covariance"
 
     def shape(self, layer: Layer, size: int) -> tuple[int, ...]:
         """A vector: blocks of both, and the number of tokens."""
         return (sum(square_size(side.width) for side in layer.sides) + 1,)
 
-    def tap(
-        self, layer: Layer, slots: Slots, y: Tensor, x: Tensor, weight: Tensor | None, documents: Tensor | None
-    ) -> Tensor:
-        """Deliver the moments."""
-        return _tap("covariance", layer, slots, y, x, weight, None)
-
     def finish(self, layer: Layer, delivered: Tensor, scale: float | Tensor) -> Tensor:
         """Moments of output gradients are multiplied by the square of the scale."""
-        start = square_size(layer.input_side.width)
-        delivered[start:-1] *= scale**2
+        delivered[square_size(layer.input_side.width) : -1] *= scale**2
         return delivered
 
 
 @dataclass(frozen=True)
-class Eigenvalues:
-    """EK-FAC's corrected eigenvalues: sums over samples of ``(Q_S^T G Q_A)^2`` (George et al. 2018).
+class Eigenvalues(WholeJob):
+    """EK-FAC's corrected eigenvalues: sums over samples of ``(Q_S^T G Q_A)^2`` (George et al. 2018)."""
 
-    Attributes:
-        bases: {layer: (Q_A^T as the input side, Q_S^T as the output side)}.
-    """
-
-    bases: Mapping[str, tuple[Side, Side]]
+    kind = "eigenvalues"
+    bases: Mapping[str, tuple[Side, Side]]  # {layer: (Q_A^T as the input side, Q_S^T as the output side)}
 
     def sides(self, layer: Layer) -> tuple[Side, Side]:
         """Rotations into the eigenbasis."""
@@ -165,11 +177,9 @@ class Eigenvalues:
         """One value for each parameter: (O, I)."""
         return layer.output_side.width, layer.input_side.width
 
-    def tap(
-        self, layer: Layer, slots: Slots, y: Tensor, x: Tensor, weight: Tensor | None, documents: Tensor | None
-    ) -> Tensor:
-        """Deliver the squares."""
-        return _tap("eigenvalues", layer, slots, y, x, None, documents, slots.output_side.matrix, slots.kept)
+    def held(self, layer: Layer, slots: Slots) -> Sequence[Tensor | None]:
+        """The outputs' basis, and which rows count."""
+        return slots.output_side.matrix, slots.kept
 
     def finish(self, layer: Layer, delivered: Tensor, scale: float | Tensor) -> Tensor:
         """Squares are multiplied by the square of the scale."""
@@ -177,52 +187,22 @@ class Eigenvalues:
 
 
 @dataclass(frozen=True)
-class Products:
-    """Inner products of each sample's gradient with queries.
+class Products(WholeJob):
+    """Inner products of each sample's gradient with queries."""
 
-    Attributes:
-        queries: {layer: (left, right)}, see ``_products``.
-        count: how many queries there are, Q.
-    """
-
-    queries: Mapping[str, tuple[Tensor, Tensor | None]]
-    count: int
-
-    def sides(self, layer: Layer) -> tuple[Side, Side]:
-        """Nothing is projected."""
-        return whole_sides(layer)
+    kind = "products"
+    queries: Mapping[str, tuple[Tensor, Tensor | None]]  # {layer: (left, right)}, see ``_products``
+    count: int  # how many queries there are, Q
 
     def shape(self, layer: Layer, size: int) -> tuple[int, ...]:
         """One value for each sample and query."""
         return size, self.count
 
-    def tap(
-        self, layer: Layer, slots: Slots, y: Tensor, x: Tensor, weight: Tensor | None, documents: Tensor | None
-    ) -> Tensor:
-        """Deliver the products."""
-        device, dtype = slots.leaf.device, slots.leaf.dtype
-        held = [None if half is None else half.to(device, dtype) for half in self.queries[layer.name]]
-        return _tap("products", layer, slots, y, x, None, documents, *held)
+    def held(self, layer: Layer, slots: Slots) -> Sequence[Tensor | None]:
+        """The queries, where the layer computes."""
+        device, dtype = slots.leaves.rows.device, slots.leaves.rows.dtype
+        return [None if half is None else half.to(device, dtype) for half in self.queries[layer.name]]
 
     def finish(self, layer: Layer, delivered: Tensor, scale: float | Tensor) -> Tensor:
         """Gradients are multiplied by the scale."""
         return delivered.mul_(scale)
-
-
-def whole_sides(layer: Layer) -> tuple[Side, Side]:
-    """The sides of a layer without any projection."""
-    return Side(layer.input_side.width, None), Side(layer.output_side.width, None)
-
-
-def _tap(
-    kind: str,
-    layer: Layer,
-    slots: Slots,
-    y: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    documents: Tensor | None,
-    *held: Tensor | None,
-) -> Tensor:
-    channel_dim, batch_dim = layer.adapter.channel_dim, layer.spec.batch_dim
-    return WholeTap.apply(y, x, kind, weight, documents, channel_dim, batch_dim, slots.leaf, *held)

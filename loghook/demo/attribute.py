@@ -17,23 +17,15 @@ from loghook.evaluate.controls import bm25
 
 @dataclass(frozen=True)
 class Question:
-    """Something the model says, whose loss is attributed.
+    """Something the model says, whose loss is attributed."""
 
-    Attributes:
-        data_id: what the query is called.
-        kind: "held out", "generated" or "prompt".
-        title: a line above it.
-        text: all of it.
-        tokens: its ids.
-        given: how many of them at the front are context only and count for nothing.
-    """
-
-    data_id: str
-    kind: str
-    title: str
-    text: str
-    tokens: tuple[int, ...]
-    given: int = 1
+    data_id: str  # what the query is called
+    kind: str  # "held out", "generated" or "prompt"
+    title: str  # a line above it
+    text: str  # all of it
+    tokens: tuple[int, ...]  # its ids
+    before: str = ""  # the text in front that counts for nothing
+    given: int = 1  # how many of them at the front are context only and count for nothing
 
 
 def log_passages(model: Any, passages: Sequence[Passage], path: Path, config: DemoConfig) -> None:
@@ -74,10 +66,5 @@ def score(
     """Score every passage for every question with every method: (questions, passages), in the passages' order."""
     place = {data_id: i for i, data_id in enumerate(log.data_ids)}
     order = [place[passage.data_id] for passage in passages]
-    scores = {
-        method: log.influence(query, method=method, damping=damping).values[:, order]
-        for method in METHODS
-        if method != "bm25"
-    }
-    scores["bm25"] = bm25([question.text for question in questions], [passage.text for passage in passages])
-    return scores
+    scores = {m: log.influence(query, m, damping=damping).values[:, order] for m in METHODS if m != "bm25"}
+    return scores | {"bm25": bm25([question.text for question in questions], [passage.text for passage in passages])}

@@ -14,86 +14,56 @@ _PRETRAINING = (
     "vocabulary", "hidden", "layers", "heads", "intermediate", "corpus_bytes", "batch_size",
     "pretrain_steps", "pretrain_tokens", "pretrain_lr", "seed",
 )  # fmt: skip
+_COUNTS = (
+    "rank", "vocabulary", "hidden", "layers", "heads", "intermediate", "corpus_bytes", "pretrain_steps",
+    "passages", "batch_size", "groups", "group_size", "random_removals", "show", "new_tokens", "resamples",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
 class DemoConfig:
-    """A demo run. The defaults are what ``loghook demo`` does; ``DemoConfig.fast()`` is a smoke test of the same code.
+    """A demo run: by default what ``loghook demo`` does; ``DemoConfig.fast()`` is a smoke test of the same code."""
 
-    Attributes:
-        out: folder for the log, the pre-trained model and the page.
-        prompts: texts that the fine-tuned model continues; both prompt and continuation are attributed.
-        model: name or folder of a Hugging Face model; None builds and pre-trains a small one.
-        dataset: name of a Hugging Face dataset, or a .jsonl, .json, .csv, .parquet or .txt file; None takes Python's
-            own reference.
-        seed: of weights, orders, random removals and projections.
-        device: where to train, "cpu" or a CUDA device.
-        workers: processes that fine-tune again at the same time, one thread each on a CPU; 0 means one for each core,
-            at most 8.
-        rank: of the log's projection.
-        damping: of EK-FAC, relative to each layer's mean eigenvalue.
-        vocabulary: size of the byte-pair vocabulary.
-        hidden: width of the small model.
-        layers: its depth.
-        heads: its attention heads.
-        intermediate: width of its MLPs.
-        corpus_bytes: how much of the standard library's source is read.
-        pretrain_steps: optimiser steps on it.
-        pretrain_tokens: length of a pre-training sequence.
-        pretrain_lr: peak learning rate there.
-        chunk_tokens: longest fine-tuning passage, with its start token.
-        passages: at most so many passages are fine-tuned on; documents beyond are left out.
-        batch_size: sequences of a step.
-        epochs: passes over the fine-tuning passages.
-        finetune_lr: peak learning rate there; None means 8e-3 for the small model and 5e-5 for a named one.
-        hold_out: every so many-th passage is held out.
-        groups: topics whose held-out passages are asked about.
-        group_size: held-out passages of each.
-        fraction: share of the fine-tuning passages that is removed.
-        prove: fine-tune again without the strongest proponents; False leaves that out and is quick.
-        random_removals: how many random removals make the control.
-        lds_subsets: random halves for the linear datamodelling score; 0 leaves it out.
-        show: how many proponents and opponents are shown of each question.
-        new_tokens: length of what the model generates.
-        resamples: of the bootstrap.
-    """
-
-    out: Path = Path("loghook-demo")
+    out: Path = Path("loghook-demo")  # folder for the log, the pre-trained model and the page
+    # texts that the fine-tuned model continues; both prompt and continuation are attributed
     prompts: tuple[str, ...] = ()
-    model: str | None = None
+    model: str | None = None  # name or folder of a Hugging Face model; None builds and pre-trains a small one
+    # name of a Hugging Face dataset, or a .jsonl, .json, .csv, .parquet or .txt file; None: Python's own reference
     dataset: str | None = None
-    seed: int = 0
-    device: str = "cpu"
+    seed: int = 0  # of weights, orders, random removals and projections
+    device: str = "cpu"  # where to train, "cpu" or a CUDA device
+    # processes that fine-tune again at the same time, one thread each on a CPU; 0 means one for each core, at most 8
     workers: int = 0
-    rank: int = 64
-    damping: float = 0.1
+    rank: int = 64  # of the log's projection
+    damping: float = 0.1  # of EK-FAC, relative to each layer's mean eigenvalue
 
-    vocabulary: int = 2048
-    hidden: int = 96
-    layers: int = 3
-    heads: int = 4
-    intermediate: int = 256
-    corpus_bytes: int = 6_000_000
-    pretrain_steps: int = 700
-    pretrain_tokens: int = 128
-    pretrain_lr: float = 4e-3
+    vocabulary: int = 2048  # size of the byte-pair vocabulary
+    hidden: int = 96  # width of the small model
+    layers: int = 3  # its depth
+    heads: int = 4  # its attention heads
+    intermediate: int = 256  # width of its MLPs
+    corpus_bytes: int = 6_000_000  # how much of the standard library's source is read
+    pretrain_steps: int = 700  # optimiser steps on it
+    pretrain_tokens: int = 128  # length of a pre-training sequence
+    pretrain_lr: float = 4e-3  # peak learning rate there
 
-    chunk_tokens: int = 128
-    passages: int = 1200
-    batch_size: int = 8
-    epochs: float = 1.0
+    chunk_tokens: int = 128  # longest fine-tuning passage, with its start token
+    passages: int = 1200  # at most so many passages are fine-tuned on; documents beyond are left out
+    batch_size: int = 8  # sequences of a step
+    epochs: float = 1.0  # passes over the fine-tuning passages
+    # peak learning rate there; None means 8e-3 for the small model and 5e-5 for a named one
     finetune_lr: float | None = None
 
-    hold_out: int = 8
-    groups: int = 4
-    group_size: int = 6
-    fraction: float = 0.05
-    prove: bool = True
-    random_removals: int = 2
-    lds_subsets: int = 0
-    show: int = 5
-    new_tokens: int = 32
-    resamples: int = 4000
+    hold_out: int = 8  # every so many-th passage is held out
+    groups: int = 4  # topics whose held-out passages are asked about
+    group_size: int = 6  # held-out passages of each
+    fraction: float = 0.05  # share of the fine-tuning passages that is removed
+    prove: bool = True  # fine-tune again without the strongest proponents; False leaves that out and is quick
+    random_removals: int = 2  # how many random removals make the control
+    lds_subsets: int = 0  # random halves for the linear datamodelling score; 0 leaves it out
+    show: int = 5  # how many proponents and opponents are shown of each question
+    new_tokens: int = 32  # length of what the model generates
+    resamples: int = 4000  # of the bootstrap
 
     def __post_init__(self) -> None:
         """Refuse what cannot work, before anything is trained."""
@@ -101,32 +71,22 @@ class DemoConfig:
         if isinstance(self.prompts, str):
             raise ConfigError(f"prompts={self.prompts!r} is one string: pass a tuple of them, even for one.")
         object.__setattr__(self, "prompts", tuple(self.prompts))
-        for prompt in self.prompts:
-            if not prompt.strip():
-                raise ConfigError(f"prompt {prompt!r} is empty: give a few words for the model to continue.")
-        for name in (
-            "rank", "vocabulary", "hidden", "layers", "heads", "intermediate", "corpus_bytes", "pretrain_steps",
-            "passages", "batch_size", "groups", "group_size", "random_removals", "show", "new_tokens", "resamples",
-        ):  # fmt: skip
-            _at_least(self, name, 1)
-        for name, least in (("workers", 0), ("seed", 0), ("lds_subsets", 0), ("hold_out", 2)):
-            _at_least(self, name, least)
-        for name in ("chunk_tokens", "pretrain_tokens"):
-            _at_least(self, name, 8)
+        if not all(map(str.strip, self.prompts)):
+            raise ConfigError(f"a prompt of {self.prompts} is empty: give a few words for the model to continue.")
+        least = dict.fromkeys(_COUNTS, 1) | dict.fromkeys(("workers", "seed", "lds_subsets"), 0)
+        for name, n in (least | {"hold_out": 2, "chunk_tokens": 8, "pretrain_tokens": 8}).items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < n:
+                raise ConfigError(f"{name}={value!r} must be a whole number of at least {n}.")
         if self.hidden % self.heads or (self.hidden // self.heads) % 2:
-            raise ConfigError(
-                f"hidden={self.hidden} over heads={self.heads} is no even width for a head: choose hidden = heads x an "
-                "even number."
-            )
+            raise ConfigError(f"hidden={self.hidden} over heads={self.heads} must be an even width for each head.")
         if not 0 < self.fraction < 0.5:
             raise ConfigError(f"fraction={self.fraction} must lie between 0 and 0.5: it is the share that is removed.")
         for name in ("epochs", "pretrain_lr", "learning_rate", "damping"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be positive.")
         if self.lds_subsets in (1, 2, 3):
-            raise ConfigError(
-                f"lds_subsets={self.lds_subsets} is too few for a rank correlation: pass 0 for none, or at least 4."
-            )
+            raise ConfigError(f"lds_subsets={self.lds_subsets} is too few to correlate: pass 0 for none, or 4 or more.")
 
     @classmethod
     def fast(cls, **changes: object) -> "DemoConfig":
@@ -156,12 +116,6 @@ class DemoConfig:
         """Names what pre-training depends on: a pre-trained model with this digest need not be made again."""
         values = {name: getattr(self, name) for name in _PRETRAINING} | {"python": platform.python_version()}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _at_least(config: DemoConfig, name: str, least: int) -> None:
-    value = getattr(config, name)
-    if not isinstance(value, int) or isinstance(value, bool) or value < least:
-        raise ConfigError(f"{name}={value!r} must be a whole number of at least {least}.")
 
 
 def _cores() -> int:

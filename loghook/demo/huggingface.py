@@ -18,11 +18,7 @@ _FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet
 
 
 def load_tokenizer(name: str) -> Any:
-    """The tokenizer of a named model.
-
-    Raises:
-        ConfigError: if there is none to be had.
-    """
+    """The tokenizer of a named model; a ConfigError if there is none to be had."""
     from transformers import AutoTokenizer
 
     with _loading(name):
@@ -30,11 +26,7 @@ def load_tokenizer(name: str) -> Any:
 
 
 def load_model(name: str, device: str) -> Any:
-    """A causal language model in float32.
-
-    Raises:
-        ConfigError: if there is none to be had.
-    """
+    """A causal language model in float32; a ConfigError if there is none to be had."""
     from transformers import AutoModelForCausalLM
 
     with _loading(name):
@@ -58,9 +50,6 @@ def load_documents(name: str, config: DemoConfig) -> Iterator[Document]:
 
     The topic is what a column of that name, or title, category, label or source, says; without one, it is the block of
     records that the text is in.
-
-    Raises:
-        ConfigError: if the dataset, or the ``datasets`` library, is not to be had, or it holds no text.
     """
     try:
         import datasets
@@ -71,10 +60,7 @@ def load_documents(name: str, config: DemoConfig) -> Iterator[Document]:
         ) from error
     kind = _FILES.get(Path(name).suffix)
     try:
-        if kind:
-            records = datasets.load_dataset(kind, data_files=name, split="train", streaming=True)
-        else:
-            records = datasets.load_dataset(name, split="train", streaming=True)
+        records = datasets.load_dataset(kind or name, data_files=name if kind else None, split="train", streaming=True)
         first = next(iter(records))
     except StopIteration as error:
         raise ConfigError(f"dataset={name!r} is empty: give one with a train split that holds text.") from error

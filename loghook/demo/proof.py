@@ -2,61 +2,28 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 
 from loghook.demo.config import METHODS, DemoConfig
 from loghook.demo.retrain import Task, measure_all
-from loghook.evaluate.lds import Lds, lds, random_subsets
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over held-out passages, with the 95 % bootstrap interval of that mean."""
-
-    mean: float
-    low: float
-    high: float
+from loghook.evaluate.judges import without_top
+from loghook.evaluate.lds import Estimate, Lds, estimate, lds, random_subsets
 
 
 @dataclass(frozen=True)
 class Proof:
-    """What fine-tuning again showed. Methods are ekfac, cosine, dot, bm25, and random where it makes sense.
+    """What fine-tuning again showed. Methods are ekfac, cosine, dot, bm25, and random where it makes sense."""
 
-    Attributes:
-        removed: how many passages a removal takes.
-        full: loss of each question after fine-tuning on everything, nats a token.
-        losses: by method, the loss of each question without its group's strongest proponents.
-        rises: by method, the mean rise over the full fine-tuning.
-        leads: by other method, how much more ekfac's removal raises the loss than this one's, question by question.
-        lds: by method, the linear datamodelling score; empty if none was asked for.
-        subsets: how many random halves it rests on.
-    """
-
-    removed: int
-    full: np.ndarray
-    losses: dict[str, np.ndarray]
-    rises: dict[str, Estimate]
+    removed: int  # how many passages a removal takes
+    full: np.ndarray  # loss of each question after fine-tuning on everything, nats a token
+    losses: dict[str, np.ndarray]  # by method, the loss of each question without its group's strongest proponents
+    rises: dict[str, Estimate]  # by method, the mean rise over the full fine-tuning
+    # by other method, how much more ekfac's removal raises the loss than this one's, question by question
     leads: dict[str, Estimate]
-    lds: dict[str, Lds]
-    subsets: int
-
-
-def strongest(scores: np.ndarray, fraction: float) -> np.ndarray:
-    """Places of a group's strongest proponents, by the sum of its questions' scores, best first.
-
-    Args:
-        scores: (questions, passages).
-        fraction: how many of the passages; at least one.
-    """
-    return np.argsort(-scores.sum(0), kind="stable")[: max(1, round(fraction * scores.shape[1]))]
-
-
-def bootstrap(values: np.ndarray, resamples: int, seed: int) -> Estimate:
-    """Mean of some values, and the 2.5 % and 97.5 % quantiles of the means of resamples with replacement."""
-    drawn = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
-    low, high = np.quantile(values[drawn].mean(1), [0.025, 0.975])
-    return Estimate(float(values.mean()), float(low), float(high))
+    lds: dict[str, Lds]  # by method, the linear datamodelling score; empty if none was asked for
+    subsets: int  # how many random halves it rests on
 
 
 def prove(
@@ -64,40 +31,32 @@ def prove(
 ) -> Proof:
     """Fine-tune again without each group's strongest proponents, for each method and at random.
 
-    Args:
-        task: what to fine-tune; its queries are the groups' passages, one group after the other.
-        full: their losses after fine-tuning on everything.
-        scores: by method, (questions, passages).
-        sizes: how many passages each group has.
-        config: fractions, seeds and counts.
+    The task's queries are the groups' passages, of which each has as many as ``sizes`` says; ``full`` are their losses
+    after fine-tuning on everything, and ``scores`` (questions, passages) by method.
     """
     n, rng = len(task.train), np.random.default_rng(config.seed)
-    ends = np.cumsum(sizes)
-    groups = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
-    removals = [strongest(scores[method][group], config.fraction) for method in METHODS for group in groups]
-    removed = len(removals[0])
-    removals += [rng.permutation(n)[:removed] for _ in range(config.random_removals)]
-    keeps = [~np.isin(np.arange(n), removal) for removal in removals]
+    removed = max(1, round(config.fraction * n))
+    groups = np.split(np.arange(len(full)), np.cumsum(sizes)[:-1])
+    # A group's questions share a removal, by the sum of their scores.
+    keeps = [k for m in METHODS for k in without_top([scores[m][group].sum(0) for group in groups], removed)]
+    keeps += [~np.isin(np.arange(n), rng.permutation(n)[:removed]) for _ in range(config.random_removals)]
+    removals = len(keeps)
     if config.lds_subsets:
         keeps += list(random_subsets(n, config.lds_subsets, seed=config.seed))
-    outcomes = measure_all(task, keeps, "fine-tuning again")
+    outcomes = measure_all(task, keeps)
 
-    losses = {}
-    for m, method in enumerate(METHODS):
-        rows = outcomes[m * len(groups) : (m + 1) * len(groups)]
-        losses[method] = np.concatenate([row[group] for row, group in zip(rows, groups, strict=True)])
-    losses["random"] = outcomes[len(METHODS) * len(groups) : len(removals)].mean(0)
+    own = iter(outcomes)  # of each method, of each group
+    losses = {method: np.concatenate([next(own)[group] for group in groups]) for method in METHODS}
+    losses["random"] = outcomes[len(METHODS) * len(groups) : removals].mean(0)
 
-    def estimate(values: np.ndarray) -> Estimate:
-        return bootstrap(values, config.resamples, config.seed)
-
-    members, measured = np.array(keeps[len(removals) :]), outcomes[len(removals) :]
+    mean = partial(estimate, resamples=config.resamples, seed=config.seed)
+    members, measured = np.array(keeps[removals:]), outcomes[removals:]
     return Proof(
         removed=removed,
         full=full,
         losses=losses,
-        rises={method: estimate(values - full) for method, values in losses.items()},
-        leads={method: estimate(losses["ekfac"] - values) for method, values in losses.items() if method != "ekfac"},
+        rises={method: mean(values - full) for method, values in losses.items()},
+        leads={method: mean(losses["ekfac"] - values) for method, values in losses.items() if method != "ekfac"},
         lds={method: lds(scores[method], members, measured) for method in METHODS if len(members)},
         subsets=len(members),
     )

@@ -1,10 +1,10 @@
 """Fine-tune again, many times: the same weights, the same order, some passages left out."""
 
-import multiprocessing
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -14,29 +14,23 @@ from tqdm import tqdm
 from loghook.demo.config import DemoConfig
 from loghook.demo.huggingface import load_model
 from loghook.demo.train import Sequences, fit, mean_losses, shuffled
+from loghook.evaluate.retrain import retrain
 
 
 @dataclass(frozen=True)
 class Task:
-    """All that a fine-tuning needs but the passages to keep.
+    """All that a fine-tuning needs but the passages to keep."""
 
-    Attributes:
-        base: folder or name of the model it starts from.
-        train: ids of the passages.
-        queries: ids of the passages whose loss is wanted.
-        config: steps, rates and seed.
-    """
-
-    base: str
-    train: Sequences
-    queries: Sequences
-    config: DemoConfig
+    base: str  # folder or name of the model it starts from
+    train: Sequences  # ids of the passages
+    queries: Sequences  # ids of the passages whose loss is wanted
+    config: DemoConfig  # steps, rates and seed
 
 
 def finetune(task: Task, keep: Sequence[bool], progress: str | None = None) -> nn.Module:
     """Fine-tune the base on the kept passages; with ``progress``, under a bar of that name."""
     config = task.config
-    with one_thread(config.device):
+    with one_thread(config.device), quiet():
         torch.manual_seed(config.seed)
         model = load_model(task.base, config.device)
         batches = shuffled(task.train, keep, config.epochs, config.batch_size, config.seed)
@@ -46,29 +40,20 @@ def finetune(task: Task, keep: Sequence[bool], progress: str | None = None) -> n
     return model
 
 
-def measure(task: Task, keep: Sequence[bool]) -> list[float]:
-    """Losses of the queries after fine-tuning on the kept passages."""
+def measure(task: Task, keep: np.ndarray, _: int) -> list[float]:
+    """Losses of the queries after fine-tuning on the kept passages; as ``retrain`` calls it."""
     with one_thread(task.config.device):
-        return mean_losses(finetune(task, keep), task.queries, task.config.batch_size)
+        return mean_losses(finetune(task, keep.tolist()), task.queries, task.config.batch_size)
 
 
-def measure_all(task: Task, keeps: Sequence[np.ndarray], progress: str) -> np.ndarray:
+def measure_all(task: Task, keeps: Sequence[np.ndarray]) -> np.ndarray:
     """Do ``measure`` for many choices, several at a time: (choices, queries).
 
     Each fine-tuning computes on one thread, so that the numbers do not depend on how many run at once.
     """
-    results = np.zeros((len(keeps), len(task.queries)))
-    workers = min(task.config.processes, len(keeps))
-    if workers <= 1:
-        for i, keep in enumerate(tqdm(keeps, progress, unit="fine-tuning")):
-            results[i] = measure(task, keep.tolist())
-        return results
-    context = multiprocessing.get_context("spawn")  # a fork after torch has started its threads can hang
-    with ProcessPoolExecutor(workers, context, _start, (task,)) as pool:
-        futures = {pool.submit(_measure, keep.tolist()): i for i, keep in enumerate(keeps)}
-        for future in tqdm(as_completed(futures), progress, total=len(futures), unit="fine-tuning"):
-            results[futures[future]] = future.result()
-    return results
+    seed, workers = task.config.seed, task.config.processes
+    with TemporaryDirectory() as results:
+        return retrain(partial(measure, task), keeps, [seed], results, workers=0 if workers == 1 else workers)[:, 0]
 
 
 @contextmanager
@@ -82,18 +67,15 @@ def one_thread(device: str) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-_task: Task | None = None
-
-
-def _start(task: Task) -> None:
-    """Run once in each worker, so that passages travel once."""
-    global _task
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the bars of loading and saving weights off the screen."""
     from transformers.utils import logging
 
+    enabled = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
-    _task = task
-
-
-def _measure(keep: list[bool]) -> list[float]:
-    assert _task is not None
-    return measure(_task, keep)
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()

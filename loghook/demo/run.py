@@ -3,7 +3,7 @@
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,9 @@ import loghook
 from loghook.demo import huggingface
 from loghook.demo.attribute import Question, ask, log_passages, score
 from loghook.demo.config import DemoConfig
-from loghook.demo.proof import Proof, prove
-from loghook.demo.retrain import Task, finetune, one_thread
-from loghook.demo.show import make_bars, make_cards, make_story, print_cards, print_proof
+from loghook.demo.proof import Proof, prove, story
+from loghook.demo.retrain import Task, finetune, one_thread, quiet
+from loghook.demo.show import make_bars, make_cards, print_cards, print_proof
 from loghook.demo.text import (
     Passage,
     Split,
@@ -36,42 +36,17 @@ from loghook.views.report import Report, write
 
 @dataclass(frozen=True)
 class DemoResult:
-    """What ``run_demo`` found.
+    """What ``run_demo`` found."""
 
-    Attributes:
-        page: the HTML page.
-        log: folder of the log.
-        report: what page and terminal show.
-        scores: by method, float (questions, passages): first the held-out passages, then what was generated.
-        questions: the rows of the scores.
-        passages: their columns.
-        proof: what fine-tuning again showed, or None if it was not asked for.
-        seconds: wall-clock time of each stage.
-    """
-
-    page: Path
-    log: Path
-    report: Report
+    page: Path  # the HTML page
+    log: Path  # folder of the log
+    report: Report  # what page and terminal show
+    # by method, float (questions, passages): first the held-out passages, then what was generated
     scores: dict[str, np.ndarray]
-    questions: Sequence[Question]
-    passages: Sequence[Passage]
-    proof: Proof | None
-    seconds: dict[str, float]
-
-
-@dataclass
-class _Clock:
-    """Names the stages and times them."""
-
-    console: Console
-    seconds: dict[str, float] = field(default_factory=dict)
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        begin = time.perf_counter()
-        yield
-        self.seconds[stage] = time.perf_counter() - begin
-        self.console.print(f"[dim]{stage}: {self.seconds[stage]:.0f} s[/dim]")
+    questions: Sequence[Question]  # the rows of the scores
+    passages: Sequence[Passage]  # their columns
+    proof: Proof | None  # what fine-tuning again showed, or None if it was not asked for
+    seconds: dict[str, float]  # wall-clock time of each stage
 
 
 def run_demo(config: DemoConfig | None = None, *, console: Console | None = None) -> DemoResult:
@@ -88,11 +63,20 @@ def run_demo(config: DemoConfig | None = None, *, console: Console | None = None
         ConfigError: for text, a model or a dataset that is missing or too little.
     """
     config, console = config or DemoConfig(), console or Console()
-    clock = _Clock(console)
+    seconds: dict[str, float] = {}
+
+    @contextmanager
+    def clock(stage: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        seconds[stage] = time.perf_counter() - begin
+        console.print(f"[dim]{stage}: {seconds[stage]:.0f} s[/dim]")
+
     config.out.mkdir(parents=True, exist_ok=True)
-    with _quiet(), one_thread(config.device):
+    with quiet(), one_thread(config.device):
         with clock("text and base model"):
-            base, tokenizer = _named_base(config) if config.model else _own_base(config)
+            base = config.model or _own_base(config)
+            tokenizer = huggingface.load_tokenizer(base)
             documents = huggingface.load_documents(config.dataset, config) if config.dataset else language_reference()
             parts = split(documents, tokenizer, config)
         passages, queries = parts.train, parts.queries
@@ -105,13 +89,12 @@ def run_demo(config: DemoConfig | None = None, *, console: Console | None = None
         with clock("log"):
             log_passages(model, passages, config.out / "log", config)
         with clock("attribution"):
-            questions, givens = _questions(model, tokenizer, parts, config)
+            questions = _questions(model, tokenizer, parts, config)
             log = loghook.load(config.out / "log")
             scores = score(log, ask(model, questions, log, config), questions, passages, config.damping)
         # Of the held-out passages a group's first is shown, then all that was generated.
         shown = [i for i, q in enumerate(questions) if q.kind != "held out" or i % config.group_size == 0]
-        asked, before = [questions[i] for i in shown], [givens[i] for i in shown]
-        cards = make_cards(asked, before, passages, scores["ekfac"][shown], config.show)
+        cards = make_cards([questions[i] for i in shown], passages, scores["ekfac"][shown], config.show)
         print_cards(cards, console)
         proof = None
         if config.prove:
@@ -123,25 +106,23 @@ def run_demo(config: DemoConfig | None = None, *, console: Console | None = None
         title="loghook: which training data made the model say this?",
         lead=f"A language model was fine-tuned on {len(passages)} passages. Each left one row in the log; EK-FAC "
         "influence ranks them for each text below.",
-        story=make_story(proof),
+        story=tuple(story(proof)) if proof else (),
         bars=make_bars(proof, len(queries), len(parts.groups)) if proof else (),
         cards=cards,
         facts=tuple((name, str(value)) for name, value in asdict(config).items() if name != "out")
-        + tuple((f"seconds: {stage}", f"{value:.1f}") for stage, value in clock.seconds.items()),
+        + tuple((f"seconds: {stage}", f"{value:.1f}") for stage, value in seconds.items()),
     )
     page = write(report, config.out / "index.html")
     print_proof(report, console)
     console.print(f"\npage: {page}\nlog:  {log.path}", markup=False)
-    return DemoResult(page, config.out / "log", report, scores, questions, passages, proof, clock.seconds)
+    return DemoResult(page, config.out / "log", report, scores, questions, passages, proof, seconds)
 
 
-def _own_base(config: DemoConfig) -> tuple[str, Any]:
-    """Folder and tokenizer of the small model, pre-trained now or by an earlier run with the same settings."""
-    from transformers import AutoTokenizer
-
+def _own_base(config: DemoConfig) -> str:
+    """Folder of the small model, pre-trained now or by an earlier run with the same settings."""
     folder = config.out / f"base-{config.digest()}"
     if folder.exists():
-        return str(folder), AutoTokenizer.from_pretrained(folder)
+        return str(folder)
     library = library_source(config.corpus_bytes)
     tokenizer = train_tokenizer([*library, *(d.text for d in language_reference())], config.vocabulary)
     start, stream = start_tokens(tokenizer), []
@@ -161,27 +142,17 @@ def _own_base(config: DemoConfig) -> tuple[str, Any]:
     tokenizer.save_pretrained(unfinished)
     model.save_pretrained(unfinished)
     unfinished.rename(folder)  # a folder of this name is whole
-    return str(folder), tokenizer
+    return str(folder)
 
 
-def _named_base(config: DemoConfig) -> tuple[str, Any]:
-    assert config.model is not None
-    return config.model, huggingface.load_tokenizer(config.model)
-
-
-def _questions(model: Any, tokenizer: Any, parts: Split, config: DemoConfig) -> tuple[list[Question], list[str]]:
-    """What is asked about: held-out passages, what the model makes of their beginnings and of the user's prompts.
-
-    Returns:
-        The questions, and of each the text in front that counts for nothing.
-    """
+def _questions(model: Any, tokenizer: Any, parts: Split, config: DemoConfig) -> list[Question]:
+    """What is asked about: held-out passages, what the model makes of their beginnings and of the user's prompts."""
     questions = [Question(p.data_id, "held out", p.topic, p.text, p.tokens) for p in parts.queries]
-    givens = [""] * len(questions)
 
     def go_on(data_id: str, kind: str, title: str, start: tuple[int, ...]) -> None:
         ids = generate(model, start, config.new_tokens, config.seed)
-        questions.append(Question(data_id, kind, title, decode(tokenizer, ids), tuple(ids), len(start)))
-        givens.append(decode(tokenizer, start))
+        text, before = decode(tokenizer, ids), decode(tokenizer, start)
+        questions.append(Question(data_id, kind, title, text, tuple(ids), before, len(start)))
 
     for topic, passages in parts.groups:
         start = passages[0].tokens[: config.chunk_tokens // 8]
@@ -191,20 +162,5 @@ def _questions(model: Any, tokenizer: Any, parts: Split, config: DemoConfig) -> 
         start = (*start_tokens(tokenizer), *tokenize(tokenizer, prompt)[0])
         if len(start) > 1:  # a single token is never predicted
             questions.append(Question(f"prompt#{number}", "prompt", "the prompt itself", prompt, start))
-            givens.append("")
         go_on(f"continuation#{number}", "prompt", "how the model goes on", start)
-    return questions, givens
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep the bars of weight loading, one for each fine-tuning, off the screen."""
-    from transformers.utils import logging
-
-    enabled = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if enabled:
-            logging.enable_progress_bar()
+    return questions

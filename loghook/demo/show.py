@@ -8,39 +8,33 @@ from rich.table import Table
 from rich.text import Text
 
 from loghook.demo.attribute import Question
-from loghook.demo.proof import NAMES, Estimate, Proof, story
+from loghook.demo.proof import NAMES, Proof
 from loghook.demo.text import Passage
-from loghook.evaluate.lds import Lds
+from loghook.evaluate.lds import Estimate
 from loghook.views.report import Bars, Card, Entry, Report
 
 
 def make_cards(
-    questions: Sequence[Question], givens: Sequence[str], passages: Sequence[Passage], scores: np.ndarray, show: int
+    questions: Sequence[Question], passages: Sequence[Passage], scores: np.ndarray, show: int
 ) -> tuple[Card, ...]:
     """A card for each question, from its row of (questions, passages) scores."""
 
-    def entries(row: np.ndarray, places: np.ndarray) -> tuple[Entry, ...]:
-        return tuple(
-            Entry(
-                data_id=passages[i].data_id,
-                topic=passages[i].topic,
-                text=passages[i].text.strip("\n"),
-                score=float(row[i]),
-            )
-            for i in places
-        )
+    def entry(place: int, score: float) -> Entry:
+        passage = passages[place]
+        text = passage.text.strip("\n")
+        return Entry(data_id=passage.data_id, topic=passage.topic, text=text, score=float(score))
 
     cards = []
-    for question, given, row in zip(questions, givens, scores, strict=True):
+    for question, row in zip(questions, scores, strict=True):
         order = np.argsort(-row, kind="stable")
         cards.append(
             Card(
                 kind=question.kind,
                 title=question.title,
-                text=question.text.removeprefix(given).rstrip("\n"),
-                given=given,
-                proponents=entries(row, order[:show]),
-                opponents=entries(row, order[::-1][:show]),
+                text=question.text.removeprefix(question.before).rstrip("\n"),
+                given=question.before,
+                proponents=tuple(entry(i, row[i]) for i in order[:show]),
+                opponents=tuple(entry(i, row[i]) for i in order[::-1][:show]),
             )
         )
     return tuple(cards)
@@ -49,38 +43,28 @@ def make_cards(
 def make_bars(proof: Proof, passages: int, groups: int) -> tuple[Bars, ...]:
     """The proof's numbers."""
 
-    def rows(estimates: Mapping[str, Estimate | Lds]) -> tuple[tuple[str, float, float, float], ...]:
-        return tuple((NAMES[name], e.mean, e.low, e.high) for name, e in estimates.items())
+    def bars(title: str, note: str, estimates: Mapping[str, Estimate]) -> Bars:
+        rows = tuple((NAMES[name], e.mean, e.low, e.high) for name, e in estimates.items())
+        return Bars(title=title, note=note, rows=rows)
 
-    bars = [
-        Bars(
-            title="Fine-tuned again without the strongest proponents",
-            note=f"Rise of the loss, in nats a token, over {passages} held-out passages in {groups} groups, each group "
+    measured = [
+        bars(
+            "Fine-tuned again without the strongest proponents",
+            f"Rise of the loss, in nats a token, over {passages} held-out passages in {groups} groups, each group "
             f"without its {proof.removed} strongest; mean loss with everything: {proof.full.mean():.2f}. "
             "Intervals: bootstrap over passages.",
-            rows=rows(proof.rises),
+            proof.rises,
         ),
-        Bars(
-            title="How much more EK-FAC's removal raises it than the others'",
-            note="The same losses, passage by passage: EK-FAC's minus the method's.",
-            rows=rows(proof.leads),
+        bars(
+            "How much more EK-FAC's removal raises it than the others'",
+            "The same losses, passage by passage: EK-FAC's minus the method's.",
+            proof.leads,
         ),
     ]
     if proof.lds:
-        bars.append(
-            Bars(
-                title="Linear datamodelling score",
-                note="Rank correlation of predicted and real outcomes of fine-tuning on "
-                f"{proof.subsets} random halves of the passages.",
-                rows=rows(proof.lds),
-            )
-        )
-    return tuple(bars)
-
-
-def make_story(proof: Proof | None) -> tuple[str, ...]:
-    """The proof in words; nothing where there is none."""
-    return tuple(story(proof)) if proof else ()
+        note = f"Rank correlation of predicted and real outcomes of fine-tuning on {proof.subsets} random halves"
+        measured.append(bars("Linear datamodelling score", f"{note} of the passages.", proof.lds))
+    return tuple(measured)
 
 
 def print_cards(cards: Sequence[Card], console: Console) -> None:

@@ -22,19 +22,12 @@ class Document:
 
 @dataclass(frozen=True)
 class Passage:
-    """A piece of a document, as the model is trained on it.
+    """A piece of a document, as the model is trained on it."""
 
-    Attributes:
-        data_id: "topic#number", what the log knows it by.
-        topic: of its document.
-        text: what it says; a topic's passages, joined in order, give its documents back.
-        tokens: its ids, with the start token in front where the tokenizer has one.
-    """
-
-    data_id: str
-    topic: str
-    text: str
-    tokens: tuple[int, ...]
+    data_id: str  # "topic#number", what the log knows it by
+    topic: str  # of its document
+    text: str  # what it says; a topic's passages, joined in order, give its documents back
+    tokens: tuple[int, ...]  # its ids, with the start token in front where the tokenizer has one
 
 
 @dataclass(frozen=True)
@@ -51,11 +44,7 @@ class Split:
 
 
 def library_source(limit: int) -> list[str]:
-    """Source of the standard library's top-level modules, by name, until ``limit`` characters are reached.
-
-    Raises:
-        ConfigError: where Python was installed without its source.
-    """
+    """Source of the standard library's top-level modules, by name, until ``limit`` characters are reached."""
     folder, texts, size = Path(sysconfig.get_path("stdlib")), [], 0
     for file in sorted(folder.glob("*.py")):
         texts.append(file.read_text("utf-8", errors="replace"))
@@ -71,11 +60,7 @@ def library_source(limit: int) -> list[str]:
 
 
 def language_reference() -> list[Document]:
-    """Python's language reference as ``help()`` shows it, one document a topic.
-
-    Raises:
-        ConfigError: where Python was installed without it.
-    """
+    """Python's language reference as ``help()`` shows it, one document a topic."""
     if importlib.util.find_spec("pydoc_data.topics") is None:
         raise ConfigError("this Python has no pydoc_data.topics to fine-tune on: pass a model and a dataset.")
     from pydoc_data.topics import topics
@@ -91,22 +76,16 @@ def train_tokenizer(texts: Iterable[str], size: int) -> Any:
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
+    alphabet, special = pre_tokenizers.ByteLevel.alphabet(), ["<pad>", "<s>"]
     trainer = trainers.BpeTrainer(
-        vocab_size=size,
-        special_tokens=["<pad>", "<s>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=size, special_tokens=special, initial_alphabet=alphabet, show_progress=False
     )
     bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", bos_token="<s>")
 
 
 def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
-    """Ids of a text, without special tokens, and where each begins in it.
-
-    Raises:
-        ConfigError: for a tokenizer that cannot tell where tokens begin.
-    """
+    """Ids of a text, without special tokens, and where each begins in it."""
     if not tokenizer.is_fast:
         raise ConfigError(
             f"{type(tokenizer).__name__} is no fast tokenizer, and passages are cut at tokens' places in the text: "
@@ -144,9 +123,6 @@ def split(documents: Iterable[Document], tokenizer: Any, config: DemoConfig) -> 
 
     The groups' topics are those whose number of passages is nearest to the number that will be removed, so that a
     removal could take out a theme.
-
-    Raises:
-        ConfigError: if the text is too little for the groups.
     """
     start = start_tokens(tokenizer)
     train: list[Passage] = []

@@ -35,12 +35,9 @@ def small_llama(config: DemoConfig) -> nn.Module:
 
 def collate(sequences: Sequences, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
     """Pad sequences at the right: ids (B, S) and a mask (B, S) that is 1 where a token is."""
-    length = max(map(len, sequences))
-    ids_BS = torch.zeros(len(sequences), length, dtype=torch.long)
-    mask_BS = torch.zeros(len(sequences), length, dtype=torch.long)
-    for i, sequence in enumerate(sequences):
-        ids_BS[i, : len(sequence)] = torch.tensor(sequence)
-        mask_BS[i, : len(sequence)] = 1
+    ids_BS = nn.utils.rnn.pad_sequence([torch.tensor(s) for s in sequences], batch_first=True)
+    lengths_B = torch.tensor([len(s) for s in sequences])
+    mask_BS = (torch.arange(ids_BS.shape[1]) < lengths_B[:, None]).long()
     return ids_BS.to(device), mask_BS.to(device)
 
 
@@ -57,11 +54,7 @@ def sequence_losses(model: nn.Module, ids_BS: Tensor, mask_BS: Tensor) -> Tensor
 
 
 def fit(model: nn.Module, batches: Iterable[Sequences], steps: int, learning_rate: float) -> Iterator[float]:
-    """AdamW on the mean loss of a token, warm-up over 5 % of the steps, then down to zero in a line.
-
-    Yields:
-        The loss of each step, for whoever shows progress.
-    """
+    """AdamW on the mean loss of a token, warm-up over 5 % of the steps, then to zero in a line; yields the losses."""
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.01, fused=True

@@ -33,10 +33,7 @@ def cosine(queries: ArrayLike, samples: ArrayLike) -> NDArray[np.float64]:
     """
     queries_QD, samples_ND = np.asarray(queries, dtype=np.float64), np.asarray(samples, dtype=np.float64)
     if queries_QD.ndim != 2 or samples_ND.ndim != 2 or queries_QD.shape[1] != samples_ND.shape[1]:
-        raise ConfigError(
-            f"queries {queries_QD.shape} and samples {samples_ND.shape} do not fit: pass (Q, D) and (N, D), a vector "
-            "for each."
-        )
+        raise ConfigError(f"queries {queries_QD.shape}, samples {samples_ND.shape} do not fit: pass (Q, D) and (N, D).")
     units = [x / np.maximum(np.linalg.norm(x, axis=1, keepdims=True), 1e-300) for x in (queries_QD, samples_ND)]
     return units[0] @ units[1].T
 

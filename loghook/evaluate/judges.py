@@ -2,7 +2,8 @@
 
 Shapes: Q queries, N training samples, K numbers of removed samples, R random removals. Ties among scores favour
 nobody: what a random order of them would give on average is what counts. Intervals are 95 % bootstrap ones over
-queries; for others, pass an estimate's ``per_query`` to ``loghook.evaluate.lds.interval``.
+queries; for others, pass an estimate's ``per_query`` to ``loghook.evaluate.lds.interval``. Shapes that do not fit,
+values that are not finite and numbers out of range raise ConfigError.
 """
 
 from collections.abc import Collection, Sequence
@@ -52,9 +53,6 @@ def loss_difference(full: ArrayLike, removed: ArrayLike, random: ArrayLike) -> L
         full: (Q,) losses after training on everything, best averaged over several seeds.
         removed: (Q,) loss of each query after training without *its own* strongest samples (``without_top``).
         random: (R, Q) losses after training without as many random samples.
-
-    Raises:
-        ConfigError: shapes that do not fit, or values that are not finite.
     """
     full_Q, removed_Q = _floats("full", full, 1), _floats("removed", removed, 1)
     random_RQ = _floats("random", random, 2)
@@ -74,16 +72,10 @@ def brittleness(before: ArrayLike, after: ArrayLike, ks: Sequence[int]) -> dict[
         before: (Q,) predicted classes after training on everything.
         after: (K, Q) each query's predicted class after training without its own k strongest samples.
         ks: the K numbers of samples left out, which become the keys of the result.
-
-    Raises:
-        ConfigError: shapes that do not fit.
     """
     before_Q, after_KQ = np.asarray(before), np.asarray(after)
     if before_Q.ndim != 1 or not len(before_Q) or after_KQ.shape != (len(ks), len(before_Q)):
-        raise ConfigError(
-            f"before {before_Q.shape} and after {after_KQ.shape} do not fit {len(ks)} values of k: pass (queries,) and "
-            "(values of k, queries)."
-        )
+        raise ConfigError(f"before {before_Q.shape}, {after_KQ.shape} do not fit {len(ks)} values of k: (Q,) (K, Q).")
     return {k: estimate(flips) for k, flips in zip(ks, after_KQ != before_Q, strict=True)}
 
 
@@ -97,9 +89,6 @@ def mislabel_auc(scores: ArrayLike, flipped: ArrayLike) -> Estimate:
     Returns:
         The area. Its interval resamples the mislabelled samples: ``per_query`` holds, for each of them, the share of
         clean samples below it.
-
-    Raises:
-        ConfigError: shapes that do not fit, or no sample of one of the kinds.
     """
     scores_N, flipped_N = _suspects(scores, flipped)
     clean, bad = np.sort(scores_N[~flipped_N]), scores_N[flipped_N]
@@ -117,9 +106,6 @@ def mislabel_recall(scores: ArrayLike, flipped: ArrayLike, share: float = 0.1) -
 
     Returns:
         The share, with an interval over the mislabelled samples.
-
-    Raises:
-        ConfigError: shapes that do not fit, no sample of one of the kinds, or a share outside 0 to 1.
     """
     scores_N, flipped_N = _suspects(scores, flipped)
     if not 0 < share <= 1:
@@ -137,9 +123,6 @@ def tail_patch(before: ArrayLike, after: ArrayLike) -> Estimate:
 
     Returns:
         The mean over queries; a query's value is the mean over its samples.
-
-    Raises:
-        ConfigError: shapes that do not fit, log-probabilities above 0, or values that are not finite.
     """
     before_Q, after_QK = _floats("before", before, 1), _floats("after", after, 2)
     if len(before_Q) != len(after_QK) or not after_QK.shape[1]:
@@ -156,9 +139,6 @@ def recall_at(scores: ArrayLike, relevant: Relevant, k: int) -> Estimate:
         scores: (Q, N).
         relevant: (Q, N) bool, or for each query the places of its relevant samples.
         k: how many samples are looked at. Where a query has more than k relevant ones, it cannot reach 1.
-
-    Raises:
-        ConfigError: shapes that do not fit, a query without a relevant sample, or a k outside 1 to N.
     """
     scores_QN = _scores(scores)
     relevant_QN = _relevant(relevant, scores_QN.shape)
@@ -176,9 +156,6 @@ def mrr(scores: ArrayLike, relevant: Relevant) -> Estimate:
     Args:
         scores: (Q, N).
         relevant: (Q, N) bool, or for each query the places of its relevant samples.
-
-    Raises:
-        ConfigError: shapes that do not fit, or a query without a relevant sample.
     """
     scores_QN = _scores(scores)
     relevant_QN = _relevant(relevant, scores_QN.shape)
@@ -218,10 +195,7 @@ def _relevant(relevant: Relevant, shape: tuple[int, ...]) -> NDArray[np.bool_]:
 def _suspects(scores: ArrayLike, flipped: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     scores_N, flipped_N = _floats("scores", scores, 1), np.asarray(flipped)
     if scores_N.shape != flipped_N.shape or flipped_N.dtype != bool:
-        raise ConfigError(
-            f"scores {scores_N.shape} and flipped {flipped_N.shape} {flipped_N.dtype} do not fit: pass a number and a "
-            "bool for each sample."
-        )
+        raise ConfigError(f"scores {scores_N.shape}, flipped {flipped_N.shape} {flipped_N.dtype} must be (N,), bool.")
     if flipped_N.all() or not flipped_N.any():
         raise ConfigError(f"{flipped_N.sum()} of {len(flipped_N)} samples are flipped: there must be both kinds.")
     return scores_N, flipped_N

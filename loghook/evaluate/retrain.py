@@ -64,9 +64,7 @@ def retrain(
     if subsets_mN.ndim != 2 or subsets_mN.dtype != bool or not subsets_mN.size:
         raise ConfigError(f"subsets {subsets_mN.shape} {subsets_mN.dtype} must be (subsets, samples) of bool.")
     if not len(seeds) or len(set(seeds)) != len(seeds):
-        raise ConfigError(
-            f"seeds={list(seeds)} must be different and at least one: equal seeds measure the same twice."
-        )
+        raise ConfigError(f"seeds={list(seeds)} must be different and at least one: equal ones measure the same.")
     if workers < 0:
         raise ConfigError(f"workers={workers} must be 0 (this process) or a number of processes.")
     folder = Path(path)
@@ -104,10 +102,7 @@ def _check_plan(
     old, new = json.loads(file.read_text()), json.loads(text)
     changed = [key for key in plan if old.get(key) != new[key]]
     if changed:
-        raise ConfigError(
-            f"{folder} was begun with other {' and '.join(changed)}: pass what it was begun with (see {PLAN}), or "
-            "another path for a new measurement."
-        )
+        raise ConfigError(f"{folder} was begun with other {' and '.join(changed)} (see {PLAN}): take another path.")
 
 
 def _here(

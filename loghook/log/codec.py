@@ -29,21 +29,13 @@ CHUNK = 2**18  # values that are coded at a time: they stay in the cache
 
 @dataclass(frozen=True)
 class Alike:
-    """Neighbouring layers of one width, which are coded together.
+    """Neighbouring layers of one width, which are coded together."""
 
-    Attributes:
-        layers: their numbers.
-        width: values of each.
-        size: bytes that the codes of each take.
-        columns: their values in a row.
-        codes: their codes in a stored row.
-    """
-
-    layers: slice
-    width: int
-    size: int
-    columns: slice
-    codes: slice
+    layers: slice  # their numbers
+    width: int  # values of each
+    size: int  # bytes that the codes of each take
+    columns: slice  # their values in a row
+    codes: slice  # their codes in a stored row
 
 
 class Codec:

@@ -40,11 +40,7 @@ def save_sides(folder: Path, sides: Sides) -> str:
 
 
 def load_sides(folder: Path, expected: str) -> dict[str, tuple[Side, Side]]:
-    """Read what ``save_sides`` wrote; layers whose matrix is stored once share the ``Side``.
-
-    Raises:
-        CorruptLogError: if the file is missing or is not the one that the manifest names.
-    """
+    """Read what ``save_sides`` wrote; layers whose matrix is stored once share the ``Side``."""
     file = folder / PROJECTION
     try:
         data = file.read_bytes()

@@ -11,7 +11,7 @@ from loghook.errors import ConfigError, LogExistsError, MismatchError, StateErro
 from loghook.log.disk import lock, writing
 from loghook.log.fitted import PROJECTION
 from loghook.log.format import MANIFEST, Manifest
-from loghook.log.records import Commits, read_commits
+from loghook.log.records import Commits, all_commits
 from loghook.log.recovery import recover
 
 SEAL_TIMEOUT = 600.0  # seconds that rank 0 waits for the others
@@ -25,10 +25,7 @@ def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
         raise LogExistsError(f"{path} is a file: choose another path for the run.")
     old = [] if not path.exists() else [p for p in path.iterdir() if p.name == MANIFEST or _is_ours(p)]
     if old and not resume and not overwrite:
-        raise LogExistsError(
-            f"{path} holds a run already: pass resume=True to go on with it, overwrite=True to delete it, or another "
-            "path."
-        )
+        raise LogExistsError(f"{path} holds a run already: pass resume=True, overwrite=True or another path.")
     # Files without a manifest are of a run that was killed before its first block was done: nothing refers to them.
     if overwrite or (old and not (path / MANIFEST).exists()):
         locks = [lock(file) for file in old if file.name.startswith("lock-")]  # nobody may be writing what goes away
@@ -51,33 +48,21 @@ def check_same(old: Manifest, new: Manifest) -> None:
     for name in ("projection", "rank", "seed", "dtype", "id_type", "layers", "fitted"):
         was, now = getattr(old, name), getattr(new, name)
         if was != now:
-            shown = (
-                f"{was!r} in the log and {now!r} now" if name != "layers" else "other layers or widths than in the log"
-            )
+            shown = "other layers or widths than in the log" if name == "layers" else f"{was!r} there and {now!r} now"
             raise MismatchError(f"cannot resume: {name} is {shown}. Use the arguments and the model of the first run.")
 
 
 def seal(path: Path, manifest: Manifest, session: str, active: int) -> dict[str, Any]:
-    """Wait for the last record of every active rank, then sum up all commit logs.
+    """Wait until each of ``active`` ranks has ended this ``session``, then sum up all commit logs.
 
-    Args:
-        path: the run's folder.
-        manifest: its manifest; a resumed run may count more ranks than write now.
-        session: what the last record of this session says; the end that an interrupted run came to does not count.
-        active: how many ranks write now.
-
-    Raises:
-        StateError: ranks are missing after ``SEAL_TIMEOUT``.
-        CorruptLogError: a damaged commit log.
+    A resumed run may count more ranks than write now, and the end that an interrupted run came to does not count.
     """
     for rank in range(active, manifest.world_size):
-        recover_rank(path, manifest, rank)
+        with lock(path / f"lock-{rank:05d}"):  # one that does not write now
+            recover(path, manifest, rank, snapshots=1)
     deadline = time.monotonic() + SEAL_TIMEOUT
     while True:
-        logs = [
-            read_commits(path, rank, run_id=manifest.run_id, generation=manifest.generation)
-            for rank in range(manifest.world_size)
-        ]
+        logs = all_commits(path, manifest)
         missing = [r for r in range(active) if not (logs[r].records and logs[r].records[-1].get("end") == session)]
         if not missing:
             return sum_up(logs)
@@ -87,16 +72,6 @@ def seal(path: Path, manifest: Manifest, session: str, active: int) -> dict[str,
                 "committed rows are kept; start again with resume=True."
             )
         time.sleep(0.1)
-
-
-def recover_rank(path: Path, manifest: Manifest, rank: int) -> Commits:
-    """Bring the files of a rank that does not write now to the state of its last record."""
-    held = lock(path / f"lock-{rank:05d}")
-    try:
-        m = manifest
-        return recover(path, rank, run_id=m.run_id, codec=m.codec, generation=m.generation, snapshots=1)
-    finally:
-        held.close()
 
 
 def sum_up(logs: Sequence[Commits]) -> dict[str, Any]:

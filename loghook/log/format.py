@@ -56,39 +56,22 @@ def checksum(data: bytes | memoryview) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class LayerSpec:
-    """What the log knows of a layer.
+    """What the log knows of a layer."""
 
-    Attributes:
-        name: canonical module name (wrapper prefixes removed).
-        type: the adapter's class name.
-        in_features: columns of the full gradient without the bias.
-        out_features: rows of the full gradient.
-        groups: groups of outputs with inputs of their own.
-        channels: features of the module's input.
-        bias: whether a bias is the last column of the full gradient.
-        k_in: columns of a logged row.
-        k_out: rows of a logged row.
-        activations: None, or how inputs are reduced over tokens ("mean" or "sum").
-        output_gradients: None, or how output gradients are reduced over tokens.
-        batch_dim: axis of samples in the module's input.
-        may_sleep: whether the layer may deliver nothing in a batch.
-        flattened: whether the module's input has batch and tokens in one axis, batch first.
-    """
-
-    name: str
-    type: str
-    in_features: int
-    out_features: int
-    groups: int
-    channels: int
-    bias: bool
-    k_in: int
-    k_out: int
-    activations: str | None = None
-    output_gradients: str | None = None
-    batch_dim: int = 0
-    may_sleep: bool = False
-    flattened: bool = False
+    name: str  # canonical module name (wrapper prefixes removed)
+    type: str  # the adapter's class name
+    in_features: int  # columns of the full gradient without the bias
+    out_features: int  # rows of the full gradient
+    groups: int  # groups of outputs with inputs of their own
+    channels: int  # features of the module's input
+    bias: bool  # whether a bias is the last column of the full gradient
+    k_in: int  # columns of a logged row
+    k_out: int  # rows of a logged row
+    activations: str | None = None  # None, or how inputs are reduced over tokens ("mean" or "sum")
+    output_gradients: str | None = None  # None, or how output gradients are reduced over tokens
+    batch_dim: int = 0  # axis of samples in the module's input
+    may_sleep: bool = False  # whether the layer may deliver nothing in a batch
+    flattened: bool = False  # whether the module's input has batch and tokens in one axis, batch first
 
     @property
     def width(self) -> int:
@@ -143,50 +126,36 @@ class Layout:
 
 @dataclass(kw_only=True)
 class Manifest:
-    """``loghook.json``: everything about a run but its rows.
+    """``loghook.json``: everything about a run but its rows."""
 
-    Attributes:
-        run_id: 32 hexadecimal digits drawn at birth; every shard and commit log names it.
-        projection: "random", "pca", "whitened" or "none".
-        rank: the rank asked for.
-        seed: the projection's seed.
-        dtype: how rows are stored.
-        layers: layers in row order.
-        coverage: {"covered": parameters, "total": parameters, "not_covered": [{"name", "parameters", "reason"}]}.
-        id_type: "int" or "str".
-        on_repeat: the rule for ids that come again: "error", "first", "all", or None: "first" for rows logged inside
-            ``passes()`` and "all" for others.
-        world_size: number of commit logs.
-        generation: which commit logs count; maintenance (``repair``, ``delete``) writes new ones and then raises it.
-        history: what was done to the log since: [{"what", "when", ...}].
-        no_statistics: None, or why the statistics are not those of the rows, so that kfac and ekfac refuse.
-        provenance: versions, time and machine, for people; nothing depends on it.
-        parameters: digests of sampled parameter values at the first block and at ``finalize``.
-        fitted: None, or the checksum of ``projection.safetensors``, which holds a fitted projection.
-        fidelity: None, or what ``loghook.tune`` measured: {"pearson", "reference", "samples", "queries", "scoring"}.
-        sealed: None while a run goes on; then {"rows", "digest"} over all commit logs.
-        version: the format's version.
-    """
-
-    run_id: str
-    projection: str
-    rank: int
-    seed: int
-    dtype: str
-    layers: tuple[LayerSpec, ...]
+    run_id: str  # 32 hexadecimal digits drawn at birth; every shard and commit log names it
+    projection: str  # "random", "pca", "whitened" or "none"
+    rank: int  # the rank asked for
+    seed: int  # the projection's seed
+    dtype: str  # how rows are stored
+    layers: tuple[LayerSpec, ...]  # layers in row order
+    # {"covered": parameters, "total": parameters, "not_covered": [{"name", "parameters", "reason"}]}
     coverage: dict[str, Any]
-    id_type: str
+    id_type: str  # "int" or "str"
+    # the rule for ids that come again: "error", "first", "all", or None: "first" for rows logged inside ``passes()``
+    # and "all" for others
     on_repeat: str | None
-    world_size: int
+    world_size: int  # number of commit logs
+    # which commit logs count; maintenance (``repair``, ``delete``) writes new ones and then raises it
     generation: int = 0
+    # what was done to the log since: [{"what", "when", ...}]
     history: list[dict[str, Any]] = field(default_factory=list)
+    # None, or why the statistics are not those of the rows, so that kfac and ekfac refuse
     no_statistics: str | None = None
+    # versions, time and machine, for people; nothing depends on it
     provenance: dict[str, Any] = field(default_factory=dict)
+    # digests of sampled parameter values at the first block and at ``finalize``
     parameters: dict[str, str | None] = field(default_factory=dict)
-    sealed: dict[str, Any] | None = None
-    fitted: str | None = None
+    sealed: dict[str, Any] | None = None  # None while a run goes on; then {"rows", "digest"} over all commit logs
+    fitted: str | None = None  # None, or the checksum of ``projection.safetensors``, which holds a fitted projection
+    # None, or what ``loghook.tune`` measured: {"pearson", "reference", "samples", "queries", "scoring"}
     fidelity: dict[str, Any] | None = None
-    version: int = VERSION
+    version: int = VERSION  # the format's version
 
     @property
     def codec(self) -> Codec:
@@ -233,9 +202,7 @@ class Manifest:
             if type(body["version"]) is not int or body["version"] < 1:
                 raise ValueError(f"its version is {body['version']!r:.100}")
             if body["version"] > VERSION:
-                raise VersionError(
-                    f"{file} has format version {body['version']}; this loghook reads up to {VERSION}: upgrade loghook."
-                )
+                raise VersionError(f"{file}: version {body['version']}; this reads up to {VERSION}: upgrade loghook.")
             fields = {k: v for k, v in body.items() if k not in ("format", "fingerprint", "checksum")}
             fields["layers"] = tuple(LayerSpec(**layer) for layer in body["layers"])
             manifest = cls(**fields)
@@ -258,27 +225,24 @@ def _check_manifest(manifest: Manifest) -> None:
             known = "None" if value is None else type(value).__name__
             if known not in allowed and known != stated:
                 raise ValueError(f"{entry.name} is {value!r:.100}, which is no {stated}")
-    if not re.fullmatch("[0-9a-f]{32}", manifest.run_id):
-        raise ValueError(f"run_id {manifest.run_id!r:.100} is not 32 hexadecimal digits")
-    if manifest.dtype not in DTYPES:
-        raise ValueError(f"dtype {manifest.dtype!r:.100} is none of {', '.join(DTYPES)}")
-    if manifest.id_type not in ("int", "str"):
-        raise ValueError(f"id_type {manifest.id_type!r:.100} is neither 'int' nor 'str'")
-    if manifest.on_repeat not in (None, "first", "all", "error"):
-        raise ValueError(f"on_repeat {manifest.on_repeat!r:.100} is unknown")
-    if not 1 <= manifest.world_size <= 1_000_000:
-        raise ValueError(f"world_size {manifest.world_size} is out of range")
-    if not 0 <= manifest.generation < 1 << 40:
-        raise ValueError(f"generation {manifest.generation} is out of range")
-    sealed, coverage = manifest.sealed, manifest.coverage
-    if sealed is not None and (type(sealed["rows"]) is not int or type(sealed["digest"]) is not str):
-        raise ValueError(f"its seal is {sealed!r:.100}")
-    if not type(coverage["covered"]) is type(coverage["total"]) is int or type(coverage["not_covered"]) is not list:
-        raise ValueError(f"its coverage is {coverage!r:.100}")
-    if not all(isinstance(value, str | None) for value in manifest.parameters.values()):
-        raise ValueError(f"its parameters are {manifest.parameters!r:.100}")
-    if not manifest.layers or len({layer.name for layer in manifest.layers}) < len(manifest.layers):
-        raise ValueError("it has no layers, or two of the same name")
+    m, coverage = manifest, manifest.coverage
+    sealed = m.sealed is None or (type(m.sealed["rows"]) is int and type(m.sealed["digest"]) is str)
+    counted = type(coverage["covered"]) is type(coverage["total"]) is int
+    rules = (
+        (re.fullmatch("[0-9a-f]{32}", m.run_id), f"run_id {m.run_id!r:.100} is not 32 hexadecimal digits"),
+        (m.dtype in DTYPES, f"dtype {m.dtype!r:.100} is none of {', '.join(DTYPES)}"),
+        (m.id_type in ("int", "str"), f"id_type {m.id_type!r:.100} is neither 'int' nor 'str'"),
+        (m.on_repeat in (None, "first", "all", "error"), f"on_repeat {m.on_repeat!r:.100} is unknown"),
+        (1 <= m.world_size <= 1_000_000, f"world_size {m.world_size} is out of range"),
+        (0 <= m.generation < 1 << 40, f"generation {m.generation} is out of range"),
+        (sealed, f"its seal is {m.sealed!r:.100}"),
+        (counted and type(coverage["not_covered"]) is list, f"its coverage is {coverage!r:.100}"),
+        (all(isinstance(v, str | None) for v in m.parameters.values()), f"its parameters are {m.parameters!r:.100}"),
+        (m.layers and len({x.name for x in m.layers}) == len(m.layers), "it has no layers, or two of the same name"),
+    )
+    for good, wrong in rules:
+        if not good:
+            raise ValueError(wrong)
     for layer in manifest.layers:
         sizes = (layer.in_features, layer.out_features, layer.groups, layer.k_in, layer.k_out)
         if not all(1 <= n < 1 << 40 for n in sizes) or not 0 <= layer.channels < 1 << 40:

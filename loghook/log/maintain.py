@@ -9,7 +9,7 @@ import dataclasses
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Set
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,19 +21,11 @@ from loghook.log.codec import DTYPES
 from loghook.log.disk import lock, sync_folder, writing
 from loghook.log.fitted import load_sides, save_sides
 from loghook.log.folder import sum_up
-from loghook.log.format import (
-    Layout,
-    Manifest,
-    checksum,
-    commits_name,
-    parse_object,
-    shard_header,
-    shard_name,
-)
+from loghook.log.format import Layout, Manifest, checksum, commits_name, parse_object, shard_header, shard_name
 from loghook.log.moments import load_moments
-from loghook.log.records import Commits, check_record, decode_records, encode_record, read_commits
-from loghook.log.recovery import close_shard, shard_ends
-from loghook.log.rewrite import Changed, Keep, clean, copy_log, entry, ids_of, rank_of, read_rows, rewrite, shard_of
+from loghook.log.records import Commits, all_commits, check_record, decode_records, encode_record, read_commits
+from loghook.log.recovery import close_shard
+from loghook.log.rewrite import Changed, Keep, clean, copy_log, entry, ids_of, read_rows, rewrite, shard_of
 
 
 def repair(path: str | Path) -> Changed:
@@ -62,22 +54,19 @@ def repair(path: str | Path) -> Changed:
         if sealed is not None and not notes and sum_up(logs) != sealed:
             notes.append(f"{path}: the commit logs are not those that were sealed: rows may be missing")
         for log in logs:
-            for record in (r for r in log.records if "shard" in r):
+            for record in log.rows:
                 if read_rows(path, log, record, row_bytes) is None:
                     notes.append(f"{shard_of(path, log, record)}: {record['rows']} rows do not match their checksum")
-            last = next((r for r in reversed(log.records) if "shard" in r), None)
             try:
-                if last is not None and manifest.no_statistics is None:
-                    load_moments(path, last["statistics"], Layout(manifest.layers).moments_width)
+                if log.rows and manifest.no_statistics is None:
+                    load_moments(path, log.rows[-1]["statistics"], Layout(manifest.layers).moments_width)
             except CorruptLogError as error:
                 notes.append(str(error))
         if not notes:
             clean(path, manifest, logs)  # what a killed `delete` or `repair` may have left
             return Changed(len(ids_of(logs)), 0, [], _mend_headers(path, manifest, logs))
 
-        def keep(record: dict[str, Any], data: bytes) -> np.ndarray:
-            return np.full(record["rows"], bool(data))
-
+        keep: Keep = lambda record, data: np.full(record["rows"], bool(data))  # noqa: E731
         reason = "the log was damaged and repaired"
         return rewrite(path, manifest, logs, keep, "repair", reason, notes=notes, lost=lost, drop_ends=True)
 
@@ -103,13 +92,8 @@ def delete(path: str | Path, ids: Sequence[int | str], *, keep_statistics: bool 
         if unknown or not gone:
             raise ConfigError(f"the log {path} holds no rows of {sorted(map(repr, unknown))[:5]}: check the ids.")
 
-        def keep(record: dict[str, Any], data: bytes) -> np.ndarray:
-            if not data:
-                raise CorruptLogError(f"{path}: rows do not match their checksum: run `loghook repair` first.")
-            return np.array([i not in gone for i in record["ids"]])
-
         reason = manifest.no_statistics if keep_statistics else "rows were deleted, and the statistics with them"
-        return rewrite(path, manifest, logs, keep, "delete", reason, gone=gone)
+        return rewrite(path, manifest, logs, _all_but(path, gone), "delete", reason, gone=gone)
 
 
 def reopen(path: str | Path) -> None:
@@ -201,12 +185,10 @@ def _build(out: Path, runs: Sequence[tuple[Path, Manifest]], dtype: str, history
             logs: list[Commits] = []
             for path, manifest in runs:
                 for log in _recovered(path, manifest):
-                    copy_log(path, manifest, log, building, target, len(logs), _all_or_error(path))
-                    logs.append(read_commits(building, len(logs), run_id=run_id))
+                    copy_log(path, manifest, log, building, target, len(logs), _all_but(path))
+                    logs.append(read_commits(building, target, len(logs)))
             if first.on_repeat == "error" and len(ids := ids_of(logs)) > len(set(ids)):
-                raise MismatchError(
-                    "ids clash between the runs and on_repeat is 'error': delete them in one run first."
-                )
+                raise MismatchError("ids clash between the runs and on_repeat is 'error': delete them in one first.")
             if first.fitted is not None:
                 save_sides(building, load_sides(runs[0][0], first.fitted))
             target.sealed = sum_up(logs)
@@ -223,19 +205,19 @@ def _mend_headers(path: Path, manifest: Manifest, logs: Sequence[Commits]) -> li
     """Let every shard end after its rows and its header say so; a note for each that did not."""
     codec, notes = manifest.codec, []
     for log in logs:
-        for index, rows in shard_ends(log.records).items():
-            file = path / shard_name(rank_of(log), index)
+        for index, rows in log.shard_ends.items():
+            file = path / shard_name(log.rank, index)
             header = shard_header(rows, codec, manifest.run_id)
             if close_shard(file, header, rows * codec.row_bytes):
                 notes.append(f"{file}: header and size are those of its rows again, all of which are good")
     return notes
 
 
-def _all_or_error(path: Path) -> Keep:
+def _all_but(path: Path, gone: Set[int | str] = frozenset()) -> Keep:
     def keep(record: dict[str, Any], data: bytes) -> np.ndarray:
         if not data:
             raise CorruptLogError(f"{path}: rows do not match their checksum: run `loghook repair` first.")
-        return np.ones(record["rows"], dtype=bool)
+        return np.array([i not in gone for i in record["ids"]])
 
     return keep
 
@@ -249,10 +231,7 @@ def _locked(path: Path, manifest: Manifest) -> Iterator[None]:
 
 
 def _recovered(path: Path, manifest: Manifest) -> list[Commits]:
-    logs = [
-        read_commits(path, r, run_id=manifest.run_id, generation=manifest.generation, id_type=manifest.id_type)
-        for r in range(manifest.world_size)
-    ]
+    logs = all_commits(path, manifest)
     if manifest.sealed is not None and sum_up(logs) != manifest.sealed:
         raise CorruptLogError(f"{path}: its commit logs are not those that were sealed: run `loghook repair` first.")
     return logs
@@ -265,7 +244,7 @@ def _good_records(path: Path, manifest: Manifest, rank: int) -> tuple[Commits, l
     records, size, wrong = decode_records(data)
     for record in records:
         try:
-            check_record(record, rank=rank, run_id=manifest.run_id, id_type=manifest.id_type)
+            check_record(record, manifest, rank)
         except ValueError as error:
             wrong, records = f"record {record['n']} {error}", records[: record["n"]]
             size = sum(len(encode_record(r)) for r in records)
@@ -279,7 +258,7 @@ def _good_records(path: Path, manifest: Manifest, rank: int) -> tuple[Commits, l
             lost += [i for r in found for i in r.get("ids", ()) if type(i).__name__ == manifest.id_type]
     torn = wrong == "torn" and manifest.sealed is None
     notes = [] if wrong is None or torn else [f"{file}: {wrong}"]
-    return Commits(file, records, data[:size], 0), lost, notes
+    return Commits(rank, file, records, data[:size]), lost, notes
 
 
 def _object(body: bytes) -> dict[str, Any]:

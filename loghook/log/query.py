@@ -52,32 +52,35 @@ class Query:
         Raises:
             StateError: while the block that makes the query is still open, or if it raised.
         """
-        return self._require_rows()
+        if self._rows is None:
+            raise StateError("this query holds no rows: its block has not ended, or raised. Use it after the `with`.")
+        return self._rows
 
     @property
     def layout(self) -> Layout:
         """Where each layer's values are in a row."""
-        self._require_rows()
-        return Layout(self._specs)
+        return Layout(self._made_of())
 
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of the layers, in row order."""
-        self._require_rows()
-        return tuple(spec.name for spec in self._specs)
+        return tuple(spec.name for spec in self._made_of())
 
     @property
     def fingerprint(self) -> str:
         """Digest of layers and projection; a log must have the same."""
-        self._require_rows()
-        return fingerprint(self._specs, self._projection, self._seed, self._fitted)
+        return fingerprint(self._made_of(), self._projection, self._seed, self._fitted)
 
-    def _require_rows(self) -> Tensor:
-        if self._rows is None:
-            raise StateError(
-                "this query holds no rows: its block has not ended, or it raised. Use it after the `with`."
-            )
-        return self._rows
+    def _made_of(self) -> tuple[LayerSpec, ...]:
+        _ = self.matrix  # raises where there is none
+        return self._specs
+
+    def _like(self, ids: Sequence[Any], rows: Tensor) -> "Query":
+        """A query whose rows were made as this one's were."""
+        query = Query(ids)
+        query.fill(rows, self._specs, self._projection, self._seed, self.parameters, self._fitted)
+        query.direction = self.direction
+        return query
 
     def __len__(self) -> int:
         """Number of questions."""
@@ -110,21 +113,17 @@ class Query:
                 raise MismatchError("some of these queries are preconditioned and some are not: join equal ones.")
             if type(query.data_ids[0]) is not type(first.data_ids[0]):
                 raise MismatchError("these queries have ids of different types: use int or str throughout.")
-        ids: list[Any] = [i for query in queries for i in query.data_ids]
-        joined = Query(ids)
-        same = all(query.parameters == first.parameters for query in queries)
-        rows = torch.cat([query.matrix for query in queries])
-        parameters = first.parameters if same else None
-        joined.fill(rows, first._specs, first._projection, first._seed, parameters, first._fitted)
-        joined.direction = first.direction
+        ids = [i for query in queries for i in query.data_ids]
+        joined = first._like(ids, torch.cat([query.matrix for query in queries]))
+        if any(query.parameters != first.parameters for query in queries):
+            joined.parameters = None
         return joined
 
     def with_rows(self, rows: Tensor, direction: str) -> "Query":
         """The same questions with other rows (Q, width): what ``direction`` says was made of them."""
         if rows.shape != self.matrix.shape:
             raise ConfigError(f"rows {tuple(rows.shape)} do not have the query's shape {tuple(self.matrix.shape)}.")
-        query = Query(self.data_ids)
-        query.fill(rows, self._specs, self._projection, self._seed, self.parameters, self._fitted)
+        query = self._like(self.data_ids, rows)
         query.direction = direction
         return query
 
@@ -165,11 +164,7 @@ class Query:
 
 
 def find_columns(layout: Layout, layer: str, kind: str) -> tuple[LayerSpec, slice]:
-    """Return a layer's spec and its columns of a row, for one kind of rows.
-
-    Raises:
-        ConfigError: for an unknown layer or kind.
-    """
+    """Return a layer's spec and its columns of a row, for one kind of rows."""
     if kind not in layout.kinds:
         raise ConfigError(f"kind={kind!r} is unknown: choose one of {', '.join(layout.kinds)}.")
     specs = {spec.name: spec for spec in layout.layers}

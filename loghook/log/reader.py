@@ -1,8 +1,5 @@
 """The reader: committed rows of every rank, mapped read-only, verified on first touch."""
 
-import json
-import mmap
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,41 +13,14 @@ from tqdm import tqdm
 
 from loghook.errors import CorruptLogError, StateError
 from loghook.log.fitted import load_sides
-from loghook.log.format import (
-    SHARD_HEADER,
-    Layout,
-    Manifest,
-    commits_name,
-    shard_header,
-    shard_name,
-)
+from loghook.log.format import Layout, Manifest, commits_name, shard_name
 from loghook.log.moments import load_moments
 from loghook.log.query import find_columns
 from loghook.log.records import REMEDY, read_commits
 from loghook.log.rows import Rows
+from loghook.log.shard import BLOCK_BYTES, Shard
 
 TRIES = 10  # how often a log is read anew that grows faster than it is opened
-BLOCK_BYTES = 32 * 2**20  # what one step of a scan looks at
-
-
-@dataclass(eq=False)
-class Shard:
-    """Committed rows of one file: ``rows`` of them, the first at row ``first`` of the log.
-
-    Attributes:
-        file: the safetensors file.
-        first: index in the log (before repeats are left out) of its first row.
-        rows: committed rows.
-        parts: (first row in the shard, rows, checksum) of every record.
-        data: the mapped rows, as they are stored (see ``Codec``), once touched.
-    """
-
-    file: Path
-    first: int
-    rows: int
-    parts: list[tuple[int, int, str]]
-    data: Tensor | None = None
-    map: mmap.mmap | None = None
 
 
 @dataclass(frozen=True)
@@ -190,7 +160,7 @@ class Reader:
                 end = shard.first + shard.rows
                 place += shard.rows if self._keep is None else int(self._keep[shard.first : end].sum())
                 continue
-            data = self._touch(shard)
+            data = shard.touch()
             for start in range(0, shard.rows, step):
                 stop = min(start + step, shard.rows)
                 block = data[start:stop]
@@ -200,7 +170,7 @@ class Reader:
                         block = block[torch.from_numpy(kept)]
                 yield slice(place, place + len(block)), block if stored else self.codec.decode(block)
                 place += len(block)
-                self._release(shard, start, stop)
+                shard.release(start, stop)
 
     def gather(self, index: np.ndarray, columns: slice = slice(None)) -> Tensor:
         """Copy rows out by their place in the log: (len(index), width), or some columns that contain whole layers."""
@@ -210,7 +180,7 @@ class Reader:
             inside = (physical >= shard.first) & (physical < shard.first + shard.rows)
             if inside.any():
                 places = torch.from_numpy(physical[inside] - shard.first)
-                parts.append((torch.from_numpy(np.flatnonzero(inside)), self._touch(shard), places))
+                parts.append((torch.from_numpy(np.flatnonzero(inside)), shard.touch(), places))
         # Only now: a file that is there vouches for the width that the manifest states.
         out = torch.empty(len(physical), len(range(self.codec.width)[columns]), dtype=self.dtype)
         step = max(1, BLOCK_BYTES // max(self.codec.row_bytes, out.shape[1] * out.itemsize))
@@ -226,7 +196,7 @@ class Reader:
             return None
         for shard in self._shards:
             if shard.first <= start and stop <= shard.first + shard.rows:
-                return self._touch(shard)[start - shard.first : stop - shard.first]
+                return shard.touch()[start - shard.first : stop - shard.first]
         return None
 
     def verify(self) -> list[str]:
@@ -238,7 +208,7 @@ class Reader:
         problems = []
         for shard in tqdm(self._shards, "verifying", unit=" shards", delay=2, leave=False, disable=None):
             try:
-                self._map(shard)
+                shard.map_rows()
             except CorruptLogError as error:
                 problems.append(str(error))
         if self.manifest.fitted is not None:
@@ -273,7 +243,7 @@ class Reader:
         digest = xxhash.xxh3_128()
         m = self.manifest
         for rank in range(m.world_size):
-            log = read_commits(self.path, rank, run_id=m.run_id, generation=m.generation, id_type=m.id_type)
+            log = read_commits(self.path, m, rank)
             if log.torn and m.sealed is None:
                 self.torn.append(f"{log.file}: {log.torn} bytes of an unfinished record, ignored")
             elif log.torn:
@@ -316,70 +286,11 @@ class Reader:
         file = self.path / shard_name(rank, record["shard"])
         if not self._shards or self._shards[-1].file != file:
             first = self._shards[-1].first + self._shards[-1].rows if self._shards else 0
-            self._shards.append(Shard(file, first, 0, []))
+            self._shards.append(Shard(file, self.manifest, self.codec, first))
         shard = self._shards[-1]
         part = (record["start"], record["rows"], record["checksum"])
         shard.rows += part[1]
         shard.parts.append(part)
-
-    def _touch(self, shard: Shard) -> Tensor:
-        if shard.data is None:
-            shard.data = self._map(shard)
-        return shard.data
-
-    def _map(self, shard: Shard) -> Tensor:
-        """Map a shard after checking its size, its header and the checksum of every record."""
-        end = SHARD_HEADER + shard.rows * self.codec.row_bytes
-        remedy = "restore it from a copy, or log its samples again"
-        try:
-            with open(shard.file, "rb") as handle:
-                size = handle.seek(0, 2)
-                if size < end:
-                    raise CorruptLogError(f"{shard.file} has {size:,} bytes where {end:,} were committed: {remedy}.")
-                shard.map = mmap.mmap(handle.fileno(), end, access=mmap.ACCESS_READ)
-        except OSError as error:
-            raise CorruptLogError(f"{shard.file} cannot be read ({error}): {remedy}.") from error
-        view = memoryview(shard.map)
-        if not self._header_is_ours(bytes(view[:SHARD_HEADER]), shard.rows):
-            raise CorruptLogError(f"{shard.file} has a header that is not this run's: {remedy}.")
-        if self.manifest.sealed is not None and size != end:
-            raise CorruptLogError(f"{shard.file} has {size:,} bytes where {end:,} were sealed: {remedy}.")
-        for start, rows, expected in shard.parts:
-            if self._checksum(shard, view, start, start + rows) != expected:
-                raise CorruptLogError(
-                    f"{shard.file}: rows {start} to {start + rows - 1} do not match their checksum: {remedy}."
-                )
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", UserWarning)  # the map is read-only and stays so
-            count = shard.rows * self.codec.columns
-            flat = torch.frombuffer(shard.map, dtype=self.codec.stored, offset=SHARD_HEADER, count=count)
-        return flat.view(shard.rows, self.codec.columns)
-
-    def _checksum(self, shard: Shard, view: memoryview, start: int, stop: int) -> str:
-        """Checksum of some rows, a block at a time and with flat memory."""
-        digest, step = xxhash.xxh3_128(), max(1, BLOCK_BYTES // self.codec.row_bytes)
-        for first in range(start, stop, step):
-            last = min(first + step, stop)
-            digest.update(
-                view[SHARD_HEADER + first * self.codec.row_bytes : SHARD_HEADER + last * self.codec.row_bytes]
-            )
-            self._release(shard, first, last)
-        return digest.hexdigest()
-
-    def _header_is_ours(self, header: bytes, rows: int) -> bool:
-        """Whether a header is what the writer writes: for no rows while the shard grows, for all once it is closed."""
-        try:
-            stated = json.loads(header[8:])["rows"]["shape"][0]
-        except (ValueError, KeyError, TypeError, IndexError):
-            return False
-        expected = shard_header(stated, self.codec, self.manifest.run_id)
-        return header == expected and (stated == 0 or stated >= rows)
-
-    def _release(self, shard: Shard, start: int, stop: int) -> None:
-        """Let go of scanned pages, so that a scan's resident memory stays flat; they remain in the page cache."""
-        if shard.map is not None and hasattr(mmap, "MADV_DONTNEED"):
-            first = (SHARD_HEADER + start * self.codec.row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
-            shard.map.madvise(mmap.MADV_DONTNEED, first, SHARD_HEADER + stop * self.codec.row_bytes - first)
 
 
 def _first_of_each(ids: Sequence[Any], keys: np.ndarray, *, outside_too: bool) -> np.ndarray:

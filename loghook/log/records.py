@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from loghook.errors import CorruptLogError
-from loghook.log.format import checksum, commits_name, parse_object
+from loghook.log.format import Manifest, checksum, commits_name, parse_object
 
 _COMMON = {"n", "run", "flagged", "dropped", "unmeasured", "asleep"}
 _ROWS = _COMMON | {"shard", "start", "rows", "checksum", "ids", "steps", "statistics"}
@@ -51,28 +51,28 @@ def decode_records(data: bytes) -> tuple[list[dict[str, Any]], int, str | None]:
 
 @dataclass(frozen=True)
 class Commits:
-    """One writer's commit log, checked.
+    """One writer's commit log, checked."""
 
-    Attributes:
-        file: where it is.
-        records: its records.
-        data: the bytes of these records.
-        torn: how many bytes of an unfinished record follow.
-    """
+    rank: int  # whose it is
+    file: Path  # where it is
+    records: list[dict[str, Any]]  # its records
+    data: bytes  # the bytes of these records
+    torn: int = 0  # how many bytes of an unfinished record follow
 
-    file: Path
-    records: list[dict[str, Any]]
-    data: bytes
-    torn: int
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        """Those of its records that name rows."""
+        return [record for record in self.records if "shard" in record]
+
+    @property
+    def shard_ends(self) -> dict[int, int]:
+        """How many rows of each shard are committed: {number of the shard: rows}."""
+        return {r["shard"]: r["start"] + r["rows"] for r in self.rows}
 
 
-def read_commits(path: Path, rank: int, *, run_id: str, generation: int = 0, id_type: str | None = None) -> Commits:
-    """Read and check a writer's commit log; one that does not exist is empty.
-
-    Raises:
-        CorruptLogError: for a damaged line, a record of another run, or one that says what no writer writes.
-    """
-    file = path / commits_name(rank, generation)
+def read_commits(path: Path, manifest: Manifest, rank: int) -> Commits:
+    """Read and check the commit log of one of a run's writers; one that does not exist is empty."""
+    file = path / commits_name(rank, manifest.generation)
     try:
         data = file.read_bytes() if file.exists() else b""
     except OSError as error:
@@ -83,22 +83,27 @@ def read_commits(path: Path, rank: int, *, run_id: str, generation: int = 0, id_
     ends: dict[int, int] = {}
     for record in records:
         try:
-            check_record(record, rank=rank, run_id=run_id, id_type=id_type)
+            check_record(record, manifest, rank)
             if "shard" in record:
                 if record["start"] != ends.get(record["shard"], 0):
                     raise ValueError(f"leaves a gap at row {ends.get(record['shard'], 0)} of shard {record['shard']}")
                 ends[record["shard"]] = record["start"] + record["rows"]
         except ValueError as error:
             raise CorruptLogError(f"{file}: record {record['n']} {error}: {REMEDY}.") from error
-    return Commits(file, records, data[:size], len(data) - size)
+    return Commits(rank, file, records, data[:size], len(data) - size)
 
 
 REMEDY = "restore it from a copy, or run `loghook repair` on the run"
 
 
-def check_record(record: dict[str, Any], *, rank: int, run_id: str, id_type: str | None) -> None:
+def all_commits(path: Path, manifest: Manifest) -> list[Commits]:
+    """Read the commit logs of all of a run's writers, in the order of ranks."""
+    return [read_commits(path, manifest, rank) for rank in range(manifest.world_size)]
+
+
+def check_record(record: dict[str, Any], manifest: Manifest, rank: int) -> None:
     """Raise ValueError, a phrase that follows "record n", unless a writer could have written this."""
-    if record.get("run") != run_id:
+    if record.get("run") != manifest.run_id:
         raise ValueError("belongs to another run")
     if set(record) not in _KINDS:
         raise ValueError(f"has other keys than a record has ({', '.join(sorted(record))})")
@@ -109,10 +114,10 @@ def check_record(record: dict[str, Any], *, rank: int, run_id: str, id_type: str
         raise ValueError("has counts of sleeping layers that are no counts")
     if "end" in record and not isinstance(record["end"], str):
         raise ValueError(f"has end {record['end']!r}")
-    _check_ids(record["flagged"], id_type)
+    _check_ids(record["flagged"], manifest.id_type)
     if "shard" not in record:
         return
-    _check_ids(record["ids"], id_type)
+    _check_ids(record["ids"], manifest.id_type)
     steps, snapshot = record["steps"], record["statistics"]
     if not isinstance(steps, list) or not all(
         isinstance(s, list) and len(s) == 3 and _count(s[0], -1) and _count(s[1]) and _count(s[2]) for s in steps
@@ -136,8 +141,8 @@ def _count(value: Any, least: int = 0) -> bool:
     return type(value) is int and least <= value < _LARGEST
 
 
-def _check_ids(ids: Any, id_type: str | None) -> None:
+def _check_ids(ids: Any, id_type: str) -> None:
     if not isinstance(ids, list) or not all(type(i) in (int, str) for i in ids):
         raise ValueError("has ids that are neither int nor str")
-    if id_type is not None and any(type(i).__name__ != id_type for i in ids):
+    if any(type(i).__name__ != id_type for i in ids):
         raise ValueError(f"has ids that are not {id_type}")

@@ -1,13 +1,10 @@
 """What a kill leaves behind: read back what is committed, cut off what is not. It may itself be killed at any point."""
 
 import os
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from loghook.errors import CorruptLogError
-from loghook.log.codec import Codec
 from loghook.log.disk import sync_folder, write_all
 from loghook.log.format import SHARD_HEADER, Manifest, shard_header, shard_name
 from loghook.log.records import REMEDY, Commits, read_commits
@@ -15,39 +12,22 @@ from loghook.log.records import REMEDY, Commits, read_commits
 
 @dataclass
 class Committed:
-    """What a resumed run has to know of what was logged before.
+    """What a resumed run has to know of what was logged before."""
 
-    Attributes:
-        ids: data_ids whose rows are there (or were flagged) and that are not logged again.
-        steps: {rank: number of the first step that is not committed}.
-        starts: {pass: its first step}.
-        done: passes that every writer has completed.
-    """
-
+    # data_ids whose rows are there (or were flagged) and that are not logged again
     ids: set[int | str] = field(default_factory=set)
-    steps: dict[int, int] = field(default_factory=dict)
-    starts: dict[int, int] = field(default_factory=dict)
-    done: set[int] = field(default_factory=set)
+    steps: dict[int, int] = field(default_factory=dict)  # {rank: number of the first step that is not committed}
+    starts: dict[int, int] = field(default_factory=dict)  # {pass: its first step}
+    done: set[int] = field(default_factory=set)  # passes that every writer has completed
 
 
 def read_back(path: Path, manifest: Manifest, *, outside_too: bool) -> Committed:
-    """Read the commit logs of all ranks of an interrupted run.
-
-    Args:
-        path: the run's folder.
-        manifest: its manifest.
-        outside_too: whether ids logged outside ``passes()`` are not logged again either.
-
-    Raises:
-        CorruptLogError: if a commit log is damaged.
-    """
+    """Read back an interrupted run; ``outside_too``: ids logged outside ``passes()`` are not logged again either."""
     found = Committed()
     ended: list[set[int]] = []
-    reopened: list[int] = next(
-        (entry["records"] for entry in reversed(manifest.history) if entry["what"] == "append"), []
-    )
+    reopened: list[int] = next((e["records"] for e in reversed(manifest.history) if e["what"] == "append"), [])
     for rank in ranks_on_disk(path, manifest):
-        log = read_commits(path, rank, run_id=manifest.run_id, generation=manifest.generation, id_type=manifest.id_type)
+        log = read_commits(path, manifest, rank)
         # What ended before the log was opened for more data has to be gone through again.
         fresh = reopened[rank] if rank < len(reopened) else 0
         ended.append({r["pass_end"] for r in log.records if "pass_end" in r and r["n"] >= fresh})
@@ -71,7 +51,7 @@ def ranks_on_disk(path: Path, manifest: Manifest) -> range:
     return range(max([manifest.world_size, *(rank + 1 for rank in found)]))
 
 
-def recover(path: Path, rank: int, *, run_id: str, codec: Codec, generation: int = 0, snapshots: int = 2) -> Commits:
+def recover(path: Path, manifest: Manifest, rank: int, *, snapshots: int = 2) -> Commits:
     """Bring one writer's files to the state of its last record; its lock must be held.
 
     Cuts off an unfinished record and uncommitted rows, closes its shards, and deletes shards and snapshots that no
@@ -80,8 +60,8 @@ def recover(path: Path, rank: int, *, run_id: str, codec: Codec, generation: int
     Raises:
         CorruptLogError: if what is there does not match its records; nothing is changed then.
     """
-    log = read_commits(path, rank, run_id=run_id, generation=generation)
-    ends = shard_ends(log.records)
+    log, codec = read_commits(path, manifest, rank), manifest.codec
+    ends = log.shard_ends
     for index, rows in ends.items():
         shard = path / shard_name(rank, index)
         if not shard.is_file() or shard.stat().st_size < SHARD_HEADER + rows * codec.row_bytes:
@@ -91,19 +71,16 @@ def recover(path: Path, rank: int, *, run_id: str, codec: Codec, generation: int
             handle.truncate(len(log.data))
             os.fsync(handle.fileno())
     for index, rows in ends.items():
-        close_shard(path / shard_name(rank, index), shard_header(rows, codec, run_id), rows * codec.row_bytes)
-    named = [record["statistics"]["file"] for record in log.records if "statistics" in record][-snapshots:]
+        header = shard_header(rows, codec, manifest.run_id)
+        close_shard(path / shard_name(rank, index), header, rows * codec.row_bytes)
+    named = [record["statistics"]["file"] for record in log.rows][-snapshots:]
     keep = {shard_name(rank, index) for index in ends} | set(named)
-    for file in _files(path, rank):
-        if file.name not in keep:
-            file.unlink()
+    for kind in ("rows", "statistics"):
+        for file in path.glob(f"{kind}-{rank:05d}-*.safetensors"):
+            if file.name not in keep:
+                file.unlink()
     sync_folder(path)
     return log
-
-
-def shard_ends(records: Iterable[dict[str, Any]]) -> dict[int, int]:
-    """How many rows of each shard are committed: {number of the shard: rows}."""
-    return {r["shard"]: r["start"] + r["rows"] for r in records if "shard" in r}
 
 
 def close_shard(shard: Path, header: bytes, size: int) -> bool:
@@ -120,7 +97,3 @@ def close_shard(shard: Path, header: bytes, size: int) -> bool:
     finally:
         os.close(descriptor)
     return True
-
-
-def _files(path: Path, rank: int) -> list[Path]:
-    return [*path.glob(f"rows-{rank:05d}-*.safetensors"), *path.glob(f"statistics-{rank:05d}-*.safetensors")]

@@ -26,8 +26,7 @@ from loghook.log.format import (
     statistics_name,
 )
 from loghook.log.moments import load_moments, save_moments
-from loghook.log.records import Commits, encode_record, read_commits
-from loghook.log.recovery import shard_ends
+from loghook.log.records import Commits, all_commits, encode_record
 
 RECODED = 2**22  # values of rows that are written in another dtype at a time
 GENERATION_STEP = 10**10  # snapshots of maintenance are numbered from here, out of the way of every writer's
@@ -61,14 +60,9 @@ def entry(what: str, **facts: Any) -> dict[str, Any]:
     return {"what": what, "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())} | facts
 
 
-def rank_of(log: Commits) -> int:
-    """Which writer's commit log it is."""
-    return int(log.file.name.split("-")[1].partition(".")[0])
-
-
 def shard_of(path: Path, log: Commits, record: dict[str, Any]) -> Path:
     """File that holds a record's rows."""
-    return path / shard_name(rank_of(log), record["shard"])
+    return path / shard_name(log.rank, record["shard"])
 
 
 def read_rows(path: Path, log: Commits, record: dict[str, Any], row_bytes: int) -> bytes | None:
@@ -100,21 +94,18 @@ def _recoded(stored: np.ndarray, ids: Sequence[int | str], old: Codec, new: Code
 def copy_log(
     path: Path, old: Manifest, log: Commits, out: Path, new: Manifest, rank: int, keep: Keep, *,
     first_shard: int = 0, drop_ends: bool = False, gone: Set[int | str] = frozenset(),
-) -> tuple[int, list[int | str]]:  # fmt: skip
-    """Write one writer's kept rows as new shards and a new commit log; returns rows and ids left out."""
+) -> list[int | str]:  # fmt: skip
+    """Write one writer's kept rows as new shards and a new commit log; returns the ids of rows left out."""
     layout = Layout(new.layers)
     coded, codec = old.codec, new.codec
-    rows = [r for r in log.records if "shard" in r]
+    rows = log.rows
     number = new.generation * GENERATION_STEP + len(log.records)
     moments = np.zeros(layout.moments_width)
     if rows and new.no_statistics is None:
         moments = load_moments(path, rows[-1]["statistics"], layout.moments_width)
     statistics = save_moments(out / statistics_name(rank, number), moments, new.run_id) if rows else None
     # Where rows get smaller, several shards become one of about the same size.
-    shards = {
-        index: first_shard + place * codec.row_bytes // coded.row_bytes
-        for place, index in enumerate(shard_ends(log.records))
-    }
+    shards = {n: first_shard + i * codec.row_bytes // coded.row_bytes for i, n in enumerate(log.shard_ends)}
     handles: dict[int, tuple[Any, int]] = {}
     lines, dropped = b"", []
     written = 0
@@ -151,7 +142,7 @@ def copy_log(
     with open(out / commits_name(rank, new.generation), "wb") as handle:
         handle.write(lines)
         _flush(handle)
-    return len(dropped), dropped
+    return dropped
 
 
 def _flush(handle: Any) -> None:
@@ -174,15 +165,13 @@ def rewrite(
     new = dataclasses.replace(manifest, generation=manifest.generation + 1, no_statistics=reason)
     ids: list[int | str] = list(lost)
     for log in logs:
-        rank = rank_of(log)
-        on_disk = [int(f.stem.rpartition("-")[2]) for f in path.glob(f"rows-{rank:05d}-*.safetensors")]
-        _, dropped = copy_log(
-            path, manifest, log, path, new, rank, keep,
-            first_shard=max(on_disk, default=-1) + 1, drop_ends=drop_ends, gone=gone,
-        )  # fmt: skip
-        ids += dropped
+        on_disk = [int(f.stem.rpartition("-")[2]) for f in path.glob(f"rows-{log.rank:05d}-*.safetensors")]
+        free = max(on_disk, default=-1) + 1
+        ids += copy_log(
+            path, manifest, log, path, new, log.rank, keep, first_shard=free, drop_ends=drop_ends, gone=gone
+        )
     sync_folder(path)
-    written = [read_commits(path, r, run_id=new.run_id, generation=new.generation) for r in range(new.world_size)]
+    written = all_commits(path, new)
     still = set(ids_of(written))
     seal = sum_up(written)
     new.sealed = seal if manifest.sealed is not None else None
@@ -197,8 +186,7 @@ def clean(path: Path, manifest: Manifest, logs: Sequence[Commits]) -> None:
     """Delete what the manifest's commit logs do not name."""
     named = {log.file.name for log in logs}
     for log in logs:
-        rows = [r for r in log.records if "shard" in r]
-        named |= {shard_of(path, log, r).name for r in rows} | {r["statistics"]["file"] for r in rows}
+        named |= {name for r in log.rows for name in (shard_of(path, log, r).name, r["statistics"]["file"])}
     for kind in ("rows-*.safetensors", "statistics-*.safetensors", "commits-*.jsonl"):
         for file in path.glob(kind):
             if file.name not in named:

@@ -23,18 +23,12 @@ from torch import Tensor
 
 from loghook.errors import NotFiniteError, WriteError
 from loghook.log import rescue
-from loghook.log.codec import Codec
 from loghook.log.disk import lock, sync_folder, write_all
 from loghook.log.finite import finite_rows, not_finite
-from loghook.log.format import (
-    SHARD_HEADER,
-    shard_header,
-    shard_name,
-    statistics_name,
-)
+from loghook.log.format import SHARD_HEADER, Layout, Manifest, shard_header, shard_name, statistics_name
 from loghook.log.moments import load_moments, save_moments
 from loghook.log.records import encode_record
-from loghook.log.recovery import recover, shard_ends
+from loghook.log.recovery import recover
 
 QUEUE = 8  # blocks under way between the loop and the disk
 GRACE = 30.0  # seconds that a process which was told to end waits for the commit
@@ -43,31 +37,18 @@ CLOSE = {"close": True}
 
 @dataclass(frozen=True)
 class Batch:
-    """What one block hands to the writer.
+    """What one block hands to the writer."""
 
-    Attributes:
-        rows: (B, width) on the CPU, in the dtype that the codec takes; with ``ready``, still being copied there.
-        ids: one for each row.
-        moments: statistics of the block, or None.
-        pass_index: which pass it belongs to.
-        step: which block of the run it is.
-        flagged: ids of samples left out because their rows were not finite.
-        dropped: how many repeats were left out.
-        asleep: layers that may sleep and delivered nothing; their rows are zero.
-        ready: CUDA event after which ``rows`` and ``moments`` may be read, or None.
-        checked: whether the rows are known to be finite; otherwise the writer looks.
-    """
-
-    rows: Tensor
-    ids: list[int] | list[str]
-    moments: Tensor | None
-    pass_index: int
-    step: int
-    flagged: Sequence[int | str] = ()
-    dropped: int = 0
-    asleep: Sequence[str] = ()
-    ready: Any = None
-    checked: bool = True
+    rows: Tensor  # (B, width) on the CPU, in the dtype that the codec takes; with ``ready``, still being copied there
+    ids: list[int] | list[str]  # one for each row
+    moments: Tensor | None  # statistics of the block, or None
+    pass_index: int  # which pass it belongs to
+    step: int  # which block of the run it is
+    flagged: Sequence[int | str] = ()  # ids of samples left out because their rows were not finite
+    dropped: int = 0  # how many repeats were left out
+    asleep: Sequence[str] = ()  # layers that may sleep and delivered nothing; their rows are zero
+    ready: Any = None  # CUDA event after which ``rows`` and ``moments`` may be read, or None
+    checked: bool = True  # whether the rows are known to be finite; otherwise the writer looks
 
 
 class Writer:
@@ -76,31 +57,22 @@ class Writer:
     def __init__(
         self,
         path: Path,
-        *,
-        run_id: str,
+        manifest: Manifest,
         rank: int,
-        codec: Codec,
-        moments_width: int,
+        *,
         shard_bytes: int,
         commit_seconds: float,
-        generation: int = 0,
     ) -> None:
-        """Open the rank's files, cut off a torn tail, and start the thread.
-
-        Raises:
-            LogLockedError: if another process writes to this run as the same rank.
-            CorruptLogError: if what is there does not match its records.
-        """
-        self._path, self._run_id, self._rank, self._codec = path, run_id, rank, codec
-        self._capacity = max(1, shard_bytes // codec.row_bytes)
+        """Open the rank's files, cut off a torn tail, and start the thread."""
+        self._path, self._run_id, self._rank, self._codec = path, manifest.run_id, rank, manifest.codec
+        self._capacity = max(1, shard_bytes // self._codec.row_bytes)
         self._commit_seconds = commit_seconds
         self._lock = lock(path / f"lock-{rank:05d}")
-        self.moments = np.zeros(moments_width)
+        self.moments = np.zeros(Layout(manifest.layers).moments_width)
         try:
-            log = recover(path, rank, run_id=run_id, codec=codec, generation=generation)
-            last = next((r for r in reversed(log.records) if "statistics" in r), None)
-            if last is not None:
-                self.moments = load_moments(path, last["statistics"], moments_width)
+            log = recover(path, manifest, rank)
+            if log.rows:
+                self.moments = load_moments(path, log.rows[-1]["statistics"], len(self.moments))
             self._commits = open(log.file, "ab", buffering=0)  # noqa: SIM115
             sync_folder(path)
         except BaseException:
@@ -108,7 +80,7 @@ class Writer:
             raise
         self.records = log.records
         self._shard: int | None = None  # descriptor of the open shard
-        self._shard_index = max(shard_ends(self.records), default=-1)
+        self._shard_index = max(log.shard_ends, default=-1)
         self._shard_rows = 0
         self._start_record()
         self._committed_at = time.monotonic()
@@ -269,11 +241,8 @@ class Writer:
     def _counts(self) -> dict[str, Any]:
         """What every record says of the samples since the last one."""
         return {
-            "flagged": self._flagged,
-            "dropped": self._dropped,
-            "unmeasured": self._unmeasured,
-            "asleep": self._asleep,
-        }
+            "flagged": self._flagged, "dropped": self._dropped, "unmeasured": self._unmeasured, "asleep": self._asleep
+        }  # fmt: skip
 
     def _start_record(self) -> None:
         self._ids: list[int | str] = []
@@ -306,8 +275,7 @@ class Writer:
         self._shard_index += 1
         file = self._path / shard_name(self._rank, self._shard_index)
         self._shard = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        header = shard_header(0, self._codec, self._run_id)
-        write_all(self._shard, memoryview(header), 0)
+        write_all(self._shard, memoryview(shard_header(0, self._codec, self._run_id)), 0)
         self._shard_rows = 0
         sync_folder(self._path)
 

@@ -38,15 +38,10 @@ def take_blocks(matrix_kk: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Factor:
-    """Eigendecomposition of one side's mean second moment.
+    """Eigendecomposition of one side's mean second moment."""
 
-    Attributes:
-        values: (width,) float64, not negative, ascending within each block.
-        vectors: for each block its eigenvectors as columns.
-    """
-
-    values: Tensor
-    vectors: Sequence[Tensor]
+    values: Tensor  # (width,) float64, not negative, ascending within each block
+    vectors: Sequence[Tensor]  # for each block its eigenvectors as columns
 
     @classmethod
     def of(cls, flat: Tensor, width: int) -> "Factor":

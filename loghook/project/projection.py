@@ -22,16 +22,11 @@ FITTED = ("pca", "whitened")  # kinds that depend on the data
 
 @dataclass(eq=False)
 class Side:
-    """One side of a layer's projection.
+    """One side of a layer's projection."""
 
-    Attributes:
-        width: values a token before the projection (with the bias column, where there is one).
-        matrix: (k, width), or None for identity.
-        gain: what rows are multiplied by afterwards, so that ``gain * matrix`` preserves inner products on average.
-    """
-
-    width: int
-    matrix: Tensor | None
+    width: int  # values a token before the projection (with the bias column, where there is one)
+    matrix: Tensor | None  # (k, width), or None for identity
+    # what rows are multiplied by afterwards, so that ``gain * matrix`` preserves inner products on average
     gain: float = 1.0
     _moved: "dict[torch.device, Side]" = field(default_factory=dict)
 

@@ -12,17 +12,11 @@ from loghook.log.format import Layout
 
 @dataclass(frozen=True)
 class Eigenbasis:
-    """Eigenvectors of a layer's two Kronecker factors, float64.
+    """Eigenvectors of a layer's two Kronecker factors, float64."""
 
-    Attributes:
-        q_in: (k_in, k_in), columns are eigenvectors of A = mean over tokens of x x^T.
-        q_out: (k_out, k_out), columns are eigenvectors of S = mean over tokens of g g^T.
-        products: (k_out, k_in) products of eigenvalues, those of S kron A (KFAC).
-    """
-
-    q_in: Tensor
-    q_out: Tensor
-    products: Tensor
+    q_in: Tensor  # (k_in, k_in), columns are eigenvectors of A = mean over tokens of x x^T
+    q_out: Tensor  # (k_out, k_out), columns are eigenvectors of S = mean over tokens of g g^T
+    products: Tensor  # (k_out, k_in) products of eigenvalues, those of S kron A (KFAC)
 
     def rotate(self, rows: Tensor) -> Tensor:
         """Express rows (..., k_out, k_in) in the eigenbasis: ``Q_S^T G Q_A``."""
@@ -34,16 +28,7 @@ class Eigenbasis:
 
 
 def factors(layout: Layout, moments: np.ndarray, layer: str) -> tuple[Tensor, Tensor]:
-    """Return a layer's factors A (k_in, k_in) and S (k_out, k_out): means over tokens, float64.
-
-    Args:
-        layout: where the layer's moments are.
-        moments: the log's vector of statistics.
-        layer: its name.
-
-    Raises:
-        ConfigError: if no token was counted.
-    """
+    """Return a layer's factors A (k_in, k_in) and S (k_out, k_out): means over tokens, float64."""
     inputs, outputs, count = layout.moments[layer]
     tokens = float(moments[count])
     if tokens <= 0:

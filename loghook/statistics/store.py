@@ -23,23 +23,14 @@ VERSION = 1
 
 @dataclass(kw_only=True)
 class FactorStore:
-    """What was fitted in a folder.
+    """What was fitted in a folder."""
 
-    Attributes:
-        path: the folder.
-        layers: the layers, whole: k_in and k_out are the full widths.
-        fisher: "empirical" (the data's labels) or "true" (labels sampled from the model).
-        samples: {pass: samples that it saw}.
-        parameters: digest of sampled parameter values when the first pass ended, or None.
-        files: {file name: checksum}, for the passes that are done.
-    """
-
-    path: Path
-    layers: tuple[LayerSpec, ...]
-    fisher: str
-    samples: dict[str, int] = field(default_factory=dict)
-    parameters: str | None = None
-    files: dict[str, str] = field(default_factory=dict)
+    path: Path  # the folder
+    layers: tuple[LayerSpec, ...]  # the layers, whole: k_in and k_out are the full widths
+    fisher: str  # "empirical" (the data's labels) or "true" (labels sampled from the model)
+    samples: dict[str, int] = field(default_factory=dict)  # {pass: samples that it saw}
+    parameters: str | None = None  # digest of sampled parameter values when the first pass ended, or None
+    files: dict[str, str] = field(default_factory=dict)  # {file name: checksum}, for the passes that are done
 
     def save(self) -> None:
         """Replace ``factors.json`` atomically."""
@@ -49,12 +40,7 @@ class FactorStore:
 
     @classmethod
     def load(cls, path: Path) -> "FactorStore":
-        """Read a folder.
-
-        Raises:
-            FileNotFoundError: if nothing was fitted there.
-            CorruptLogError: if it is something else.
-        """
+        """Read a folder."""
         file = path / FACTORS
         if not file.exists():
             raise FileNotFoundError(f"{path} holds no {FACTORS}: fit one with loghook.fit({str(path)!r}).")
@@ -100,12 +86,7 @@ class FactorStore:
         self.save()
 
     def check(self, kind: str) -> Path:
-        """Return a pass's file once its checksum is verified.
-
-        Raises:
-            StateError: if that pass was not completed.
-            CorruptLogError: if the file is not what was committed.
-        """
+        """Return a pass's file once its checksum is verified."""
         file = self.path / f"{kind}.safetensors"
         if not self.done(kind):
             raise StateError(f"{self.path} has no {kind} yet: go through run.passes() first.")

@@ -42,23 +42,14 @@ class Bars:
 
 @dataclass(frozen=True, kw_only=True)
 class Report:
-    """All that a page shows.
+    """All that a page shows."""
 
-    Attributes:
-        title: of the page.
-        lead: a sentence under it.
-        story: what the measurements say, a sentence each.
-        bars: the measurements.
-        cards: the questions.
-        facts: what was run, name and value.
-    """
-
-    title: str
-    lead: str
-    story: tuple[str, ...] = ()
-    bars: tuple[Bars, ...] = ()
-    cards: tuple[Card, ...] = ()
-    facts: tuple[tuple[str, str], ...] = ()
+    title: str  # of the page
+    lead: str  # a sentence under it
+    story: tuple[str, ...] = ()  # what the measurements say, a sentence each
+    bars: tuple[Bars, ...] = ()  # the measurements
+    cards: tuple[Card, ...] = ()  # the questions
+    facts: tuple[tuple[str, str], ...] = ()  # what was run, name and value
 
 
 def write(report: Report, path: str | Path) -> Path:

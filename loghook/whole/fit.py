@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loghook.capture.batch import Ids, Mask, check_ids, unscaled
+from loghook.capture.batch import Blocks, Given, Ids, check_ids
 from loghook.capture.coverage import describe_coverage
 from loghook.capture.hooked import Hooked
-from loghook.capture.layers import Job
-from loghook.capture.passes import Pass
+from loghook.capture.passes import Gathering, Pass
 from loghook.capture.processes import process_rank, shared
-from loghook.capture.repeats import Repeats
-from loghook.capture.select import Watch, patterns
-from loghook.capture.sums import Sums, decompose
+from loghook.capture.select import Watch
+from loghook.capture.sums import decompose
 from loghook.capture.whole import Covariance, Eigenvalues
 from loghook.errors import ConfigError, LogExistsError, MismatchError, StateError
 from loghook.influence.precondition import Curvature
@@ -34,7 +32,7 @@ from loghook.whole.scoring import Scoring, low_rank
 FISHERS = ("empirical", "true")
 
 
-class Fit(Hooked):
+class Fit(Blocks, Hooked):
     """EK-FAC factors of whole gradients, and what can be asked of them; made by ``loghook.fit``."""
 
     def __init__(self, path: Path, *, fisher: str, resume: bool, overwrite: bool) -> None:
@@ -55,8 +53,6 @@ class Fit(Hooked):
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
         self._pass: Pass | None = None
-        self._job: Job = Covariance()
-        self._sums, self._repeats = Sums(), Repeats()
         self._solvers: dict[Curvature, dict[str, Solver]] = {}
         self.watched: dict[str, Any] = {}  # the arguments of watch(), for other runs that shall see the same layers
 
@@ -75,17 +71,7 @@ class Fit(Hooked):
         self._require_outside()
         if self._layers:
             raise StateError("a model is watched already: one watch() call takes several patterns.")
-        arguments = Watch(
-            include=patterns(include),
-            exclude=patterns(exclude),
-            may_sleep=patterns(may_sleep),
-            flattened=patterns(flattened),
-            bias=bias,
-            batch_dim=batch_dim,
-            activations=None,
-            output_gradients=None,
-        )
-        coverage = self._hook(model, arguments)
+        coverage = self._hook(model, Watch(include, exclude, may_sleep, flattened, bias, batch_dim))
         self.watched = {
             "include": include, "exclude": exclude, "bias": bias, "may_sleep": may_sleep, "flattened": flattened,
             "batch_dim": batch_dim,
@@ -125,64 +111,45 @@ class Fit(Hooked):
             for index, kind in enumerate(("covariance", "eigenvalues")):
                 if shared(store.done(kind)):
                     continue
-                self._sums, self._repeats = Sums(), Repeats()
-                self._job = Covariance() if kind == "covariance" else Eigenvalues(self._bases())
-                self._pass = Pass(index, kind, self.fisher)
-                if kind == "covariance":
-                    self._pass._error = lambda: self._sums.error(self._layers)
+                gathering = Gathering(self, Covariance() if kind == "covariance" else Eigenvalues(self._bases()))
+                self._pass = Pass(index, kind, self.fisher, gathering)
                 try:
                     yield self._pass
                 finally:
                     self._pass = None
-                self._commit(kind, store)
+                self._commit(kind, store, gathering)
         finally:
             held.close()
 
-    def _commit(self, kind: str, store: FactorStore) -> None:
-        self._sums.reduce({layer.name: self._job.shape(layer, 0) for layer in self._layers})
+    def _commit(self, kind: str, store: FactorStore, gathering: Gathering) -> None:
+        sums = gathering.reduce()
         if kind == "covariance":
-            tensors = pack_factors(decompose(self._layers, self._sums))
+            tensors = pack_factors(decompose(self._layers, sums))
         else:
-            totals = self._sums.totals
             tensors = {
-                layer.name: (totals[layer.name] / self._sums.samples).float().cpu()
-                if layer.name in totals
-                else torch.zeros(self._job.shape(layer, 0))  # it may sleep, and always did
+                layer.name: (sums.totals[layer.name] / sums.samples).float().cpu()
+                if layer.name in sums.totals
+                else torch.zeros(layer.output_side.width, layer.input_side.width)  # it may sleep, and always did
                 for layer in self._layers
             }
         store.parameters = self.digest()
         if process_rank() == 0:
             with writing(self.path):
-                store.commit(kind, tensors, self._sums.samples)
+                store.commit(kind, tensors, sums.samples)
         # Other ranks find on the disk what rank 0 wrote.
         store.files, store.samples = shared((store.files, store.samples))
-        self._sums, self._solvers = Sums(), {}
+        self._solvers = {}
 
     @contextmanager
-    def __call__(
-        self,
-        data_id: Ids,
-        *,
-        mask: Mask | None = None,
-        scale: float | Tensor = 1.0,
-        scaler: Any = None,
-        segments: Tensor | None = None,
-    ) -> Iterator[None]:
-        """Gather the statistics of one batch: run its forward and backward inside; arguments as in ``Run``."""
-        if self._pass is None:
+    def _block(self, data_id: Ids, given: Given) -> Iterator[None]:
+        """Gather the statistics of one batch."""
+        if self._pass is None or self._pass._gathering is None:
             raise StateError(
                 "no pass is under way: put the loop over batches inside `for _ in run.passes():`, or score with "
                 "run.score(query)."
             )
-        ids = check_ids(data_id)
-        keep, _ = self._repeats.keep(ids, "first")
-        scale = unscaled(scale, scaler)
-        with self._capture(
-            len(ids), mask=mask, scale=scale, keep=keep, moments=False, segments=segments, job=self._job
-        ) as captured:
+        with self._pass._gathering.block(check_ids(data_id), given):
             yield
-        self._sums.add(captured[0].results, int(keep.sum()))
-        self._repeats.met(ids)
 
     def score(
         self,

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loghook.capture.batch import Ids, Mask, check_ids, unscaled
+from loghook.capture.batch import Blocks, Given, Ids, check_ids
 from loghook.capture.whole import Products
 from loghook.errors import StateError
 from loghook.influence.precondition import Curvature
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from loghook.whole.fit import Fit
 
 
-class Scoring:
+class Scoring(Blocks):
     """A scoring pass: call it around each batch's forward and backward, then take ``scores()``.
 
     Attributes:
@@ -46,22 +46,11 @@ class Scoring:
         self._parts: list[Tensor] = []
 
     @contextmanager
-    def __call__(
-        self,
-        data_id: Ids,
-        *,
-        mask: Mask | None = None,
-        scale: float | Tensor = 1.0,
-        scaler: Any = None,
-        segments: Tensor | None = None,
-    ) -> Iterator[None]:
-        """Score the samples of one batch; arguments as in ``Run``. An id that comes again is scored once."""
+    def _block(self, data_id: Ids, given: Given) -> Iterator[None]:
+        """Score the samples of one batch; an id that comes again is scored once."""
         ids = check_ids(data_id)
         first = [i for i, one in enumerate(ids) if one not in self._seen and one not in ids[:i]]
-        scale = unscaled(scale, scaler)
-        with self._fit._capture(
-            len(ids), mask=mask, scale=scale, keep=None, moments=False, segments=segments, job=self._job
-        ) as captured:
+        with self._fit._capture(len(ids), given, job=self._job) as captured:
             yield
         results = captured[0].results
         zero = torch.zeros(len(ids), self._job.count)

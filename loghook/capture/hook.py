@@ -1,0 +1,150 @@
+"""The forward hook of a watched layer: inert while no block is open, else it puts a tap into the layer's output."""
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loghook.capture.experts import ExpertProjection
+from loghook.capture.layers import Layer, Slots
+from loghook.capture.segments import list_tokens
+from loghook.capture.tap import Tap, sum_tokens
+from loghook.errors import BatchError, UnsupportedError
+
+# The leaves of open blocks by layer. They lie in a global of their own, because the compiler takes whatever it reaches
+# through a module's hooks for fixed in size, and would compile the model anew for every batch size.
+OPEN: dict[int, Slots] = {}
+
+
+def make_hook(layer: Layer) -> Callable[..., Tensor | None]:
+    """Return the forward hook of a layer: inert while no block is open."""
+    key = layer.key
+    first = list(inspect.signature(type(layer.module).forward).parameters)[1]  # after self
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
+        slots = OPEN.get(key)
+        if slots is None or module is not layer.module:  # a deep copy of the model has the same hooks
+            return None
+        if not torch.is_grad_enabled():
+            # A reentrant checkpoint's first forward has no graph; its recomputation comes here again with one.
+            if not torch.compiler.is_compiling():
+                slots.quiet += 1
+            return None
+        x = args[0] if args else kwargs.get(first)
+        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+            raise UnsupportedError(
+                f"layer {layer.name!r} takes {type(x).__name__} and returns {type(y).__name__}: exclude it, as loghook "
+                "watches modules from one tensor to one tensor."
+            )
+        x = x.detach()
+        if layer.spec.flattened:
+            x = _unflatten(layer, slots, x)
+        elif layer.spec.batch_dim:
+            x = x.movedim(layer.spec.batch_dim, 0)
+        if slots.documents is None and not isinstance(module, ExpertProjection) and len(x) != slots.size:
+            raise BatchError(
+                f"layer {layer.name!r} got an input of shape {tuple(x.shape)} (batch first) in a block of "
+                f"{slots.size} ids: its first axis must be the batch, one entry for each data_id. Pass one id "
+                "for each sample; or watch(..., batch_dim=1) for sequence-first models; or name the layer in "
+                "watch(..., flattened=...) if batch and tokens share that axis; or exclude the layer."
+            )
+        projected = _project(layer, slots, module, x)
+        if isinstance(module, ExpertProjection):
+            documents, weight = _routed_tokens(layer, slots, module)
+        else:
+            documents, weight = None, _token_weight(slots, projected)
+            if slots.documents is not None:
+                slots.documents.check(layer.name, (projected.shape[0], projected.shape[1]))
+                documents = slots.documents.index_DL
+        activations, leaves = None, slots.leaves
+        if leaves.activations is not None:
+            tokens = layer.adapter.tokens(x).to(leaves.activations.dtype)
+            same = tokens.shape[:2] == projected.shape[:2]  # not so for patches, which have positions of their own
+            activations = sum_tokens(tokens, weight if same else _token_weight(slots, tokens), documents)
+        if not torch.compiler.is_compiling():
+            layer.fired, layer.computes_in = True, y.dtype
+            if torch._C._current_graph_task_id() != -1:  # inside a backward pass: a checkpoint recomputes
+                slots.recomputed += 1
+            elif slots.shared.delivered:
+                slots.shared.restarted = True
+        if slots.job is not None:
+            return slots.job.tap(layer, slots, y, projected, weight, documents)
+        return Tap.apply(
+            y,
+            projected,
+            weight,
+            slots.output_side.matrix,
+            activations,
+            documents,
+            layer.adapter.channel_dim,
+            layer.spec.batch_dim,
+            leaves.rows,
+            leaves.moments,
+            leaves.activations,
+            leaves.outputs,
+        )
+
+    return hook
+
+
+def _project(layer: Layer, slots: Slots, module: nn.Module, x: Tensor) -> Tensor:
+    side, bias = slots.input_side, layer.spec.bias
+    with torch.no_grad():
+        # Under torch.compile the compiler itself merges equal products of equal inputs.
+        if not layer.adapter.shares_input or side.matrix is None or torch.compiler.is_compiling():
+            return layer.adapter.project(module, x, side, bias)
+        shared = slots.shared
+        # Address and version identify a tensor for as long as `source` keeps it alive.
+        key = (x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, side)
+        if shared.key != key:
+            shared.projected = layer.adapter.project(module, x, side, bias)
+            shared.key, shared.source = key, x
+        assert shared.projected is not None
+        return shared.projected
+
+
+def _unflatten(layer: Layer, slots: Slots, x: Tensor) -> Tensor:
+    """Give (batch * tokens, ...) its batch axis back: (B, S, ...)."""
+    batch = slots.size if slots.documents is None else slots.documents.number_BS.shape[0]
+    if x.shape[0] % batch:
+        raise BatchError(
+            f"layer {layer.name!r} was declared flattened and got {x.shape[0]} entries for a batch of {batch}, which "
+            "is no whole number of tokens each: take it out of watch(..., flattened=...)."
+        )
+    return x.unflatten(0, (batch, -1))
+
+
+def _token_weight(slots: Slots, tokens: Tensor) -> Tensor | None:
+    """What each token of a layer counts in sums over tokens: (B, S), or None where all count once.
+
+    A mask speaks of the model's tokens. A layer with as many tokens uses it as it is, one with a single token
+    (a pooled head) counts samples that have any, and one with its own positions (patches) counts all of them.
+    """
+    B, S = tokens.shape[:2]
+    if slots.mask is not None and slots.mask.shape[1] == S:
+        slots.masked = True
+        return slots.mask
+    if slots.mask is not None and S == 1:
+        return slots.mask.amax(1, keepdim=True)
+    return None if slots.keep is None else slots.keep[:, None].expand(B, S)
+
+
+def _routed_tokens(layer: Layer, slots: Slots, module: ExpertProjection) -> tuple[Tensor, Tensor | None]:
+    """For an expert, which has lost its tokens' batch rows: its tokens by sample (or document), and their weights."""
+    token_N, size = module.token_N, slots.size
+    if slots.documents is None:
+        if module.total % size:
+            raise BatchError(
+                f"layer {layer.name!r} got {module.total} tokens in a block of {size} ids, which is no whole number "
+                "for each: pass one id for each sample, or segments= for packed documents."
+            )
+        number_N = token_N // (module.total // size)
+    else:
+        number_N = slots.documents.number_BS.flatten()[token_N]
+    mask = slots.mask
+    if mask is not None and mask.numel() == module.total:
+        slots.masked = True
+        return list_tokens(number_N, size), mask.flatten()[token_N].unsqueeze(0)
+    return list_tokens(number_N, size), None if slots.keep is None else slots.keep[number_N].unsqueeze(0)
