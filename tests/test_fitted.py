@@ -340,20 +340,22 @@ WORKER = """
     import torch
     import torch.distributed as dist
     import loghook
+    from tests.test_distributed import fsdp2
     from tests.test_fitted import data, loss_fn, make, quietly
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
-    model, x = make(), data()
-    for name, run in (
-        ("log", loghook.init(f"{sys.argv[1]}/log", rank=4, dtype="float64", projection="whitened")),
-        ("fit", loghook.fit(f"{sys.argv[1]}/fit")),
+    x = data()
+    for name, model, run in (
+        ("log", make(), loghook.init(f"{sys.argv[1]}/log", rank=4, dtype="float64", projection="whitened")),
+        ("sharded", fsdp2(make()), loghook.init(f"{sys.argv[1]}/sharded", rank=4, dtype="float64", projection="pca")),
+        ("fit", fsdp2(make()), loghook.fit(f"{sys.argv[1]}/fit")),
     ):
         quietly(run, model)
         for _ in run.passes():
             for ids in torch.arange(rank, len(x), world).split(7):
                 with run(data_id=ids):
                     loss_fn(model, x[ids]).backward()
-        if name == "log":
+        if name != "fit":
             run.finalize()
     with run.query(data_id=["q"]) as query:
         loss_fn(model, x[:1]).backward()
@@ -374,12 +376,13 @@ def test_two_processes_fit_what_one_does(tmp_path):
     environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
     subprocess.run([*command, str(tmp_path)], check=True, cwd=root, env=environment, timeout=300)
     model, x = make(), data()
-    one, _, _ = fit_and_log(model, x, projection="whitened")
-    two = loghook.load(tmp_path / "log")
-    assert sorted(two.data_ids) == one.data_ids
-    place = np.argsort(two.data_ids)
-    for name in one.layers:
-        assert relative_error(torch.tensor(two.rows(name)[:][place]), torch.tensor(one.rows(name)[:])) < 1e-6
+    for folder, kind in (("log", "whitened"), ("sharded", "pca")):
+        one, _, _ = fit_and_log(model, x, projection=kind)
+        two = loghook.load(tmp_path / folder)
+        assert sorted(two.data_ids) == one.data_ids
+        place = np.argsort(two.data_ids)
+        for name in one.layers:
+            assert relative_error(torch.tensor(two.rows(name)[:][place]), torch.tensor(one.rows(name)[:])) < 1e-6
     scores = [loghook.Scores.load(tmp_path / f"scores-{rank}") for rank in (0, 1)]
     assert np.array_equal(scores[0].values, scores[1].values)
     assert scores[0].data_ids == scores[1].data_ids and sorted(scores[0].data_ids) == one.data_ids

@@ -51,6 +51,8 @@ class Factor:
             n = part.stop - part.start
             block = flat[start : start + n * n].view(n, n).double()
             w, v = torch.linalg.eigh((block + block.T) / 2)
+            # Eigenvectors are free in sign; this choice survives other rounding, as of another number of processes.
+            v = v * v.gather(0, v.abs().argmax(0, keepdim=True)).sign()
             values.append(w.clamp(min=0))
             vectors.append(v)
             start += n * n
