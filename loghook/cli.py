@@ -1,4 +1,4 @@
-"""The command line: ``loghook info | verify | repair | score | append | merge | delete | compress | demo``."""
+"""The command line: ``loghook info | verify | repair | score | append | merge | delete | compress | plan | demo``."""
 
 import json
 import os
@@ -173,6 +173,30 @@ def compress(
 ) -> None:
     """Write a finished run again with fewer bits a value, and print what is left of its scores."""
     typer.echo(f"{destination}: {loghook.load(source).compress(destination, dtype, queries=queries, seed=seed)}")
+
+
+@_command
+def plan(
+    model: Annotated[str, typer.Argument(help="A folder with config.json, such a file, or a model's name.")],
+    samples: Annotated[int, typer.Option(help="Rows to log.")],
+    tokens: Annotated[int, typer.Option(help="Of a sample.")] = 512,
+    rank: Annotated[int, typer.Option(help="Of the projection.")] = 64,
+    dtype: Annotated[str, typer.Option(help="How rows are stored; the table shows all.")] = "float32",
+    projection: Annotated[str, typer.Option(help="random, pca, whitened or none.")] = "random",
+    batch: Annotated[int, typer.Option(help="Samples of a block.")] = 1,
+    disk: Annotated[str | None, typer.Option(help="What there is, such as '500 GB': says what fits.")] = None,
+    include: Annotated[list[str] | None, typer.Option(help="Pattern of layers, as in watch(); may repeat.")] = None,
+    exclude: Annotated[list[str] | None, typer.Option(help="The same for layers left out.")] = None,
+) -> None:
+    """Say what logging a transformers model would cost, from its configuration: disk, memory, arithmetic."""
+    from loghook.integrations.plan import plan_config
+
+    typer.echo(
+        plan_config(
+            model, samples=samples, tokens=tokens, rank=rank, dtype=dtype, projection=projection, batch=batch,
+            disk=disk, include=include or "*", exclude=exclude or "*lm_head",
+        )
+    )  # fmt: skip
 
 
 @_command

@@ -248,8 +248,8 @@ def test_files_table(finished: Path) -> None:
     for file in finished.iterdir():
         assert any(re.fullmatch(pattern, file.name) for pattern in patterns), file.name
     for pattern, name in zip(patterns, table("file"), strict=True):
-        seen = any(re.fullmatch(pattern, file.name) for file in finished.iterdir())
-        assert seen or "GGGGG" in name or name == "projection.safetensors", pattern
+        if "GGGGG" not in name and name != "projection.safetensors":  # this run is not maintained, nor is it fitted
+            assert any(re.fullmatch(pattern, file.name) for file in finished.iterdir()), pattern
 
 
 def test_query_and_scores_tables(finished: Path, tmp_path: Path) -> None:

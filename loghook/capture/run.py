@@ -16,6 +16,7 @@ from loghook.capture.coverage import describe_coverage
 from loghook.capture.hooked import Hooked
 from loghook.capture.pack import pack
 from loghook.capture.passes import Gathering, Pass
+from loghook.capture.plan import Plan, parse_size
 from loghook.capture.processes import process_rank, provenance, shared, shared_run_id, world_size
 from loghook.capture.select import FUSED_EXPERTS, Watch
 from loghook.capture.session import Session
@@ -46,6 +47,7 @@ class Run(Blocks, Hooked):
         self._step = max(steps.values(), default=0)  # number of the next block
         self._fresh_step = steps.get(process_rank(), 0)  # the first that no earlier process committed
         self._pass: Pass | None = None
+        self._rehearsal: Plan | None = None  # a plan that measures blocks, which then write nothing
         self._id_type = ""
         self._closed = False
         self._elsewhere: str | None = None  # digest of parameters that are not those which the run began with
@@ -112,6 +114,33 @@ class Run(Blocks, Hooked):
             row_bytes = self._layout.codec(self._config.dtype).row_bytes
             print(f"  {self._layout.width:,} values a sample, {row_bytes:,} bytes")
 
+    def plan(self, samples: int, tokens: int = 1, *, batch: int = 1, disk: str | float | None = None) -> Plan:
+        """Say what logging will cost: disk, memory, arithmetic and, with measured blocks, time.
+
+        ``print(run.plan(...))`` shows it. ``with run.plan(...) as plan:`` around a few ordinary blocks, outside
+        ``passes()``, measures them: nothing is written, their samples can be logged afterwards, and ``plan.seconds``
+        and ``plan.batch`` are filled in. A projection that is not fitted yet is replaced by zeros, which cost the same.
+
+        Args:
+            samples: how many there are.
+            tokens: of a sample.
+            batch: samples of a block, where none is measured.
+            disk: what there is, such as "500 GB", to be told what fits.
+        """
+        if not self._layers:
+            raise StateError("nothing is watched yet: call run.watch(model) first.")
+        size = None if disk is None else parse_size(disk)
+        return Plan(
+            config=self._config,
+            layers=tuple(self._layers),
+            coverage=self._coverage,
+            samples=samples,
+            tokens=tokens,
+            batch=batch,
+            disk=size,
+            _run=self,
+        )
+
     def passes(self) -> Iterator[Pass]:
         """Yield one pass over the data, or as many as the projection and statistics need.
 
@@ -120,6 +149,8 @@ class Run(Blocks, Hooked):
         """
         if not self._layers:
             raise StateError("nothing is watched yet: call run.watch(model) first.")
+        if self._rehearsal is not None:
+            raise StateError("a plan is being measured: run a few blocks inside it, without passes().")
         committed = self._session.repeats.committed
         done = committed.done
         if self._session.resumed:
@@ -160,6 +191,11 @@ class Run(Blocks, Hooked):
             with self._session.heeding():
                 self._writer.check()
         ids = check_ids(data_id)
+        if self._rehearsal is not None:
+            with self._capture(len(ids), given, keep=None, moments=True) as captured:
+                yield
+            self._rehearsal.count(captured[0].rows)
+            return
         self._id_type = type(ids[0]).__name__
         manifest = self._session.manifest
         if manifest is not None and manifest.id_type != self._id_type:
@@ -267,6 +303,8 @@ class Run(Blocks, Hooked):
 
     def _require_projection(self) -> None:
         """Take the projection that another run fitted, or make one from factors, where the user named them."""
+        if self._rehearsal is not None:
+            return  # place-holders have its shape
         source = self._config.fitted
         if source is None or self._fitted is not None:
             return super()._require_projection()

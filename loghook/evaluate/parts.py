@@ -49,6 +49,10 @@ class Part(Reader):
         """Of the part's layers, so that only a query that was cut alike fits."""
         return self.query_like([]).fingerprint
 
+    @property
+    def seal(self) -> None:
+        """No name: what is computed from a part is not kept with the log."""
+
     def query(self, query: Query) -> Query:
         """Cut a query alike."""
         return self.query_like(query.data_ids, self._cut(query.matrix))

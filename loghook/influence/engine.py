@@ -1,5 +1,6 @@
 """The scan: preconditioned queries against every row of the log, in blocks, with flat memory."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -11,9 +12,10 @@ from loghook.errors import ConfigError, MismatchError
 from loghook.influence.precondition import Curvature, progress, solvers, working_dtype
 from loghook.influence.products import products
 from loghook.influence.scores import Scores
-from loghook.influence.share import combine, gather
+from loghook.influence.share import combine, gather, share
 from loghook.influence.solvers import Solver
-from loghook.log.format import LayerSpec
+from loghook.log.format import LayerSpec, checksum
+from loghook.log.kept import kept_name, load_kept, save_kept
 from loghook.log.query import Query
 from loghook.log.reader import Reader
 
@@ -98,7 +100,7 @@ def _fidelity(
 
 
 def self_influence(reader: Reader, curvature: Curvature, layers: Sequence[str] | None) -> np.ndarray:
-    """Return <H^-1 G, G> for each row of a log, summed over layers: (rows,) float32; kept with the open log."""
+    """Return <H^-1 G, G> for each row of a log, summed over layers: (rows,) float32; kept with the log."""
     return _row_quadratics(reader, curvature, choose_layers(reader, layers)).to(torch.float32).numpy()
 
 
@@ -139,7 +141,7 @@ def prepare(
     rows = query.matrix[:, :width].double()
     matrix = torch.zeros_like(rows)
     own = torch.zeros(len(query), dtype=torch.float64)
-    want_rows = normalize is not None and _key(curvature, chosen) not in reader.cache
+    want_rows = normalize is not None and _recall(reader, curvature, chosen) is None
     total = torch.zeros(len(reader), dtype=torch.float64)
     for group in solvers(reader, curvature, chosen):
         for name, solver in group.items():
@@ -149,24 +151,56 @@ def prepare(
         if want_rows:
             _add_quadratics(reader, group, total)
     if want_rows:
-        reader.cache[_key(curvature, chosen)] = combine(total)
+        _keep(reader, curvature, chosen, combine(total))
     query_norms = own.clamp(min=0).sqrt() if normalize == "unit" else None
-    row_norms = reader.cache[_key(curvature, chosen)].clamp(min=0).sqrt() if normalize is not None else None
+    kept = _recall(reader, curvature, chosen) if normalize is not None else None
+    row_norms = None if kept is None else kept.clamp(min=0).sqrt()
     return Prepared(matrix.to(working_dtype(reader)), query_norms, row_norms)
 
 
 def _row_quadratics(reader: Reader, curvature: Curvature, chosen: Sequence[LayerSpec]) -> Tensor:
-    key = _key(curvature, chosen)
-    if key not in reader.cache:
+    kept = _recall(reader, curvature, chosen)
+    if kept is None:
         total = torch.zeros(len(reader), dtype=torch.float64)
         for group in solvers(reader, curvature, chosen):
             _add_quadratics(reader, group, total)
-        reader.cache[key] = combine(total)
-    return reader.cache[key]
+        kept = _keep(reader, curvature, chosen, combine(total))
+    return kept
 
 
-def _key(curvature: Curvature, chosen: Sequence[LayerSpec]) -> tuple[object, ...]:
-    return ("self", curvature if curvature.method not in ("dot", "cosine") else "dot", tuple(s.name for s in chosen))
+def _key(curvature: Curvature, chosen: Sequence[LayerSpec]) -> str:
+    """Name of the rows' self-influence in the cache of an open log and in the file beside a finished one."""
+    plain = curvature.method in ("dot", "cosine")
+    return kept_name(
+        what="self-influence",
+        method="dot" if plain else curvature.method,
+        damping=None if plain or curvature.damping_abs is not None else curvature.damping,
+        damping_abs=None if plain else curvature.damping_abs,
+        layers=checksum(json.dumps([spec.name for spec in chosen]).encode()),
+        scheme=1,  # raised when the same arguments mean something else
+    )
+
+
+def _recall(reader: Reader, curvature: Curvature, chosen: Sequence[LayerSpec]) -> Tensor | None:
+    """The rows' self-influence, (rows,) float64, if it was computed before: from memory, or from the file."""
+    key = _key(curvature, chosen)
+    if key not in reader.cache and reader.seal is not None:
+        found = torch.zeros(len(reader) + 1, dtype=torch.float64)  # the last says whether there is one
+        if share()[0] == 0:  # the others take what it found, so that all or none compute
+            kept = load_kept(reader.path, reader.seal).get(key)
+            if kept is not None and kept.shape == (len(reader),) and kept.dtype == np.float64:
+                found[:-1], found[-1] = torch.from_numpy(kept), 1
+        if combine(found)[-1] > 0:
+            reader.cache[key] = found[:-1]
+    return reader.cache.get(key)
+
+
+def _keep(reader: Reader, curvature: Curvature, chosen: Sequence[LayerSpec], values: Tensor) -> Tensor:
+    key = _key(curvature, chosen)
+    reader.cache[key] = values
+    if reader.seal is not None and share()[0] == 0:
+        save_kept(reader.path, reader.seal, key, values.numpy())
+    return values
 
 
 def _add_quadratics(reader: Reader, group: dict[str, Solver], total: Tensor) -> None:

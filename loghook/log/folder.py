@@ -11,6 +11,7 @@ from loghook.errors import ConfigError, LogExistsError, MismatchError, StateErro
 from loghook.log.disk import lock, writing
 from loghook.log.fitted import PROJECTION
 from loghook.log.format import MANIFEST, Manifest
+from loghook.log.kept import KEPT
 from loghook.log.records import Commits, all_commits
 from loghook.log.recovery import recover
 
@@ -39,7 +40,7 @@ def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def _is_ours(file: Path) -> bool:
-    kinds = ("rows-*.safetensors", "statistics-*.safetensors", "commits-*.jsonl", "lock-*", "*.tmp", PROJECTION)
+    kinds = ("rows-*.safetensors", "statistics-*.safetensors", "commits-*.jsonl", "lock-*", "*.tmp", PROJECTION, KEPT)
     return any(file.match(kind) for kind in kinds)
 
 

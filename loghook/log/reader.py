@@ -99,6 +99,11 @@ class Reader:
         return self.manifest.fingerprint
 
     @property
+    def seal(self) -> str | None:
+        """What names the rows of a finished log for good, or None: what is computed from them may be kept under it."""
+        return self.manifest.sealed["digest"] if self.manifest.sealed else None
+
+    @property
     def dtype(self) -> torch.dtype:
         """Of the rows that are read: how they are stored, or float32 for low bits."""
         return self.codec.dtype

@@ -25,6 +25,7 @@ from loghook.log.format import (
     shard_name,
     statistics_name,
 )
+from loghook.log.kept import KEPT
 from loghook.log.moments import load_moments, save_moments
 from loghook.log.records import Commits, all_commits, encode_record
 
@@ -191,4 +192,5 @@ def clean(path: Path, manifest: Manifest, logs: Sequence[Commits]) -> None:
         for file in path.glob(kind):
             if file.name not in named:
                 file.unlink()
+    (path / KEPT).unlink(missing_ok=True)  # it speaks of rows that may be gone
     sync_folder(path)

@@ -1,0 +1,187 @@
+"""What a run will cost, before it runs: bytes, memory, arithmetic and, from a few blocks that write nothing, time."""
+
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from torch import Tensor
+
+from loghook.capture.config import Config
+from loghook.capture.coverage import describe_coverage
+from loghook.capture.layers import Layer
+from loghook.capture.processes import world_size
+from loghook.errors import ConfigError
+from loghook.log.codec import DTYPES
+from loghook.log.format import LayerSpec, Layout
+from loghook.log.writer import QUEUE
+from loghook.project.blocks import square_size
+from loghook.project.projection import FITTED
+
+_UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+
+
+@dataclass(kw_only=True)
+class Plan:
+    """The cost of logging some samples; ``print`` shows it. ``with`` measures time, see ``Run.plan``.
+
+    Attributes:
+        config: the arguments of the run.
+        layers: the layers, with their projections or place-holders of their shapes.
+        coverage: the coverage record, see ``Manifest.coverage``.
+        samples: how many rows.
+        tokens: of a sample.
+        batch: samples of a block; the largest that was measured, once some were.
+        disk: bytes that there are, or None.
+        seconds: for a sample on this process, once blocks were measured, or None.
+    """
+
+    config: Config
+    layers: Sequence[Layer]
+    coverage: dict[str, Any]
+    samples: int
+    tokens: int = 1
+    batch: int = 1
+    disk: float | None = None
+    seconds: float | None = None
+    _run: Any = None
+    _marks: list[tuple[float, int]] = field(default_factory=list)  # when blocks ended, and their samples
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "tokens", "batch"):
+            value = getattr(self, name)
+            if type(value) is not int or value < 1:
+                raise ConfigError(f"{name}={value!r} must be a whole number of at least 1.")
+
+    def layout(self, rank: int | None = None) -> Layout:
+        """Return the layout of rows, also of another rank."""
+        return Layout(_at_rank(layer.spec, rank) if rank else layer.spec for layer in self.layers)
+
+    def row_bytes(self, dtype: str | None = None, rank: int | None = None) -> int:
+        """Bytes of a sample, also in another dtype or at another rank."""
+        return self.layout(rank).codec(dtype or self.config.dtype).row_bytes
+
+    def total_bytes(self, dtype: str | None = None, rank: int | None = None) -> int:
+        """Bytes of all rows; ids, statistics and a fitted projection come on top, which do not grow with rank^2."""
+        return self.samples * self.row_bytes(dtype, rank)
+
+    def largest_rank(self, dtype: str | None = None) -> int:
+        """The largest rank at which all rows fit on the disk, or 0; a rank above every width keeps whole gradients."""
+        low, high = 0, max(side.width for layer in self.layers for side in layer.sides)
+        while low < high:
+            middle = (low + high + 1) // 2
+            fits = self.total_bytes(dtype, middle) <= (self.disk or 0)
+            low, high = (middle, high) if fits else (low, middle - 1)
+        return low
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """Bytes that capture takes beside the model, by what they are for: at most, and not all at the same time."""
+        layout, tokens = self.layout(), self.batch * self.tokens
+        sides = {id(side): side for layer in self.layers for side in layer.sides}  # some are shared
+        row = layout.codec(self.config.dtype).dtype.itemsize * layout.width
+        fits = self.config.projection in FITTED and self.config.fitted is None
+        moments = sum(square_size(side.width) for layer in self.layers for side in layer.sides) if fits else 0
+        return {
+            "projections": sum(4 * s.k * s.width for s in sides.values() if s.matrix is not None),
+            "projected inputs": sum(tokens * x.spec.groups * x.spec.k_in * _itemsize(x) for x in self.layers),
+            "rows of a block": 2 * self.batch * 4 * layout.width,  # as delivered, and packed
+            "waiting for the writer": QUEUE * (self.batch * row + 4 * layout.moments_width),
+            "statistics": (4 + 4 + 8) * layout.moments_width,  # as delivered, packed, and the writer's sums
+            "second moments, in the fitting pass": (4 + 8) * moments,  # as delivered, and their sums
+        }
+
+    @property
+    def arithmetic(self) -> tuple[int, int]:
+        """Multiply-adds a token: of capture, and of the watched layers' forward and backward with frozen weights.
+
+        Siblings that read the same tensor project it once, so that capture takes less than is said here.
+        """
+        capture = model = 0
+        for layer in self.layers:
+            s, (inputs, outputs) = layer.spec, layer.sides
+            dense = s.channels > 0  # an embedding looks its rows up
+            model += 2 * s.in_features * s.out_features * dense
+            capture += 0 if inputs.matrix is None else s.groups * inputs.width * s.k_in * dense
+            capture += 0 if outputs.matrix is None else s.out_features * s.k_out
+            capture += s.k_in * (s.k_out if s.groups == 1 else s.out_features) + s.groups * s.k_in**2 + s.k_out**2
+        return capture, model
+
+    def __enter__(self) -> "Plan":
+        """Let blocks of the run be measured instead of written."""
+        if self._run is None:
+            raise ConfigError("this plan has no run to measure: take the one of run.plan(...).")
+        self._run._rehearsal, self._marks = self, [(time.perf_counter(), 0)]
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Let blocks write again."""
+        self._run._rehearsal = None
+        marks = self._marks[1:] if len(self._marks) > 2 else self._marks  # the first block warms up
+        if len(marks) > 1:
+            self.seconds = (marks[-1][0] - marks[0][0]) / sum(n for _, n in marks[1:])
+
+    def count(self, rows: Tensor) -> None:
+        """Note the end of a block with these rows, which are brought off the device as for the writer."""
+        rows.cpu()
+        self._marks.append((time.perf_counter(), len(rows)))
+        self.batch = max(self.batch, len(rows)) if len(self._marks) > 2 else len(rows)
+
+    def __str__(self) -> str:
+        """Show all of it in a small table."""
+        c, (capture, model) = self.config, self.arithmetic
+        kind = "whole gradients" if c.projection == "none" else f"{c.projection} projection, rank {c.rank}"
+        lines = [
+            describe_coverage(len(self.layers), self.coverage),
+            f"{self.samples:,} samples of {self.tokens:,} tokens, {kind}: {self.layout().width:,} values a sample",
+            f"  {'dtype':<12}{'a sample':>12}{'in all':>12}" + (f"   fits in {_size(self.disk)}" if self.disk else ""),
+        ]
+        for dtype in DTYPES:
+            name, each, total = dtype + " <-" * (dtype == c.dtype), self.row_bytes(dtype), self.total_bytes(dtype)
+            fits = "" if not self.disk else "   yes" if total <= self.disk else "   no"
+            if self.disk and c.projection != "none":
+                fits += f"; largest rank {self.largest_rank(dtype):,}"
+            lines.append(f"  {name:<12}{_size(each):>12}{_size(total):>12}{fits}")
+        lines.append(f"  memory beside the model, {self.batch:,} samples a block, at most:")
+        lines += [f"    {name:<36}{_size(n):>12}" for name, n in self.memory.items() if n]
+        share = f"{capture / model:.1%} of" if model else "beside"
+        lines.append(
+            f"  capture adds {capture / 1e6:,.2f} million multiply-adds a token, {share} the {model / 1e6:,.2f} "
+            "million of a frozen pass through its layers"
+        )
+        if self.seconds is not None:
+            hours = self.seconds * self.samples / world_size() / 3600
+            shown = f"{hours:,.1f} hours" if hours >= 1 else f"{hours * 3600:,.1f} s"
+            lines.append(f"  time of the logging pass: {shown} at {1 / self.seconds:,.1f} samples/s for each process")
+        if c.projection in FITTED and c.fitted is None:
+            lines.append("  one more pass over the data fits the projection, see run.passes()")
+        return "\n".join(lines)
+
+
+def parse_size(text: str | float) -> float:
+    """Read "500 GB" (10^9), "1.5 TiB" (2^40) or a number of bytes.
+
+    Raises:
+        ConfigError: for anything else, or nothing at all.
+    """
+    found = re.fullmatch(r"([\d_.]+)\s*([kMGT]?i?)B?", str(text).strip().replace(",", ""))
+    try:
+        if found is not None and (size := float(found[1]) * _UNITS[found[2]]) > 0:
+            return size
+    except (ValueError, KeyError):
+        pass
+    raise ConfigError(f"disk={text!r} is no size: write a number of bytes, '500 GB' or '2 TiB'.")
+
+
+def _size(n: float) -> str:
+    unit = next((u for u in ("T", "G", "M", "k") if n >= _UNITS[u]), "")
+    return f"{n / _UNITS[unit]:.3g} {unit}B"
+
+
+def _at_rank(spec: LayerSpec, rank: int) -> LayerSpec:
+    return replace(spec, k_in=min(rank, spec.in_features + spec.bias), k_out=min(rank, spec.out_features))
+
+
+def _itemsize(layer: Layer) -> int:
+    return next((p.element_size() for p in layer.module.parameters()), 4)
