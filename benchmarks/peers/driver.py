@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import subprocess
+import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from peers.exchange import Options
 
 BENCHMARKS = Path(__file__).parents[1]
 PYTHON = Path(os.environ.get("LOGHOOK_PEERS", BENCHMARKS.parent / ".peers")) / "bin" / "python"
+OURS = "loghook"  # run by this interpreter, with the loghook that it imports
 PEERS = ("kronfluence", "bergson", "dattri", "logix")
 
 
@@ -25,7 +27,7 @@ class Outcome:
     """What a peer's program gave.
 
     Attributes:
-        peer: its name, one of PEERS.
+        peer: its name, one of PEERS, or OURS.
         options: what it was asked.
         scores: (Q, N), or None where it logs only or could not run.
         about: "seconds" {stage: [s, ...]}, "peak_mb", "before_mb", "bytes_per_sample"; empty if it could not run.
@@ -47,14 +49,16 @@ class Outcome:
 
 def run(peer: str, folder: Path, options: Options, *, timeout: float = 3600) -> Outcome:
     """Run one peer once. A failure is not raised: the result says what the program said last."""
-    if not PYTHON.exists():
+    python = Path(sys.executable) if peer == OURS else PYTHON
+    if not python.exists():
         return Outcome(peer, options, None, {}, "not installed: make peers")
     with tempfile.TemporaryDirectory() as scratch:
         out = Path(scratch) / "out"
-        command = [str(PYTHON), "-m", f"peers.{peer}_scores", str(folder), str(out)]
+        command = [str(python), "-m", f"peers.{peer}_scores", str(folder), str(out)]
         command.append(json.dumps(dataclasses.asdict(options)))
         threads = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(options.threads))
-        environment = os.environ | {"PYTHONPATH": str(BENCHMARKS)} | threads
+        paths = f"{BENCHMARKS}{os.pathsep}{BENCHMARKS.parent}" if peer == OURS else str(BENCHMARKS)
+        environment = os.environ | {"PYTHONPATH": paths} | threads
         try:
             done = subprocess.run(
                 command, env=environment, cwd=scratch, capture_output=True, text=True, timeout=timeout

@@ -1,0 +1,419 @@
+"""Logging on a GPU: real architectures with random weights, bfloat16, rows to disk, beside LogIX's published run.
+
+Everything runs unattended in one call and ends before ``--seconds``: what found no time, or no memory, says so in the
+JSON, which is written anew after each part. Needs torch, transformers and what loghook needs; from the repository:
+
+    PYTHONPATH=. python benchmarks/gpu.py --out gpu.json
+
+``--tiny`` runs all of it on small models, on the CPU where there is no GPU.
+"""
+
+import argparse
+import contextlib
+import io
+import itertools
+import json
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common import alternate, machine, ratio, summed_loss
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode
+
+import loghook
+
+# Llama-3-8B, one A100-80GB, rank 64 (Choe et al. 2024)
+LOGIX = {"tokens/s, batch 1": 3430, "tokens/s, batch 16": 4696, "pairs/s": 79_004}
+CUDA = torch.cuda.is_available()
+DEVICE = torch.device("cuda" if CUDA else "cpu")
+
+
+def configs(tiny: bool) -> dict[str, Any]:
+    from transformers import GPT2Config, LlamaConfig, Qwen2Config
+
+    small = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    return {
+        "llama-3-8b": LlamaConfig(
+            **(
+                small
+                if tiny
+                else {
+                    "vocab_size": 128_256,
+                    "hidden_size": 4096,
+                    "intermediate_size": 14_336,
+                    "num_hidden_layers": 32,
+                    "num_attention_heads": 32,
+                    "num_key_value_heads": 8,
+                    "max_position_embeddings": 8192,
+                }
+            )
+        ),
+        "qwen2.5-1.5b": Qwen2Config(
+            **(
+                small
+                if tiny
+                else {
+                    "vocab_size": 151_936,
+                    "hidden_size": 1536,
+                    "intermediate_size": 8960,
+                    "num_hidden_layers": 28,
+                    "num_attention_heads": 12,
+                    "num_key_value_heads": 2,
+                    "tie_word_embeddings": True,
+                }
+            )
+        ),
+        "gpt2": GPT2Config(**({"vocab_size": 256, "n_embd": 32, "n_layer": 2, "n_head": 4} if tiny else {})),
+    }
+
+
+def build(config: Any) -> torch.nn.Module:
+    """A model with random weights in bfloat16, made where it runs."""
+    from transformers import AutoModelForCausalLM
+
+    torch.manual_seed(0)
+    with DEVICE:
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    return model.to(DEVICE).eval()
+
+
+def finish() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
+def peak(case: Callable[[], None]) -> float | None:
+    """GB on the GPU at the peak of one call, the model included; None on the CPU."""
+    if not CUDA:
+        return None
+    finish()
+    torch.cuda.reset_peak_memory_stats()
+    case()
+    finish()
+    return torch.cuda.max_memory_allocated() / 1e9
+
+
+class Bench:
+    """One model and its cases; every case is one batch, forward and backward."""
+
+    def __init__(self, model: torch.nn.Module, rank: int, tokens: int, folder: Path, dtype: str) -> None:
+        self.model, self.tokens = model, tokens
+        self.vocabulary = model.config.vocab_size
+        self.ids = itertools.count()
+        self.run = loghook.init(folder, rank=rank, dtype=dtype, overwrite=True)
+        with contextlib.redirect_stdout(io.StringIO()):
+            self.run.watch(model)
+
+    def data(self, batch: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(batch)
+        return torch.randint(0, self.vocabulary, (batch, self.tokens), generator=generator).to(DEVICE)
+
+    def floor(self, batch: int) -> Callable[[], None]:
+        data, embeddings = self.data(batch), self.model.get_input_embeddings()
+
+        def case() -> None:
+            handle = embeddings.register_forward_hook(lambda module, args, y: y.requires_grad_())
+            with loghook.frozen(self.model):
+                summed_loss(self.model, data).backward()
+            handle.remove()
+
+        return case
+
+    def log(self, batch: int) -> Callable[[], None]:
+        data = self.data(batch)
+
+        def case() -> None:
+            with loghook.frozen(self.model), self.run(data_id=list(itertools.islice(self.ids, batch))):
+                summed_loss(self.model, data).backward()
+
+        return case
+
+    def train(self, batch: int, log: bool) -> Callable[[], None]:
+        data = self.data(batch)
+        optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0)
+
+        def case() -> None:
+            if log:
+                with self.run(data_id=list(itertools.islice(self.ids, batch))):
+                    summed_loss(self.model, data).backward()
+            else:
+                summed_loss(self.model, data).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return case
+
+
+def several(case: Callable[[], None], count: int) -> Callable[[], None]:
+    def run() -> None:
+        for _ in range(count):
+            case()
+        finish()
+
+    return run
+
+
+def compare(cases: dict[str, Callable[[], None]], over: str, under: str, tokens: int, repeats: int) -> dict[str, Any]:
+    """Tokens a second of each case, the ratio of two, and what each takes of memory, operations and the host's time."""
+    found: dict[str, Any] = {"tokens": tokens}
+    for case in cases.values():
+        several(case, 2)()  # warm up
+    start = time.perf_counter()
+    several(cases[under], 1)()
+    count = max(1, min(50, int(0.5 / max(time.perf_counter() - start, 1e-6)))) if CUDA else 1
+    times = alternate({name: several(case, count) for name, case in cases.items()}, repeats)
+    found["overhead"] = ratio(times, over, under)
+    for name, case in cases.items():
+        median = sorted(times[name])[len(times[name]) // 2] / count
+        with FlopCounterMode(display=False) as counter:
+            case()
+        finish()
+        start = time.perf_counter()
+        case()
+        host = time.perf_counter() - start
+        finish()
+        found[name] = {
+            "tokens/s": tokens / median,
+            "seconds": median,
+            "host_seconds": host,  # until the batch was issued: near "seconds", the GPU waits for Python
+            "tflop/s": counter.get_total_flops() / median / 1e12,
+            "operations": counter.get_total_flops(),
+            "peak_gb": peak(case),
+        }
+    found["arithmetic"] = found[over]["operations"] / found[under]["operations"]
+    return found
+
+
+def top_operators(floor: Callable[[], None], log: Callable[[], None], count: int = 16) -> dict[str, Any]:
+    """What a logging pass adds to the floor, operator by operator: milliseconds on the device and on the host."""
+
+    def table(case: Callable[[], None]) -> dict[str, tuple[float, float, int]]:
+        activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if CUDA else [])]
+        with profile(activities=activities) as seen:
+            case()
+            finish()
+        return {
+            e.key: (e.self_device_time_total / 1e3, e.self_cpu_time_total / 1e3, e.count) for e in seen.key_averages()
+        }
+
+    log()
+    before, after = table(floor), table(log)
+    added = {
+        key: [round(a - b, 4) for a, b in zip(values, before.get(key, (0.0, 0.0, 0)), strict=True)]
+        for key, values in after.items()
+    }
+    by_device = sorted(added, key=lambda key: -added[key][0])[:count] if CUDA else []
+    by_host = sorted(added, key=lambda key: -added[key][1])[:count]
+    return {
+        "columns": ["device ms", "host ms", "calls"],
+        "by device": {key: added[key] for key in by_device},
+        "by host": {key: added[key] for key in by_host},
+        "total device ms": [sum(v[0] for v in t.values()) for t in (before, after)],
+    }
+
+
+def score(path: Path, query: loghook.Query, repeats: int) -> dict[str, Any]:
+    """Pairs a second: our scan on this machine's CPU, and a product on the GPU, rows there already or brought there."""
+    log = loghook.load(path)
+    values = log.influence(query, "dot").values  # and the log is in the page cache from here on
+    dtype = torch.bfloat16 if CUDA else torch.float32
+    questions = query.matrix.to(DEVICE, dtype)
+    blocks = []
+    for _, block in log.blocks():
+        blocks.append(block.to(dtype))
+        if sum(b.numel() for b in blocks) * dtype.itemsize > 4e9:
+            break
+    rows = torch.cat(blocks)
+    there = rows.to(DEVICE)
+
+    def resident() -> None:
+        questions @ there.T
+        finish()
+
+    def brought() -> None:
+        for block in blocks:
+            questions @ block.to(DEVICE, non_blocking=True).T
+        finish()
+
+    times = alternate(
+        {
+            "dot, CPU": lambda: log.influence(query, "dot"),
+            "ekfac, CPU": lambda: log.influence(query, "ekfac"),
+            "product, rows on the GPU": resident,
+            "product, rows brought": brought,
+        },
+        repeats,
+    )
+    found: dict[str, Any] = {"rows": len(log), "questions": len(query), "values": rows.shape[1]}
+    found["operations_per_pair"] = 2 * rows.shape[1]
+    for name, seconds in times.items():
+        count = len(log) if "CPU" in name else len(rows)
+        found[name] = count * len(query) / sorted(seconds)[len(seconds) // 2]
+    product = (questions @ there.T).float().cpu()
+    ours = torch.from_numpy(values[:, : len(rows)])
+    found["agreement"] = float(torch.nn.functional.cosine_similarity(product.flatten(), ours.flatten(), 0))
+    return found
+
+
+class Work:
+    """Parts of the whole, each tried, with the clock watched."""
+
+    def __init__(self, seconds: float, out: Path | None) -> None:
+        self.until, self.out = time.monotonic() + seconds, out
+        self.result: dict[str, Any] = {"benchmark": "gpu", "machine": machine(), "published": LOGIX, "models": {}}
+
+    @contextlib.contextmanager
+    def part(self, place: dict[str, Any], name: str) -> Iterator[bool]:
+        """Yield whether there is time for it; a failure is kept as its result, and the next part goes on."""
+        go = time.monotonic() < self.until
+        start = time.monotonic()
+        try:
+            yield go
+            if not go:
+                place[name] = {"left_out": "no time left"}
+        except Exception as error:  # whatever one part dies of, the others run
+            place[name] = {"left_out": f"{type(error).__name__}: {error}".splitlines()[0][:300]}
+            if CUDA:
+                torch.cuda.empty_cache()
+        place.setdefault("took", {})[name] = round(time.monotonic() - start, 1)
+        self.save()
+
+    def save(self) -> None:
+        if self.out is not None:
+            self.out.write_text(json.dumps(self.result, indent=1) + "\n")
+
+
+def bench_model(work: Work, name: str, config: Any, a: argparse.Namespace, folder: Path) -> None:
+    place: dict[str, Any] = {}
+    work.result["models"][name] = place
+    repeats = 3 if a.tiny else a.repeats
+    with work.part(place, "build") as go:
+        if not go:
+            return
+        model = build(config)
+        bench = Bench(model, a.rank, a.tokens, folder, a.dtype)
+        place["parameters"] = sum(p.numel() for p in model.parameters())
+        place["layers"] = len(bench.run.layers)
+    if "left_out" in place.get("build", {}):
+        return
+    for batch in a.batches:
+        with work.part(place, f"log, batch {batch}") as go:
+            if go:
+                cases = {"frozen": bench.floor(batch), "log": bench.log(batch)}
+                place[f"log, batch {batch}"] = compare(cases, "log", "frozen", batch * a.tokens, repeats)
+        with work.part(place, f"profile, batch {batch}") as go:
+            if go:
+                place[f"profile, batch {batch}"] = top_operators(bench.floor(batch), bench.log(batch))
+    with work.part(place, "train") as go:
+        if go:
+            batch = a.train_batch
+            cases = {"train": bench.train(batch, False), "train and log": bench.train(batch, True)}
+            place["train"] = compare(cases, "train and log", "train", batch * a.tokens, repeats)
+    with work.part(place, "to the disk") as go:
+        if go:
+            batch, count = a.batches[-1], 2 if a.tiny else 12
+            case, start = bench.log(batch), time.perf_counter()
+            for _ in range(count):
+                case()
+            finish()
+            looped = time.perf_counter() - start
+            with bench.run.query(data_id=list(range(batch))) as query:
+                with loghook.frozen(model):
+                    summed_loss(model, bench.data(batch)).backward()
+            start = time.perf_counter()
+            bench.run.finalize()
+            ended = time.perf_counter() - start
+            log = loghook.load(folder)
+            place["row_bytes"] = log.codec.row_bytes
+            place["to the disk"] = {
+                "tokens/s": count * batch * a.tokens / (looped + ended),
+                "loop": count * batch * a.tokens / looped,
+                "rows": len(log),
+                "finalize_seconds": ended,
+            }
+    bench.run.close()
+    with work.part(place, "score") as go:
+        if go and "left_out" not in place["to the disk"]:
+            place["score"] = score(folder, query, 3)
+    del bench, model
+    if CUDA:
+        torch.cuda.empty_cache()
+
+
+def show(result: dict[str, Any], tokens: int) -> None:
+    about = result["machine"]
+    print(f"\n{about['gpu'] or about['cpu']}, torch {about['torch']}, sequences of {tokens} tokens, bfloat16")
+    print(f"{'':<34}{'tokens/s':>12}{'overhead':>24}{'operations':>12}{'peak GB':>9}{'TFLOP/s':>9}")
+    for name, place in result["models"].items():
+        for part in place:
+            found = place[part]
+            if not isinstance(found, dict):
+                continue
+            if "left_out" in found:
+                print(f"  {name}, {part}: {found['left_out']}")
+            elif "overhead" in found:
+                over = found["overhead"]
+                for case in ("frozen", "log", "train", "train and log"):
+                    if case in found:
+                        one = found[case]
+                        logs = "log" in case
+                        spread = f"{over['median']:.3f} ({over['low']:.3f} to {over['high']:.3f})" if logs else ""
+                        arithmetic = f"{found['arithmetic']:.3f}" if logs else ""
+                        gb = "" if one["peak_gb"] is None else f"{one['peak_gb']:.1f}"
+                        label = f"  {name}, {case}, {found['tokens'] // tokens}"
+                        print(
+                            f"{label:<34}{one['tokens/s']:>12,.0f}{spread:>24}{arithmetic:>12}{gb:>9}"
+                            f"{one['tflop/s']:>9.1f}"
+                        )
+            elif part == "to the disk":
+                print(
+                    f"  {name}, to the disk: {found['tokens/s']:,.0f} tokens/s, {place['row_bytes']:,.0f} bytes a row"
+                )
+            elif part == "score":
+                pairs = ", ".join(f"{key} {value:,.0f}" for key, value in found.items() if "CPU" in key or "pro" in key)
+                print(f"  {name}, pairs/s at {found['operations_per_pair']:,} operations a pair: {pairs}")
+            elif part.startswith("profile"):
+                column = "by device" if found["by device"] else "by host"
+                index = 0 if found["by device"] else 1
+                print(f"  {name}, {part}: what logging adds, ms {column}")
+                for key, values in list(found[column].items())[:8]:
+                    print(f"    {key[:60]:<62}{values[index]:>9.3f}  {values[2]:>6} calls")
+    published = ", ".join(f"{key} {value:,}" for key, value in LOGIX.items())
+    print(f"  LogIX, Llama-3-8B, rank 64, one A100-80GB, as published: {published}")
+
+
+def main(argv: list[str] | None = None) -> None:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--models", nargs="+", default=["llama-3-8b", "qwen2.5-1.5b", "gpt2"])
+    made.add_argument("--batches", nargs="+", type=int, default=[1, 16])
+    made.add_argument("--train-batch", type=int, default=8)
+    made.add_argument("--tokens", type=int, default=512)
+    made.add_argument("--rank", type=int, default=64)
+    made.add_argument("--dtype", default="bfloat16", help="of the rows on disk")
+    made.add_argument("--repeats", type=int, default=7)
+    made.add_argument("--seconds", type=float, default=480, help="no part starts later than this")
+    made.add_argument("--scratch", type=Path, help="folder for logs; by default the system's temporary one")
+    made.add_argument("--out", type=Path, help="file for the JSON")
+    made.add_argument("--tiny", action="store_true")
+    a = made.parse_args(argv)
+    if a.tiny:
+        a.batches, a.train_batch, a.tokens, a.rank = [1, 2], 2, 8, 4
+    work = Work(a.seconds, a.out)
+    work.result["setting"] = {key: getattr(a, key) for key in ("batches", "train_batch", "tokens", "rank", "dtype")}
+    for name in a.models:
+        folder = Path(tempfile.mkdtemp(dir=a.scratch))
+        try:
+            bench_model(work, name, configs(a.tiny)[name], a, folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+    show(work.result, a.tokens)
+
+
+if __name__ == "__main__":
+    main()

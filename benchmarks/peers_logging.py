@@ -1,0 +1,97 @@
+"""What peers take for the same work over what we take: rows of rank 32 to disk, and whole-gradient EK-FAC.
+
+Same model, samples, layers (all linears but the head), batches and threads; each program in a process of its own, in
+turn. `make peers` installs the peers first. A time is the median of a process's turns after a warm-up; import and
+loading are not in it.
+"""
+
+import math
+import os
+import tempfile
+from pathlib import Path
+
+import torch
+from _common import parser, ratio, report
+from peers import driver
+from peers.exchange import Options
+from peers_check import llama_folder
+
+LOGGERS = ("bergson", "dattri", "logix")
+
+
+def main() -> None:
+    made = parser(__doc__)
+    made.add_argument("--hidden", type=int, default=512)
+    made.add_argument("--layers", type=int, default=4)
+    made.add_argument("--samples", type=int, default=32)
+    made.add_argument("--queries", type=int, default=8)
+    made.add_argument("--tokens", type=int, default=128)
+    made.add_argument("--batch", type=int, default=8)
+    made.add_argument("--rank", type=int, default=32)
+    made.add_argument("--turns", type=int, default=3, help="processes for each program; --repeats is within one")
+    a = made.parse_args()
+    torch.set_num_threads(a.threads)
+    log = Options(method="log", rank=a.rank, batch=a.batch, threads=a.threads, repeats=a.repeats)
+    whole = Options(method="ekfac", batch=a.batch, query_batch=a.batch, threads=a.threads, repeats=1)
+    programs = {
+        "log": [driver.OURS, *LOGGERS],
+        "ekfac": [driver.OURS, "kronfluence"],
+    }
+    times: dict[str, list[float]] = {}
+    facts, reasons = {}, {}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = llama_folder(
+            Path(scratch) / "llama", hidden=a.hidden, layers=a.layers, samples=a.samples, queries=a.queries,
+            tokens=a.tokens, vocabulary=4096, sampled=False,
+        )  # fmt: skip
+        scores = {}
+        for options in (log, whole):
+            cases = [(peer, options) for peer in programs[options.method]]
+            for (peer, _), outcomes in zip(cases, driver.alternate(cases, folder, a.turns), strict=True):
+                name = f"{peer} {options.method}"
+                if outcomes[-1].reason:
+                    reasons[name] = outcomes[-1].reason
+                    continue
+                times[name] = [outcome.seconds for outcome in outcomes]
+                facts[name] = [outcome.about for outcome in outcomes]
+                scores[name] = outcomes[-1].scores
+    targets, ratios = {}, {}
+    for options, goal in ((log, 1.05), (whole, 1.3)):
+        ours = f"{driver.OURS} {options.method}"
+        for peer in programs[options.method][1:]:
+            name = f"{peer} {options.method}"
+            if ours in times and name in times:
+                ratios[f"{name} / ours"] = ratio(times, name, ours)
+                targets[f"{name} / ours"] = (goal, ">=")
+    for name, reason in reasons.items():
+        print(f"  {name}: could not run: {reason}")
+    for name, values in times.items():
+        about = facts[name][-1]
+        print(
+            f"  {name:<22} {min(values):8.2f} to {max(values):.2f} s, {about['peak_mb'] - about['before_mb']:,.0f} MB"
+            f" more at the peak, {about['bytes_per_sample']:,.0f} bytes a sample"
+        )
+    pair = [scores.get(f"{peer} ekfac") for peer in (driver.OURS, "kronfluence")]
+    agreement = math.nan
+    if pair[0] is not None and pair[1] is not None:
+        agreement = float(torch.corrcoef(torch.stack([torch.from_numpy(s).flatten() for s in pair]))[0, 1])
+        print(f"  EK-FAC scores, ours and Kronfluence's: correlation {agreement:.6f}")
+    setting = {k: getattr(a, k) for k in ("hidden", "layers", "samples", "queries", "tokens", "batch", "rank", "turns")}
+    report(
+        "peers_logging",
+        {
+            "setting": setting | {"repeats": a.repeats, "cores": os.cpu_count()},
+            "seconds": times,
+            "facts": facts,
+            "reasons": reasons,
+            "ekfac_correlation": agreement,
+            "ratios": ratios,
+        },
+        save=a.save,
+        targets=targets,
+        require=a.require,
+    )
+
+
+if __name__ == "__main__":
+    main()

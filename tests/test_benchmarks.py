@@ -1,0 +1,96 @@
+"""The benchmark scripts run from end to end on tiny models, so that nothing in them rots; no figure is judged."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+Load = Callable[[str], ModuleType]
+
+
+@pytest.fixture
+def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    yield importlib.import_module
+    torch.set_num_threads(threads)
+
+
+def test_gpu_benchmark_measures_every_part_on_every_architecture(
+    load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "gpu.json"
+    load("gpu").main(["--tiny", "--out", str(out)])
+    models = json.loads(out.read_text())["models"]
+    assert set(models) == {"llama-3-8b", "qwen2.5-1.5b", "gpt2"}
+    for place in models.values():
+        parts = {
+            "log, batch 1",
+            "log, batch 2",
+            "profile, batch 1",
+            "profile, batch 2",
+            "train",
+            "to the disk",
+            "score",
+        }
+        assert parts | {"train", "to the disk", "score"} <= set(place)
+        assert not [name for name in place if isinstance(place[name], dict) and "left_out" in place[name]]
+        for name, over in (("log, batch 1", "log"), ("log, batch 2", "log"), ("train", "train and log")):
+            assert place[name][over]["tokens/s"] > 0 and math.isfinite(place[name]["overhead"]["median"])
+        assert place["log, batch 1"]["arithmetic"] > 1 or place["log, batch 2"]["arithmetic"] > 1
+        assert place["profile, batch 1"]["by host"]
+        assert place["row_bytes"] == place["score"]["values"] * 2  # bfloat16
+        assert place["score"]["agreement"] > 0.999
+    assert "LogIX" in capsys.readouterr().out
+
+
+def test_gpu_benchmark_ends_in_time_and_says_what_it_left_out(load: Load, tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+    load("gpu").main(["--tiny", "--seconds", "0", "--out", str(out)])
+    for place in json.loads(out.read_text())["models"].values():
+        assert place["build"] == {"left_out": "no time left"}
+
+
+@pytest.mark.parametrize("clock", ["wall", "cpu"])
+def test_capture_benchmark_states_every_ratio(
+    load: Load, clock: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    common, capture = load("_common"), load("capture")
+    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    monkeypatch.setattr(capture, "NARROW", 64)
+    monkeypatch.setattr(capture, "WIDE", 128)
+    arguments = (
+        f"capture --threads 1 --repeats 2 --layers 1 --tokens 8 --no-memory --compile eager --clock {clock} --save"
+    )
+    monkeypatch.setattr("sys.argv", [*arguments.split(), clock])
+    capture.main()
+    (file,) = tmp_path.iterdir()
+    result = json.loads(file.read_text())
+    assert set(result["ratios"]) == {*capture.RATIOS, capture.COMPILED}
+    assert all(value["low"] <= value["median"] <= value["high"] for value in result["ratios"].values())
+    assert result["operations"]["train"] > result["operations"]["frozen"]
+
+
+def test_our_program_among_the_peers_gives_the_slow_ekfac(load: Load, tmp_path: Path) -> None:
+    exchange, reference = load("peers.exchange"), load("peers.reference")
+    load("peers_check").llama_folder(tmp_path / "x", samples=12, queries=3, tokens=10, sampled=False)
+    given = exchange.read(tmp_path / "x")
+    work = load("peers.loghook_scores").work
+    costs = exchange.Costs()
+    scores = work(given, exchange.Options(method="ekfac", batch=5), costs, tmp_path)
+    slow = reference.ekfac(given, 0.1)
+    assert reference.agreement(scores.numpy(), slow)[1] > 0.999
+    np.testing.assert_allclose(scores, slow, rtol=0.05, atol=0.01 * float(np.abs(slow).max()))
+    assert work(given, exchange.Options(method="log", rank=8), costs, tmp_path) is None
+    assert set(costs.seconds) == {"fit", "score", "log"} and costs.facts["bytes_per_sample"] > 0
