@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from loghook.capture.layers import Layer, Slots
-from loghook.capture.tap import alias, by_document, output_gradient
+from loghook.capture.tap import alias, by_document, moments, output_gradient
 from loghook.project.blocks import second_moment_blocks, square_size, take_blocks
-from loghook.project.outer import outer, outer_grouped, project_output, second_moment_grouped
+from loghook.project.outer import outer, outer_grouped, project_output
 from loghook.project.projection import Side
 
 CHUNK_BYTES = 64 * 2**20  # what the gradients of some samples of one layer may take at a time
@@ -53,25 +53,11 @@ class WholeTap(torch.autograd.Function):
             g_BSO = output_gradient(ctx, g, x).to(ctx.wide)
             x = x.to(ctx.wide)
             if ctx.kind == "covariance":
-                delivered = _moments(g_BSO, x, weight_BS)
+                delivered = moments(g_BSO, x, weight_BS, None, take_blocks, second_moment_blocks)
             else:
                 g_BSO, x = by_document(documents_DL, g_BSO, x)
                 delivered = _squares(g_BSO, x, *held) if ctx.kind == "eigenvalues" else _products(g_BSO, x, *held)
         return (g, None, None, None, None, None, None, delivered, *(None for _ in held))
-
-
-def _moments(g_BSO: Tensor, x: Tensor, weight_BS: Tensor | None) -> Tensor:
-    """[blocks of the sum of x x^T, blocks of the sum of g g^T, tokens], flat."""
-    groups = 1 if x.dim() == 3 else x.shape[2]
-    weight = None if weight_BS is None else weight_BS.reshape(-1).to(x.dtype)
-    if groups == 1:
-        out = second_moment_blocks(g_BSO.flatten(0, 1), weight)
-    else:
-        out = take_blocks(second_moment_grouped(g_BSO, groups, None, weight))
-        weight = None if weight is None else weight.repeat_interleave(groups)
-    x_Nk = x.flatten(0, -2)
-    tokens = x.new_full((1,), x_Nk.shape[0]) if weight is None else weight.sum().reshape(1)
-    return torch.cat([second_moment_blocks(x_Nk, weight), out, tokens])
 
 
 def _gradients(g_BSO: Tensor, x: Tensor, p_out: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
