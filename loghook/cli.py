@@ -57,8 +57,7 @@ def _command(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @_command
 def info(
-    run: Run,
-    as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable JSON instead.")] = False,
+    run: Run, as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable JSON instead.")] = False
 ) -> None:
     """Say what a run holds: rows, layers, coverage, projection, statistics, where it came from."""
     log = loghook.load(run)

@@ -13,11 +13,12 @@ from loghook.capture.batch import Given, Ids, Mask, check_ids, check_masks, unsc
 from loghook.capture.block import Block, Captured
 from loghook.capture.experts import ExpertProjection, watched
 from loghook.capture.hook import make_hook
-from loghook.capture.layers import Job, Layer
+from loghook.capture.layers import Layer
 from loghook.capture.models import mixing_modules, parameters_digest, refuse, unwrap
 from loghook.capture.segments import arrange
 from loghook.capture.select import Watch, select
 from loghook.capture.silence import nothing_delivered
+from loghook.capture.whole import Job
 from loghook.errors import ConfigError, DeliveryError, MismatchError, StateError, UnsupportedError
 from loghook.log.finite import not_finite
 from loghook.log.fitted import Sides
@@ -102,13 +103,7 @@ class Hooked:
 
     @contextmanager
     def _capture(
-        self,
-        size: int,
-        given: Given,
-        *,
-        keep: np.ndarray | None = None,
-        moments: bool = False,
-        job: Job | None = None,
+        self, size: int, given: Given, *, keep: np.ndarray | None = None, moments: bool = False, job: Job | None = None
     ) -> Iterator[list[Captured]]:
         """Open the layers for one batch; the list holds what was captured once the context ends without an error."""
         self._require_outside()

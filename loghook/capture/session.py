@@ -16,25 +16,18 @@ from loghook.log.writer import Writer
 
 
 class Session:
-    """A run's folder as this process writes it.
-
-    Attributes:
-        manifest: what the folder's says, or None before the first block of a new run.
-        writer: open from the first block on.
-        repeats: ids met, by this process and by the one that it takes up again.
-        resumed: whether there was a run to go on with.
-        sealed: whether the run is finished, by this process or by an earlier one.
-    """
+    """A run's folder as this process writes it."""
 
     def __init__(self, config: Config, *, resume: bool, overwrite: bool) -> None:
         """Claim the folder; on resume read what is committed."""
         self._config, self.path = config, config.path
-        self.resumed = resume and (config.path / MANIFEST).exists()
+        self.resumed = resume and (config.path / MANIFEST).exists()  # there was a run to go on with
         if process_rank() == 0:
             claim(config.path, resume=resume, overwrite=overwrite)
-        self.manifest: Manifest | None = None
-        self.writer: Writer | None = None
-        self.repeats, self.sealed = Repeats(), False
+        self.manifest: Manifest | None = None  # before the first block of a new run
+        self.writer: Writer | None = None  # open from the first block on
+        self.repeats = Repeats()  # ids met, by this process and by the one that it takes up again
+        self.sealed = False  # finished, by this process or by an earlier one
         if self.resumed:
             self.manifest = Manifest.load(self.path)
             self.sealed = self.manifest.sealed is not None

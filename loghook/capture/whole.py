@@ -108,14 +108,18 @@ def _products(g_BSO: Tensor, x: Tensor, left: Tensor, right: Tensor | None) -> T
     return scores
 
 
-class WholeJob:
-    """What the jobs have in common: nothing is projected, and one tap delivers.
+class Job:
+    """What a block computes of each layer instead of rows; unless a job says so, nothing is projected."""
 
-    Attributes:
-        kind: which of them it is, as ``WholeTap`` takes it.
-    """
+    kind: ClassVar[str]  # which of them it is, as ``WholeTap`` takes it
 
-    kind: ClassVar[str]
+    def shape(self, layer: Layer, size: int) -> tuple[int, ...]:
+        """Shape of what the layer delivers in a block of ``size`` rows."""
+        raise NotImplementedError
+
+    def finish(self, layer: Layer, delivered: Tensor, scale: float | Tensor) -> Tensor:
+        """Undo the loss's scale."""
+        raise NotImplementedError
 
     def sides(self, layer: Layer) -> tuple[Side, Side]:
         """The sides of a layer without any projection."""
@@ -133,7 +137,7 @@ class WholeJob:
         return WholeTap.apply(y, x, self.kind, weight, documents, *dims, slots.leaves.rows, *held)
 
 
-class Covariance(WholeJob):
+class Covariance(Job):
     """Second moments of every layer's inputs (with the bias column) and output gradients, by blocks where wide."""
 
     kind = "covariance"
@@ -149,7 +153,7 @@ class Covariance(WholeJob):
 
 
 @dataclass(frozen=True)
-class Eigenvalues(WholeJob):
+class Eigenvalues(Job):
     """EK-FAC's corrected eigenvalues: sums over samples of ``(Q_S^T G Q_A)^2`` (George et al. 2018)."""
 
     kind = "eigenvalues"
@@ -173,7 +177,7 @@ class Eigenvalues(WholeJob):
 
 
 @dataclass(frozen=True)
-class Products(WholeJob):
+class Products(Job):
     """Inner products of each sample's gradient with queries."""
 
     kind = "products"

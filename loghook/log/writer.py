@@ -54,15 +54,7 @@ class Batch:
 class Writer:
     """Appends to one rank's shards and commit log."""
 
-    def __init__(
-        self,
-        path: Path,
-        manifest: Manifest,
-        rank: int,
-        *,
-        shard_bytes: int,
-        commit_seconds: float,
-    ) -> None:
+    def __init__(self, path: Path, manifest: Manifest, rank: int, *, shard_bytes: int, commit_seconds: float) -> None:
         """Open the rank's files, cut off a torn tail, and start the thread."""
         self._path, self._run_id, self._rank, self._codec = path, manifest.run_id, rank, manifest.codec
         self._capacity = max(1, shard_bytes // self._codec.row_bytes)
