@@ -3,6 +3,10 @@
 Nothing is altered in place. New shards and new commit logs (of the next *generation*) are written beside the old ones
 and flushed; then one replaced manifest makes them count, and what it no longer names is deleted. A kill leaves the old
 log or the new one.
+
+All raise CorruptLogError for a damaged log, LogLockedError for one that is being written, LogExistsError where the new
+one's path is taken, StateError for a run that is not finished where it has to be (or the other way round), ConfigError
+for ids or a dtype that do not exist, and MismatchError for runs that do not go together.
 """
 
 import dataclasses
@@ -33,10 +37,6 @@ def repair(path: str | Path) -> Changed:
 
     Records whose rows do not match their checksum go, and everything after a damaged line of a commit log. Where
     anything went, the statistics are given up, since they cannot be had from the rows: kfac and ekfac then refuse.
-
-    Raises:
-        CorruptLogError: if the manifest itself is damaged.
-        LogLockedError: if the run is being written.
     """
     path = Path(path)
     manifest = Manifest.load(path)
@@ -79,10 +79,6 @@ def delete(path: str | Path, ids: Sequence[int | str], *, keep_statistics: bool 
         ids: data_ids whose rows go.
         keep_statistics: keep the statistics of kfac and ekfac, in which the withdrawn data still counts; otherwise
             they go as well, and these methods refuse.
-
-    Raises:
-        ConfigError: for an id that the log does not hold.
-        LogLockedError: if the run is being written.
     """
     path, gone = Path(path), set(ids)
     manifest = Manifest.load(path)
@@ -97,11 +93,7 @@ def delete(path: str | Path, ids: Sequence[int | str], *, keep_statistics: bool 
 
 
 def reopen(path: str | Path) -> None:
-    """Open a finished run for more rows: ``init(path, resume=True)`` then logs the ids that are not there yet.
-
-    Raises:
-        StateError: if it is not finished: it can be resumed as it is.
-    """
+    """Open a finished run for more rows: ``init(path, resume=True)`` then logs the ids that are not there yet."""
     path = Path(path)
     manifest = Manifest.load(path)
     if manifest.sealed is None:
@@ -117,12 +109,6 @@ def merge(out: str | Path, runs: Sequence[str | Path]) -> Changed:
     """Join finished runs, for instance of several machines, into a new one; each source writer becomes a rank.
 
     Ids that clash follow the runs' rule for repeats: under "first" a reader takes the first by (pass, step, rank).
-
-    Raises:
-        LogExistsError: if ``out`` exists.
-        MismatchError: if the runs were not made with the same layers, projection, dtype, ids and rule.
-        StateError: if one is not finished.
-        CorruptLogError: if one is damaged.
     """
     out, paths = Path(out), [Path(run) for run in runs]
     if len(paths) < 2:
@@ -144,13 +130,6 @@ def compress(source: str | Path, out: str | Path, dtype: str) -> Changed:
         source: the run's folder.
         out: folder of the new run.
         dtype: how its rows are stored, as in ``loghook.init``.
-
-    Raises:
-        ConfigError: for an unknown dtype.
-        LogExistsError: if ``out`` exists.
-        StateError: if the run is not finished.
-        CorruptLogError: if it is damaged.
-        NotFiniteError: for rows that the dtype cannot hold.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
