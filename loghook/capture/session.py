@@ -9,9 +9,8 @@ from loghook.capture.processes import process_rank, shared_run_id, world_size
 from loghook.capture.repeats import Repeats
 from loghook.errors import LogExistsError, NotFiniteError, StateError, WriteError
 from loghook.log.disk import writing
-from loghook.log.folder import check_same, claim, seal
+from loghook.log.folder import check_same, claim, ranks_on_disk, read_back, seal
 from loghook.log.format import MANIFEST, Manifest
-from loghook.log.recovery import ranks_on_disk, read_back
 from loghook.log.writer import Writer
 
 
@@ -40,12 +39,9 @@ class Session:
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             writer = Writer(
-                self.path,
-                self.manifest or fresh,
-                process_rank(),
-                shard_bytes=self._config.shard_bytes,
+                self.path, self.manifest or fresh, process_rank(), shard_bytes=self._config.shard_bytes,
                 commit_seconds=self._config.commit_seconds,
-            )
+            )  # fmt: skip
             try:
                 # Under the lock: whoever comes second must not put a manifest of its own in place of the first one's.
                 self.manifest = self._settle(fresh)

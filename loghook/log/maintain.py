@@ -4,9 +4,10 @@ Nothing is altered in place. New shards and new commit logs (of the next *genera
 and flushed; then one replaced manifest makes them count, and what it no longer names is deleted. A kill leaves the old
 log or the new one.
 
-All raise CorruptLogError for a damaged log, LogLockedError for one that is being written, LogExistsError where the new
-one's path is taken, StateError for a run that is not finished where it has to be (or the other way round), ConfigError
-for ids or a dtype that do not exist, and MismatchError for runs that do not go together.
+All raise CorruptLogError for a damaged log (``repair``: a damaged manifest), LogLockedError for one that is being
+written, LogExistsError where the new one's path is taken, StateError for a run that is not finished, ConfigError for
+ids or a dtype that do not exist, MismatchError for runs that do not go together, and NotFiniteError for rows that a
+dtype cannot hold.
 """
 
 import dataclasses
@@ -24,11 +25,10 @@ from loghook.errors import ConfigError, CorruptLogError, LogExistsError, Mismatc
 from loghook.log.codec import DTYPES
 from loghook.log.disk import lock, sync_folder, writing
 from loghook.log.fitted import load_sides, save_sides
-from loghook.log.folder import sum_up
+from loghook.log.folder import close_shard, sum_up
 from loghook.log.format import Layout, Manifest, checksum, commits_name, parse_object, shard_header, shard_name
 from loghook.log.moments import load_moments
 from loghook.log.records import Commits, all_commits, check_record, decode_records, encode_record, read_commits
-from loghook.log.recovery import close_shard
 from loghook.log.rewrite import Changed, Keep, clean, copy_log, entry, ids_of, read_rows, rewrite, shard_of
 
 

@@ -25,10 +25,10 @@ from loghook.errors import NotFiniteError, WriteError
 from loghook.log import rescue
 from loghook.log.disk import lock, sync_folder, write_all
 from loghook.log.finite import finite_rows, not_finite
+from loghook.log.folder import recover
 from loghook.log.format import SHARD_HEADER, Layout, Manifest, shard_header, shard_name, statistics_name
 from loghook.log.moments import load_moments, save_moments
 from loghook.log.records import encode_record
-from loghook.log.recovery import recover
 
 QUEUE = 8  # blocks under way between the loop and the disk
 GRACE = 30.0  # seconds that a process which was told to end waits for the commit
@@ -215,18 +215,12 @@ class Writer:
         os.fsync(self._shard)
         snapshot = self._path / statistics_name(self._rank, len(self.records))
         # One snapshot for each record: a resumed run starts from statistics that match its rows exactly.
-        self._append(
-            {
-                "shard": self._shard_index,
-                "start": self._shard_rows - len(self._ids),
-                "rows": len(self._ids),
-                "checksum": self._hash.hexdigest(),
-                "ids": self._ids,
-                "steps": self._steps,
-                "statistics": save_moments(snapshot, self.moments, self._run_id),
-            }
-            | self._counts()
-        )
+        record = {
+            "shard": self._shard_index, "start": self._shard_rows - len(self._ids), "rows": len(self._ids),
+            "checksum": self._hash.hexdigest(), "ids": self._ids, "steps": self._steps,
+            "statistics": save_moments(snapshot, self.moments, self._run_id),
+        }  # fmt: skip
+        self._append(record | self._counts())
         self._start_record()
         self._forget_statistics()
 
