@@ -151,16 +151,9 @@ class Log(Reader):
                 stacklevel=2,
             )
         return engine.influence(
-            self,
-            query,
-            method=method,
-            damping=damping,
-            damping_abs=damping_abs,
-            normalize=normalize,
-            layers=layers,
-            top=top,
-            per_layer=per_layer,
-        )
+            self, query, method=method, damping=damping, damping_abs=damping_abs, normalize=normalize, layers=layers,
+            top=top, per_layer=per_layer,
+        )  # fmt: skip
 
     def self_influence(
         self,

@@ -57,36 +57,22 @@ def _command(function: Callable[..., Any]) -> Callable[..., Any]:
 
 @_command
 def info(
-    run: Run,
-    as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable JSON instead.")] = False,
+    run: Run, as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable JSON instead.")] = False
 ) -> None:
     """Say what a run holds: rows, layers, coverage, projection, statistics, where it came from."""
     log = loghook.load(run)
     m = log.manifest
     facts = {
-        "path": str(log.path),
-        "rows": len(log),
-        "finished": m.sealed is not None,
+        "path": str(log.path), "rows": len(log), "finished": m.sealed is not None,
         "bytes": sum(file.stat().st_size for file in log.path.iterdir() if file.is_file()),
-        "values_a_row": log.layout.width,
-        "layers": log.layers,
-        "covered": m.coverage["covered"] / max(1, m.coverage["total"]),
-        "not_covered": m.coverage["not_covered"],
-        "projection": m.projection,
-        "rank": m.rank,
-        "seed": m.seed,
-        "dtype": m.dtype,
-        "writers": m.world_size,
-        "repeats_left_out": log.repeats,
-        "flagged": log.flagged,
-        "not_in_statistics": log.unmeasured,
-        "asleep": log.asleep,
-        "parameters": m.parameters,
-        "fidelity": m.fidelity,
+        "values_a_row": log.layout.width, "layers": log.layers,
+        "covered": m.coverage["covered"] / max(1, m.coverage["total"]), "not_covered": m.coverage["not_covered"],
+        "projection": m.projection, "rank": m.rank, "seed": m.seed, "dtype": m.dtype, "writers": m.world_size,
+        "repeats_left_out": log.repeats, "flagged": log.flagged, "not_in_statistics": log.unmeasured,
+        "asleep": log.asleep, "parameters": m.parameters, "fidelity": m.fidelity,
         "unfinished_records": log.torn,
-        "fingerprint": log.fingerprint,
-        "provenance": m.provenance,
-    }
+        "fingerprint": log.fingerprint, "provenance": m.provenance,
+    }  # fmt: skip
     if as_json:
         typer.echo(json.dumps(facts, indent=1))
         return

@@ -27,7 +27,8 @@ class Asker(Hooked):
                 flattened = tuple(escape(spec.name) for spec in specs if spec.flattened)
                 watch = Watch(include=names, exclude=(), may_sleep=sleepers, flattened=flattened, **arguments)
                 self._hook(model, watch)
-            self._order(manifest.layers)
+            place = {spec.name: i for i, spec in enumerate(manifest.layers)}
+            self._arrange(sorted(self._layers, key=lambda layer: place[layer.name]))
             for mine, theirs in zip(self._layers, manifest.layers, strict=True):
                 if mine.spec != theirs:
                     raise MismatchError(f"{origin} has {theirs}, not {mine.spec}: attach the model that was logged.")

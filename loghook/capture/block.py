@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from loghook.capture.hook import OPEN
-from loghook.capture.layers import Job, Layer, Leaves, Shared, Slots
+from loghook.capture.layers import Layer, Leaves, Shared, Slots
 from loghook.capture.segments import Documents
 from loghook.capture.silence import nothing_delivered, partly_delivered
+from loghook.capture.whole import Job
 from loghook.errors import BatchError, DeliveryError
 
 

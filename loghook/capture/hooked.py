@@ -1,7 +1,7 @@
 """``Hooked``: layers of a model under inert hooks, one open block at a time, and queries through them."""
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,15 +13,16 @@ from loghook.capture.batch import Given, Ids, Mask, check_ids, check_masks, unsc
 from loghook.capture.block import Block, Captured
 from loghook.capture.experts import ExpertProjection, watched
 from loghook.capture.hook import make_hook
-from loghook.capture.layers import Job, Layer
+from loghook.capture.layers import Layer
 from loghook.capture.models import mixing_modules, parameters_digest, refuse, unwrap
 from loghook.capture.segments import arrange
 from loghook.capture.select import Watch, select
 from loghook.capture.silence import nothing_delivered
+from loghook.capture.whole import Job
 from loghook.errors import ConfigError, DeliveryError, MismatchError, StateError, UnsupportedError
 from loghook.log.finite import not_finite
 from loghook.log.fitted import Sides
-from loghook.log.format import LayerSpec, Layout
+from loghook.log.format import Layout
 from loghook.log.query import Query
 from loghook.project.projection import FITTED
 
@@ -67,18 +68,15 @@ class Hooked:
             # prepend: taps run inside FSDP2's own post-forward hook, whatever the order of wrapping.
             handle = layer.module.register_forward_hook(make_hook(layer), prepend=True, with_kwargs=True)
             self._handles.append(handle)
-        self._layers += layers
-        self._names = tuple(layer.name for layer in self._layers)
-        self._layout = Layout(layer.spec for layer in self._layers)
+        self._arrange([*self._layers, *layers])
         return coverage
 
     def _watches(self, model: nn.Module) -> bool:
         return any(ref() is unwrap(model) for ref in self._models)
 
-    def _order(self, specs: Sequence[LayerSpec]) -> None:
-        """Put the layers in the order of a log."""
-        order = {spec.name: i for i, spec in enumerate(specs)}
-        self._layers.sort(key=lambda layer: order[layer.name])
+    def _arrange(self, layers: list[Layer]) -> None:
+        """Take layers in the order of their rows."""
+        self._layers = layers
         self._names = tuple(layer.name for layer in self._layers)
         self._layout = Layout(layer.spec for layer in self._layers)
 
@@ -105,13 +103,7 @@ class Hooked:
 
     @contextmanager
     def _capture(
-        self,
-        size: int,
-        given: Given,
-        *,
-        keep: np.ndarray | None = None,
-        moments: bool = False,
-        job: Job | None = None,
+        self, size: int, given: Given, *, keep: np.ndarray | None = None, moments: bool = False, job: Job | None = None
     ) -> Iterator[list[Captured]]:
         """Open the layers for one batch; the list holds what was captured once the context ends without an error."""
         self._require_outside()

@@ -2,7 +2,7 @@
 
 import itertools
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,9 @@ from loghook.capture.segments import Documents
 from loghook.errors import UnsupportedError
 from loghook.log.format import LayerSpec
 from loghook.project.projection import Side
+
+if TYPE_CHECKING:
+    from loghook.capture.whole import Job
 
 
 @dataclass(eq=False)
@@ -24,24 +27,6 @@ class Shared:
     projected: Tensor | None = None  # the result
     delivered: bool = False  # whether any row has been delivered yet
     restarted: bool = False  # whether a layer ran forward after that, outside the backward pass
-
-
-class Job(Protocol):
-    """What a block computes of each layer instead of rows; see ``loghook.capture.whole``."""
-
-    def sides(self, layer: "Layer") -> tuple[Side, Side]:
-        """The projections of inputs and output gradients."""
-
-    def shape(self, layer: "Layer", size: int) -> tuple[int, ...]:
-        """Shape of what the layer delivers in a block of ``size`` rows."""
-
-    def tap(
-        self, layer: "Layer", slots: "Slots", y: Tensor, x: Tensor, weight: Tensor | None, documents: Tensor | None
-    ) -> Tensor:
-        """Return the layer's output through a tap that delivers it; arguments as in ``Tap.forward``."""
-
-    def finish(self, layer: "Layer", delivered: Tensor, scale: float | Tensor) -> Tensor:
-        """Undo the loss's scale."""
 
 
 @dataclass(eq=False)

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from loghook.capture.batch import Given
 from loghook.capture.hooked import Hooked
-from loghook.capture.layers import Job
 from loghook.capture.repeats import Repeats
 from loghook.capture.sums import Sums
+from loghook.capture.whole import Job
 
 
 class Gathering:

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from loghook.errors import BatchError
-from loghook.log.recovery import Committed
+from loghook.log.folder import Committed
 
 
 class Repeats:

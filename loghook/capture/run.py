@@ -212,15 +212,9 @@ class Run(Blocks, Hooked):
         with self._capture(len(ids), given, keep=keep, moments=True) as captured:
             yield
         writer = self._ready(self._id_type)
-        batch = pack(
-            captured[0],
-            ids,
-            keep,
-            dtype=FLOATS.get(self._config.dtype, torch.float32),  # the writer makes low-bit rows of it
-            flag=given.scaler is not None,
-            pass_index=self._pass.index if self._pass else -1,
-            step=self._step,
-        )
+        dtype = FLOATS.get(self._config.dtype, torch.float32)  # the writer makes low-bit rows of it
+        index, flag = self._pass.index if self._pass else -1, given.scaler is not None
+        batch = pack(captured[0], ids, keep, dtype=dtype, flag=flag, pass_index=index, step=self._step)
         with self._session.heeding():
             # What an interrupted run has committed was counted there.
             writer.put(dataclasses.replace(batch, dropped=repeats if self._step >= self._fresh_step else 0))

@@ -138,21 +138,13 @@ def _draw(
             shared[group, width] = draw_side(projection, seed=seed, name=group, side="in", width=width, rank=rank)
         inputs = shared[group, width]
         outputs = draw_side(projection, seed=seed, name=name, side="out", width=shape.out_features, rank=rank)
+        activations = watch.activations if shape.channels else None  # indices have none
+        may_sleep = matches(name, watch.may_sleep) or isinstance(module, ExpertProjection)
         spec = LayerSpec(
-            name=name,
-            type=type(found).__name__,
-            in_features=shape.in_features,
-            out_features=shape.out_features,
-            groups=shape.groups,
-            channels=shape.channels,
-            bias=bias,
-            k_in=inputs.k,
-            k_out=outputs.k,
-            activations=watch.activations if shape.channels else None,  # indices have none
-            output_gradients=watch.output_gradients,
-            batch_dim=watch.batch_dim,
-            may_sleep=matches(name, watch.may_sleep) or isinstance(module, ExpertProjection),
-            flattened=matches(name, watch.flattened),
-        )
+            name=name, type=type(found).__name__, in_features=shape.in_features, out_features=shape.out_features,
+            groups=shape.groups, channels=shape.channels, bias=bias, k_in=inputs.k, k_out=outputs.k,
+            activations=activations, output_gradients=watch.output_gradients, batch_dim=watch.batch_dim,
+            may_sleep=may_sleep, flattened=matches(name, watch.flattened),
+        )  # fmt: skip
         layers.append(Layer(spec, module, found, inputs, outputs))
     return layers

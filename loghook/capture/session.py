@@ -9,32 +9,24 @@ from loghook.capture.processes import process_rank, shared_run_id, world_size
 from loghook.capture.repeats import Repeats
 from loghook.errors import LogExistsError, NotFiniteError, StateError, WriteError
 from loghook.log.disk import writing
-from loghook.log.folder import check_same, claim, seal
+from loghook.log.folder import check_same, claim, ranks_on_disk, read_back, seal
 from loghook.log.format import MANIFEST, Manifest
-from loghook.log.recovery import ranks_on_disk, read_back
 from loghook.log.writer import Writer
 
 
 class Session:
-    """A run's folder as this process writes it.
-
-    Attributes:
-        manifest: what the folder's says, or None before the first block of a new run.
-        writer: open from the first block on.
-        repeats: ids met, by this process and by the one that it takes up again.
-        resumed: whether there was a run to go on with.
-        sealed: whether the run is finished, by this process or by an earlier one.
-    """
+    """A run's folder as this process writes it."""
 
     def __init__(self, config: Config, *, resume: bool, overwrite: bool) -> None:
         """Claim the folder; on resume read what is committed."""
         self._config, self.path = config, config.path
-        self.resumed = resume and (config.path / MANIFEST).exists()
+        self.resumed = resume and (config.path / MANIFEST).exists()  # there was a run to go on with
         if process_rank() == 0:
             claim(config.path, resume=resume, overwrite=overwrite)
-        self.manifest: Manifest | None = None
-        self.writer: Writer | None = None
-        self.repeats, self.sealed = Repeats(), False
+        self.manifest: Manifest | None = None  # before the first block of a new run
+        self.writer: Writer | None = None  # open from the first block on
+        self.repeats = Repeats()  # ids met, by this process and by the one that it takes up again
+        self.sealed = False  # finished, by this process or by an earlier one
         if self.resumed:
             self.manifest = Manifest.load(self.path)
             self.sealed = self.manifest.sealed is not None
@@ -47,12 +39,9 @@ class Session:
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             writer = Writer(
-                self.path,
-                self.manifest or fresh,
-                process_rank(),
-                shard_bytes=self._config.shard_bytes,
+                self.path, self.manifest or fresh, process_rank(), shard_bytes=self._config.shard_bytes,
                 commit_seconds=self._config.commit_seconds,
-            )
+            )  # fmt: skip
             try:
                 # Under the lock: whoever comes second must not put a manifest of its own in place of the first one's.
                 self.manifest = self._settle(fresh)

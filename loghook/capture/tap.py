@@ -8,6 +8,7 @@ Shape suffixes as in ``loghook.project.outer``.
 """
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,37 +32,20 @@ class Tap(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        y: Tensor,
-        x: Tensor,
-        weight_BS: Tensor | None,
-        p_out_kO: Tensor | None,
-        activations: Tensor | None,
-        documents_DL: Tensor | None,
-        channel_dim: int,
-        batch_dim: int,
-        row_slot: Tensor,
-        moment_slot: Tensor | None,
-        activation_slot: Tensor | None,
-        output_slot: Tensor | None,
+        y: Tensor,  # the layer's output
+        x: Tensor,  # projected inputs (B, S, k_in) or, in groups, (B, S, G, k_in)
+        weight_BS: Tensor | None,  # how much each token counts in the moments, or None: each once. Rows never use it
+        p_out_kO: Tensor | None,  # the output side's projection
+        activations: Tensor | None,  # what to deliver to `activation_slot`
+        documents_DL: Tensor | None,  # which tokens make a row (see `gather_tokens`); leaves then have D entries, not B
+        channel_dim: int,  # axis of features in `y`
+        batch_dim: int,  # axis of samples in `y`
+        row_slot: Tensor,  # leaf (B, k_out, k_in) whose gradient is the row
+        moment_slot: Tensor | None,  # leaf whose gradient is what `moments` returns
+        activation_slot: Tensor | None,  # leaf (B, channels + 1): the last value counts tokens
+        output_slot: Tensor | None,  # leaf (B, O + 1): output gradients summed over tokens, the last value as above
     ) -> Tensor:
-        """Return ``y`` unchanged and remember what the row needs.
-
-        Args:
-            ctx: autograd's context.
-            y: the layer's output.
-            x: projected inputs (B, S, k_in) or, in groups, (B, S, G, k_in).
-            weight_BS: how much each token counts in the moments; None counts each once. Rows never use it.
-            p_out_kO: the output side's projection, or None.
-            activations: what to deliver to ``activation_slot``, or None.
-            documents_DL: which tokens make a row (see ``gather_tokens``), or None: those of a sample. With it, the
-                leaves have D entries instead of B.
-            channel_dim: axis of features in ``y``.
-            batch_dim: axis of samples in ``y``.
-            row_slot: leaf (B, k_out, k_in) whose gradient is the row.
-            moment_slot: leaf whose gradient is [sum of x x^T, sum of g g^T, tokens], flat; or None.
-            activation_slot: leaf (B, channels + 1): the last value counts tokens; or None.
-            output_slot: leaf (B, O + 1) for the output gradients summed over tokens, the last value as above; or None.
-        """
+        """Return ``y`` unchanged and remember what the row needs."""
         ctx.save_for_backward(x, weight_BS, p_out_kO, activations, documents_DL)
         ctx.channel_dim, ctx.batch_dim, ctx.wide = channel_dim, batch_dim, row_slot.dtype
         return alias(y)
@@ -77,31 +61,42 @@ class Tap(torch.autograd.Function):
         with wide_context(g.device.type):
             g_BSO = output_gradient(ctx, g, x)
             x = x.to(wide)
-            moments = outputs = None
-            groups = 1 if x.dim() == 3 else x.shape[2]
-            if groups == 1:
-                g_BSk = project_output(g_BSO, p_out_kO).to(wide)
+            summed = outputs = None
+            if x.dim() == 3:
+                g_moments = g_BSk = project_output(g_BSO, p_out_kO).to(wide)
                 rows = outer(*by_document(documents_DL, g_BSk, x))
             else:
-                g_BSO = g_BSO.to(wide)
+                g_moments = g_BSO = g_BSO.to(wide)
                 g_DLO, x_DLGk = by_document(documents_DL, g_BSO, x)
                 rows = outer_grouped(g_DLO, x_DLGk, p_out_kO)
             if need_moments:
-                weight = None if weight_BS is None else weight_BS.reshape(-1).to(wide)
-                if groups == 1:
-                    moment_out = second_moment(g_BSk.flatten(0, 1), weight)
-                else:
-                    moment_out = second_moment_grouped(g_BSO, groups, p_out_kO, weight)
-                    weight = None if weight is None else weight.repeat_interleave(groups)
-                x_Nk = x.flatten(0, -2)
-                tokens = x.new_full((1,), x_Nk.shape[0]) if weight is None else weight.sum().reshape(1)
-                moments = torch.cat([second_moment(x_Nk, weight).flatten(), moment_out.flatten(), tokens])
+                summed = moments(g_moments, x, weight_BS, p_out_kO)
             if need_outputs:
                 outputs = sum_tokens(g_BSO.to(wide), weight_BS, documents_DL)
         return (
             g, None, None, None, None, None, None, None,
-            rows, moments, activations if need_activations else None, outputs,
+            rows, summed, activations if need_activations else None, outputs,
         )  # fmt: skip
+
+
+def moments(
+    g_BSk: Tensor,
+    x: Tensor,
+    weight_BS: Tensor | None,
+    p_out_kO: Tensor | None = None,
+    entries: Callable[[Tensor], Tensor] = torch.flatten,
+    second: Callable[[Tensor, Tensor | None], Tensor] = lambda t_Nk, weight: second_moment(t_Nk, weight).flatten(),
+) -> Tensor:
+    """Return [sum of x x^T, sum of g g^T, tokens], flat; in groups, outputs (B, S, O) are projected here."""
+    weight = None if weight_BS is None else weight_BS.reshape(-1).to(x.dtype)
+    if x.dim() == 3:
+        out = second(g_BSk.flatten(0, 1), weight)
+    else:
+        out = entries(second_moment_grouped(g_BSk, x.shape[2], p_out_kO, weight))
+        weight = None if weight is None else weight.repeat_interleave(x.shape[2])
+    x_Nk = x.flatten(0, -2)
+    tokens = x.new_full((1,), x_Nk.shape[0]) if weight is None else weight.sum().reshape(1)
+    return torch.cat([second(x_Nk, weight), out, tokens])
 
 
 def alias(y: Tensor) -> Tensor:

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from loghook.capture.layers import Layer, Slots
-from loghook.capture.tap import alias, by_document, output_gradient
+from loghook.capture.tap import alias, by_document, moments, output_gradient
 from loghook.project.blocks import second_moment_blocks, square_size, take_blocks
-from loghook.project.outer import outer, outer_grouped, project_output, second_moment_grouped
+from loghook.project.outer import outer, outer_grouped, project_output
 from loghook.project.projection import Side
 
 CHUNK_BYTES = 64 * 2**20  # what the gradients of some samples of one layer may take at a time
@@ -53,25 +53,11 @@ class WholeTap(torch.autograd.Function):
             g_BSO = output_gradient(ctx, g, x).to(ctx.wide)
             x = x.to(ctx.wide)
             if ctx.kind == "covariance":
-                delivered = _moments(g_BSO, x, weight_BS)
+                delivered = moments(g_BSO, x, weight_BS, None, take_blocks, second_moment_blocks)
             else:
                 g_BSO, x = by_document(documents_DL, g_BSO, x)
                 delivered = _squares(g_BSO, x, *held) if ctx.kind == "eigenvalues" else _products(g_BSO, x, *held)
         return (g, None, None, None, None, None, None, delivered, *(None for _ in held))
-
-
-def _moments(g_BSO: Tensor, x: Tensor, weight_BS: Tensor | None) -> Tensor:
-    """[blocks of the sum of x x^T, blocks of the sum of g g^T, tokens], flat."""
-    groups = 1 if x.dim() == 3 else x.shape[2]
-    weight = None if weight_BS is None else weight_BS.reshape(-1).to(x.dtype)
-    if groups == 1:
-        out = second_moment_blocks(g_BSO.flatten(0, 1), weight)
-    else:
-        out = take_blocks(second_moment_grouped(g_BSO, groups, None, weight))
-        weight = None if weight is None else weight.repeat_interleave(groups)
-    x_Nk = x.flatten(0, -2)
-    tokens = x.new_full((1,), x_Nk.shape[0]) if weight is None else weight.sum().reshape(1)
-    return torch.cat([second_moment_blocks(x_Nk, weight), out, tokens])
 
 
 def _gradients(g_BSO: Tensor, x: Tensor, p_out: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
@@ -122,14 +108,18 @@ def _products(g_BSO: Tensor, x: Tensor, left: Tensor, right: Tensor | None) -> T
     return scores
 
 
-class WholeJob:
-    """What the jobs have in common: nothing is projected, and one tap delivers.
+class Job:
+    """What a block computes of each layer instead of rows; unless a job says so, nothing is projected."""
 
-    Attributes:
-        kind: which of them it is, as ``WholeTap`` takes it.
-    """
+    kind: ClassVar[str]  # which of them it is, as ``WholeTap`` takes it
 
-    kind: ClassVar[str]
+    def shape(self, layer: Layer, size: int) -> tuple[int, ...]:
+        """Shape of what the layer delivers in a block of ``size`` rows."""
+        raise NotImplementedError
+
+    def finish(self, layer: Layer, delivered: Tensor, scale: float | Tensor) -> Tensor:
+        """Undo the loss's scale."""
+        raise NotImplementedError
 
     def sides(self, layer: Layer) -> tuple[Side, Side]:
         """The sides of a layer without any projection."""
@@ -147,7 +137,7 @@ class WholeJob:
         return WholeTap.apply(y, x, self.kind, weight, documents, *dims, slots.leaves.rows, *held)
 
 
-class Covariance(WholeJob):
+class Covariance(Job):
     """Second moments of every layer's inputs (with the bias column) and output gradients, by blocks where wide."""
 
     kind = "covariance"
@@ -163,7 +153,7 @@ class Covariance(WholeJob):
 
 
 @dataclass(frozen=True)
-class Eigenvalues(WholeJob):
+class Eigenvalues(Job):
     """EK-FAC's corrected eigenvalues: sums over samples of ``(Q_S^T G Q_A)^2`` (George et al. 2018)."""
 
     kind = "eigenvalues"
@@ -187,7 +177,7 @@ class Eigenvalues(WholeJob):
 
 
 @dataclass(frozen=True)
-class Products(WholeJob):
+class Products(Job):
     """Inner products of each sample's gradient with queries."""
 
     kind = "products"

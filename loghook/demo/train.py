@@ -16,21 +16,12 @@ def small_llama(config: DemoConfig) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(config.seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=config.vocabulary,
-            hidden_size=config.hidden,
-            intermediate_size=config.intermediate,
-            num_hidden_layers=config.layers,
-            num_attention_heads=config.heads,
-            num_key_value_heads=config.heads,
-            max_position_embeddings=512,
-            tie_word_embeddings=True,
-            pad_token_id=0,
-            bos_token_id=1,
-            eos_token_id=None,
-        )
-    )
+    sizes = LlamaConfig(
+        vocab_size=config.vocabulary, hidden_size=config.hidden, intermediate_size=config.intermediate,
+        num_hidden_layers=config.layers, num_attention_heads=config.heads, num_key_value_heads=config.heads,
+        max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=None,
+    )  # fmt: skip
+    return LlamaForCausalLM(sizes)
 
 
 def collate(sequences: Sequences, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:

@@ -20,17 +20,11 @@ Relevant = NDArray[np.bool_] | Sequence[Collection[int]]
 
 @dataclass(frozen=True)
 class LossDifference:
-    """Query loss difference. Each is a mean over queries with its interval.
+    """Query loss difference. Each is a mean over queries with its interval."""
 
-    Attributes:
-        top: rise of a query's loss without its strongest samples, over training on everything.
-        random: the same without as many random samples, mean over the random removals.
-        lead: the first minus the second, query by query.
-    """
-
-    top: Estimate
-    random: Estimate
-    lead: Estimate
+    top: Estimate  # rise of a query's loss without its strongest samples, over training on everything
+    random: Estimate  # the same without as many random samples, mean over the random removals
+    lead: Estimate  # the first minus the second, query by query
 
 
 def without_top(scores: ArrayLike, k: int) -> NDArray[np.bool_]:
@@ -195,7 +189,7 @@ def _relevant(relevant: Relevant, shape: tuple[int, ...]) -> NDArray[np.bool_]:
 def _suspects(scores: ArrayLike, flipped: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
     scores_N, flipped_N = _floats("scores", scores, 1), np.asarray(flipped)
     if scores_N.shape != flipped_N.shape or flipped_N.dtype != bool:
-        raise ConfigError(f"scores {scores_N.shape}, flipped {flipped_N.shape} {flipped_N.dtype} must be (N,), bool.")
+        raise ConfigError(f"{scores_N.shape}, {flipped_N.shape} {flipped_N.dtype}: pass a number and a bool a sample.")
     if flipped_N.all() or not flipped_N.any():
         raise ConfigError(f"{flipped_N.sum()} of {len(flipped_N)} samples are flipped: there must be both kinds.")
     return scores_N, flipped_N

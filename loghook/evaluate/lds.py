@@ -15,19 +15,12 @@ from loghook.errors import ConfigError
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over queries.
+    """A mean over queries."""
 
-    Attributes:
-        mean: mean over queries of ``per_query``.
-        low: lower end of its bootstrap interval over queries.
-        high: upper end.
-        per_query: (Q,) float64.
-    """
-
-    mean: float
-    low: float
-    high: float
-    per_query: NDArray[np.float64]
+    mean: float  # mean over queries of ``per_query``
+    low: float  # lower end of its bootstrap interval over queries
+    high: float  # upper end
+    per_query: NDArray[np.float64]  # (Q,) float64
 
 
 class Lds(Estimate):

@@ -21,32 +21,20 @@ DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 @dataclass(frozen=True)
 class Setting:
-    """One method and damping.
+    """One method and damping."""
 
-    Attributes:
-        method: of ``Log.influence``.
-        damping: relative to each layer's mean eigenvalue.
-        criterion: what the choice is made by, more is better; see ``Sweep.criterion``.
-        held_out: the LDS on the queries that the choice did not see, or None without ground truth.
-    """
-
-    method: str
-    damping: float
-    criterion: float
-    held_out: Lds | None
+    method: str  # of ``Log.influence``
+    damping: float  # relative to each layer's mean eigenvalue
+    criterion: float  # what the choice is made by, more is better; see ``Sweep.criterion``
+    held_out: Lds | None  # the LDS on the queries that the choice did not see, or None without ground truth
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What ``sweep`` found; print it.
+    """What ``sweep`` found; print it."""
 
-    Attributes:
-        settings: every method and damping, as tried.
-        criterion: what ``Setting.criterion`` measures.
-    """
-
-    settings: tuple[Setting, ...]
-    criterion: str
+    settings: tuple[Setting, ...]  # every method and damping, as tried
+    criterion: str  # what ``Setting.criterion`` measures
 
     @property
     def best(self) -> Setting:

@@ -7,7 +7,7 @@ import torch
 
 from loghook.capture.config import Config
 from loghook.capture.plan import Plan, parse_size
-from loghook.capture.select import Watch, patterns, select
+from loghook.capture.select import Watch, select
 from loghook.errors import ConfigError
 
 
@@ -33,10 +33,7 @@ def plan_config(
     Raises:
         ConfigError: without transformers, or for a configuration that it cannot use.
     """
-    config = Config(
-        path=Path(), rank=rank, projection=projection, whitening=0.01, fitted=None, seed=0, dtype=dtype,
-        on_repeat=None, shard_bytes=1, commit_seconds=1,
-    )  # fmt: skip
+    config = Config(path=Path(), rank=rank, projection=projection, dtype=dtype)
     try:
         import transformers
     except ImportError as error:
@@ -50,10 +47,7 @@ def plan_config(
         raise ConfigError(
             f"{str(model)!r} is no configuration of a model that transformers can build: {error}"
         ) from error
-    watch = Watch(
-        include=patterns(include), exclude=patterns(exclude), may_sleep=(), flattened=(), bias=True, batch_dim=0,
-        activations=None, output_gradients=None,
-    )  # fmt: skip
+    watch = Watch(include, exclude)
     with torch.device("meta"):  # place-holders serve: a random projection has the shape of a fitted one
         shape = "none" if projection == "none" else "pca"
         layers, coverage = select(made, watch, projection=shape, rank=rank, seed=0)

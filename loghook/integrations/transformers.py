@@ -20,12 +20,7 @@ Count = Callable[[Mapping[str, Any], Any], Any]
 
 @contextmanager
 def log_training(
-    trainer: Any,
-    run: Run,
-    *,
-    id_column: str = "id",
-    mask: str | None = "attention_mask",
-    scale: Count | None = None,
+    trainer: Any, run: Run, *, id_column: str = "id", mask: str | None = "attention_mask", scale: Count | None = None
 ) -> Iterator[None]:
     """Log every sample that ``trainer.train()`` trains on inside this context, one block for each micro-batch.
 
@@ -159,13 +154,12 @@ def _find_count(trainer: Any, inputs: Mapping[str, Any], items: Any) -> Count:
     trainer.model.eval()
     try:
         with torch.no_grad(), torch.random.fork_rng(devices):
-            if items is not None:
+            known = items is None
+            if not known:
                 whole, half = loss(torch.zeros_like(labels), items), loss(torch.zeros_like(labels), 2 * items)
                 if math.isclose(whole, 2 * half, rel_tol=1e-3):
                     return lambda _, items: items
                 known = math.isclose(whole, half, rel_tol=1e-3)
-            else:
-                known = True
             if known and math.isnan(loss(none, items)):
                 shift = int(labels.dim() > 1 and math.isnan(loss(first, items)))
                 return lambda inputs, _: (inputs["labels"][..., shift:] != IGNORED).sum()

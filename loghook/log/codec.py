@@ -39,24 +39,14 @@ class Alike:
 
 
 class Codec:
-    """From rows (n, width) to what a shard holds, (n, columns) of ``stored``, and back.
-
-    Attributes:
-        name: a name of ``DTYPES``.
-        bits: of a low-bit value, or None.
-        dtype: of rows once decoded: the dtype itself, or float32 for low bits.
-        stored: dtype of a shard's tensor: the dtype itself, or uint8 for low bits.
-        width: values of a row.
-        columns: columns of a shard's tensor.
-        row_bytes: bytes of a stored row.
-    """
+    """From rows (n, width) to what a shard holds, (n, columns) of ``stored``, and back."""
 
     def __init__(self, name: str, widths: Sequence[int], rest: int) -> None:
         """Lay out rows with gradients of these widths, one a layer, and ``rest`` other values, never quantised."""
         self.name, self.bits = name, BITS.get(name)
-        self.width = sum(widths) + rest
-        self.dtype = FLOATS.get(name, torch.float32)
-        self.stored = torch.uint8 if self.bits else self.dtype
+        self.width = sum(widths) + rest  # values of a row
+        self.dtype = FLOATS.get(name, torch.float32)  # of rows once decoded
+        self.stored = torch.uint8 if self.bits else self.dtype  # of a shard's tensor
         sizes = [-(-w * (self.bits or 0) // 8) for w in widths]
         # Scales and values that are no gradients first: they are aligned then, and so is every row.
         self._scales = slice(0, FLOAT_BYTES * len(widths))
@@ -65,7 +55,7 @@ class Codec:
         self._value_ends = np.cumsum([0, *widths])
         self._code_ends = self._rest.stop + np.cumsum([0, *sizes])
         self.columns = -(-int(self._code_ends[-1]) // FLOAT_BYTES) * FLOAT_BYTES if self.bits else self.width
-        self.row_bytes = self.columns * self.stored.itemsize
+        self.row_bytes = self.columns * self.stored.itemsize  # of a stored row
 
     def encode(self, rows: Tensor) -> Tensor:
         """Store rows (n, width), finite and on the CPU: each by itself, so that batches do not matter."""

@@ -15,12 +15,17 @@ from loghook.errors import LoghookError, LogLockedError, WriteError
 def write_atomically(file: Path, data: bytes) -> None:
     """Write a small file so that a reader sees the old one or the new one, also after a power cut."""
     temporary = file.with_name(file.name + ".tmp")
-    with open(temporary, "wb") as handle:
+    write_flushed(temporary, data)
+    os.replace(temporary, file)
+    sync_folder(file.parent)
+
+
+def write_flushed(file: Path, data: bytes) -> None:
+    """Write a small file to the disk."""
+    with open(file, "wb") as handle:
         handle.write(data)
         handle.flush()
         os.fsync(handle.fileno())
-    os.replace(temporary, file)
-    sync_folder(file.parent)
 
 
 def sync_folder(folder: Path) -> None:
@@ -62,7 +67,7 @@ def lock(file: Path) -> Any:
         handle.seek(0)
         owner = handle.read().strip() or "an unknown process"
         handle.close()
-        raise LogLockedError(f"{file.parent} is being written by {owner}: wait, or write to another path.") from error
+        raise LogLockedError(f"{file.parent} is written by {owner}: wait until it ends, or take another.") from error
     handle.truncate(0)
     handle.write(json.dumps({"process": os.getpid(), "host": socket.gethostname()}))
     handle.flush()

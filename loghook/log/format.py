@@ -85,14 +85,6 @@ class Layout:
     A row is all layers' gradients, one after the other, then activations, then output gradients, so that scoring
     reads one contiguous range. The statistics are, for each layer, the sum of ``x x^T`` (k_in, k_in), the sum of
     ``g g^T`` (k_out, k_out) and the number of tokens summed over.
-
-    Attributes:
-        layers: the layers in order.
-        kinds: {"gradients" | "activations" | "output_gradients": {layer name: slice of a row}}.
-        gradient_width: values of a row that are gradients: the first ones.
-        width: values of a row.
-        moments: {layer name: (slice of the input moment, slice of the output moment, index of the count)}.
-        moments_width: length of the vector of statistics.
     """
 
     def __init__(self, layers: Iterable[LayerSpec]) -> None:
@@ -103,15 +95,16 @@ class Layout:
             "output_gradients": {s.name: s.out_features for s in self.layers if s.output_gradients},
         }
         end = 0
-        self.kinds: dict[str, dict[str, slice]] = {}
+        self.kinds: dict[str, dict[str, slice]] = {}  # of a row: {kind: {layer name: columns}}
         for kind, sizes in widths.items():
             self.kinds[kind] = {}
             for name, width in sizes.items():
                 self.kinds[kind][name] = slice(end, end + width)
                 end += width
-        self.width = end
-        self.gradient_width = sum(widths["gradients"].values())
+        self.width = end  # values of a row
+        self.gradient_width = sum(widths["gradients"].values())  # those that are gradients: the first ones
         end = 0
+        # Of the statistics: {layer name: (the input moment, the output moment, index of the count)}.
         self.moments: dict[str, tuple[slice, slice, int]] = {}
         for spec in self.layers:
             middle, last = end + spec.k_in**2, end + spec.k_in**2 + spec.k_out**2

@@ -3,6 +3,11 @@
 Nothing is altered in place. New shards and new commit logs (of the next *generation*) are written beside the old ones
 and flushed; then one replaced manifest makes them count, and what it no longer names is deleted. A kill leaves the old
 log or the new one.
+
+All raise CorruptLogError for a damaged log (``repair``: a damaged manifest), LogLockedError for one that is being
+written, LogExistsError where the new one's path is taken, StateError for a run that is not finished, ConfigError for
+ids or a dtype that do not exist, MismatchError for runs that do not go together, and NotFiniteError for rows that a
+dtype cannot hold.
 """
 
 import dataclasses
@@ -20,11 +25,10 @@ from loghook.errors import ConfigError, CorruptLogError, LogExistsError, Mismatc
 from loghook.log.codec import DTYPES
 from loghook.log.disk import lock, sync_folder, writing
 from loghook.log.fitted import load_sides, save_sides
-from loghook.log.folder import sum_up
+from loghook.log.folder import close_shard, sum_up
 from loghook.log.format import Layout, Manifest, checksum, commits_name, parse_object, shard_header, shard_name
 from loghook.log.moments import load_moments
 from loghook.log.records import Commits, all_commits, check_record, decode_records, encode_record, read_commits
-from loghook.log.recovery import close_shard
 from loghook.log.rewrite import Changed, Keep, clean, copy_log, entry, ids_of, read_rows, rewrite, shard_of
 
 
@@ -33,10 +37,6 @@ def repair(path: str | Path) -> Changed:
 
     Records whose rows do not match their checksum go, and everything after a damaged line of a commit log. Where
     anything went, the statistics are given up, since they cannot be had from the rows: kfac and ekfac then refuse.
-
-    Raises:
-        CorruptLogError: if the manifest itself is damaged.
-        LogLockedError: if the run is being written.
     """
     path = Path(path)
     manifest = Manifest.load(path)
@@ -79,10 +79,6 @@ def delete(path: str | Path, ids: Sequence[int | str], *, keep_statistics: bool 
         ids: data_ids whose rows go.
         keep_statistics: keep the statistics of kfac and ekfac, in which the withdrawn data still counts; otherwise
             they go as well, and these methods refuse.
-
-    Raises:
-        ConfigError: for an id that the log does not hold.
-        LogLockedError: if the run is being written.
     """
     path, gone = Path(path), set(ids)
     manifest = Manifest.load(path)
@@ -97,11 +93,7 @@ def delete(path: str | Path, ids: Sequence[int | str], *, keep_statistics: bool 
 
 
 def reopen(path: str | Path) -> None:
-    """Open a finished run for more rows: ``init(path, resume=True)`` then logs the ids that are not there yet.
-
-    Raises:
-        StateError: if it is not finished: it can be resumed as it is.
-    """
+    """Open a finished run for more rows: ``init(path, resume=True)`` then logs the ids that are not there yet."""
     path = Path(path)
     manifest = Manifest.load(path)
     if manifest.sealed is None:
@@ -117,12 +109,6 @@ def merge(out: str | Path, runs: Sequence[str | Path]) -> Changed:
     """Join finished runs, for instance of several machines, into a new one; each source writer becomes a rank.
 
     Ids that clash follow the runs' rule for repeats: under "first" a reader takes the first by (pass, step, rank).
-
-    Raises:
-        LogExistsError: if ``out`` exists.
-        MismatchError: if the runs were not made with the same layers, projection, dtype, ids and rule.
-        StateError: if one is not finished.
-        CorruptLogError: if one is damaged.
     """
     out, paths = Path(out), [Path(run) for run in runs]
     if len(paths) < 2:
@@ -144,13 +130,6 @@ def compress(source: str | Path, out: str | Path, dtype: str) -> Changed:
         source: the run's folder.
         out: folder of the new run.
         dtype: how its rows are stored, as in ``loghook.init``.
-
-    Raises:
-        ConfigError: for an unknown dtype.
-        LogExistsError: if ``out`` exists.
-        StateError: if the run is not finished.
-        CorruptLogError: if it is damaged.
-        NotFiniteError: for rows that the dtype cannot hold.
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")

@@ -1,23 +1,19 @@
 """Snapshots of the streamed statistics: one small safetensors file for each commit."""
 
-import os
 from pathlib import Path
 
 import numpy as np
 import safetensors.numpy
 
 from loghook.errors import CorruptLogError
-from loghook.log.disk import sync_folder
+from loghook.log.disk import sync_folder, write_flushed
 from loghook.log.format import checksum
 
 
 def save_moments(file: Path, moments: np.ndarray, run_id: str) -> dict[str, str]:
     """Write and flush a snapshot; returns what its record says of it: {"file", "checksum"}."""
     data = safetensors.numpy.save({"moments": moments}, {"run_id": run_id})
-    with open(file, "wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
+    write_flushed(file, data)
     sync_folder(file.parent)
     return {"file": file.name, "checksum": checksum(data)}
 

@@ -9,24 +9,15 @@ import os
 import signal
 import threading
 from types import FrameType
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any
 
-
-class Commits(Protocol):
-    """A writer, as far as this module knows it."""
-
-    def commit_now(self) -> None:
-        """Commit what was handed over and wait for it."""
-
-    def close(self) -> None:
-        """Commit, and let others write."""
-
-
-_writers: list[Commits] = []  # a list: it is changed by single operations, which a signal does not split
+if TYPE_CHECKING:
+    from loghook.log.writer import Writer
+_writers: "list[Writer]" = []  # a list: it is changed by single operations, which a signal does not split
 _previous: Any = None  # the handler that was there before ours
 
 
-def guard(writer: Commits) -> None:
+def guard(writer: "Writer") -> None:
     """Commit this writer's rows if the process is told to end before ``release``."""
     global _previous
     _writers.append(writer)
@@ -39,7 +30,7 @@ def guard(writer: Commits) -> None:
         signal.signal(signal.SIGTERM, _terminate)
 
 
-def release(writer: Commits) -> None:
+def release(writer: "Writer") -> None:
     """Forget a writer, and with the last one take the handler away."""
     if writer in _writers:
         _writers.remove(writer)

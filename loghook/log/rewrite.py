@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from loghook.log.codec import Codec
-from loghook.log.disk import sync_folder
+from loghook.log.disk import sync_folder, write_flushed
 from loghook.log.finite import finite_rows, not_finite
 from loghook.log.folder import sum_up
 from loghook.log.format import (
@@ -36,19 +36,12 @@ Keep = Callable[[dict[str, Any], bytes], np.ndarray]
 
 @dataclass(frozen=True)
 class Changed:
-    """What maintenance did.
+    """What maintenance did."""
 
-    Attributes:
-        rows: rows that the log holds now.
-        dropped: rows that were left out.
-        ids: their data_ids, as far as they are known, once each: after ``repair`` the ones to log again.
-        notes: what was found, a line each.
-    """
-
-    rows: int
-    dropped: int
-    ids: list[int | str]
-    notes: list[str]
+    rows: int  # rows that the log holds now
+    dropped: int  # rows that were left out
+    ids: list[int | str]  # their data_ids, as far as they are known, once each: after ``repair`` the ones to log again
+    notes: list[str]  # what was found, a line each
 
 
 def ids_of(logs: Sequence[Commits]) -> list[int | str]:
@@ -139,17 +132,11 @@ def copy_log(
     for handle, count in handles.values():
         handle.seek(0)
         handle.write(shard_header(count, codec, new.run_id))
-        _flush(handle)
-    with open(out / commits_name(rank, new.generation), "wb") as handle:
-        handle.write(lines)
-        _flush(handle)
+        handle.flush()
+        os.fsync(handle.fileno())
+        handle.close()
+    write_flushed(out / commits_name(rank, new.generation), lines)
     return dropped
-
-
-def _flush(handle: Any) -> None:
-    handle.flush()
-    os.fsync(handle.fileno())
-    handle.close()
 
 
 def _kept_steps(steps: list[list[int]], mask: np.ndarray) -> list[list[int]]:

@@ -25,10 +25,10 @@ from loghook.errors import NotFiniteError, WriteError
 from loghook.log import rescue
 from loghook.log.disk import lock, sync_folder, write_all
 from loghook.log.finite import finite_rows, not_finite
+from loghook.log.folder import recover
 from loghook.log.format import SHARD_HEADER, Layout, Manifest, shard_header, shard_name, statistics_name
 from loghook.log.moments import load_moments, save_moments
 from loghook.log.records import encode_record
-from loghook.log.recovery import recover
 
 QUEUE = 8  # blocks under way between the loop and the disk
 GRACE = 30.0  # seconds that a process which was told to end waits for the commit
@@ -54,15 +54,7 @@ class Batch:
 class Writer:
     """Appends to one rank's shards and commit log."""
 
-    def __init__(
-        self,
-        path: Path,
-        manifest: Manifest,
-        rank: int,
-        *,
-        shard_bytes: int,
-        commit_seconds: float,
-    ) -> None:
+    def __init__(self, path: Path, manifest: Manifest, rank: int, *, shard_bytes: int, commit_seconds: float) -> None:
         """Open the rank's files, cut off a torn tail, and start the thread."""
         self._path, self._run_id, self._rank, self._codec = path, manifest.run_id, rank, manifest.codec
         self._capacity = max(1, shard_bytes // self._codec.row_bytes)
@@ -223,18 +215,12 @@ class Writer:
         os.fsync(self._shard)
         snapshot = self._path / statistics_name(self._rank, len(self.records))
         # One snapshot for each record: a resumed run starts from statistics that match its rows exactly.
-        self._append(
-            {
-                "shard": self._shard_index,
-                "start": self._shard_rows - len(self._ids),
-                "rows": len(self._ids),
-                "checksum": self._hash.hexdigest(),
-                "ids": self._ids,
-                "steps": self._steps,
-                "statistics": save_moments(snapshot, self.moments, self._run_id),
-            }
-            | self._counts()
-        )
+        record = {
+            "shard": self._shard_index, "start": self._shard_rows - len(self._ids), "rows": len(self._ids),
+            "checksum": self._hash.hexdigest(), "ids": self._ids, "steps": self._steps,
+            "statistics": save_moments(snapshot, self.moments, self._run_id),
+        }  # fmt: skip
+        self._append(record | self._counts())
         self._start_record()
         self._forget_statistics()
 
