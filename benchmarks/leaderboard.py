@@ -316,6 +316,29 @@ def show(task: Any, table: list[dict[str, Any]]) -> None:
         )
 
 
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table for docs/leaderboard.md."""
+    lines = ["| method | LDS | 95 % | like | top | seconds | bytes | peak MB |", "|---|---|---|---|---|---|---|---|"]
+    for row in rows:
+        if "lds" not in row:
+            lines.append(f"| {row['method']} | cannot run: {row['reason'][-80:]} | | | | | | |")
+            continue
+        cells = [row["method"], f"{row['lds']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"]
+        for key, form in (
+            ("pearson", ".3f"),
+            ("recall", ".2f"),
+            ("seconds", ".1f"),
+            ("bytes", ",.0f"),
+            ("peak_mb", ",.0f"),
+        ):
+            value = row.get(key, math.nan)
+            cells.append(
+                "" if math.isnan(value) or (key in ("seconds", "bytes") and not value) else format(value, form)
+            )
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--task", choices=TASKS, default="digits_mlp")
@@ -326,8 +349,12 @@ def main() -> None:
     made.add_argument("--no-refine", action="store_true", help="leave out refined questions")
     made.add_argument("--peers", action="store_true", help="run the peers as well (make peers)")
     made.add_argument("--threads", type=int, default=1)
-    made.add_argument("--save", action="store_true")
+    made.add_argument("--save", action="store_true", help="write the JSON")
+    made.add_argument("--markdown", action="store_true", help="print the saved JSON as a table for the documents")
     a = made.parse_args()
+    if a.markdown:
+        print(markdown(json.loads((RESULTS / f"leaderboard_{a.task}.json").read_text())["rows"]))
+        return
     torch.set_num_threads(a.threads)
     task = importlib.import_module(a.task).task()
     by_method: dict[str, list[Scored]] = {}
