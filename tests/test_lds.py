@@ -57,6 +57,14 @@ def test_a_truth_that_adds_up_is_predicted_perfectly() -> None:
     assert result.mean == result.low == result.high == 1.0
 
 
+def test_interval_covers_the_mean() -> None:
+    rng, covered = np.random.default_rng(0), 0
+    for seed in range(200):
+        low, high = interval(rng.normal(1.0, 2.0, 30), resamples=400, seed=seed)
+        covered += low <= 1.0 <= high
+    assert 0.88 <= covered / 200 <= 0.99
+
+
 def test_interval_is_seeded_and_narrows_with_queries() -> None:
     values = np.random.default_rng(0).normal(size=400)
     low, high = interval(values)

@@ -1,10 +1,10 @@
 """Fine-tune again, many times: the same weights, the same order, some passages left out."""
 
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
-from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from loghook.demo.config import DemoConfig
 from loghook.demo.huggingface import load_model
 from loghook.demo.train import Sequences, fit, mean_losses, shuffled
 from loghook.evaluate.retrain import retrain
+from loghook.log.format import checksum
 
 
 @dataclass(frozen=True)
@@ -49,11 +50,15 @@ def measure(task: Task, keep: np.ndarray, _: int) -> list[float]:
 def measure_all(task: Task, keeps: Sequence[np.ndarray]) -> np.ndarray:
     """Do ``measure`` for many choices, several at a time: (choices, queries).
 
-    Each fine-tuning computes on one thread, so that the numbers do not depend on how many run at once.
+    Each fine-tuning computes on one thread, so that the numbers do not depend on how many run at once. A run that is
+    broken off goes on where it was.
     """
-    seed, workers = task.config.seed, task.config.processes
-    with TemporaryDirectory() as results:
-        return retrain(partial(measure, task), keeps, [seed], results, workers=0 if workers == 1 else workers)[:, 0]
+    workers, what = task.config.processes, replace(task, config=replace(task.config, workers=0))
+    results = task.config.out / f"again-{checksum(repr(what).encode() + np.packbits(keeps).tobytes())[:16]}"
+    seeds = [task.config.seed]
+    measured = retrain(partial(measure, task), keeps, seeds, results, workers=0 if workers == 1 else workers)[:, 0]
+    shutil.rmtree(results)
+    return measured
 
 
 @contextmanager
