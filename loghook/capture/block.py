@@ -81,7 +81,7 @@ class Block:
             )
             OPEN[layer.key] = slots = Slots(
                 leaves=leaves,
-                size=self._size,
+                samples=zero.expand(self._size),
                 input_side=sides[0].to(device),
                 output_side=sides[1].to(device),
                 job=job,

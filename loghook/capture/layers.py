@@ -50,7 +50,9 @@ class Slots:
     """One layer in one block: its leaves, what its hook has to know, and what the hook counts."""
 
     leaves: Leaves  # where what is captured arrives
-    size: int  # rows of the block, B
+    # (B,), one for each row of the block. A tensor, since the compiler takes a number for fixed and compiles anew for
+    # every other one.
+    samples: Tensor
     input_side: Side  # the projection of the layer's inputs in this block
     output_side: Side  # that of its output gradients
     job: "Job | None"  # what is computed instead of rows, or None
@@ -63,6 +65,11 @@ class Slots:
     quiet: int = 0  # how often the layer ran without a graph, as it does in the first forward of a reentrant checkpoint
     recomputed: int = 0  # how often it ran inside the backward pass, as it does when a checkpoint recomputes
     masked: bool = False  # whether the mask fitted this layer
+
+    @property
+    def size(self) -> int:
+        """Rows of the block, B."""
+        return self.samples.shape[0]
 
 
 @dataclass(eq=False)
