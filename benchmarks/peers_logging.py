@@ -29,6 +29,7 @@ def main() -> None:
     made.add_argument("--batch", type=int, default=8)
     made.add_argument("--rank", type=int, default=32)
     made.add_argument("--turns", type=int, default=3, help="processes for each program; --repeats is within one")
+    made.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time of all threads")
     a = made.parse_args()
     torch.set_num_threads(a.threads)
     log = Options(method="log", rank=a.rank, batch=a.batch, threads=a.threads, repeats=a.repeats)
@@ -52,7 +53,7 @@ def main() -> None:
                 if outcomes[-1].reason:
                     reasons[name] = outcomes[-1].reason
                     continue
-                times[name] = [outcome.seconds for outcome in outcomes]
+                times[name] = [o.seconds if a.clock == "wall" else o.cpu_seconds for o in outcomes]
                 facts[name] = [outcome.about for outcome in outcomes]
                 scores[name] = outcomes[-1].scores
     targets, ratios = {}, {}
@@ -76,7 +77,10 @@ def main() -> None:
     if pair[0] is not None and pair[1] is not None:
         agreement = float(torch.corrcoef(torch.stack([torch.from_numpy(s).flatten() for s in pair]))[0, 1])
         print(f"  EK-FAC scores, ours and Kronfluence's: correlation {agreement:.6f}")
-    setting = {k: getattr(a, k) for k in ("hidden", "layers", "samples", "queries", "tokens", "batch", "rank", "turns")}
+    setting = {
+        k: getattr(a, k)
+        for k in ("hidden", "layers", "samples", "queries", "tokens", "batch", "rank", "turns", "clock")
+    }
     report(
         "peers_logging",
         {

@@ -70,10 +70,8 @@ def test_capture_benchmark_states_every_ratio(
     monkeypatch.setattr(common, "RESULTS", tmp_path)
     monkeypatch.setattr(capture, "NARROW", 64)
     monkeypatch.setattr(capture, "WIDE", 128)
-    arguments = (
-        f"capture --threads 1 --repeats 2 --layers 1 --tokens 8 --no-memory --compile eager --clock {clock} --save"
-    )
-    monkeypatch.setattr("sys.argv", [*arguments.split(), clock])
+    arguments = "--threads 1 --repeats 2 --layers 1 --tokens 8 --no-memory --compile eager --save --clock"
+    monkeypatch.setattr("sys.argv", ["capture", *arguments.split(), clock])
     capture.main()
     (file,) = tmp_path.iterdir()
     result = json.loads(file.read_text())

@@ -19,6 +19,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import loghook
+from loghook.capture import adapters
+from loghook.project import outer
 from tests.harness import TOLERANCE, assert_rows_exact, check_against_oracle, log_batch
 
 DTYPES = st.sampled_from([torch.float64, torch.float32])
@@ -336,6 +338,31 @@ def test_shared_inputs_are_projected_once(monkeypatch):
     log = log_batch(model, causal_loss, batch, rank=8, dtype="float32")
     assert len(log.layers) == 14
     assert len(calls) == 8  # a layer has q+k+v, o, gate+up and down
+
+
+@pytest.mark.parametrize("projection", ["random", "whitened"])
+def test_half_precision_layers_keep_their_projections_in_it_and_rows_stay_the_same(tmp_path, projection, monkeypatch):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 32), nn.Tanh(), nn.Linear(32, 16)).bfloat16()
+    x = torch.randn(3, 5, 24).bfloat16()
+    run = loghook.init(tmp_path / "log", rank=4, projection=projection, on_repeat="all")
+    run.watch(model)
+    seen: list[torch.dtype | None] = []
+
+    def project(x, matrix, bias):
+        seen.append(None if matrix is None else matrix.dtype)
+        return outer.project_input(x, matrix, bias)
+
+    monkeypatch.setattr(adapters, "project_input", project)
+    for current in run.passes():
+        for _ in range(3 if current.kind == "log" else 1):
+            with run(data_id=[0, 1, 2]):
+                model(x).float().square().sum().backward()
+    run.finalize()
+    rows = torch.cat([block for _, block in loghook.load(tmp_path / "log").blocks()])
+    assert torch.equal(rows[:3], rows[3:6]) and torch.equal(rows[:3], rows[6:])
+    assert seen[-2:] == [torch.bfloat16] * 2
+    assert all(side.matrix.dtype == torch.float32 for layer in run._layers for side in layer.sides)
 
 
 def test_projected_inner_products_are_unbiased():

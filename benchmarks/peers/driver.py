@@ -30,7 +30,8 @@ class Outcome:
         peer: its name, one of PEERS, or OURS.
         options: what it was asked.
         scores: (Q, N), or None where it logs only or could not run.
-        about: "seconds" {stage: [s, ...]}, "peak_mb", "before_mb", "bytes_per_sample"; empty if it could not run.
+        about: "seconds" and "cpu_seconds" {stage: [s, ...]}, "peak_mb", "before_mb", "bytes_per_sample"; empty if it
+            could not run.
         reason: why it could not run; empty if it could.
     """
 
@@ -43,7 +44,15 @@ class Outcome:
     @property
     def seconds(self) -> float:
         """Seconds of all stages; the median turn of each if there were several. nan if it could not run."""
-        stages = self.about.get("seconds")
+        return self._total("seconds")
+
+    @property
+    def cpu_seconds(self) -> float:
+        """The same of processor time, all threads of the process together: less disturbed by a busy machine."""
+        return self._total("cpu_seconds")
+
+    def _total(self, clock: str) -> float:
+        stages = self.about.get(clock)
         return float(sum(np.median(turns) for turns in stages.values())) if stages else float("nan")
 
 

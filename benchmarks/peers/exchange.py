@@ -83,17 +83,19 @@ class Exchange:
 
 
 class Costs:
-    """What a piece of work took: seconds for each stage, memory, bytes kept."""
+    """What a piece of work took: seconds for each stage, and of the processor in all threads; memory, bytes kept."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
+        self.cpu: dict[str, float] = {}
         self.facts: dict[str, Any] = {}
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        start = time.perf_counter()
+        start, cpu = time.perf_counter(), time.process_time()
         yield
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+        self.cpu[name] = self.cpu.get(name, 0.0) + time.process_time() - cpu
 
 
 Work = Callable[[Exchange, Options, Costs, Path], Tensor | None]
@@ -165,7 +167,8 @@ def main(work: Work) -> None:
     stages = {name: [turn.seconds[name] for turn in turns] for name in turns[0].seconds}
     if scores is not None:
         save_file({"scores": scores.float().contiguous()}, out.with_suffix(".safetensors"))
-    about = {"options": dataclasses.asdict(options), "seconds": stages} | turns[-1].facts
+    cpu = {name: [turn.cpu[name] for turn in turns] for name in turns[0].cpu}
+    about = {"options": dataclasses.asdict(options), "seconds": stages, "cpu_seconds": cpu} | turns[-1].facts
     out.with_suffix(".json").write_text(json.dumps(about))
 
 

@@ -63,6 +63,8 @@ class Block:
             layer.fired = False
             job = self._job
             sides = layer.sides if job is None else job.sides(layer)
+            if job is None and (narrow := _narrow(layer)) is not None:
+                sides = (sides[0].cast(narrow), sides[1].cast(narrow))
             shape = (self._size, spec.k_out, spec.k_in) if job is None else job.shape(layer, self._size)
 
             # Nobody reads a leaf, so that one stored value serves for all of them.
@@ -163,6 +165,17 @@ class Block:
         for s in slots:  # the user may keep the loss, and with it the graph and its leaves
             s.leaves.clear()
         return Captured(rows, torch.cat(moments) if moments else None, asleep)
+
+
+def _narrow(layer: Layer) -> torch.dtype | None:
+    """Half-precision dtype in which a linear layer holds its weights and computed last time, or None.
+
+    Its projections are kept in it, instead of being cast at every call to what the layer's tensors are in.
+    """
+    weight = getattr(layer.module, "weight", None)
+    if layer.adapter.shares_input and layer.computes_in in (torch.bfloat16, torch.float16) and weight is not None:
+        return layer.computes_in if weight.dtype == layer.computes_in else None
+    return None
 
 
 def _delivered(leaf: Tensor) -> Tensor:

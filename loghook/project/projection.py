@@ -28,7 +28,7 @@ class Side:
     matrix: Tensor | None  # (k, width), or None for identity
     # what rows are multiplied by afterwards, so that ``gain * matrix`` preserves inner products on average
     gain: float = 1.0
-    _moved: "dict[torch.device, Side]" = field(default_factory=dict)
+    _moved: "dict[torch.device | torch.dtype, Side]" = field(default_factory=dict)
 
     def to(self, device: torch.device) -> "Side":
         """Return the side on a device; layers that share it there share the copy."""
@@ -37,6 +37,14 @@ class Side:
         if device not in self._moved:
             self._moved[device] = Side(self.width, self.matrix.to(device), self.gain)
         return self._moved[device]
+
+    def cast(self, dtype: torch.dtype) -> "Side":
+        """Return the side in a dtype, made once; layers that share it share the copy."""
+        if self.matrix is None or self.matrix.dtype == dtype:
+            return self
+        if dtype not in self._moved:
+            self._moved[dtype] = Side(self.width, self.matrix.to(dtype), self.gain)
+        return self._moved[dtype]
 
     @property
     def k(self) -> int:
