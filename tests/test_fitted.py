@@ -14,7 +14,8 @@ import torch
 from torch import nn
 
 import loghook
-from loghook.errors import ConfigError, CorruptLogError, MismatchError, StateError
+from loghook.capture.sums import split
+from loghook.errors import ConfigError, CorruptLogError, MismatchError, NotFiniteError, StateError
 from loghook.log.fitted import load_sides
 from loghook.project import blocks
 from loghook.project.blocks import Factor, cut, second_moment_blocks, take_blocks
@@ -326,6 +327,27 @@ def test_merged_logs_keep_their_projection(tmp_path):
     with both.attach(model).query(data_id=["q"]) as query:
         loss_fn(model, x[:1]).backward()
     assert both.influence(query).values.shape == (1, 42)
+
+
+def test_a_batch_that_is_not_finite_is_not_added():
+    model, x = make(), data()
+    run = loghook.init(tempfile.mkdtemp(), rank=4, projection="pca")
+    quietly(run, model)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    passes = run.passes()
+    sums = next(passes)._gathering.sums
+    for arguments in ({}, {"scaler": scaler}):
+        with (
+            pytest.raises(NotFiniteError, match="statistics") if not arguments else contextlib.nullcontext(),
+            run(data_id=[0, 1], **arguments),
+        ):
+            (model(x[:2]) * float("inf")).sum().backward()
+        assert not sums.totals and not sums.samples
+    with run(data_id=[0, 1], scaler=scaler):
+        (loss_fn(model, x[:2]) * 4).backward()
+    expected = raw_moments(model, x[:2])["4"][1] * 10
+    found = split(run._layers[2], sums.totals["4"])[1].view(3, 3)
+    assert sums.samples == 2 and torch.allclose(found, expected)
 
 
 def test_arguments_are_checked():

@@ -12,6 +12,7 @@ from loghook.capture.hooked import Hooked
 from loghook.capture.repeats import Repeats
 from loghook.capture.sums import Sums
 from loghook.capture.whole import Job
+from loghook.errors import NotFiniteError
 
 
 class Gathering:
@@ -24,11 +25,20 @@ class Gathering:
 
     @contextmanager
     def block(self, ids: list[int] | list[str], given: Given) -> Iterator[None]:
-        """Capture one batch and add it."""
+        """Capture one batch and add it; under a GradScaler one that overflowed is left out."""
         keep, _ = self.repeats.keep(ids, self._rule)
         with self._hooked._capture(len(ids), given, keep=keep, job=self._job) as captured:
             yield
-        self.sums.add(captured[0].results, int(keep.sum()))
+        results = captured[0].results
+        if not all(bool(torch.isfinite(value.sum())) for value in results.values()):
+            if given.scaler is not None:
+                return
+            raise NotFiniteError(
+                f"the statistics of a batch (data_id {ids[0]!r}, ...) are not finite, so nothing of it was added. Look "
+                "at the loss of its samples; under a GradScaler pass run(..., scaler=scaler), which leaves it out.",
+                ids,
+            )
+        self.sums.add(results, int(keep.sum()))
         self.repeats.met(ids)
 
     def error(self) -> float:

@@ -67,7 +67,9 @@ def lock(file: Path) -> Any:
         handle.seek(0)
         owner = handle.read().strip() or "an unknown process"
         handle.close()
-        raise LogLockedError(f"{file.parent} is written by {owner}: wait until it ends, or write to another path.") from error
+        raise LogLockedError(
+            f"{file.parent} is written by {owner}: wait until it ends, or write to another path."
+        ) from error
     handle.truncate(0)
     handle.write(json.dumps({"process": os.getpid(), "host": socket.gethostname()}))
     handle.flush()
