@@ -20,7 +20,7 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -209,14 +209,14 @@ def tuned(task: Any, model: nn.Module, folder: str, rank: int) -> Iterator[Score
     )
 
 
-def whole(task: Any, model: nn.Module, folder: str, refine: bool) -> Iterator[Scored]:
-    for fisher in ("empirical", "true"):
+def whole(task: Any, model: nn.Module, folder: str, refine: bool, fast: bool) -> Iterator[Scored]:
+    for fisher in ("empirical",) if fast else ("empirical", "true"):
         peak, one = Peak(), Whole(task, model, fisher, folder)
-        for options in (
-            {"method": "dot"}, {"method": "kfac"}, {"damping": 0.01}, {"damping": 0.1}, {"damping": 1.0}, {"rank": 16},
-        ):  # fmt: skip
-            if fisher == "true" and options == {"method": "dot"}:
-                continue
+        settings: list[dict[str, Any]] = [{"damping": 0.1}]
+        settings += [] if fast else [{"method": "kfac"}, {"damping": 0.01}]
+        settings += [{"method": "dot"}] if fisher == "empirical" else []
+        settings += [{"damping": 1.0}, {"rank": 16}] if fisher == "empirical" and not fast else []
+        for options in settings:
             values, seconds = one.score(**options)
             label = " ".join(f"{key} {value}" for key, value in ({"method": "ekfac"} | options).items())
             label = f"whole, {fisher} Fisher, {label.replace('method ', '')}"
@@ -250,16 +250,18 @@ PEERS = (
 )
 
 
-def peers(task: Any, model: nn.Module, folder: str) -> Iterator[Scored]:
+def peers(task: Any, model: nn.Module, folder: str, names: Sequence[str]) -> Iterator[Scored]:
     from peers import driver, exchange
 
     def tensors(data: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         if "input_ids" not in data:
             return {"x": data["x"], "y": data["y"]}
-        return {"input_ids": data["input_ids"], "labels": data["targets"]}
+        return {"input_ids": data["input_ids"], "labels": data["targets"].clone()}
 
     exchange.write(Path(folder), model, tensors(task.train), tensors(task.queries))
     for name, options in PEERS:
+        if names and name not in names:
+            continue
         outcome = driver.run(name, Path(folder), exchange.Options(batch=100, query_batch=50, **options))
         rank = f" rank {options['rank']}" if "rank" in options else ""
         kept, most = (outcome.about.get(key, math.nan) for key in ("bytes_per_sample", "peak_mb"))
@@ -347,7 +349,8 @@ def main() -> None:
     made.add_argument("--tune", type=int, nargs="*", default=[32, 64], help="ranks at which to tune (default: 32 64)")
     made.add_argument("--no-whole", action="store_true", help="leave out whole gradients")
     made.add_argument("--no-refine", action="store_true", help="leave out refined questions")
-    made.add_argument("--peers", action="store_true", help="run the peers as well (make peers)")
+    made.add_argument("--peers", nargs="*", help="run these peers as well, or all (make peers)")
+    made.add_argument("--fast", action="store_true", help="of whole gradients only the reference and dot")
     made.add_argument("--threads", type=int, default=1)
     made.add_argument("--save", action="store_true", help="write the JSON")
     made.add_argument("--markdown", action="store_true", help="print the saved JSON as a table for the documents")
@@ -365,9 +368,9 @@ def main() -> None:
     for rank in a.tune:
         makers.append(lambda model, folder, seed, rank=rank: tuned(task, model, folder, rank))  # type: ignore[misc]
     if not a.no_whole:
-        makers.append(lambda model, folder, seed: whole(task, model, folder, not a.no_refine))
-    if a.peers:
-        makers.append(lambda model, folder, seed: peers(task, model, folder))
+        makers.append(lambda model, folder, seed: whole(task, model, folder, not a.no_refine, a.fast))
+    if a.peers is not None:
+        makers.append(lambda model, folder, seed: peers(task, model, folder, a.peers))
     for seed, model in enumerate(task.models(a.models)):
         for make in makers:
             with tempfile.TemporaryDirectory() as folder:
