@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -232,7 +232,7 @@ def _one_at_a_time(
         for i in range(size):
             for p in probe.model.parameters():
                 p.grad = None
-            with _random_state():
+            with _random_state(), _unsynchronised(probe.model):
                 captured, _, loss, _ = probe.rows(loss_fn, one_sample(batch, i, size), 1)
             losses.append(loss)
             for layer in probe.watched:
@@ -252,6 +252,8 @@ def _from_parameters(layer: Layer, uses: Counter[int], captured: Tensor) -> Tens
     module = layer.module
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None) if layer.spec.bias else None
     if not isinstance(weight, Tensor) or weight.grad is None or type(weight).__name__ == "DTensor":
+        return captured
+    if weight.dim() == 1 and layer.spec.in_features > 1 and layer.spec.out_features > 1:  # FSDP1's flat one
         return captured
     if uses[id(weight)] > 1 or weight.numel() != layer.spec.in_features * layer.spec.out_features:
         return captured
@@ -325,6 +327,16 @@ def _error(a: Tensor, b: Tensor) -> float:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:4])) + (", ..." if len(names) > 4 else "")
+
+
+@contextmanager
+def _unsynchronised(model: nn.Module) -> Iterator[None]:
+    """Keep gradients of this process to itself: DDP would average them over all processes."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, nn.parallel.DistributedDataParallel):
+                stack.enter_context(module.no_sync())
+        yield
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -133,6 +134,8 @@ def worker(rank, world, folder):
             if not first:
                 run.watch(wrapped)
             log_pass(run, wrapped, data, rank, world, train=not name.startswith("fsdp1"))
+        report = loghook.check(wrap(make_model()), loss_of, data[BATCH * rank : BATCH * rank + BATCH])
+        Path(folder, f"check-{name}-{rank}").write_text("\n".join(report.problems))
     for name in ("ddp", "fsdp2_leaves", "fsdp2_checkpoint_compile"):
         train(f"{folder}/train_{name}", WRAPPERS[name](make_model()), data, rank, world)
     no_sync(f"{folder}/no_sync", ddp(make_model()), data, rank, world)
@@ -190,6 +193,11 @@ def logs(tmp_path_factory):
     run.finalize()
     run.close()
     return folder
+
+
+@pytest.mark.parametrize("name", WRAPPERS | BFLOAT16)
+def test_check_agrees_on_two_ranks(logs, name):
+    assert [(logs / f"check-{name}-{rank}").read_text() for rank in (0, 1)] == ["", ""]
 
 
 def by_id(log, layer):
