@@ -10,7 +10,7 @@ from torch import nn
 
 import loghook
 from loghook.capture import whole
-from loghook.errors import ConfigError, CorruptLogError, LogExistsError, MismatchError, StateError
+from loghook.errors import CheckpointWarning, ConfigError, CorruptLogError, LogExistsError, MismatchError, StateError
 from loghook.whole.scoring import low_rank
 from tests import dense
 from tests.oracle import one_sample_gradients
@@ -228,6 +228,22 @@ def test_stopped_fits_go_on_and_finished_ones_are_used(tmp_path):
     bigger = loghook.fit(tmp_path / "f", resume=True)
     with pytest.raises(MismatchError, match="layers"):
         quietly(bigger, nn.Linear(5, 5))
+
+
+def test_another_checkpoint_warns_and_overwriting_forgets(tmp_path):
+    model, x = make(), data()
+    fit = fitted(model, x, folder=tmp_path / "f")
+    fit.score(ask(fit, model, x))
+    with torch.no_grad():
+        model[0].weight += 1
+    other = ask(fit, model, x)
+    with pytest.warns(CheckpointWarning, match="fitted with"):
+        fit.score(other)
+    fit.close()
+    quietly(loghook.fit(tmp_path / "f", overwrite=True), model)  # and killed before its first pass is complete
+    again = loghook.fit(tmp_path / "f", resume=True)
+    quietly(again, model)
+    assert next(again.passes()).kind == "covariance"
 
 
 def test_damage_and_wrong_use_are_refused(tmp_path):

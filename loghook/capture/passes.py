@@ -1,6 +1,6 @@
 """``Pass``: one walk over the data, as ``passes()`` yields it; ``Gathering``: what one sums up instead of logging."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
@@ -30,7 +30,7 @@ class Gathering:
         with self._hooked._capture(len(ids), given, keep=keep, job=self._job) as captured:
             yield
         results = captured[0].results
-        if not all(bool(torch.isfinite(value.sum())) for value in results.values()):
+        if not _finite(results):
             if given.scaler is not None:
                 return
             raise NotFiniteError(
@@ -50,6 +50,14 @@ class Gathering:
         sums, self.sums = self.sums, Sums()
         sums.reduce({layer.name: self._job.shape(layer, 0) for layer in self._hooked._layers})
         return sums
+
+
+def _finite(results: Mapping[str, Tensor]) -> bool:
+    """Whether all values are finite; waits for each device once and not for each layer."""
+    sums: dict[torch.device, list[Tensor]] = {}
+    for value in results.values():
+        sums.setdefault(value.device, []).append(value.sum())
+    return all(bool(torch.isfinite(torch.stack(part)).all()) for part in sums.values())
 
 
 @dataclass

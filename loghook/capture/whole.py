@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from loghook.capture.layers import Layer, Slots
-from loghook.capture.tap import alias, by_document, moments, output_gradient
+from loghook.capture.tap import alias, by_document, moments, output_gradient, wide_context
 from loghook.project.blocks import second_moment_blocks, square_size, take_blocks
 from loghook.project.outer import outer, outer_grouped, project_output
 from loghook.project.projection import Side
@@ -49,7 +49,7 @@ class WholeTap(torch.autograd.Function):
         """Pass the output gradient on and deliver."""
         (g,) = grads
         x, weight_BS, documents_DL, *held = ctx.saved_tensors
-        with torch.autocast(g.device.type, enabled=False):
+        with wide_context(g.device.type):
             g_BSO = output_gradient(ctx, g, x).to(ctx.wide)
             x = x.to(ctx.wide)
             if ctx.kind == "covariance":

@@ -71,9 +71,3 @@ class Factor:
         scaled = (self.values + damping * mean) ** exponent
         parts = zip(cut(len(self.values)), self.vectors, strict=True)
         return torch.block_diag(*[(v * scaled[part]) @ v.T for part, v in parts])
-
-    @property
-    def effective_rank(self) -> float:
-        """(sum of eigenvalues)^2 / (sum of their squares): how many directions carry the second moment."""
-        squares = float(self.values.square().sum())
-        return float(self.values.sum()) ** 2 / squares if squares > 0 else 0.0

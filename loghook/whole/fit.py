@@ -1,5 +1,6 @@
 """``Fit``: EK-FAC on whole gradients (George et al. 2018; Grosse et al. 2023), fitted through a user's own loop."""
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from loghook.capture.processes import process_rank, shared
 from loghook.capture.select import Watch
 from loghook.capture.sums import decompose
 from loghook.capture.whole import Covariance, Eigenvalues
-from loghook.errors import ConfigError, LogExistsError, MismatchError, StateError
+from loghook.errors import CheckpointWarning, ConfigError, LogExistsError, MismatchError, StateError
 from loghook.influence.precondition import Curvature
 from loghook.influence.scores import Scores
 from loghook.influence.solvers import Diagonal, Identity, Solver, Zero
@@ -52,6 +53,8 @@ class Fit(Blocks, Hooked):
             self._store = FactorStore.load(path)
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
+            if overwrite and process_rank() == 0:
+                (path / FACTORS).unlink(missing_ok=True)  # or a later resume would take the old ones for these
         self._pass: Pass | None = None
         self._solvers: dict[Curvature, dict[str, Solver]] = {}
         self.watched: dict[str, Any] = {}  # the arguments of watch(), for other runs that shall see the same layers
@@ -316,7 +319,13 @@ class Fit(Blocks, Hooked):
         return sides
 
     def _require_whole(self, query: Query) -> None:
-        self._require_store()
+        fitted = self._require_store().parameters
+        if fitted and query.parameters and fitted != query.parameters:
+            warnings.warn(
+                "the query was made with other parameter values than the factors were fitted with: load those first.",
+                CheckpointWarning,
+                stacklevel=3,
+            )
         if query.fingerprint != fingerprint(self.specs, self._projection, self._seed):
             raise MismatchError(
                 "the query does not hold whole gradients of these layers: make it with this object's query(...)."
