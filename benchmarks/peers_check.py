@@ -11,7 +11,7 @@ from typing import Any
 
 import digits
 import torch
-from _common import RESULTS, machine
+from _common import RESULTS, llama, machine
 from peers import driver, reference
 from peers.exchange import Options, read, write
 
@@ -45,18 +45,7 @@ def llama_folder(
     vocabulary: int = 256, sampled: bool = True,
 ) -> Path:  # fmt: skip
     """Write a random Llama with random sequences, and labels sampled from it for the Fisher matrix."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=vocabulary,
-        hidden_size=hidden,
-        intermediate_size=int(hidden * 8 / 3) // 64 * 64,
-        num_hidden_layers=layers,
-        num_attention_heads=max(1, hidden // 64),
-        max_position_embeddings=2048,
-    )
-    model = LlamaForCausalLM(config).eval()
+    model = llama(hidden, layers, vocabulary).eval()
     ids = torch.randint(0, vocabulary, (samples + queries, tokens))
     labels = None
     if sampled:
