@@ -1,7 +1,7 @@
 """The door: ``init``, ``load`` and the ``Log`` that they lead to. The only place where capture and influence meet."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from loghook.whole.fit import Fit
 
 def init(
     path: str | Path,
-    rank: int = 64,
+    rank: int | Mapping[str, int] = 64,
     *,
     projection: str = "random",
     whitening: float = 0.1,
@@ -42,7 +42,8 @@ def init(
 
     Args:
         path: folder of the run.
-        rank: each layer logs at most rank x rank values a sample; sides no wider than this are kept whole.
+        rank: each layer logs at most rank x rank values a sample; sides no wider than this are kept whole. A dict
+            {fnmatch pattern of layer names: rank} gives layers ranks of their own, by the first pattern that fits.
         projection: "random"; "pca" or "whitened", which ``run.passes()`` fits in one more pass; or "none" (whole
             gradients). docs/methods.md has the formulas, docs/choosing.md says which to take.
         whitening: damping of each second moment that "whitened" inverts, times its mean eigenvalue.

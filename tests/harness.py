@@ -3,6 +3,7 @@
 import contextlib
 import tempfile
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 
 def log_batch(
-    model: nn.Module, loss_fn: Loss, batch: Any, *, frozen: bool = False, rank: int = 4, projection: str = "random",
+    model: nn.Module, loss_fn: Loss, batch: Any, *, frozen: bool = False, rank: Any = 4, projection: str = "random",
     seed: int = 0, dtype: str = "float64", scale: Any = 1.0, mask: Tensor | None = None, **watch: Any,
 ) -> loghook.Log:  # fmt: skip
     """Log one batch through the public face and return the finished log."""
@@ -37,7 +38,9 @@ def log_batch(
 def sides(log: loghook.Log, name: str) -> tuple[Side, Side]:
     """Output and input side of a layer's projection, drawn anew from the manifest alone."""
     spec = next(s for s in log.manifest.layers if s.name == name)
-    common = {"seed": log.manifest.seed, "rank": log.manifest.rank}
+    asked = log.manifest.rank
+    rank = asked if isinstance(asked, int) else next(k for pattern, k in asked.items() if fnmatchcase(name, pattern))
+    common = {"seed": log.manifest.seed, "rank": rank}
     kind = log.manifest.projection
     return (
         draw_side(kind, name=name, side="out", width=spec.out_features, **common),

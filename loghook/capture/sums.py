@@ -8,6 +8,7 @@ from torch import Tensor
 
 from loghook.capture.config import Config
 from loghook.capture.layers import Layer
+from loghook.capture.select import rank_of
 from loghook.errors import MismatchError, StateError
 from loghook.influence.share import share
 from loghook.project.blocks import Factor, cut, square_size
@@ -124,7 +125,8 @@ def fit_sides(
     for layer in layers:
         if layer.name not in found:
             raise MismatchError(f"layer {layer.name!r} has no factors: fit them with the same watch(...) patterns.")
-        kind, seed, rank, damping = config.projection, config.seed, config.rank, config.whitening
+        kind, seed, damping = config.projection, config.seed, config.whitening
+        rank = rank_of(layer.name, config.rank)
         group, (first, second) = shared_input_name(layer.name), found[layer.name]
         sides[layer.name] = (
             fit_side(kind, first, seed=seed, name=group, side="in", rank=rank, damping=damping),
