@@ -127,12 +127,14 @@ class Whole:
         )
 
 
-def logged(task: Any, model: nn.Module, folder: str, **options: Any) -> tuple[loghook.Log, loghook.Query, float]:
+def logged(
+    task: Any, model: nn.Module, folder: str, watch: dict[str, Any], **options: Any
+) -> tuple[loghook.Log, loghook.Query, float]:
     """Log the training samples and ask the queries."""
     start = time.perf_counter()
     run = loghook.init(folder, overwrite=True, **options)
     with silent(), loghook.frozen(model):
-        run.watch(model)
+        run.watch(model, **watch)
         for current in run.passes():
             walk(task, model, run, current)
         run.finalize()
@@ -174,7 +176,7 @@ ROWS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
 def rows(task: Any, model: nn.Module, folder: str, names: Iterable[str]) -> Iterator[Scored]:
     for name in names:
         (options, methods), peak = ROWS[name], Peak()
-        log, query, seconds = logged(task, model, folder, **options)
+        log, query, seconds = logged(task, model, folder, {}, **options)
         for method in methods:
             start = time.perf_counter()
             values = log.influence(query, **method).values
@@ -195,13 +197,15 @@ def tuned(task: Any, model: nn.Module, folder: str, rank: int) -> Iterator[Score
             lambda: zip([ids[i : i + 100] for i in range(0, 600, 100)], task.batches("train", ids, 100), strict=True),
             lambda: [(places, *task.batches("query", places, 20))],
             lambda batch: task.loss(model, batch),
+            outputs=lambda batch: task.outputs(model, batch),
+            output_loss=task.loss_from_outputs,
             ranks=(rank,),
             dtypes=("float32",),
             mask=lambda batch: batch.get("mask"),
         )
     print(choice, file=sys.stderr)
     one.fit.close()
-    log, query, _ = logged(task, model, folder, **choice.arguments)
+    log, query, _ = logged(task, model, folder, choice.watch, **choice.arguments)
     values = log.influence(query, **choice.best.scoring).values
     label = f"tuned among rank {rank}"
     yield Scored(
