@@ -15,6 +15,15 @@ from loghook.capture.silence import nothing_delivered
 from loghook.errors import BatchError, DeliveryError, UnsupportedError
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}
+# What mixes samples, or documents, in a model and in a loss.
+_SUSPECTS = {
+    "sample": ("batch statistics, padding that leaks, an attention kernel", "a contrastive term, in-batch negatives"),
+    "document": (
+        "attention that is not cut off between documents: transformers does it for position_ids that restart, without "
+        "an attention_mask and with use_cache=False",
+        "the label of a document's first token is what the document before it predicts: -100 leaves it out",
+    ),
+}
 
 
 @dataclass
@@ -24,7 +33,6 @@ class CheckReport:
     Attributes:
         errors: {layer: largest relative error over the samples}, for layers that ran.
         problems: one line for each thing that makes rows wrong or a log misleading, with what to do.
-        notes: what is fine but worth knowing.
         tolerance: the error up to which a layer passes.
         coverage: see ``Manifest.coverage``.
         watched: number of watched layers.
@@ -35,7 +43,6 @@ class CheckReport:
     watched: int
     errors: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         """Whether nothing is wrong."""
@@ -49,7 +56,6 @@ class CheckReport:
         for name, error in self.errors.items():
             lines.append(f"{name:<{width}}  {error:.1e}{'' if error <= self.tolerance else '  <-- wrong'}")
         lines += [f"PROBLEM: {problem}" for problem in self.problems]
-        lines += [f"note: {note}" for note in self.notes]
         worst = max(self.errors.values(), default=0.0)
         good = f"all rows are exact, up to rounding ({worst:.0e})."
         lines.append("loghook.check: " + (good if self else f"{len(self.problems)} problem(s)."))
@@ -191,28 +197,14 @@ def _influence_message(probe: Probe, wrong: Sequence[str]) -> str:
     for i, one in enumerate(probe.each_alone()):
         off = [names.index(n) for n, x in one.inputs.items() if _error(inputs[n][i : i + 1], x) > 1e-3]
         first = min([first, *off])
-    packed = probe.unit == "document"
-    if first < len(names):
-        suspects = (
-            "attention that is not cut off between documents: transformers does it for position_ids that restart, "
-            "without an attention_mask and with use_cache=False"
-            if packed
-            else "batch statistics, padding that leaks, an attention kernel"
-        )
-        where = (
-            f"the input of {names[first]!r} is the first that depends on the rest of the batch: look at what comes "
-            f"before it ({suspects})"
-        )
-    else:
-        suspects = (
-            "the label of a document's first token is what the document before it predicts: -100 leaves it out"
-            if packed
-            else "a contrastive term, in-batch negatives"
-        )
-        where = (
-            f"the inputs of all layers agree, so look at the loss ({suspects}) and for weights that are read without "
-            "calling their module"
-        )
+    before, after = _SUSPECTS[probe.unit]
+    where = (
+        f"the input of {names[first]!r} is the first that depends on the rest of the batch: look at what comes before "
+        f"it ({before})"
+        if first < len(names)
+        else f"the inputs of all layers agree, so look at the loss ({after}) and for weights that are read without "
+        "calling their module"
+    )
     return (
         f"{probe.unit}s influence each other: the rows of {len(wrong)} layers ({_some(wrong)}) differ from those of "
         f"each {probe.unit} alone; {where}. Rows of such a model depend on how it was batched."

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -28,7 +28,7 @@ class Found(NamedTuple):
 
 
 class Probe(Hooked):
-    """Hooks that only look: every layer may stay silent, and nothing is written."""
+    """Hooks that only look, and write nothing."""
 
     def __init__(
         self, model: nn.Module, watch: Watch, rank: int, loss_fn: LossFunction, batch: Any, segments: Any
@@ -50,13 +50,8 @@ class Probe(Hooked):
         return self._layers
 
     def together(self, *, advance: bool = False, synchronised: bool = True) -> Found:
-        """Run the batch.
-
-        Args:
-            advance: whether to draw other random numbers than usual.
-            synchronised: whether DDP shall average gradients, as in training; all processes then take part.
-        """
-        with _random_state(advance=advance), _unsynchronised(self.model, not synchronised):
+        """Run the batch; ``advance`` draws other random numbers, ``synchronised`` needs all processes of DDP."""
+        with _random_state(advance=advance), nullcontext() if synchronised else _unsynchronised(self.model):
             return self._run(self._batch, len(self._alone), self._segments)
 
     def each_alone(self) -> Iterator[Found]:
@@ -126,10 +121,10 @@ def _from_parameters(layer: Layer, uses: Counter[int], captured: Tensor) -> Tens
 
 
 @contextmanager
-def _unsynchronised(model: nn.Module, wanted: bool = True) -> Iterator[None]:
+def _unsynchronised(model: nn.Module) -> Iterator[None]:
     """Keep gradients of this process to itself: DDP would average them over all processes."""
     with ExitStack() as stack:
-        for module in model.modules() if wanted else ():
+        for module in model.modules():
             if isinstance(module, nn.parallel.DistributedDataParallel):
                 stack.enter_context(module.no_sync())
         yield
