@@ -92,8 +92,8 @@ def make_hook(layer: Layer) -> Callable[..., Tensor | None]:
 def _project(layer: Layer, slots: Slots, module: nn.Module, x: Tensor) -> Tensor:
     side, bias = slots.input_side, layer.spec.bias
     with torch.no_grad():
-        # Under torch.compile the compiler itself merges equal products of equal inputs. Address 0 is no address: XLA's
-        # tensors and subclasses that wrap others all have it.
+        # Under torch.compile the compiler itself merges equal products of equal inputs. Address 0 is none: tensor
+        # subclasses that wrap others all have it.
         shareable = layer.adapter.shares_input and side.matrix is not None
         if not shareable or torch.compiler.is_compiling() or not x.data_ptr():
             return layer.adapter.project(module, x, side, bias)
