@@ -81,7 +81,7 @@ def decompose(layers: Sequence[Layer], sums: Sums) -> dict[str, tuple[Factor, Fa
     counted has zero factors.
     """
     rank, world = share()
-    inputs: dict[int, list[tuple[Tensor, Factor]]] = {}
+    inputs: dict[tuple[int, torch.device], list[tuple[Tensor, Factor]]] = {}
     mine: dict[str, tuple[Factor, Factor]] = {}
     for layer in layers[rank::world]:
         w_in, w_out = widths(layer)
@@ -90,7 +90,7 @@ def decompose(layers: Sequence[Layer], sums: Sums) -> dict[str, tuple[Factor, Fa
             total = torch.zeros(square_size(w_in) + square_size(w_out) + 1, dtype=torch.float64)
         flat_in, flat_out, tokens = split(layer, total)
         flat_in, flat_out = flat_in / max(tokens, 1.0), flat_out / max(tokens, 1.0)
-        same = inputs.setdefault(w_in, [])
+        same = inputs.setdefault((w_in, flat_in.device), [])
         factor = next((found for flat, found in same if torch.equal(flat, flat_in)), None)
         if factor is None:
             factor = Factor.of(flat_in, w_in)
