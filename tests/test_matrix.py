@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -562,6 +563,17 @@ def test_fitted_on_two_devices(other):
     log, others = fitted(Spread().place("cpu", other), data)
     assert_same(log, expected, 1e-3)  # of float32 sums, where the CPU adds in float64
     assert relative_error(others, scores) <= 1e-3
+
+
+def test_offloaded_shards_compute_on_the_device_of_their_mesh(other, tmp_path):
+    """As FSDP2's CPUOffloadPolicy has it on a GPU; its place alone, since a mesh of several needs several processes."""
+    model = nn.Sequential(nn.Linear(3, 2))
+    with loghook.init(tmp_path / "run", rank=2) as run:
+        run.watch(model)
+        (layer,) = run._layers
+        assert layer.device_and_dtype()[0] == torch.device("cpu")
+        model[0].weight.device_mesh = SimpleNamespace(device_type=torch.device(other).type)
+        assert layer.device_and_dtype()[0] == torch.device(other)
 
 
 class Siblings(nn.Module):
