@@ -17,9 +17,9 @@ import loghook
 from loghook.cli import app
 from loghook.errors import ConfigError, LogExistsError, NotFiniteError, StateError
 from loghook.influence import products
-from loghook.log import codec as codecs
 from loghook.log import maintain, reader
-from loghook.log.codec import BITS, Codec
+from loghook.log.codec import base, make_codec
+from loghook.log.codec.lowbit import BITS
 from tests.killing import OPTIONS, Killer, Plan, assert_same, log_everything
 from tests.test_influence import METHODS, make_log
 from tests.test_maintain import flip, write
@@ -53,7 +53,7 @@ def rows_of_layers(draw):
 @given(rows_of_layers())
 def test_codec_is_the_formula(dtype, drawn):
     widths, rest, x = drawn
-    codec = Codec(dtype, widths, rest)
+    codec = make_codec(dtype, [(1, width) for width in widths], rest)
     stored = codec.encode(x)
     assert stored.shape == (len(x), codec.row_bytes) and stored.dtype == torch.uint8
     y = codec.decode(stored)
@@ -76,17 +76,17 @@ def test_codec_is_the_formula(dtype, drawn):
 
 @ANY
 def test_rows_do_not_depend_on_chunks(dtype, monkeypatch):
-    codec = Codec(dtype, [100, 100, 64, 3], 2)
+    codec = make_codec(dtype, [(10, 10), (10, 10), (8, 8), (3, 1)], 2)
     x = torch.randn(50, codec.width, generator=torch.Generator().manual_seed(0))
     stored, decoded = codec.encode(x), codec.decode(codec.encode(x))
-    monkeypatch.setattr(codecs, "CHUNK", 300)
+    monkeypatch.setattr(base, "CHUNK", 300)
     assert torch.equal(codec.encode(x), stored) and torch.equal(codec.decode(stored), decoded)
 
 
 @ANY
 def test_signs_keep_the_inner_product_in_the_least_squares_sense(dtype):
     x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
-    codec = Codec(dtype, [64], 0)
+    codec = make_codec(dtype, [(8, 8)], 0)
     y = codec.decode(codec.encode(x))
     fitted = (x * y).sum(1) / y.square().sum(1)  # what y would have to be multiplied by to be closest to x
     np.testing.assert_allclose(fitted, 1, atol={"int8": 5e-3, "int4": 0.1, "int1": 1e-5}[dtype])
@@ -272,8 +272,8 @@ def test_activations_are_not_quantised(tmp_path):
 
 def test_one_bit_is_a_fifteenth_of_bfloat16():
     for rank in (32, 64):
-        layers = [rank * rank] * 224
-        assert Codec("int1", layers, 0).row_bytes * 15 <= Codec("bfloat16", layers, 0).row_bytes
+        layers = [(rank, rank)] * 224
+        assert make_codec("int1", layers, 0).row_bytes * 15 <= make_codec("bfloat16", layers, 0).row_bytes
 
 
 # What the log does for every dtype.
