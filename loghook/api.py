@@ -13,7 +13,9 @@ from loghook.capture.config import Config
 from loghook.capture.run import Run
 from loghook.errors import CheckpointWarning
 from loghook.influence import engine
+from loghook.influence import index as indexes
 from loghook.influence.fidelity import Fidelity, check_sample, compare
+from loghook.influence.index import Index
 from loghook.influence.precondition import Curvature
 from loghook.influence.scores import Scores
 from loghook.log import maintain
@@ -186,6 +188,32 @@ class Log(Reader):
         check_sample(self, queries)
         maintain.compress(self.path, path, dtype)
         return compare(self, Reader(path), queries=queries, seed=seed)
+
+    def index(self, dimensions: int = 1024, factory: str = "HNSW32", *, sample: int = 2048, seed: int = 0) -> Index:
+        """Index the rows, reduced to few dimensions, so that a question need not scan the log; needs the faiss extra.
+
+        The dimensions are the leading right singular vectors of a sample of rows. Prints which share of the best rows
+        ``Index.search`` finds for some of the log's rows as questions. docs/choosing.md says when it pays.
+
+        Args:
+            dimensions: of the reduced rows; fewer where the sample has fewer.
+            factory: of the faiss index, of inner products.
+            sample: how many rows, drawn at random, the dimensions are found from; they are held in memory.
+            seed: of the draw.
+
+        Raises:
+            ConfigError: an argument that cannot work, or faiss is missing.
+        """
+        return indexes.build(self, dimensions, factory, sample, seed)
+
+    def load_index(self, path: str | Path) -> Index:
+        """Read an index of this log that ``Index.save`` wrote.
+
+        Raises:
+            MismatchError: if the log's rows are not those that were indexed.
+            CorruptLogError: if the file is something else.
+        """
+        return indexes.load(self, path)
 
     def attach(self, model: nn.Module) -> Asker:
         """Put this log's hooks on a model, for queries in a new process.

@@ -1,4 +1,4 @@
-"""Low-bit rows: the codec against its formula. Logs of coded rows of any kind against the float32 log of the same run."""
+"""Low-bit rows: the codec against its formula; logs of coded rows of any kind against the float32 log of the run."""
 
 import itertools
 import json

@@ -7,6 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import loghook
+from loghook.influence import products
+from loghook.influence.bilinear import Bilinear
 from loghook.log import maintain
 from loghook.log.codec import base, make_codec
 from loghook.log.codec.lowrank import LowRankCodec, best_factors
@@ -132,3 +134,20 @@ def test_more_terms_keep_more_of_the_scores(tmp_path):
     assert reports[2].pearson["dot"] > 0.9999  # every layer is whole: bfloat16
     assert loghook.load(tmp_path / "lowrank8").codec.row_bytes == 212 >= log.codec.row_bytes / 2
     assert maintain.DTYPES[-4:] == LowRankCodec.names
+
+
+@pytest.mark.parametrize("dtype", ["lowrank1", "lowrank2", "lowrank4"])
+def test_products_are_those_of_the_decoded_rows(tmp_path, monkeypatch, dtype):
+    log, query, _ = make_log(tmp_path / "log", dtype=dtype, projection="none")
+    rows = log.gather(np.arange(len(log))).double().numpy()
+    chosen = [spec for spec in log.layout.layers if spec.name != log.layers[1]]
+    matrix, expected = query.matrix.float(), 0
+    for spec in chosen:
+        columns = log.layout.kinds["gradients"][spec.name]
+        expected = expected + matrix.double().numpy()[:, columns] @ rows[:, columns].T
+    for most, kind in ((100, Bilinear), (0, products.Floats)):
+        monkeypatch.setattr(products, "MOST", most)
+        product = products.products(log, matrix, chosen)
+        assert isinstance(product, kind)
+        found = torch.cat([product(block) for _, block in log.blocks(7, stored=product.stored)], 1)
+        np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())

@@ -13,8 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loghook.influence.bilinear import MOST, Bilinear
 from loghook.log.codec.base import Alike
 from loghook.log.codec.lowbit import AFFINE, LowBitCodec, unpack
+from loghook.log.codec.lowrank import LowRankCodec
 from loghook.log.format import LayerSpec
 from loghook.log.reader import Reader
 
@@ -41,6 +43,8 @@ def products(reader: Reader, matrix: Tensor, chosen: Sequence[LayerSpec]) -> Pro
     low_bit = isinstance(reader.codec, LowBitCodec) and max(spec.width for spec in chosen) <= WIDEST
     if low_bit and integer_products_are_exact():
         return LowBit(reader, matrix, chosen)
+    if isinstance(reader.codec, LowRankCodec) and len(matrix) * reader.codec.terms <= MOST:
+        return Bilinear(reader, reader.codec, matrix, chosen)
     return Floats(reader, matrix, chosen)
 
 
