@@ -110,6 +110,7 @@ def test_rows_do_not_depend_on_their_batch(dtype, monkeypatch):
 
 def test_rows_of_low_rank_lose_nothing_but_digits(tmp_path):
     """One token a sample: every gradient is an outer product, so that one term is the whole of it."""
+    torch.manual_seed(0)
     model, x = torch.nn.Linear(20, 16), data(30)[:, :1].float().repeat(1, 1, 4)
     with loghook.init(tmp_path / "run", projection="none", dtype="float32") as run:
         run.watch(model)
@@ -122,9 +123,8 @@ def test_rows_of_low_rank_lose_nothing_but_digits(tmp_path):
     report = log.compress(tmp_path / "low", "lowrank1")
     assert report.bytes_per_sample == (4 * 21 * 16, 2 * (21 + 16) + 2) and report.dtype == ("float32", "lowrank1")
     assert min(report.pearson.values()) > 0.9999
-    for method in ("dot", "ekfac"):
-        a, b = log.influence(query, method).values, loghook.load(tmp_path / "low").influence(query, method).values
-        np.testing.assert_allclose(b, a, rtol=0, atol=0.02 * np.abs(a).max())
+    a, b = (one.influence(query, "dot").values for one in (log, loghook.load(tmp_path / "low")))
+    np.testing.assert_allclose(b, a, rtol=0, atol=0.01 * np.abs(a).max())
 
 
 def test_more_terms_keep_more_of_the_scores(tmp_path):

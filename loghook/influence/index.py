@@ -17,7 +17,6 @@ from loghook.influence.precondition import progress
 from loghook.influence.scores import Scores
 from loghook.influence.share import combine, share
 from loghook.log.disk import write_atomically
-from loghook.log.format import checksum
 from loghook.log.query import Query
 from loghook.log.reader import Reader
 
@@ -79,15 +78,16 @@ class Index:
 
         Args:
             query: the questions; or how many of the log's rows to ask, each left out of its own ranking.
-            top: how many rows of each question.
-            method: see ``search``; so are the others.
-            candidates: how many rows the index proposes.
-            options: see ``search``.
+            top: as in ``search``.
+            method: as in ``search``.
+            candidates: as in ``search``.
+            options: as in ``search``.
         """
-        own: list[set[int]] = [set()] * (0 if isinstance(query, int) else len(query))
+        own: list[set[int]] = []
         if isinstance(query, int):
             places, query = as_questions(self._reader, query, seed=0)
             own, top = [{place} for place in places.tolist()], top + 1
+        own = own or [set()] * len(query)
         found = self.search(query, top, method, candidates=candidates, **options).places
         true = influence(self._reader, query, method=method, top=top, **options).places
         assert found is not None and true is not None
@@ -104,9 +104,9 @@ class Index:
             raise StateError(
                 f"{self._reader.path} is not finished, so that its index would be stale: finalise it first."
             )
-        tensors = {"basis": self.basis, "rows": self.rows}
-        header = {"seal": self._reader.seal, "factory": self.factory, "checksums": _checksums(tensors)}
-        write_atomically(Path(path), safetensors.torch.save(tensors, {"loghook_index": json.dumps(header)}))
+        header = {"seal": self._reader.seal, "factory": self.factory}
+        data = safetensors.torch.save({"basis": self.basis, "rows": self.rows}, {"loghook_index": json.dumps(header)})
+        write_atomically(Path(path), data)
 
     def _rescore(self, matrix: Tensor, top: int, candidates: int) -> tuple[np.ndarray, np.ndarray]:
         """Exact scores and places of the best candidates of preconditioned questions (Q, width)."""
@@ -157,17 +157,15 @@ def load(reader: Reader, path: str | Path) -> Index:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             header = json.loads(file.metadata()["loghook_index"])
-            tensors = {name: file.get_tensor(name) for name in ("basis", "rows")}
-        if header["checksums"] != _checksums(tensors):
-            raise ValueError("it does not match its checksums")
-        seal, factory = header["seal"], header["factory"]
+            seal, factory = header["seal"], header["factory"]
+            basis, rows = (file.get_tensor(name) for name in ("basis", "rows"))
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         raise CorruptLogError(f"{path} is no index file ({error}): build and save it again.") from error
     if seal != reader.seal:
         raise MismatchError(
             f"{path} is an index of other rows than those of {reader.path}: build it again, log.index()."
         )
-    return Index(reader, factory=factory, **tensors)
+    return Index(reader, basis, rows, factory)
 
 
 def leading_directions(rows: Tensor, dimensions: int) -> Tensor:
@@ -182,10 +180,6 @@ def leading_directions(rows: Tensor, dimensions: int) -> Tensor:
     if not real.any():
         raise ConfigError("the sampled rows are all zero, so that they have no directions: sample more.")
     return (vectors[:, real] / values[real].sqrt()).float().T @ rows
-
-
-def _checksums(tensors: dict[str, Tensor]) -> dict[str, str]:
-    return {name: checksum(tensor.numpy().data) for name, tensor in tensors.items()}
 
 
 def _empty(factory: str, dimensions: int) -> Any:
