@@ -51,8 +51,9 @@ def init(
         whitening: damping of each second moment that "whitened" inverts, times its mean eigenvalue.
         fitted: take the fitted projection of another run, or the factors of ``loghook.fit``, instead of a pass.
         seed: of the random projection.
-        dtype: how rows are stored: "float64", "float32", "bfloat16" or "float16"; or "int8", "int4" or "int1", whole
-            numbers of so many bits with a scale for each layer and row. "int1" wants whitened rows, and warns.
+        dtype: how rows are stored: "float64", "float32", "bfloat16" or "float16"; "int8", "int4" or "int1", whole
+            numbers of so many bits with a scale for each layer and row; or "lowrank1", "lowrank2", "lowrank4" or
+            "lowrank8", the best approximation of so many outer products. "int1" wants whitened rows, and warns.
         resume: go on with an interrupted run at ``path``, or start one if there is none.
         overwrite: delete what is there.
         on_repeat: what happens to a data_id that comes again: "first" keeps the first row, "all" keeps every row,
@@ -171,7 +172,7 @@ class Log(Reader):
         return engine.self_influence(self, curvature, layers)
 
     def compress(self, path: str | Path, dtype: str = "int8", *, queries: int = 16, seed: int = 0) -> Fidelity:
-        """Write a finished log again with fewer bits, and say what is left of its scores; this log stays.
+        """Write a finished log again in a smaller dtype, and say what is left of its scores; this log stays.
 
         Args:
             path: folder of the new run.
