@@ -21,6 +21,7 @@ from loghook.log.query import Query
 from loghook.log.reader import Reader
 
 CANDIDATES = 200  # that are scored for each question, unless another number is asked for
+OPTIONS = ("damping", "damping_abs", "layers")  # of ``Log.influence``; rows in an index have no norms
 QUESTIONS = 16  # rows that a new index is tried with
 GATHERED = 2**25  # values of candidates that are read at a time
 ROUNDING = 1e-6  # of a Gram matrix's largest eigenvalue, in float32: smaller ones mean nothing
@@ -61,8 +62,9 @@ class Index:
         Raises:
             ConfigError: an argument that cannot work.
         """
-        if method == "cosine" or options.get("normalize"):
-            raise ConfigError("an index knows no norms: use log.influence(..., top=) for cosine, unit and relatif.")
+        if method == "cosine" or options.keys() - OPTIONS:
+            wrong = [*(options.keys() - OPTIONS), "method='cosine'"][0]
+            raise ConfigError(f"an index cannot take {wrong}, only {', '.join(OPTIONS)}: use log.influence(..., top=).")
         if candidates < top:
             raise ConfigError(f"candidates={candidates} must be at least top={top}.")
 
