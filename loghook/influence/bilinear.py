@@ -30,11 +30,10 @@ class Bilinear:
             if self._codec.whole(part.shape):
                 out += questions @ self._codec.decode(block, part.columns).T
                 continue
-            factors = (side.float().transpose(0, 1).flatten(1, 2) for side in self._codec.factors(block, part))
+            # By layer: (n c, k_out), (n c, k_in) and (Q, k_out, k_in).
+            factors = [side.float().transpose(0, 1).flatten(1, 2) for side in self._codec.factors(block, part)]
             by_layer = questions.unflatten(1, (-1, *part.shape)).transpose(0, 1)
-            for left, right, layer in zip(
-                *factors, by_layer, strict=True
-            ):  # (n c, k_out), (n c, k_in), (Q, k_out, k_in)
+            for left, right, layer in zip(*factors, by_layer, strict=True):
                 for total, question in zip(out, layer, strict=True):
                     total += ((left @ question) * right).view(len(block), -1).sum(1)
         return out
