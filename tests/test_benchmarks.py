@@ -32,6 +32,20 @@ def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
             del sys.modules[name]
 
 
+def test_slice_of_a_large_model_takes_what_was_planned(
+    load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = load("slice")
+    kept: dict = {}
+    monkeypatch.setattr(module, "keep", lambda name, result: kept.update(result))
+    monkeypatch.setattr(sys, "argv", ["slice", "--tiny", "--samples", "6", "--threads", "1", "--save"])
+    module.main()
+    # Of so few rows headers and records are a large part.
+    assert kept["planned_bytes"] <= kept["measured_bytes"] < 3 * kept["planned_bytes"]
+    assert 0 < kept["row_bytes"] - 512 / 6 < kept["row_bytes"]
+    assert "LogIX" in capsys.readouterr().out
+
+
 def test_gpu_benchmark_measures_every_part_on_every_architecture(
     load: Load, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
