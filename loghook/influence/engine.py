@@ -66,6 +66,8 @@ def influence(
     curvature = Curvature(method=method, damping=damping, damping_abs=damping_abs)
     chosen = choose_layers(reader, layers)
     prepared = prepare(reader, query, curvature, chosen, normalize)
+    m = reader.manifest
+    space = "whitened" if m.projection == "whitened" else m.gradient
     scan = scan or (_scan_top if top is not None else _scan_all)
     values, places, by_layer = scan(reader, prepared, chosen, top or 0, per_layer)
     if not np.isfinite(values).all():
@@ -81,7 +83,7 @@ def influence(
         places=places,
         by_layer=by_layer,
         layers=tuple(spec.name for spec in chosen),
-        method=method if reader.manifest.projection != "whitened" else f"{method} (whitened)",
+        method=method + ("" if space == "plain" else f" ({space})"),
         normalize=normalize,
         damping=None if method in ("dot", "cosine") else damping if damping_abs is None else None,
         damping_abs=None if method in ("dot", "cosine") else damping_abs,
@@ -129,7 +131,7 @@ def check_match(reader: Reader, query: Query) -> None:
         odd = sorted(mine ^ theirs)[0]
         what = f"other layers (for instance {odd!r} is in one of the two only)"
     else:
-        what = "another rank, projection or seed"
+        what = "another rank, projection, seed or kind of gradient"
     raise MismatchError(
         f"the query was made with {what} than {reader.path}: make it with log.attach(model).query(...), on the same "
         "model."
