@@ -35,8 +35,20 @@ class Products(Protocol):
         """Return the inner products with rows (n, columns): (Q, n)."""
 
 
-def products(reader: Reader, matrix: Tensor, chosen: Sequence[LayerSpec]) -> Products:
-    """Make questions (Q, gradient_width) ready for the layers of a log that are chosen, in row order."""
+FEW = 8  # questions for which one look-up costs what it costs for a single one
+TABLE_BYTES = 2**28  # what look-up tables may take: 128 bytes for each value of the questions
+LOOK_UPS = 2**17  # done at a time: their places stay in the cache
+
+
+def products(reader: Reader, matrix: Tensor, chosen: Sequence[LayerSpec], query_dtype: str | None = None) -> Products:
+    """Make questions (Q, gradient_width) ready for the layers of a log that are chosen, in row order.
+
+    With ``query_dtype`` "int1", for a log of that dtype, only the questions' signs meet those of the rows.
+    """
+    if query_dtype is not None:
+        return Signs(reader, matrix, chosen)
+    if reader.codec.bits == 1 and len(matrix) <= FEW and 128 * matrix.numel() <= TABLE_BYTES:
+        return Tables(reader, matrix, chosen)
     if reader.codec.bits and max(spec.width for spec in chosen) <= WIDEST and integer_products_are_exact():
         return LowBit(reader, matrix, chosen)
     return Floats(reader, matrix, chosen)
@@ -70,6 +82,45 @@ class Floats:
         scores = sum(self._matrix[:, run] @ block[:, run].T for run in self._runs)
         assert isinstance(scores, Tensor)
         return scores
+
+
+class Tables:
+    """Look-ups of partial sums for signs: a byte of a row says which of a question's 256 sums of eight values it adds.
+
+    For few questions; in float32, so that scores are those of the decoded rows but for rounding.
+    """
+
+    stored = True
+
+    def __init__(self, reader: Reader, matrix: Tensor, chosen: Sequence[LayerSpec]) -> None:
+        """Add up, for every byte of a layer and each of its 256 values, what it says of the questions."""
+        self._codec, self._queries = reader.codec, len(matrix)
+        signs = torch.where(unpack(np.arange(256, dtype=np.uint8)[:, None], 1) > 0, 1.0, -1.0)  # of a byte: (256, 8)
+        self._parts: list[tuple[Alike, list[Tensor]]] = []
+        for part in self._codec.alike([reader.layers.index(spec.name) for spec in chosen]):
+            tables = []
+            for q in matrix[:, part.columns].float().split(part.width, 1):
+                padded = torch.nn.functional.pad(q, (0, 8 * part.size - part.width))
+                sums = padded.unflatten(1, (part.size, 8)) @ signs.T
+                tables.append(sums.permute(1, 2, 0).reshape(-1).view(-1, len(q)))  # (size * 256, Q)
+            self._parts.append((part, tables))
+
+    def __call__(self, block: Tensor) -> Tensor:
+        """Return the inner products with stored rows (n, codec.columns): (Q, n)."""
+        out = torch.zeros(len(block), self._queries)
+        scales = self._codec.scales(block)
+        for part, tables in self._parts:
+            codes = block[:, part.codes].unflatten(1, (-1, part.size))
+            first = 256 * torch.arange(part.size, dtype=torch.int32)
+            step = max(1, LOOK_UPS // part.size)
+            places = torch.empty(min(step, len(block)), part.size, dtype=torch.int32)
+            for i, table in enumerate(tables):
+                scale = scales[:, part.layers.start + i, None]
+                # A layer's table is in the cache for all rows of the block.
+                for bytes_, sums, s in zip(codes[:, i].split(step), out.split(step), scale.split(step), strict=True):
+                    index = places[: len(sums)].copy_(bytes_).add_(first)
+                    sums.addcmul_(torch.nn.functional.embedding_bag(index, table, mode="sum"), s)
+        return out.T
 
 
 class LowBit:
@@ -111,6 +162,43 @@ class LowBit:
                     sums.addcmul_(both[:, : self._queries].add_(both[:, self._queries :]), scale[:, None])
             sums.addmm_(scales, self._shifts)
         return out.T
+
+
+class Signs:
+    """Questions of one bit: ``s_row s_question (width - 2 popcount(row XOR question))`` for each layer."""
+
+    stored = True
+
+    def __init__(self, reader: Reader, matrix: Tensor, chosen: Sequence[LayerSpec]) -> None:
+        """Store the questions as the rows are stored."""
+        self._codec, self._queries = reader.codec, len(matrix)
+        rest = self._codec.width - matrix.shape[1]
+        questions = self._codec.encode(torch.nn.functional.pad(matrix, (0, rest)))
+        scales = self._codec.scales(questions)
+        self._parts = [
+            (part, self._words(questions, part), scales[:, part.layers])
+            for part in self._codec.alike([reader.layers.index(spec.name) for spec in chosen])
+        ]
+        self._step = max(1, CHUNK // self._codec.row_bytes)
+
+    def _words(self, stored: Tensor, part: Alike) -> np.ndarray:
+        """Signs of some layers, 64 in a word, rows side by side: (layers, words, n) uint64."""
+        packed = self._codec.packed(stored, part)
+        if short := -part.size % 8:  # equal on both sides, so that it does not count
+            packed = np.pad(packed, ((0, 0), (0, 0), (0, short)))
+        return np.ascontiguousarray(packed.view(np.uint64).transpose(1, 2, 0))
+
+    def __call__(self, block: Tensor) -> Tensor:
+        """Return the inner products with stored rows (n, codec.columns): (Q, n)."""
+        out = torch.zeros(self._queries, len(block))
+        for rows, sums in zip(block.split(self._step), out.split(self._step, 1), strict=True):
+            scales = self._codec.scales(rows).T
+            for part, questions, sizes in self._parts:
+                words = self._words(rows, part)
+                for q, size in enumerate(sizes):
+                    unequal = np.bitwise_count(words ^ questions[:, :, q, None]).sum(1, dtype=np.int32)
+                    sums[q] += size @ (scales[part.layers] * torch.from_numpy(part.width - 2 * unequal))
+        return out
 
 
 @cache
