@@ -82,7 +82,7 @@ class Codec:
         parts = self.alike(range(first, min(last, self._layers)))
         slope, shift = AFFINE[self.bits]
         for chunk, part in self._chunks(len(out), parts):
-            codes = unpack(self.packed(stored[chunk], part), self.bits)[..., : part.width]
+            codes = unpack(self.packed(stored[chunk], part).numpy(), self.bits)[..., : part.width]
             values = out[chunk, part.columns.start - start : part.columns.stop - start].unflatten(1, codes.shape[1:])
             values.copy_(codes)
             if shift:
@@ -98,9 +98,9 @@ class Codec:
         """Return the scale of every layer of low-bit rows: (n, layers) float32."""
         return stored[:, self._scales].view(torch.float32)
 
-    def packed(self, stored: Tensor, part: Alike) -> np.ndarray:
+    def packed(self, stored: Tensor, part: Alike) -> Tensor:
         """Return the codes of some layers of low-bit rows as they lie: (n, layers, size) uint8, for ``unpack``."""
-        return stored[:, part.codes].numpy().reshape(len(stored), -1, part.size)
+        return stored[:, part.codes].unflatten(1, (-1, part.size))
 
     def alike(self, layers: Iterable[int]) -> list[Alike]:
         """Group some layers, given by number and in order, into neighbours of one width."""
