@@ -1,5 +1,6 @@
 """Reading ahead: one piece at most, in order, verified before it is seen, and no thread left behind."""
 
+import os
 import threading
 
 import numpy as np
@@ -100,6 +101,20 @@ def test_checksums_are_read_once_and_a_scan_that_stopped_is_no_scan(records, mon
     log.influence(query, "ekfac", normalize="unit", top=3)
     assert len(counted) == read and log.rows(log.layers[0])[3:9].base is not None
     assert not log.verify() and len(counted) == read + 5
+
+
+def test_a_scan_keeps_no_file_open(tmp_path):
+    """There may be more shards than a process may open files."""
+    log, query, _ = make_log(tmp_path, batch=2, shard_bytes=1)
+    count = lambda: len(os.listdir("/proc/self/fd"))  # noqa: E731
+    log.influence(query, "ekfac", normalize="unit", top=3)
+    before, most = count(), 0
+    for _ in range(2):  # the second time nothing is verified
+        for block in log.blocks():
+            most = max(most, count())
+            del block  # a view of the map
+    log.influence(query, "ekfac", normalize="unit", top=3)
+    assert len(log._shards) == 20 and most <= before + 4 and count() == before
 
 
 @pytest.mark.parametrize("parts", [1, 2, 5])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -92,3 +93,27 @@ def test_our_program_among_the_peers_gives_the_slow_ekfac(load: Load, tmp_path: 
     np.testing.assert_allclose(scores, slow, rtol=0.05, atol=0.01 * float(np.abs(slow).max()))
     assert work(given, exchange.Options(method="log", rank=8), costs, tmp_path) is None
     assert set(costs.seconds) == {"fit", "score", "log"} and costs.facts["bytes_per_sample"] > 0
+
+
+TINY = "--threads 1 --repeats 2 --save --layers 2 --width 64"
+
+
+@pytest.mark.filterwarnings("ignore:dtype='int1'")
+@pytest.mark.parametrize(
+    "script, options, name, ratio",
+    [
+        ("score", "--disk-bytes 6e4", "score_disk", "read / scan, 1 questions"),
+        ("lowbit", "--rows 40 --disk-rows 300", "lowbit", "bfloat16, 4 from disk / int1, 4 from disk"),
+    ],
+)
+def test_scan_benchmarks_state_their_ratios(
+    load: Load, script: str, options: str, name: str, ratio: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load("_common"), "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", [script, *TINY.split(), *options.split()])
+    here = SimpleNamespace(apply=lambda function, given: function(*given))  # and not in a process of its own
+    context = SimpleNamespace(Pool=lambda _: contextlib.nullcontext(here))
+    monkeypatch.setattr("multiprocessing.get_context", lambda _: context)
+    load(script).main()
+    result = json.loads((tmp_path / f"{name}.json").read_text())
+    assert ratio in result["ratios"] and all(value["median"] > 0 for value in result["ratios"].values())

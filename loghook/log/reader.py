@@ -171,6 +171,8 @@ class Reader:
                     block = block if kept.all() else block[torch.from_numpy(kept)]
                 yield place, block if stored else self.codec.decode(block)
                 shard.release(start, stop)
+            if last == shard.rows:
+                shard.map = None  # with its descriptor: a log may have more shards than a process may open files
 
     def _pieces(self, share: tuple[int, int]) -> Iterator[tuple[Shard, int, int]]:
         """Verified ranges of rows: their shard, the first row in it, and the end."""

@@ -4,6 +4,7 @@ import json
 import mmap
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -32,8 +33,8 @@ class Shard:
     rows: int = 0  # committed rows
     # (first row in the shard, rows, checksum) of every record
     parts: list[tuple[int, int, str]] = field(default_factory=list)
-    map: mmap.mmap | None = None  # of the file, once its size and header were looked at
     good: bool = False  # whether every record was verified
+    map: mmap.mmap | None = None  # of the file, while rows are looked at
 
     def touch(self) -> Tensor:
         """Return the rows as they are stored (see ``Codec``), mapped and verified."""
@@ -43,7 +44,11 @@ class Shard:
 
     def mapped(self) -> Tensor:
         """Return the rows as they are stored, a view of the map; only those that ``pieces`` yielded are verified."""
-        assert self.map is not None
+        if self.map is None:
+            with self._opened() as file:
+                self.map = mmap.mmap(file.fileno(), self._place(self.rows), access=mmap.ACCESS_READ)
+            if hasattr(mmap, "MADV_SEQUENTIAL"):  # pages that have left the page cache since are read ahead
+                self.map.madvise(mmap.MADV_SEQUENTIAL)
         count = self.rows * self.codec.columns
         with warnings.catch_warnings():  # which is not for threads, so that a scan calls this in its own
             warnings.simplefilter("ignore", UserWarning)  # the map is read-only and stays so
@@ -64,35 +69,34 @@ class Shard:
             Ranges of rows that are good: whole records, as many as make a block.
         """
         self.good, first = False, 0
-        try:
-            with open(self.file, "rb", buffering=0) as file:
-                self._map(file)
-                for start, rows, expected in self.parts:
-                    if _checksum(file, rows * self.codec.row_bytes) != expected:
-                        rows_named = f"rows {start} to {start + rows - 1}"
-                        raise CorruptLogError(f"{self.file}: {rows_named} do not match their checksum: {REMEDY}.")
-                    stop = start + rows
-                    if stop == self.rows or (stop - first) * self.codec.row_bytes >= BLOCK_BYTES:
-                        yield first, stop
-                        first = stop
-        except OSError as error:
-            raise CorruptLogError(f"{self.file} cannot be read ({error}): {REMEDY}.") from error
+        with self._opened() as file:
+            for start, rows, expected in self.parts:
+                if _checksum(file, rows * self.codec.row_bytes) != expected:
+                    rows_named = f"rows {start} to {start + rows - 1}"
+                    raise CorruptLogError(f"{self.file}: {rows_named} do not match their checksum: {REMEDY}.")
+                stop = start + rows
+                if stop == self.rows or (stop - first) * self.codec.row_bytes >= BLOCK_BYTES:
+                    yield first, stop
+                    first = stop
         self.good = True
 
-    def _map(self, file: FileIO) -> None:
-        """Map a file whose size and header are right, and leave it at the first row."""
+    @contextmanager
+    def _opened(self) -> Iterator[FileIO]:
+        """Open the file, whose size and header have to be right, at its first row."""
         end = self._place(self.rows)
-        size = file.seek(0, 2)
-        if size < end:
-            raise CorruptLogError(f"{self.file} has {size:,} bytes where {end:,} were committed: {REMEDY}.")
-        file.seek(0)
-        if not self._header_is_ours(file.read(SHARD_HEADER)):
-            raise CorruptLogError(f"{self.file} has a header that is not this run's: {REMEDY}.")
-        if self.manifest.sealed is not None and size != end:
-            raise CorruptLogError(f"{self.file} has {size:,} bytes where {end:,} were sealed: {REMEDY}.")
-        self.map = mmap.mmap(file.fileno(), end, access=mmap.ACCESS_READ)
-        if hasattr(mmap, "MADV_SEQUENTIAL"):  # pages that have left the page cache since are read ahead
-            self.map.madvise(mmap.MADV_SEQUENTIAL)
+        try:
+            with open(self.file, "rb", buffering=0) as file:
+                size = file.seek(0, 2)
+                if size < end:
+                    raise CorruptLogError(f"{self.file} has {size:,} bytes where {end:,} were committed: {REMEDY}.")
+                file.seek(0)
+                if not self._header_is_ours(file.read(SHARD_HEADER)):
+                    raise CorruptLogError(f"{self.file} has a header that is not this run's: {REMEDY}.")
+                if self.manifest.sealed is not None and size != end:
+                    raise CorruptLogError(f"{self.file} has {size:,} bytes where {end:,} were sealed: {REMEDY}.")
+                yield file
+        except OSError as error:
+            raise CorruptLogError(f"{self.file} cannot be read ({error}): {REMEDY}.") from error
 
     def release(self, start: int, stop: int) -> None:
         """Let go of scanned pages, so that a scan's resident memory stays flat; they remain in the page cache."""
