@@ -9,12 +9,15 @@ from collections.abc import Sequence
 from functools import cache
 from typing import Protocol
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from loghook.log.codec import AFFINE, Alike, unpack
+from loghook.influence.bilinear import MOST, Bilinear
+from loghook.influence.signs import FEW, Signs
+from loghook.log.codec.base import Alike
+from loghook.log.codec.lowbit import AFFINE, LowBitCodec, unpack
+from loghook.log.codec.lowrank import LowRankCodec
 from loghook.log.format import LayerSpec
 from loghook.log.reader import Reader
 
@@ -23,7 +26,6 @@ LEAST_ROWS = 256  # fewer would not be worth a product
 WIDEST = 2**17  # more products of two bytes may not fit in a sum of 32 bits
 BASE = 254  # of the digits, which are -127 to 127
 COLUMNS = 16  # an integer product with fewer costs as much or more, but for a single one
-FEW_SIGNS = 8  # questions of one bit; for more, integer products are faster than counts
 
 
 class Products(Protocol):
@@ -45,12 +47,16 @@ def products(reader: Reader, matrix: Tensor, chosen: Sequence[LayerSpec], query_
     With ``query_dtype`` "int1", for a log of that dtype, only the questions' signs meet those of the rows.
     """
     if query_dtype is not None:
+        assert isinstance(reader.codec, LowBitCodec)
         stored = reader.codec.encode(F.pad(matrix, (0, reader.codec.width - matrix.shape[1])))
-        if len(matrix) <= FEW_SIGNS:
-            return Signs(reader, stored, chosen)
+        if len(matrix) <= FEW:
+            return Signs(reader, reader.codec, stored, chosen)
         matrix = reader.codec.decode(stored)
-    if reader.codec.bits and max(spec.width for spec in chosen) <= WIDEST and integer_products_are_exact():
+    low_bit = isinstance(reader.codec, LowBitCodec) and max(spec.width for spec in chosen) <= WIDEST
+    if low_bit and integer_products_are_exact():
         return LowBit(reader, matrix, chosen)
+    if isinstance(reader.codec, LowRankCodec) and len(matrix) * reader.codec.terms <= MOST:
+        return Bilinear(reader, reader.codec, matrix, chosen)
     return Floats(reader, matrix, chosen)
 
 
@@ -59,7 +65,7 @@ class Floats:
 
     def __init__(self, reader: Reader, matrix: Tensor, chosen: Sequence[LayerSpec]) -> None:
         """Find the ranges."""
-        self._matrix, self.stored = matrix, reader.codec.bits is None
+        self._matrix, self.stored = matrix, not reader.codec.coded
         # Narrow floats are widened here, always into the same memory: new memory for every block costs more.
         rows = 0 if reader.dtype == matrix.dtype else max(LEAST_ROWS // 4, CHUNK // reader.codec.width)
         self._wide = torch.empty(rows, reader.codec.width, dtype=matrix.dtype)
@@ -91,7 +97,8 @@ class LowBit:
 
     def __init__(self, reader: Reader, matrix: Tensor, chosen: Sequence[LayerSpec]) -> None:
         """Write the questions with whole numbers."""
-        self._codec, self._bits, self._queries = reader.codec, reader.codec.bits or 0, len(matrix)
+        assert isinstance(reader.codec, LowBitCodec)
+        self._codec, self._bits, self._queries = reader.codec, reader.codec.bits, len(matrix)
         slope, shift = AFFINE[self._bits]
         numbers = [reader.layers.index(spec.name) for spec in chosen]
         single = len(matrix) == 1
@@ -135,41 +142,6 @@ def _in_digits(q: Tensor, count: int) -> tuple[Tensor, Tensor]:
         digits.append(rest.round())
         rest = BASE * (rest - digits[-1])
     return torch.cat(digits, 1), torch.cat([t / BASE**place for place in range(count)])
-
-
-class Signs:
-    """Questions of one bit: ``s_row s_question (width - 2 popcount(row XOR question))`` for each layer."""
-
-    stored = True
-
-    def __init__(self, reader: Reader, questions: Tensor, chosen: Sequence[LayerSpec]) -> None:
-        """Take questions as rows are stored, (Q, codec.columns)."""
-        self._codec, self._queries = reader.codec, len(questions)
-        scales = self._codec.scales(questions)
-        self._parts = [
-            (part, self._words(questions, part), scales[:, part.layers])
-            for part in self._codec.alike([reader.layers.index(spec.name) for spec in chosen])
-        ]
-        self._step = max(1, CHUNK // self._codec.row_bytes)
-
-    def _words(self, stored: Tensor, part: Alike) -> np.ndarray:
-        """Signs of some layers, 64 in a word, rows side by side: (layers, words, n) uint64."""
-        packed = self._codec.packed(stored, part).numpy()
-        if short := -part.size % 8:  # equal on both sides, so that it does not count
-            packed = np.pad(packed, ((0, 0), (0, 0), (0, short)))
-        return np.ascontiguousarray(packed.view(np.uint64).transpose(1, 2, 0))
-
-    def __call__(self, block: Tensor) -> Tensor:
-        """Return the inner products with stored rows (n, codec.columns): (Q, n)."""
-        out = torch.zeros(self._queries, len(block))
-        for rows, sums in zip(block.split(self._step), out.split(self._step, 1), strict=True):
-            scales = self._codec.scales(rows).T
-            for part, questions, sizes in self._parts:
-                words = self._words(rows, part)
-                for q, size in enumerate(sizes):
-                    unequal = np.bitwise_count(words ^ questions[:, :, q, None]).sum(1, dtype=np.int32)
-                    sums[q] += size @ (scales[part.layers] * torch.from_numpy(part.width - 2 * unequal))
-        return out
 
 
 @cache

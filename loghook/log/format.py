@@ -12,7 +12,7 @@ import torch
 import xxhash
 
 from loghook.errors import CorruptLogError, VersionError
-from loghook.log.codec import DTYPES, Codec
+from loghook.log.codec import DTYPES, Codec, make_codec
 from loghook.log.disk import write_atomically
 
 VERSION = 1
@@ -114,7 +114,7 @@ class Layout:
 
     def codec(self, dtype: str) -> Codec:
         """Return how such rows are stored in a dtype of ``DTYPES``."""
-        return Codec(dtype, [spec.width for spec in self.layers], self.width - self.gradient_width)
+        return make_codec(dtype, [(s.k_out, s.k_in) for s in self.layers], self.width - self.gradient_width)
 
 
 @dataclass(kw_only=True)
