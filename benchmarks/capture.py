@@ -79,10 +79,19 @@ class Bench:
 
     def init(self, model: torch.nn.Module, **init: Any) -> loghook.Run:
         run = loghook.init(tempfile.mkdtemp(dir=self.folder), overwrite=True, **init)
+        optimizer = self.stepped(model) if "gradient" in init else None
         with contextlib.redirect_stdout(io.StringIO()):
-            run.watch(model)
+            run.watch(model, optimizer=optimizer)
         self.runs.append(run)
         return run
+
+    def stepped(self, model: torch.nn.Module) -> torch.optim.Optimizer:
+        """An optimizer that has moments."""
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-5)
+        summed_loss(model, self.data).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        return optimizer
 
     def fitted(self, hidden: int, rank: int) -> str:
         """Path of a whitened projection, fitted in one covariance pass."""
@@ -114,6 +123,8 @@ class Bench:
             "log whitened": lambda: self.log(NARROW, whitened=True),
             "log int8": lambda: self.log(NARROW, dtype="int8"),
             "log whitened int1": lambda: self.log(NARROW, whitened=True, dtype="int1"),
+            "log normalized": lambda: self.log(NARROW, gradient="normalized"),
+            "log adam": lambda: self.log(NARROW, gradient="adam"),
             "frozen, wide": lambda: self.floor(WIDE),
             "log, wide": lambda: self.log(WIDE),
         }
@@ -133,6 +144,8 @@ RATIOS = {
     "whitened / random float32 rows": ("log whitened", "log", 1.03),
     "int8 / random float32 rows": ("log int8", "log", 1.03),
     "whitened int1 / random float32 rows": ("log whitened int1", "log", 1.03),
+    "rows of gradient='normalized' / random float32 rows": ("log normalized", "log", None),
+    "rows of gradient='adam' / random float32 rows": ("log adam", "log", None),
     "compiled: log-only / frozen": ("log, compiled", "frozen, compiled", None),
 }
 COMPILED = "overhead compiled / overhead eager"

@@ -88,23 +88,36 @@ def digits() -> Digits:
 
 def train(index: Tensor, data: Digits, recipe: Recipe, seed: int) -> list[Tensor]:
     """Train E models at once, each on its samples `index` (E, n): stacked weights (E, out, in), biases (E, 1, out)."""
+    return [parameter.detach() for parameter in trained(index, data, recipe, seed).param_groups[0]["params"]]
+
+
+def trained(index: Tensor, data: Digits, recipe: Recipe, seed: int) -> torch.optim.Optimizer:
+    """Train as above: the optimizer, which holds the parameters and its moments."""
     noise = torch.Generator().manual_seed(seed)
-    widths = (data.x.shape[1], recipe.hidden, recipe.hidden, 10)
-    stacked = []
-    for k_in, k_out in itertools.pairwise(widths):  # PyTorch's own initialisation of nn.Linear
-        for shape in ((k_out, k_in), (1, k_out)):
-            stacked.append((torch.rand(len(index), *shape, generator=noise) * 2 - 1) * k_in**-0.5)
-    for parameter in stacked:
-        parameter.requires_grad_()
+    stacked = [parameter.requires_grad_() for parameter in initial(len(index), data, recipe, noise)]
     optimizer = recipe.build(stacked)
+    for part in batches(index, recipe, noise):
+        loss = losses(stacked, data.x[part], data.y[part]).sum() / recipe.batch
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    return optimizer
+
+
+def initial(count: int, data: Digits, recipe: Recipe, noise: torch.Generator) -> list[Tensor]:
+    """Draw the parameters of E models at once, as PyTorch initialises nn.Linear."""
+    stacked = []
+    for k_in, k_out in itertools.pairwise((data.x.shape[1], recipe.hidden, recipe.hidden, 10)):
+        for shape in ((k_out, k_in), (1, k_out)):
+            stacked.append((torch.rand(count, *shape, generator=noise) * 2 - 1) * k_in**-0.5)
+    return stacked
+
+
+def batches(index: Tensor, recipe: Recipe, noise: torch.Generator) -> Iterator[Tensor]:
+    """Draw the samples of each step, (E, batch), in another order in every epoch; only whole batches."""
     for _ in range(recipe.epochs):
         order = index.gather(1, torch.rand(index.shape, generator=noise).argsort(1))
-        for part in order.split(recipe.batch, 1)[: index.shape[1] // recipe.batch]:
-            loss = losses(stacked, data.x[part], data.y[part]).sum() / recipe.batch
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-    return [parameter.detach() for parameter in stacked]
+        yield from order.split(recipe.batch, 1)[: index.shape[1] // recipe.batch]
 
 
 def logits(stacked: list[Tensor], x: Tensor) -> Tensor:

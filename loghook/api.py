@@ -39,6 +39,7 @@ def init(
     shard_bytes: int = 256 * 2**20,
     commit_seconds: float = 30.0,
     fidelity: dict[str, Any] | None = None,
+    gradient: str = "plain",
 ) -> Run:
     """Open a run that logs.
 
@@ -61,6 +62,9 @@ def init(
         shard_bytes: size of a shard file, about.
         commit_seconds: at least how often rows are committed.
         fidelity: what ``loghook.tune`` measured of this choice; kept with the log and shown with its scores.
+        gradient: what rows are of: "plain" gradients; "normalized", divided by the root of Adam's second moment
+            (TrackStar); or "adam", the step that Adam would make of the sample alone (LESS). The last two want
+            ``watch(..., optimizer=)``, and the methods kfac and ekfac have no meaning for them.
 
     Raises:
         ConfigError: an argument that cannot work.
@@ -69,7 +73,7 @@ def init(
     config = Config(
         path=Path(path), rank=rank, projection=projection, whitening=whitening,
         fitted=None if fitted is None else Path(fitted), seed=seed, dtype=dtype, on_repeat=on_repeat,
-        shard_bytes=shard_bytes, commit_seconds=commit_seconds, fidelity=fidelity,
+        shard_bytes=shard_bytes, commit_seconds=commit_seconds, fidelity=fidelity, gradient=gradient,
     )  # fmt: skip
     if dtype == "int1" and projection != "whitened":
         warnings.warn(
@@ -219,16 +223,18 @@ class Log(Reader):
         """
         return indexes.load(self, path)
 
-    def attach(self, model: nn.Module) -> Asker:
+    def attach(self, model: nn.Module, optimizer: Any = None) -> Asker:
         """Put this log's hooks on a model, for queries in a new process.
 
         Args:
             model: the model whose rows were logged, with its parameters as they were then.
+            optimizer: for a log of ``gradient="normalized"``, the optimizer with its moments as they were then.
+                Questions to a log of ``gradient="adam"`` are plain gradients and need none.
 
         Raises:
             MismatchError: if the model's layers are not those of the log.
         """
-        asker = Asker(model, self.manifest, self.path)
+        asker = Asker(model, self.manifest, self.path, optimizer)
         mine = self.manifest.parameters.get("last") or self.manifest.parameters.get("first")
         if mine and asker.digest() not in (None, mine):
             warnings.warn(

@@ -77,7 +77,8 @@ def check(
 ) -> CheckReport:
     """Compare the rows that loghook would log with one-sample-at-a-time autograd, and print the result.
 
-    Nothing is written and the model's gradients and random state are left as they were.
+    Nothing is written and the model's gradients and random state are left as they were. Rows of
+    ``gradient="normalized"`` and ``"adam"`` are made of the same gradients; their formula itself is not run here.
 
     Args:
         model: the user's model, in the mode (train or eval) in which it will be logged.

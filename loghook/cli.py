@@ -67,7 +67,8 @@ def info(
         "bytes": sum(file.stat().st_size for file in log.path.iterdir() if file.is_file()),
         "values_a_row": log.layout.width, "layers": log.layers,
         "covered": m.coverage["covered"] / max(1, m.coverage["total"]), "not_covered": m.coverage["not_covered"],
-        "projection": m.projection, "rank": m.rank, "seed": m.seed, "dtype": m.dtype, "writers": m.world_size,
+        "projection": m.projection, "rank": m.rank, "seed": m.seed, "gradient": m.gradient, "dtype": m.dtype,
+        "writers": m.world_size,
         "repeats_left_out": log.repeats, "flagged": log.flagged, "not_in_statistics": log.unmeasured,
         "asleep": log.asleep, "parameters": m.parameters, "fidelity": m.fidelity,
         "unfinished_records": log.torn,
@@ -79,6 +80,8 @@ def info(
     state = "finished" if facts["finished"] else "not finished (rows so far; resume=True goes on)"
     typer.echo(f"{log.path}: {len(log):,} rows, {state}, {facts['bytes'] / 1e6:,.1f} MB on disk")
     kind = "whole gradients" if m.projection == "none" else f"{m.projection} projection, rank {m.rank}, seed {m.seed}"
+    if m.gradient != "plain":
+        kind += f", gradient {m.gradient}"
     typer.echo(f"  {log.layout.width:,} values a row in {m.dtype}; {kind}")
     if m.fidelity is not None:
         typer.echo(f"  fidelity {m.fidelity['pearson']:.3f} to {m.fidelity['reference']}, as tuned")

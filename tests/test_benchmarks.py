@@ -147,6 +147,22 @@ def test_low_rank_benchmark_judges_every_dtype(load: Load, tmp_path: Path, monke
     assert small["bytes"] < exact["bytes"] / 40 and abs(small["lds"] - exact["lds"]) < 0.005  # one token a sample
 
 
+def test_replay_benchmark_answers_both_questions(
+    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("sklearn")
+    module = load("replay")
+    monkeypatch.setattr(module, "RESULTS", tmp_path)
+    monkeypatch.setattr(module.digits_mlp, "RECIPE", load("digits").Recipe(epochs=1))
+    arguments = "--threads 1 --roots 1e-3 1e-16 --subsets 6 --queries 3 --save"
+    monkeypatch.setattr("sys.argv", ["replay", *arguments.split()])
+    module.main()
+    rows = json.loads((tmp_path / "replay.json").read_text())["rows"]
+    assert [row["eps_root"] for row in rows] == [1e-3, 1e-16] and "3 queries" in capsys.readouterr().out
+    assert all(-1 <= value <= 1 for row in rows for value in (*row["itself"].values(), row["truth"]))
+    assert rows[0]["itself"]["0.95"] > 0.5  # one epoch with a smooth optimiser is as good as linear
+
+
 TINY = "--threads 1 --repeats 2 --save --layers 2 --width 64"
 
 

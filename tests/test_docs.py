@@ -171,18 +171,47 @@ def test_mislabelled_digits(tmp_path: Path) -> None:
     assert found["self-influence, ekfac"] > 0.95, output
 
 
-def test_tracin_of_the_methods_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+def checkpoints_of_a_training(folder: Path) -> tuple[dict, list[tuple[Path, float]]]:
+    """Names that the methods page's code takes, and a plain and a full checkpoint of each of two moments."""
+    torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2))
-    checkpoints = [(tmp_path / f"step{i}.pt", rate) for i, rate in enumerate((0.1, 0.02))]
-    for file, _ in checkpoints:
-        torch.save(model.state_dict(), file)
-        for p in model.parameters():
-            p.data *= 0.9
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
     batch = {"id": [0, 1, 2], "x": torch.randn(3, 5)}
-    names = {"model": model, "checkpoints": checkpoints, "loader": [batch], "question": {"x": torch.randn(1, 5)}}
+    names = {"model": model, "optimizer": optimizer, "loader": [batch], "question": {"x": torch.randn(1, 5)}}
     names |= {"torch": torch, "loghook": loghook, "summed_loss": lambda model, batch: model(batch["x"]).square().sum()}
-    (tracin,) = blocks((ROOT / "docs" / "methods.md").read_text(), "python")
-    exec(tracin.replace("rank=64", "rank=2"), names)
+    files = [(folder / f"step{i}.pt", rate) for i, rate in enumerate((0.1, 0.02))]
+    for file, _ in files:
+        names["summed_loss"](model, batch).backward()
+        optimizer.step()
+        torch.save(model.state_dict(), file)
+        full = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
+        torch.save(full, file.with_suffix(".full.pt"))
+    return names, files
+
+
+def test_methods_of_the_methods_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names, files = checkpoints_of_a_training(tmp_path)
+    tracin, trackstar, less = (
+        code.replace("rank=64", "rank=2") for code in blocks((ROOT / "docs" / "methods.md").read_text(), "python")
+    )
+    exec(tracin, names | {"checkpoints": files}, names)
     expected = 0.1 * names["parts"][0].values + 0.02 * names["parts"][1].values
     torch.testing.assert_close(torch.from_numpy(names["tracin"].values), torch.from_numpy(expected))
+    exec(trackstar, names)
+    assert names["trackstar"].method == "fisher (normalized)" and names["trackstar"].normalize == "unit"
+    assert abs(names["trackstar"].values).max() <= 1 + 1e-6
+    exec(less, names | {"checkpoints": [(file.with_suffix(".full.pt"), rate) for file, rate in files]}, names)
+    expected = 0.1 * names["parts"][0].values + 0.02 * names["parts"][1].values
+    torch.testing.assert_close(torch.from_numpy(names["less"].values), torch.from_numpy(expected))
+    assert names["less"].method == "ensemble of 2: cosine (adam)"
+
+
+def test_replay_of_the_evaluate_page() -> None:
+    torch.manual_seed(0)
+    model = nn.Linear(5, 3)
+    batches = [{"id": [2 * i, 2 * i + 1], "x": torch.randn(2, 5), "y": torch.tensor([0, 2])} for i in range(3)]
+    names = {"model": model, "F": F, "batches": batches, "questions": batches[0]}
+    exec(blocks((ROOT / "docs" / "evaluate.md").read_text(), "python")[0], names)
+    assert names["scores"].values.shape == (2, 6) and names["scores"].data_ids == list(range(6))
+    assert names["training"].run({1: 0.0})["weight"].shape == (3, 5)

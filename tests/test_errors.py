@@ -873,7 +873,7 @@ def test_question_from_another_projection_is_refused(tmp_path: Path, model: Net,
         query = ask(other, model)
     with pytest.raises(MismatchError) as error:
         loghook.load(tmp_path / "log").influence(query, "dot")
-    says(error, "another rank, projection or seed", tmp_path / "log", "log.attach(model)")
+    says(error, "another rank, projection, seed or kind of gradient", tmp_path / "log", "log.attach(model)")
 
 
 def test_question_from_another_model_is_refused(tmp_path: Path, path: Path, finished: loghook.Query) -> None:

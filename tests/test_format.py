@@ -241,7 +241,7 @@ def read_run(path: Path) -> dict:
 
 def test_manifest_table(finished: Path) -> None:
     written = json.loads((finished / "loghook.json").read_text())
-    assert [name for name in table("field") if name not in ("fitted", "fidelity")] == list(
+    assert [name for name in table("field") if name not in ("fitted", "fidelity", "gradient")] == list(
         written
     )  # a random projection has no file
     assert table("field") == ["format", "fingerprint", *(f.name for f in dataclasses.fields(Manifest)), "checksum"]

@@ -146,3 +146,18 @@ def test_the_digits_truth_is_that_of_digits_py(load: Any) -> None:
     one, other = task.build(), task.build()
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
     assert task.about["recipe"] == load("digits").asdict(load("digits_mlp").RECIPE)
+
+
+def test_what_is_replayed_is_the_training_of_the_digits_model(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, digits = load("digits_mlp"), load("digits")
+    monkeypatch.setattr(module, "RECIPE", digits.Recipe(epochs=1))  # more amplify rounding
+    model, training = module.fit(np.ones(1200, dtype=bool), seed=7), module.training(7)
+    optimizer = module.optimizer(model, 7)
+    assert len(training.batches) == 1200 // 64
+    for name, values in training.run().items():  # Adam amplifies the rounding of entries with hardly any gradient
+        moved, apart = (model.get_parameter(name) - t for t in (training.parameters[name], values))
+        assert apart.norm() < 1e-2 * moved.norm()
+    for parameter in model.parameters():
+        state = optimizer.state[parameter]
+        assert state["step"] == 18 and state["exp_avg_sq"].shape == parameter.shape
+        assert float(state["exp_avg_sq"].max()) > 0

@@ -9,8 +9,8 @@ import torch
 from torch import nn
 
 import loghook
-from loghook.capture import whole
 from loghook.errors import CheckpointWarning, ConfigError, CorruptLogError, LogExistsError, MismatchError, StateError
+from loghook.project import outer
 from loghook.whole.scoring import low_rank
 from tests import dense
 from tests.oracle import one_sample_gradients
@@ -85,7 +85,7 @@ def test_small_chunks_change_nothing(monkeypatch):
     fit = fitted(model, x)
     query = ask(fit, model, x)
     expected = scored(fit, query, model, x).values
-    monkeypatch.setattr(whole, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(outer, "CHUNK_BYTES", 1)
     again = fitted(model, x)
     assert close(scored(again, query, model, x).values, expected)
     assert close(scored(again, query, model, x, rank=2).values, scored(fit, query, model, x, rank=2).values)

@@ -27,6 +27,7 @@ from tqdm import tqdm
 
 from loghook.demo.retrain import one_thread
 from loghook.evaluate.lds import random_subsets
+from loghook.evaluate.replay import Training
 from loghook.evaluate.retrain import Train, retrain
 
 HERE = Path(__file__).parent
@@ -49,6 +50,8 @@ class Task:
         outputs: of a model on a batch, sample by sample (logits).
         sample_losses: summed loss of each sample, from outputs and batch: (B,).
         represent: what a model makes of a batch, a vector for each sample: (B, D).
+        optimizer: that of a model which `fit` made of all samples from a seed, with its moments; or None.
+        training: what `fit` does with all samples and a seed, as pure functions; or None.
         members: (m, N) bool, or None where the truth is not from retraining.
         losses: (m, Q) float32, loss of each query after training on each subset, mean over seeds; or None.
         flipped: (N,) bool, which training labels are wrong; or None.
@@ -66,6 +69,8 @@ class Task:
     outputs: Callable[[nn.Module, Batch], Tensor]
     sample_losses: Callable[[Tensor, Batch], Tensor]
     represent: Callable[[nn.Module, Batch], Tensor]
+    optimizer: Callable[[nn.Module, int], torch.optim.Optimizer] | None = None
+    training: Callable[[int], Training] | None = None
     members: np.ndarray | None = None
     losses: np.ndarray | None = None
     flipped: np.ndarray | None = None

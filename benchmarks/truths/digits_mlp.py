@@ -12,7 +12,10 @@ import numpy as np
 import torch
 from base import Batch, Task, main
 from torch import Tensor, nn
+from torch.func import functional_call
 from torch.nn import functional as F
+
+from loghook.evaluate.replay import Adam, Training
 
 RECIPE = digits.Recipe()
 
@@ -25,6 +28,37 @@ def build() -> nn.Module:
 def fit(members: np.ndarray, seed: int) -> nn.Module:
     places = torch.from_numpy(np.flatnonzero(members))[None]
     return digits.module(digits.train(places, digits.digits(), RECIPE, seed), 0).eval()
+
+
+def optimizer(model: nn.Module, seed: int) -> torch.optim.Optimizer:
+    """That of `model`, which `fit` made of all samples, with its moments."""
+    every = torch.arange(len(digits.digits().x))[None]
+    used, made = digits.trained(every, digits.digits(), RECIPE, seed), RECIPE.build(model.parameters())
+    for parameter, stacked in zip(model.parameters(), used.param_groups[0]["params"], strict=True):
+        state = used.state[stacked].items()
+        made.state[parameter] = {key: value.view_as(parameter) if value.dim() else value for key, value in state}
+    return made
+
+
+def training(seed: int) -> Training:
+    """What `fit` does with all samples, for exact replay."""
+    data, noise = digits.digits(), torch.Generator().manual_seed(seed)
+    model = digits.module(digits.initial(1, data, RECIPE, noise), 0)
+    every = torch.arange(len(data.x))[None]
+    steps = [
+        (ids[0].tolist(), {"x": data.x[ids[0]], "y": data.y[ids[0]]}) for ids in digits.batches(every, RECIPE, noise)
+    ]
+
+    def losses(parameters: dict[str, Tensor], batch: Batch) -> Tensor:
+        return sample_losses(functional_call(model, parameters, (batch["x"],)), batch)
+
+    return Training(
+        parameters={name: values.detach() for name, values in model.named_parameters()},
+        losses=losses,
+        batches=steps,
+        rates=[RECIPE.rate] * len(steps),
+        optimizer=Adam(weight_decay=RECIPE.decay),
+    )
 
 
 def outputs(model: nn.Module, batch: Batch) -> Tensor:
@@ -49,6 +83,8 @@ def task() -> Task:
         train={"x": data.x, "y": data.y},
         queries={"x": data.query_x, "y": data.query_y},
         fit=fit,
+        optimizer=optimizer,
+        training=training,
         build=build,
         outputs=outputs,
         sample_losses=sample_losses,

@@ -81,7 +81,7 @@ class Adapter:
         return as_tokens(x, self.channel_dim)
 
     def gradient(self, module: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Arrange the gradient that autograd gave for the parameters as (O, I [+ 1]); used by ``loghook.check``."""
+        """Arrange what has the shapes of the parameters, as their gradients, as (O, I [+ 1]); only moves values."""
         matrix = weight.flatten(1)
         return matrix if bias is None else torch.cat([matrix, bias[:, None]], 1)
 

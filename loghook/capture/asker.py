@@ -17,16 +17,16 @@ from loghook.log.format import LayerSpec, Manifest
 class Asker(Hooked):
     """A model under the hooks of a log: asks questions, writes nothing."""
 
-    def __init__(self, model: nn.Module, manifest: Manifest, origin: Path) -> None:
+    def __init__(self, model: nn.Module, manifest: Manifest, origin: Path, optimizer: Any = None) -> None:
         """Hook the layers that the manifest of the log at ``origin`` names; see ``Log.attach``."""
-        super().__init__(manifest.projection, manifest.rank, manifest.seed)
+        super().__init__(manifest.projection, manifest.rank, manifest.seed, manifest.gradient)
         try:
             for arguments, specs in _by_arguments(manifest.layers):
                 names = tuple(escape(spec.name) for spec in specs)
                 sleepers = tuple(escape(spec.name) for spec in specs if spec.may_sleep)
                 flattened = tuple(escape(spec.name) for spec in specs if spec.flattened)
                 watch = Watch(include=names, exclude=(), may_sleep=sleepers, flattened=flattened, **arguments)
-                self._hook(model, watch)
+                self._hook(model, watch, optimizer, self._asked)
             place = {spec.name: i for i, spec in enumerate(manifest.layers)}
             self._arrange(sorted(self._layers, key=lambda layer: place[layer.name]))
             for mine, theirs in zip(self._layers, manifest.layers, strict=True):

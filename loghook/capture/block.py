@@ -13,7 +13,8 @@ from loghook.capture.layers import Layer, Leaves, Shared, Slots
 from loghook.capture.segments import Documents
 from loghook.capture.silence import nothing_delivered, partly_delivered
 from loghook.capture.whole import Job
-from loghook.errors import BatchError, DeliveryError
+from loghook.errors import BatchError, DeliveryError, UnsupportedError
+from loghook.project.projection import Side
 
 
 @dataclass
@@ -31,9 +32,16 @@ class Captured:
 class Block:
     """Opens the watched layers for one batch and collects what autograd delivers to their leaves."""
 
-    def __init__(self, layers: Sequence[Layer], size: int, *, moments: bool, job: Job | None = None) -> None:
-        """Prepare a block of ``size`` samples; ``moments`` asks for the statistics as well, ``job`` replaces rows."""
-        self._layers, self._size, self._moments, self._job = layers, size, moments and job is None, job
+    def __init__(
+        self, layers: Sequence[Layer], size: int, scale: float | Tensor, moments: bool, updates: bool, job: Job | None
+    ) -> None:
+        """Prepare a block of ``size`` samples whose gradients are multiplied by ``scale``.
+
+        ``moments`` asks for the statistics as well; with ``updates`` rows are of the optimiser's update, which has
+        none; a ``job`` replaces rows.
+        """
+        self._layers, self._size, self._scale, self._job = layers, size, scale, job
+        self._moments, self._updates = moments and not updates and job is None, updates
 
     def open(self, masks: Mapping[str, Tensor], keep: Tensor | None, documents: Documents | None = None) -> None:
         """Give every layer fresh leaves.
@@ -64,7 +72,7 @@ class Block:
             layer.fired = False
             job = self._job
             sides = layer.sides if job is None else job.sides(layer)
-            if job is None and (narrow := _narrow(layer)) is not None:
+            if not self._updates and job is None and (narrow := _narrow(layer)) is not None:
                 sides = (sides[0].cast(narrow), sides[1].cast(narrow))
             shape = (self._size, spec.k_out, spec.k_in) if job is None else job.shape(layer, self._size)
 
@@ -72,6 +80,14 @@ class Block:
             if (device, dtype) not in zeros:
                 zeros[device, dtype] = torch.zeros((), device=device, dtype=dtype)
             zero = zeros[device, dtype]
+
+            update: tuple[Tensor | None, ...] = ()
+            parts_add_up = True
+            if self._updates:
+                assert layer.moments is not None
+                scale = torch.as_tensor(self._scale, device=device, dtype=dtype)
+                update = (sides[0].matrix, *layer.moments.read(layer, device, dtype), scale)
+                sides, parts_add_up = (Side(sides[0].width, None), sides[1]), layer.moments.linear
 
             def leaf(*shape: int, zero: Tensor = zero) -> Tensor:
                 return zero.expand(shape).requires_grad_()
@@ -81,6 +97,7 @@ class Block:
                 moments=leaf(spec.k_in**2 + spec.k_out**2 + 1) if self._moments else None,
                 activations=leaf(self._size, spec.channels + 1) if spec.activations and job is None else None,
                 outputs=leaf(self._size, spec.out_features + 1) if spec.output_gradients and job is None else None,
+                calls=None if parts_add_up else leaf(1),
             )
             OPEN[layer.key] = slots = Slots(
                 leaves=leaves,
@@ -88,6 +105,7 @@ class Block:
                 input_side=sides[0].to(device),
                 output_side=sides[1].to(device),
                 job=job,
+                update=update,
                 documents=None if documents is None else documents.to(device),
                 mask=None if mask is None else mask.to(device, dtype),
                 keep=None if keep is None else keep.to(device, dtype),
@@ -100,10 +118,8 @@ class Block:
         """Make every hook inert again and return the leaves."""
         return [OPEN.pop(layer.key, None) for layer in self._layers]
 
-    def collect(
-        self, leaves: Sequence[Slots | None], *, scale: float | Tensor, masks: Mapping[str, Tensor]
-    ) -> Captured:
-        """Check that each layer delivered once into ``leaves``, and pack rows times ``scale``; masks as in ``open``."""
+    def collect(self, leaves: Sequence[Slots | None], *, masks: Mapping[str, Tensor]) -> Captured:
+        """Check that each layer delivered once into ``leaves``, and pack the rows; masks as in ``open``."""
         slots = [leaf for leaf in leaves if leaf is not None]
         silent = [(layer, s) for layer, s in zip(self._layers, slots, strict=True) if s.leaves.rows.grad is None]
         missing = [layer for layer, _ in silent if not layer.spec.may_sleep]
@@ -130,17 +146,34 @@ class Block:
             results = {}
             for layer, s in zip(self._layers, slots, strict=True):
                 if s.leaves.rows.grad is not None:
-                    results[layer.name] = self._job.finish(layer, s.leaves.rows.grad, scale)
+                    results[layer.name] = self._job.finish(layer, s.leaves.rows.grad, self._scale)
                     s.leaves.clear()
             return Captured(torch.empty(0), None, asleep, results)
-        return self._pack(slots, scale, asleep)
+        self._require_one_call(slots)
+        return self._pack(slots, asleep)
 
-    def _pack(self, slots: Sequence[Slots], scale: float | Tensor, asleep: list[str]) -> Captured:
+    def _require_one_call(self, slots: Sequence[Slots]) -> None:
+        """Raise where a gradient came in parts, and rows are no sum of what would be made of the parts."""
         device = slots[0].leaves.rows.device
+        counting = [(x, s.leaves.calls) for x, s in zip(self._layers, slots, strict=True) if s.leaves.calls is not None]
+        if not counting:
+            return
+        # Waits for the device once.
+        counts = torch.cat([_delivered(calls).to(device) for _, calls in counting]).tolist()
+        several = [layer.name for (layer, _), n in zip(counting, counts, strict=True) if n > 1]
+        if several:
+            raise UnsupportedError(
+                f"layer {several[0]!r} was called several times in this block, and gradient='adam' is of the gradient "
+                "of all calls together, which is never formed: exclude the layer, or log gradient='normalized' or "
+                "'plain', which add up."
+            )
+
+    def _pack(self, slots: Sequence[Slots], asleep: list[str]) -> Captured:
+        device, scale = slots[0].leaves.rows.device, self._scale
         rows = torch.cat([_delivered(s.leaves.rows).flatten(1).to(device) for s in slots], 1)
         rows *= _spread([layer.gain for layer in self._layers], [layer.spec.width for layer in self._layers], rows)
         unscaled = isinstance(scale, float) and scale == 1.0
-        if not unscaled:
+        if not unscaled and not self._updates:  # updates have it in them
             rows *= scale
         means: dict[str, list[Tensor]] = {"activations": [], "output_gradients": []}
         for layer, s in zip(self._layers, slots, strict=True):

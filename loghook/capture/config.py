@@ -8,6 +8,7 @@ from typing import Any
 from loghook.errors import ConfigError
 from loghook.log.codec import DTYPES
 from loghook.project.projection import FITTED
+from loghook.project.update import GRADIENTS
 
 _PROJECTIONS = ("random", *FITTED, "none")
 _ON_REPEAT = (None, "error", "first", "all")
@@ -28,6 +29,7 @@ class Config:
     shard_bytes: int = 256 * 2**20
     commit_seconds: float = 30.0
     fidelity: dict[str, Any] | None = None
+    gradient: str = "plain"
 
     def __post_init__(self) -> None:
         ranks = list(self.rank.values()) if isinstance(self.rank, Mapping) else [self.rank]
@@ -45,6 +47,13 @@ class Config:
             )
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype={self.dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
+        if self.gradient not in GRADIENTS:
+            raise ConfigError(f"gradient={self.gradient!r} is unknown: choose one of {', '.join(GRADIENTS)}.")
+        if self.gradient != "plain" and (self.projection in FITTED or self.fidelity is not None):
+            raise ConfigError(
+                f"gradient={self.gradient!r} goes with projection='random' or 'none', and with no fidelity: a fitted "
+                f"projection, here {self.projection!r}, and what tune measured are of plain gradients."
+            )
         if self.on_repeat not in _ON_REPEAT:
             raise ConfigError(f"on_repeat={self.on_repeat!r} is unknown: choose None, 'error', 'first' or 'all'.")
         if self.shard_bytes < 1 or self.commit_seconds <= 0:

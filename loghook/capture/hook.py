@@ -84,6 +84,8 @@ def make_hook(layer: Layer) -> Callable[..., Tensor | None]:
             leaves.moments,
             leaves.activations,
             leaves.outputs,
+            leaves.calls,
+            *slots.update,
         )
 
     return hook

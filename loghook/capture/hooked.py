@@ -15,6 +15,7 @@ from loghook.capture.experts import ExpertProjection, watched
 from loghook.capture.hook import make_hook
 from loghook.capture.layers import Layer
 from loghook.capture.models import mixing_modules, parameters_digest, refuse, unwrap
+from loghook.capture.optimizer import bind
 from loghook.capture.segments import arrange
 from loghook.capture.select import Rank, Watch, rank_of, select
 from loghook.capture.silence import nothing_delivered
@@ -30,10 +31,12 @@ from loghook.project.projection import FITTED
 class Hooked:
     """Layers of a model under inert hooks, and queries through them."""
 
-    def __init__(self, projection: str, rank: Rank, seed: int) -> None:
+    def __init__(self, projection: str, rank: Rank, seed: int, gradient: str = "plain") -> None:
         """Start with nothing watched."""
         self._projection, self._seed = projection, seed
         self._rank = dict(rank) if isinstance(rank, Mapping) else rank
+        self._gradient = gradient  # what the log's rows are of
+        self._asked = "plain" if gradient == "adam" else gradient  # what the rows of questions are of
         self._fitted: str | None = None  # checksum of a fitted projection that the layers have
         self._layers: list[Layer] = []
         self._models: list[weakref.ref[nn.Module]] = []
@@ -47,8 +50,13 @@ class Hooked:
         """Names of the watched layers, in row order."""
         return self._names
 
-    def _hook(self, model: nn.Module, watch: Watch, *, check_rank: bool = False) -> dict[str, Any]:
-        """Select and hook layers of a model; returns the coverage record. An error leaves nothing behind."""
+    def _hook(
+        self, model: nn.Module, watch: Watch, optimizer: Any = None, gradient: str = "plain", check_rank: bool = False
+    ) -> dict[str, Any]:
+        """Select and hook layers of a model; returns the coverage record. An error leaves nothing behind.
+
+        ``gradient`` is what rows will be of, for which ``optimizer`` has the moments.
+        """
         if not isinstance(model, nn.Module):
             raise ConfigError(f"watch() takes an nn.Module, not {type(model).__name__}: pass the model itself.")
         refuse(model)
@@ -64,6 +72,7 @@ class Hooked:
                 f"rank={self._rank} exceeds the width of every watched layer (largest: {widest:,}), so it would reduce "
                 "nothing: choose a smaller rank, or projection='none'."
             )
+        bind(model, layers, optimizer, gradient)
         if not self._watches(model):
             self._models.append(weakref.ref(unwrap(model)))
             self._mixing += mixing_modules(model)
@@ -106,7 +115,7 @@ class Hooked:
 
     @contextmanager
     def _capture(
-        self, size: int, given: Given, *, keep: np.ndarray | None = None, moments: bool = False, job: Job | None = None
+        self, size: int, given: Given, *, keep: np.ndarray | None = None, logs: bool = False, job: Job | None = None
     ) -> Iterator[list[Captured]]:
         """Open the layers for one batch; the list holds what was captured once the context ends without an error."""
         self._require_outside()
@@ -130,7 +139,8 @@ class Hooked:
         factor = unscaled(given.scale, given.scaler)
         if job is None:
             self._require_projection()
-        block = Block(self._layers, size, moments=moments, job=job)
+        updates = (self._gradient if logs else self._asked) != "plain"
+        block = Block(self._layers, size, factor, logs, updates, job)
         captured: list[Captured] = []
         self._open = True
         experts = [layer.module.owner for layer in self._layers if isinstance(layer.module, ExpertProjection)]
@@ -138,7 +148,7 @@ class Hooked:
             block.open(masks, None if keep is None or keep.all() else torch.from_numpy(keep), documents)
             with watched(experts):
                 yield captured
-            captured.append(block.collect(block.close(), scale=factor, masks=masks))
+            captured.append(block.collect(block.close(), masks=masks))
         except RuntimeError as error:
             if "does not require grad" in str(error) and not any(layer.fired for layer in self._layers):
                 raise DeliveryError(nothing_delivered(self._layers)) from error  # backward() failed for want of a graph
@@ -182,4 +192,4 @@ class Hooked:
         if not bool(torch.isfinite(rows).all()):
             raise not_finite(ids, rows)
         specs = [layer.spec for layer in self._layers]
-        query.fill(rows, specs, self._projection, self._seed, self.digest(), self._fitted)
+        query.fill(rows, specs, self._projection, self._seed, self.digest(), self._fitted, self._gradient)

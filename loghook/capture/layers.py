@@ -14,6 +14,7 @@ from loghook.log.format import LayerSpec
 from loghook.project.projection import Side
 
 if TYPE_CHECKING:
+    from loghook.capture.optimizer import Moments
     from loghook.capture.whole import Job
 
 
@@ -37,10 +38,11 @@ class Leaves:
     moments: Tensor | None  # flat (see ``Tap``), or None
     activations: Tensor | None  # (B, channels + 1), or None
     outputs: Tensor | None  # (B, out_features + 1), or None
+    calls: Tensor | None  # (1,) how often the layer was called, or None
 
     def clear(self) -> None:
         """Let go of what was delivered."""
-        for leaf in (self.rows, self.moments, self.activations, self.outputs):
+        for leaf in (self.rows, self.moments, self.activations, self.outputs, self.calls):
             if leaf is not None:
                 leaf.grad = None
 
@@ -56,6 +58,7 @@ class Slots:
     input_side: Side  # the projection of the layer's inputs in this block
     output_side: Side  # that of its output gradients
     job: "Job | None"  # what is computed instead of rows, or None
+    update: tuple[Tensor | None, ...]  # what makes rows of an optimiser's update (see ``Tap``), or nothing
     documents: Documents | None  # which tokens make a row, where rows are not samples
     mask: Tensor | None  # (B, S) what each token counts in moments and means, or None
     keep: Tensor | None  # (B,) 0 for samples that were logged before, or None (with documents it is part of the mask)
@@ -81,6 +84,7 @@ class Layer:
     adapter: Adapter
     input_side: Side
     output_side: Side
+    moments: "Moments | None" = None  # where its optimiser's moments are, if rows are of an update
     key: int = field(default_factory=itertools.count().__next__)  # its place in the table of open leaves
     fired: bool = False  # its forward ran in this block
     computes_in: torch.dtype | None = None  # dtype of its last output

@@ -17,6 +17,7 @@ from loghook.log.codec import DTYPES
 from loghook.log.format import LayerSpec, Layout
 from loghook.log.writer import QUEUE
 from loghook.project.blocks import square_size
+from loghook.project.outer import CHUNK_BYTES
 from loghook.project.projection import FITTED
 
 _UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
@@ -83,14 +84,25 @@ class Plan:
         row = layout.codec(self.config.dtype).dtype.itemsize * layout.width
         fits = self.config.projection in FITTED and self.config.fitted is None
         moments = sum(square_size(side.width) for layer in self.layers for side in layer.sides) if fits else 0
+        inputs = tokens * sum(
+            _itemsize(x) * x.spec.groups * (x.input_side.width if self._updates else x.spec.k_in) for x in self.layers
+        )
+        largest = max(4 * x.spec.out_features * x.input_side.width for x in self.layers)
         return {
             "projections": sum(4 * s.k * s.width for s in sides.values() if s.matrix is not None),
-            "projected inputs": sum(tokens * x.spec.groups * x.spec.k_in * _itemsize(x) for x in self.layers),
+            "whole inputs" if self._updates else "projected inputs": inputs,
+            "gradients of a few samples": 3 * max(CHUNK_BYTES, largest) * self._updates,
             "rows of a block": 2 * self.batch * 4 * layout.width,  # as delivered, and packed
             "waiting for the writer": QUEUE * (self.batch * row + 4 * layout.moments_width),
-            "statistics": (4 + 4 + 8) * layout.moments_width,  # as delivered, packed, and the writer's sums
+            # As delivered, packed, and the writer's sums.
+            "statistics": (4 + 4 + 8) * layout.moments_width * (not self._updates),
             "second moments, in the fitting pass": (4 + 8) * moments,  # as delivered, and their sums
         }
+
+    @property
+    def _updates(self) -> bool:
+        """Whether whole gradients are formed, because rows are of an optimiser's update."""
+        return self.config.gradient != "plain"
 
     @property
     def arithmetic(self) -> tuple[int, int]:
@@ -103,6 +115,10 @@ class Plan:
             s, (inputs, outputs) = layer.spec, layer.sides
             dense = s.channels > 0  # an embedding looks its rows up
             model += 2 * s.in_features * s.out_features * dense
+            if self._updates:  # the gradient token by token; what is done with it once a sample
+                size = s.out_features * inputs.width
+                capture += size + (size * s.k_in + s.k_out * s.out_features * s.k_in) // self.tokens
+                continue
             capture += 0 if inputs.matrix is None else s.groups * inputs.width * s.k_in * dense
             capture += 0 if outputs.matrix is None else s.out_features * s.k_out
             capture += s.k_in * (s.k_out if s.groups == 1 else s.out_features) + s.groups * s.k_in**2 + s.k_out**2

@@ -35,7 +35,7 @@ class Run(Blocks, Hooked):
 
     def __init__(self, config: Config, *, resume: bool, overwrite: bool) -> None:
         """See ``loghook.init``."""
-        super().__init__(config.projection, config.rank, config.seed)
+        super().__init__(config.projection, config.rank, config.seed, config.gradient)
         self.path = config.path
         self._config = config
         self._session = Session(config, resume=resume, overwrite=overwrite)
@@ -66,6 +66,7 @@ class Run(Blocks, Hooked):
         batch_dim: int = 0,
         activations: str | None = None,
         output_gradients: str | None = None,
+        optimizer: Any = None,
     ) -> None:
         """Put inert hooks on a model's layers and print what they cover.
 
@@ -80,9 +81,11 @@ class Run(Blocks, Hooked):
             batch_dim: axis of samples in the layers' inputs: 0, or 1 for sequence-first models.
             activations: "mean" or "sum" over tokens logs each layer's input as well, unprojected.
             output_gradients: the same for the gradients of each layer's output.
+            optimizer: for ``init(gradient="normalized")`` or ``"adam"``, the Adam (AdamW, ...) that trains the layers.
+                Its moments are read when a block opens, so that they are those of the step or of the checkpoint.
 
         Raises:
-            ConfigError: a pattern that matches nothing, or a rank above every layer's width.
+            ConfigError: a pattern that matches nothing, a rank above every layer's width, or no such optimizer.
             UnsupportedError: a wrapper or layer for which rows cannot be exact.
             StateError: after ``finalize`` or the first block, or for a model watched before.
         """
@@ -94,7 +97,7 @@ class Run(Blocks, Hooked):
         arguments = Watch(include, exclude, may_sleep, flattened, bias, batch_dim, activations, output_gradients)
         if isinstance(model, nn.Module) and self._watches(model):
             raise StateError("this model is watched by this run already: one watch() call takes several patterns.")
-        coverage = self._hook(model, arguments, check_rank=True)
+        coverage = self._hook(model, arguments, optimizer, self._gradient, check_rank=True)
         manifest = self._session.manifest
         if manifest is not None and manifest.fitted is not None:
             self._project_with(load_sides(self.path, manifest.fitted), manifest.fitted)
@@ -129,15 +132,9 @@ class Run(Blocks, Hooked):
             raise StateError("nothing is watched yet: call run.watch(model) first.")
         size = None if disk is None else parse_size(disk)
         return Plan(
-            config=self._config,
-            layers=tuple(self._layers),
-            coverage=self._coverage,
-            samples=samples,
-            tokens=tokens,
-            batch=batch,
-            disk=size,
-            _run=self,
-        )
+            config=self._config, layers=tuple(self._layers), coverage=self._coverage, samples=samples, tokens=tokens,
+            batch=batch, disk=size, _run=self,
+        )  # fmt: skip
 
     def passes(self) -> Iterator[Pass]:
         """Yield one pass over the data, or as many as the projection and statistics need.
@@ -190,7 +187,7 @@ class Run(Blocks, Hooked):
                 self._writer.check()
         ids = check_ids(data_id)
         if self._rehearsal is not None:
-            with self._capture(len(ids), given, keep=None, moments=True) as captured:
+            with self._capture(len(ids), given, logs=True) as captured:
                 yield
             self._rehearsal.count(captured[0].rows)
             return
@@ -207,7 +204,7 @@ class Run(Blocks, Hooked):
         keep, repeats = self._session.repeats.keep(ids, self._rule)
         if keep.any():
             self._step = max(self._step, self._fresh_step)
-        with self._capture(len(ids), given, keep=keep, moments=True) as captured:
+        with self._capture(len(ids), given, keep=keep, logs=True) as captured:
             yield
         writer = self._ready(self._id_type)
         index, flag = self._pass.index if self._pass else -1, given.scaler is not None
@@ -322,7 +319,8 @@ class Run(Blocks, Hooked):
                 seed=self._seed, dtype=self._config.dtype, layers=tuple(layer.spec for layer in self._layers),
                 coverage=self._coverage, id_type=id_type, on_repeat=self._config.on_repeat, world_size=world_size(),
                 provenance=provenance(), parameters={"first": self.digest()}, fitted=self._fitted,
-                fidelity=self._config.fidelity,
+                fidelity=self._config.fidelity, gradient=self._gradient,
+                no_statistics=None if self._gradient == "plain" else f"its rows are of gradient={self._gradient!r}",
             )  # fmt: skip
         assert fresh is not None
         writer = self._session.open(fresh)

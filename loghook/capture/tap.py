@@ -24,6 +24,7 @@ from loghook.project.outer import (
     second_moment,
     second_moment_grouped,
 )
+from loghook.project.update import update_rows
 
 
 class Tap(torch.autograd.Function):
@@ -33,7 +34,7 @@ class Tap(torch.autograd.Function):
     def forward(
         ctx: Any,
         y: Tensor,  # the layer's output
-        x: Tensor,  # projected inputs (B, S, k_in) or, in groups, (B, S, G, k_in)
+        x: Tensor,  # projected inputs (B, S, k_in) or, in groups, (B, S, G, k_in); whole ones where there is an update
         weight_BS: Tensor | None,  # how much each token counts in the moments, or None: each once. Rows never use it
         p_out_kO: Tensor | None,  # the output side's projection
         activations: Tensor | None,  # what to deliver to `activation_slot`
@@ -44,9 +45,11 @@ class Tap(torch.autograd.Function):
         moment_slot: Tensor | None,  # leaf whose gradient is what `moments` returns
         activation_slot: Tensor | None,  # leaf (B, channels + 1): the last value counts tokens
         output_slot: Tensor | None,  # leaf (B, O + 1): output gradients summed over tokens, the last value as above
+        call_slot: Tensor | None,  # leaf (1,) that counts calls, for rows that need the gradient of all of them at once
+        *update: Tensor | None,  # nothing, or what `update_rows` takes after p_out_kO: rows are then of an update
     ) -> Tensor:
         """Return ``y`` unchanged and remember what the row needs."""
-        ctx.save_for_backward(x, weight_BS, p_out_kO, activations, documents_DL)
+        ctx.save_for_backward(x, weight_BS, p_out_kO, activations, documents_DL, *update)
         ctx.channel_dim, ctx.batch_dim, ctx.wide = channel_dim, batch_dim, row_slot.dtype
         return alias(y)
 
@@ -54,15 +57,18 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         """Pass the output gradient on and deliver the row and the moments."""
         (g,) = grads
-        x, weight_BS, p_out_kO, activations, documents_DL = ctx.saved_tensors
-        need_moments, need_activations, need_outputs = ctx.needs_input_grad[9:]
+        x, weight_BS, p_out_kO, activations, documents_DL, *update = ctx.saved_tensors
+        need_moments, need_activations, need_outputs, need_calls = ctx.needs_input_grad[9:13]
         wide = ctx.wide
         # Sums over tokens run in float32 or wider, also where the user calls backward() under autocast.
         with wide_context(g.device.type):
             g_BSO = output_gradient(ctx, g, x)
             x = x.to(wide)
             summed = outputs = None
-            if x.dim() == 3:
+            if update:
+                g_DLO, x_DLI = by_document(documents_DL, g_BSO.to(wide), x)
+                rows = update_rows(g_DLO, x_DLI, p_out_kO, *update)
+            elif x.dim() == 3:
                 g_moments = g_BSk = project_output(g_BSO, p_out_kO).to(wide)
                 rows = outer(*by_document(documents_DL, g_BSk, x))
             else:
@@ -75,7 +81,8 @@ class Tap(torch.autograd.Function):
                 outputs = sum_tokens(g_BSO.to(wide), weight_BS, documents_DL)
         return (
             g, None, None, None, None, None, None, None,
-            rows, summed, activations if need_activations else None, outputs,
+            rows, summed, activations if need_activations else None, outputs, x.new_ones(1) if need_calls else None,
+            *(None for _ in update),
         )  # fmt: skip
 
 

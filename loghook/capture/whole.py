@@ -7,7 +7,7 @@ of a layer receives as its gradient (see ``loghook.capture.tap``), so that they 
 Shape suffixes as in ``loghook.project.outer``; Q queries, r their rank.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,10 +17,8 @@ from torch import Tensor
 from loghook.capture.layers import Layer, Slots
 from loghook.capture.tap import alias, by_document, moments, output_gradient, wide_context
 from loghook.project.blocks import second_moment_blocks, square_size, take_blocks
-from loghook.project.outer import outer, outer_grouped, project_output
+from loghook.project.outer import at_a_time, gradients
 from loghook.project.projection import Side
-
-CHUNK_BYTES = 64 * 2**20  # what the gradients of some samples of one layer may take at a time
 
 
 class WholeTap(torch.autograd.Function):
@@ -60,22 +58,10 @@ class WholeTap(torch.autograd.Function):
         return (g, None, None, None, None, None, None, delivered, *(None for _ in held))
 
 
-def _gradients(g_BSO: Tensor, x: Tensor, p_out: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """Gradients (b, O, I) of a few samples at a time."""
-    width_out = g_BSO.shape[2] if p_out is None else p_out.shape[0]
-    step = max(1, CHUNK_BYTES // (width_out * x.shape[-1] * x.element_size()))
-    for start in range(0, len(x), step):
-        part = slice(start, min(start + step, len(x)))
-        if x.dim() == 3:
-            yield part, outer(project_output(g_BSO[part], p_out), x[part])
-        else:
-            yield part, outer_grouped(g_BSO[part], x[part], p_out)
-
-
 def _squares(g_BSO: Tensor, x: Tensor, p_out: Tensor | None, keep_B: Tensor | None) -> Tensor:
     """Sum over samples of the squares of their gradients: (O, I)."""
     total = None
-    for part, rows in _gradients(g_BSO, x, p_out):
+    for part, rows in gradients(g_BSO, x, p_out):
         squares = rows.square_() if keep_B is None else rows.square_() * keep_B[part, None, None].to(rows.dtype)
         total = squares.sum(0) if total is None else total + squares.sum(0)
     assert total is not None
@@ -96,14 +82,14 @@ def _products(g_BSO: Tensor, x: Tensor, left: Tensor, right: Tensor | None) -> T
     if x.dim() == 3 and (right is not None or S * Q <= S + Q):
         # <sum_s g_s x_s^T, L R> = sum_s (g_s L) . (R x_s): no gradient is formed.
         wide = left.transpose(0, 1).flatten(1)
-        step = max(1, CHUNK_BYTES // (S * Q * r * x.element_size()))
+        step = at_a_time(S * Q * r, x)
         for g_bSO, x_bSI, part in zip(g_BSO.split(step), x.split(step), scores.split(step), strict=True):
             gl_bSQr = (g_bSO @ wide).unflatten(2, (Q, r))
             rx_bSQr = x_bSI[:, :, None] if right is None else (x_bSI @ right.flatten(0, 1).T).unflatten(2, (Q, r))
             part.copy_((gl_bSQr * rx_bSQr).sum((1, 3)))
         return scores
     queries = (left if right is None else left @ right).flatten(1)
-    for place, rows in _gradients(g_BSO, x, None):
+    for place, rows in gradients(g_BSO, x):
         scores[place] = rows.flatten(1) @ queries.T
     return scores
 

@@ -255,7 +255,7 @@ def _p_values(
     for place, block in progress(log, "chance"):
         mixed += weights[:, place] @ block[:, :width].double()
     chance = Query(range(nulls))
-    chance.fill(combine(mixed), log.layout.layers, m.projection, m.seed, None, m.fitted)
+    chance.fill(combine(mixed), log.layout.layers, m.projection, m.seed, None, m.fitted, m.gradient)
     best = engine.influence(log, chance, normalize="unit", top=1, **sizes).values[:, 0]  # type: ignore[arg-type]
     aligned = engine.influence(log, query, normalize="unit", **sizes).values  # type: ignore[arg-type]
     seen = np.take_along_axis(aligned, top_Qk, axis=1)

@@ -103,9 +103,9 @@ def influence(
 
 def _named(method: str, reader: Reader, query_dtype: str | None) -> str:
     """Return the method with what else decides the scores."""
-    notes = {"whitened": reader.manifest.projection == "whitened", "1-bit questions": query_dtype == "int1"}
-    kept = ", ".join(note for note, holds in notes.items() if holds)
-    return f"{method} ({kept})" if kept else method
+    space = "whitened" if reader.manifest.projection == "whitened" else reader.manifest.gradient
+    notes = [space] * (space != "plain") + ["1-bit questions"] * (query_dtype is not None)
+    return f"{method} ({', '.join(notes)})" if notes else method
 
 
 def _fidelity(
@@ -146,7 +146,7 @@ def check_match(reader: Reader, query: Query) -> None:
         odd = sorted(mine ^ theirs)[0]
         what = f"other layers (for instance {odd!r} is in one of the two only)"
     else:
-        what = "another rank, projection or seed"
+        what = "another rank, projection, seed or kind of gradient"
     raise MismatchError(
         f"the query was made with {what} than {reader.path}: make it with log.attach(model).query(...), on the same "
         "model."

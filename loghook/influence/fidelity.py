@@ -90,7 +90,9 @@ def as_questions(reader: Reader, count: int, seed: int) -> tuple[np.ndarray, Que
     """Draw rows of a log as questions: their places, in order, and the query."""
     places = np.sort(np.random.default_rng(seed).choice(len(reader), min(count, len(reader)), replace=False))
     query, m = Query([str(place) for place in places]), reader.manifest
-    query.fill(reader.gather(places).to(working_dtype(reader)), m.layers, m.projection, m.seed, None, m.fitted)
+    query.fill(
+        reader.gather(places).to(working_dtype(reader)), m.layers, m.projection, m.seed, None, m.fitted, m.gradient
+    )
     return places, query
 
 

@@ -50,7 +50,7 @@ def _is_ours(file: Path) -> bool:
 
 def check_same(old: Manifest, new: Manifest) -> None:
     """Raise unless a resumed run has the arguments and layers of the first one."""
-    for name in ("projection", "rank", "seed", "dtype", "id_type", "layers", "fitted"):
+    for name in ("projection", "rank", "seed", "dtype", "id_type", "layers", "fitted", "gradient"):
         was, now = getattr(old, name), getattr(new, name)
         if was != now:
             shown = "other layers or widths than in the log" if name == "layers" else f"{was!r} there and {now!r} now"

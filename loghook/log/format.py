@@ -14,6 +14,7 @@ import xxhash
 from loghook.errors import CorruptLogError, VersionError
 from loghook.log.codec import DTYPES, Codec, make_codec
 from loghook.log.disk import write_atomically
+from loghook.project.update import GRADIENTS
 
 VERSION = 1
 MANIFEST = "loghook.json"
@@ -148,6 +149,7 @@ class Manifest:
     fitted: str | None = None  # None, or the checksum of ``projection.safetensors``, which holds a fitted projection
     # None, or what ``loghook.tune`` measured: {"pearson", "reference", "samples", "queries", "scoring"}
     fidelity: dict[str, Any] | None = None
+    gradient: str = "plain"  # what rows are of: "plain", "normalized" or "adam"
     version: int = VERSION  # the format's version
 
     @property
@@ -158,7 +160,7 @@ class Manifest:
     @property
     def fingerprint(self) -> str:
         """Digest of what makes rows comparable: layers, k's and the projection; not the storage dtype."""
-        return fingerprint(self.layers, self.projection, self.seed, self.fitted)
+        return fingerprint(self.layers, self.projection, self.seed, self.fitted, self.gradient)
 
     def save(self, path: Path) -> None:
         """Replace the run's manifest atomically."""
@@ -167,8 +169,9 @@ class Manifest:
     def encode(self) -> bytes:
         """Return the bytes of ``loghook.json``."""
         body = {"format": "loghook", "fingerprint": self.fingerprint} | dataclasses.asdict(self)
-        for key in ("fitted", "fidelity"):  # as in files that were written before there were these fields
-            if body[key] is None:
+        # As in files that were written before there were these fields.
+        for key, absent in (("fitted", None), ("fidelity", None), ("gradient", "plain")):
+            if body[key] == absent:
                 del body[key]
         body["checksum"] = checksum(canonical_json(body))
         return json.dumps(body, indent=1).encode()
@@ -227,6 +230,7 @@ def _check_manifest(manifest: Manifest) -> None:
         (m.dtype in DTYPES, f"dtype {m.dtype!r:.100} is none of {', '.join(DTYPES)}"),
         (m.id_type in ("int", "str"), f"id_type {m.id_type!r:.100} is neither 'int' nor 'str'"),
         (m.on_repeat in (None, "first", "all", "error"), f"on_repeat {m.on_repeat!r:.100} is unknown"),
+        (m.gradient in GRADIENTS, f"gradient {m.gradient!r:.100} is none of {', '.join(GRADIENTS)}"),
         (1 <= m.world_size <= 1_000_000, f"world_size {m.world_size} is out of range"),
         (0 <= m.generation < 1 << 40, f"generation {m.generation} is out of range"),
         (sealed, f"its seal is {m.sealed!r:.100}"),
@@ -246,13 +250,17 @@ def _check_manifest(manifest: Manifest) -> None:
             raise ValueError(f"layer {layer.name!r:.100} has a rank above its width")
 
 
-def fingerprint(layers: Sequence[LayerSpec], projection: str, seed: int, fitted: str | None = None) -> str:
+def fingerprint(
+    layers: Sequence[LayerSpec], projection: str, seed: int, fitted: str | None = None, gradient: str = "plain"
+) -> str:
     """Digest that a query and a log must share; what is stored beside the gradients plays no part."""
     keys = ("name", "type", "in_features", "out_features", "groups", "bias", "k_in", "k_out")
     shape = [[getattr(layer, key) for key in keys] for layer in layers]
     body = {"layers": shape, "projection": projection, "seed": None if projection == "none" else seed, "scheme": 1}
     if fitted is not None:
         body["fitted"] = fitted
+    if gradient != "plain":
+        body["gradient"] = gradient
     return checksum(json.dumps(body).encode())
 
 

@@ -29,6 +29,7 @@ class Query:
         self._specs: tuple[LayerSpec, ...] = ()
         self._projection, self._seed = "", 0
         self._fitted: str | None = None
+        self._gradient = "plain"
         self.parameters: str | None = None
         self.direction: str | None = None  # how the rows were preconditioned already, if they were
 
@@ -40,10 +41,12 @@ class Query:
         seed: int,
         parameters: str | None,
         fitted: str | None = None,
+        gradient: str = "plain",
     ) -> None:
-        """Take the rows, (Q, width), and what they were made with."""
+        """Take the rows, (Q, width), what they were made with, and what the rows of the log are of."""
         self._rows, self._specs = rows, tuple(specs)
         self._projection, self._seed, self.parameters, self._fitted = projection, seed, parameters, fitted
+        self._gradient = gradient
 
     @property
     def matrix(self) -> Tensor:
@@ -69,7 +72,7 @@ class Query:
     @property
     def fingerprint(self) -> str:
         """Digest of layers and projection; a log must have the same."""
-        return fingerprint(self._made_of(), self._projection, self._seed, self._fitted)
+        return fingerprint(self._made_of(), self._projection, self._seed, self._fitted, self._gradient)
 
     def _made_of(self) -> tuple[LayerSpec, ...]:
         _ = self.matrix  # raises where there is none
@@ -78,7 +81,7 @@ class Query:
     def _like(self, ids: Sequence[Any], rows: Tensor) -> "Query":
         """A query whose rows were made as this one's were."""
         query = Query(ids)
-        query.fill(rows, self._specs, self._projection, self._seed, self.parameters, self._fitted)
+        query.fill(rows, self._specs, self._projection, self._seed, self.parameters, self._fitted, self._gradient)
         query.direction = self.direction
         return query
 
@@ -137,6 +140,7 @@ class Query:
             "parameters": self.parameters,
             "fitted": self._fitted,
             "direction": self.direction,
+            "gradient": self._gradient,
         }
         data = safetensors.torch.save({"rows": self.matrix.contiguous()}, {"loghook_query": json.dumps(header)})
         write_atomically(Path(path), data)
@@ -158,7 +162,8 @@ class Query:
                 raise ValueError(f"its rows have shape {tuple(rows.shape)}")
         except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
             raise CorruptLogError(f"{path} is no query file ({error}): save it again.") from error
-        query.fill(rows, specs, header["projection"], header["seed"], header["parameters"], header.get("fitted"))
+        made = {"fitted": header.get("fitted"), "gradient": header.get("gradient", "plain")}
+        query.fill(rows, specs, header["projection"], header["seed"], header["parameters"], **made)
         query.direction = header.get("direction")
         return query
 

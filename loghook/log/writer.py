@@ -59,7 +59,7 @@ class Writer:
         self._path, self._run_id, self._rank, self._codec = path, manifest.run_id, rank, manifest.codec
         self.dtype = self._codec.dtype  # of the rows that it takes
         self._capacity = max(1, shard_bytes // self._codec.row_bytes)
-        self._commit_seconds = commit_seconds
+        self._commit_seconds, self._measures = commit_seconds, manifest.no_statistics is None
         self._lock = lock(path / f"lock-{rank:05d}")
         self.moments = np.zeros(Layout(manifest.layers).moments_width)
         try:
@@ -195,7 +195,7 @@ class Writer:
             # Its repeats are counted in the next record; so that they are not counted again after a kill, so is it.
             self._steps.append([batch.pass_index, batch.step, 0])
             return
-        self._unmeasured += n if batch.moments is None else 0
+        self._unmeasured += n if batch.moments is None and self._measures else 0
         for name in batch.asleep:
             self._asleep[name] = self._asleep.get(name, 0) + n
         assert self._shard is not None

@@ -5,8 +5,12 @@ o outputs of one group, k any width after projection. A layer without groups has
 The row of a sample is ``P_out (sum_t g_t x_t^T) P_in^T``: (k_out, k_in), never the full (O, I).
 """
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor
+
+CHUNK_BYTES = 64 * 2**20  # what the gradients of some samples of one layer may take at a time
 
 
 def project_input(x: Tensor, matrix_kI: Tensor | None, bias: bool) -> Tensor:
@@ -67,6 +71,25 @@ def outer_grouped(g_BSO: Tensor, x_BSGk: Tensor, matrix_kO: Tensor | None) -> Te
     g_BSGo = g_BSO.reshape(B, S, G, -1)
     rows_BOk = torch.einsum("bsgo,bsgi->bgoi", g_BSGo, x_BSGk).flatten(1, 2)
     return rows_BOk if matrix_kO is None else matrix_kO.to(rows_BOk.dtype) @ rows_BOk
+
+
+def gradients(g_BSO: Tensor, x: Tensor, matrix_kO: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+    """Form gradients (b, O, I) of a few samples at a time; with ``matrix_kO`` the output side is projected."""
+    width_out = g_BSO.shape[2] if matrix_kO is None else matrix_kO.shape[0]
+    step = at_a_time(width_out * x.shape[-1], x)
+    # The compiler takes the number of samples for fixed where it is cut, but not where it is only compared.
+    starts = range(0, len(x), step) if len(x) > step else (0,)
+    for start in starts:
+        part = slice(start, min(start + step, len(x)))
+        if x.dim() == 3:
+            yield part, outer(project_output(g_BSO[part], matrix_kO), x[part])
+        else:
+            yield part, outer_grouped(g_BSO[part], x[part], matrix_kO)
+
+
+def at_a_time(values: int, like: Tensor) -> int:
+    """How many samples with so many values each, in the dtype of ``like``, take no more than CHUNK_BYTES."""
+    return max(1, CHUNK_BYTES // (values * like.element_size()))
 
 
 def second_moment(z_Nk: Tensor, weight_N: Tensor | None = None) -> Tensor:

@@ -1,0 +1,97 @@
+"""Where an optimiser keeps the moments of watched layers, for rows of what it makes of a gradient."""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from loghook.capture.layers import Layer
+from loghook.capture.models import in_flat_parameter, unwrap
+from loghook.errors import ConfigError, StateError, UnsupportedError
+
+
+@dataclass(frozen=True, eq=False)
+class Moments:
+    """The moments of one layer, read anew whenever a block opens."""
+
+    gradient: str  # "normalized" or "adam"
+    optimizer: Any
+    parameters: Sequence[tuple[nn.Parameter, dict[str, Any]]]  # the weight, perhaps the bias; each with its options
+
+    @property
+    def linear(self) -> bool:
+        """Whether what is made of a sum of gradients is the sum of what is made of each."""
+        return self.gradient == "normalized"
+
+    def read(self, layer: Layer, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, Tensor, Tensor]:
+        """Return what ``update_rows`` takes of them, arranged as the layer's gradient: mean, square and numbers."""
+        kept: dict[str, list[Tensor]] = {key: [] for key in ("exp_avg", "exp_avg_sq")[self.linear :]}
+        numbers: list[Tensor] = []
+        for parameter, group in self.parameters:
+            state = self.optimizer.state.get(parameter, {})
+            if not {"step", "exp_avg", "exp_avg_sq"} <= state.keys():
+                raise StateError(
+                    f"the optimizer holds {sorted(state) or 'nothing'} of layer {layer.name!r}, where gradient="
+                    f"{self.gradient!r} needs step, exp_avg and exp_avg_sq: load the optimizer's state, or take its "
+                    "first step before the first block; a parameter that never had a gradient has none."
+                )
+            for key, found in kept.items():
+                if type(state[key]) is not Tensor or state[key].shape != parameter.shape:
+                    raise UnsupportedError(
+                        f"the optimizer's moments of layer {layer.name!r} are sharded or quantised, so that the whole "
+                        "gradient has no counterpart: log on one process, from a checkpoint with plain Adam state."
+                    )
+                found.append(state[key].to(device, dtype))
+            width = 1 if numbers else layer.spec.in_features  # a bias is the last column
+            numbers.append(self._numbers(group, state["step"], device, dtype)[:, None].expand(-1, width))
+        arranged = {
+            key: layer.adapter.gradient(layer.module, found[0], found[1] if len(found) > 1 else None)
+            for key, found in kept.items()
+        }
+        return arranged.get("exp_avg"), arranged["exp_avg_sq"], torch.cat(numbers, 1)
+
+    def _numbers(self, group: dict[str, Any], step: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
+        (beta1, beta2), eps = group["betas"], group["eps"]
+        if self.gradient == "adam":
+            return torch.tensor([1 - beta1, 1 - beta2, eps], device=device, dtype=dtype)
+        numbers = torch.tensor([math.log(beta2), eps], device=device, dtype=dtype)
+        numbers[0].mul_(step).expm1_().neg_()  # 1 - beta2^step, with a step that may lie on the device
+        return numbers
+
+
+def bind(model: nn.Module, layers: Sequence[Layer], optimizer: Any, gradient: str) -> None:
+    """Tell layers where ``optimizer`` keeps their moments; raise where rows of its update could not be exact."""
+    if gradient == "plain":
+        if optimizer is not None:
+            raise ConfigError("optimizer= is read for rows of gradient='normalized' or 'adam' only: leave it out.")
+        return
+    groups = {id(p): group for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
+    uses = Counter(id(p) for module in unwrap(model).modules() for p in module.parameters(recurse=False))
+    for layer in layers:
+        held: list[tuple[nn.Parameter, dict[str, Any]]] = []
+        for name in ("weight", "bias")[: 1 + layer.spec.bias]:
+            parameter = getattr(layer.module, name, None)
+            # An exact type: sharded and quantised weights are of others.
+            if type(parameter) is not nn.Parameter or in_flat_parameter(parameter):
+                raise UnsupportedError(
+                    f"layer {layer.name!r} holds no plain {name} (sharded, quantised, fused or computed), so that no "
+                    f"optimizer has moments of it for gradient={gradient!r}: exclude it, or log gradient='plain'."
+                )
+            group = groups.get(id(parameter), {})
+            if not {"betas", "eps"} <= group.keys() or group.get("maximize"):
+                raise ConfigError(
+                    f"optimizer={type(optimizer).__name__} does not train the {name} of layer {layer.name!r} as Adam "
+                    f"does, where gradient={gradient!r} reads Adam's moments: pass watch(..., optimizer=) the Adam or "
+                    "AdamW (minimising) that trains it, and leave out what it does not train."
+                )
+            if gradient == "adam" and uses[id(parameter)] > 1:
+                raise UnsupportedError(
+                    f"the {name} of layer {layer.name!r} belongs to other modules too, and gradient='adam' is no sum "
+                    "of their parts: exclude the layer, or log gradient='normalized' or 'plain'."
+                )
+            held.append((parameter, group))
+        layer.moments = Moments(gradient, optimizer, held)
