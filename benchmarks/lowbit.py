@@ -1,113 +1,96 @@
 """What low-bit rows cost and save: bytes, scan speed from disk and from memory, and what the arithmetic allows.
 
-Logs of the same random rows in every dtype. "From disk": before each scan the files' pages are dropped from the page
-cache (``posix_fadvise(POSIX_FADV_DONTNEED)``, which needs no rights for clean pages) and the log is opened anew, so
-that the scan reads every byte twice, once for its checksum (from the disk) and once for the scores (from the cache
-again). "In memory": the log is open, checked and in the page cache.
+Logs of the same random rows in every dtype, the low-bit ones made by ``compress``. "From disk": before each scan the
+files' pages are dropped from the page cache (``posix_fadvise(POSIX_FADV_DONTNEED)``, which needs no rights for clean
+pages) and the log is opened anew, so that the scan waits for the disk and verifies checksums; with so many rows that
+what is done once does not decide. "In memory": the log is open, checked and in the page cache.
 
 Floors: bytes over the sequential read rate, measured beside; and for arithmetic a bare ``torch._int_mm`` on codes that
-are unpacked already. Fidelity is no matter of this script: random rows have none (``loghook compress`` prints it).
+are unpacked already. Fidelity is no matter of this script: random rows have none (``loghook compress`` prints it, and
+``signs.py`` what 1-bit questions cost).
 """
 
 import os
 import tempfile
-import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
-import numpy as np
 import torch
-from _common import alternate, parser, ratio, report
-from score import make_log
+from _common import alternate, drop_from_cache, parser, ratio, read_all, report
+from score import first, write_log
 
 import loghook
 from loghook.log.maintain import compress
 
-
-def drop_from_cache(folder: Path) -> None:
-    """Let the system forget the pages of a folder's files."""
-    for file in folder.iterdir():
-        handle = os.open(file, os.O_RDONLY)
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(handle)
+LOW = ("int8", "int4", "int1")
+FEW = (1, 4)
 
 
-def read_rate(folder: Path) -> float:
-    """Bytes a second of reading a folder's files from the disk, one after the other."""
-    drop_from_cache(folder)
-    start, size = time.perf_counter(), 0
-    for file in folder.iterdir():
-        with open(file, "rb", buffering=0) as handle:
-            while part := handle.read(8 * 2**20):
-                size += len(part)
-    return size / (time.perf_counter() - start)
-
-
-def popcount(log: loghook.Log, signs: np.ndarray) -> np.ndarray:
-    """Scores of 1-bit questions: XOR and population count, (Q, rows) int64, without the scales."""
-    parts = log.codec.alike(range(len(log.layers)))
-    codes = slice(parts[0].codes.start, parts[-1].codes.stop)
-    out = np.empty((len(signs), len(log)), np.int64)
-    for place, block in log.blocks(stored=True):
-        words = block[:, codes].numpy().view(np.uint64)
-        for q, question in enumerate(signs):
-            for start in range(0, len(words), 256):
-                counts = np.bitwise_count(words[start : start + 256] ^ question)
-                out[q, place.start + start : place.start + start + len(counts)] = counts.sum(1, dtype=np.int64)
-    return log.layout.gradient_width - 2 * out
+def write_logs(folder: Path, base: str, rows: int, a: Any) -> tuple[dict[str, loghook.Log], loghook.Query]:
+    """The same rows in a float dtype and in few bits, each in a folder of its dtype's name."""
+    query = write_log(folder / base, rows, a.layers, a.width, base, a.many)
+    for dtype in LOW:
+        compress(folder / base, folder / dtype, dtype)
+    return {dtype: loghook.load(folder / dtype) for dtype in (base, *LOW)}, query
 
 
 def main() -> None:
     made = parser(__doc__)
-    made.add_argument("--rows", type=int, default=16384)
+    made.add_argument("--rows", type=int, default=16384, help="of the logs in memory")
+    made.add_argument("--disk-rows", type=int, default=131072, help="of the logs on the disk")
     made.add_argument("--layers", type=int, default=28)
     made.add_argument("--width", type=int, default=1024, help="values of a row in one layer: rank 32 has 1,024")
     made.add_argument("--many", type=int, default=64, help="questions of the scan in memory")
     a = made.parse_args()
     torch.set_num_threads(a.threads)
-    side, dtypes = int(a.width**0.5), ("bfloat16", "int8", "int4", "int1")
+    seconds: dict[str, float] = {}
+    rows: dict[str, int] = {}
+    ratios = {}
+
+    def measure(cases: dict[str, Callable[[], Any]], pairs: list[tuple[str, str]], n: int) -> None:
+        times = alternate(cases, a.repeats)
+        seconds.update({case: sorted(values)[len(values) // 2] for case, values in times.items()})
+        rows.update(dict.fromkeys(cases, n))
+        ratios.update({f"{over} / {under}": ratio(times, over, under) for over, under in pairs})
+
     with tempfile.TemporaryDirectory(dir=os.environ.get("LOGHOOK_BENCH_DIR")) as name:
         folder = Path(name)
-        log, model = make_log(folder / "float32", a.rows, a.layers, a.width)
-        for dtype in dtypes:
-            compress(folder / "float32", folder / dtype, dtype)
-        logs = {dtype: loghook.load(folder / dtype) for dtype in ("float32", *dtypes)}
-        asker, query = log.attach(model), {}
-        for n in (1, 4, a.many):
-            with asker.query(data_id=list(range(n))) as query[n]:
-                model(torch.randn(n, side)).pow(2).sum().backward()
-        rate = read_rate(folder / "bfloat16")
-        seconds: dict[str, float] = {}
-        ratios = {}
+        _, query = write_logs(folder, "bfloat16", a.disk_rows, a)
 
-        def measure(cases: dict, under: dict[str, str], repeats: int = a.repeats) -> None:
-            times = alternate(cases, repeats)
-            seconds.update({case: sorted(values)[len(values) // 2] for case, values in times.items()})
-            ratios.update({f"{over} / {name}": ratio(times, over, name) for over, name in under.items()})
-
-        def from_disk(dtype: str, n: int):
+        def from_disk(dtype: str, n: int, **options: Any) -> Callable[[], Any]:
             def scan() -> None:
                 drop_from_cache(folder / dtype)
-                loghook.load(folder / dtype).influence(query[n], "dot", top=10)
+                loghook.load(folder / dtype).influence(first(query, n), "dot", top=10, **options)
 
             return scan
 
-        for n in (1, 4):
-            cases = {f"{dtype}, {n} from disk": from_disk(dtype, n) for dtype in dtypes}
-            measure(cases, {f"bfloat16, {n} from disk": f"int1, {n} from disk"})
-        for n in (1, 4, a.many):
-            cases = {f"{d}, {n}": lambda d=d, n=n: logs[d].influence(query[n], "dot", top=10) for d in logs}
-            if n < a.many:
-                signs = np.packbits(query[n].matrix.numpy() > 0, axis=1, bitorder="little").view(np.uint64)
-                cases[f"int1 with 1-bit questions, {n}"] = lambda signs=signs: popcount(logs["int1"], signs)
-            measure(cases, {f"{d}, {n}": f"float32, {n}" for d in dtypes})
-        codes = torch.randint(-1, 2, (1024, a.width), dtype=torch.int8)
-        halves = {n: torch.randint(-127, 128, (a.width, 2 * n), dtype=torch.int8) for n in query}
-        times = alternate({n: lambda n=n: torch._int_mm(codes, halves[n]) for n in halves}, 50)
-        floors = {n: a.rows / 1024 * a.layers * sorted(times[n])[25] for n in halves}
-        size = {d: logs[d].codec.row_bytes for d in logs}
+        def read() -> None:
+            drop_from_cache(folder / "bfloat16")
+            read_all(folder / "bfloat16")
+
+        for n in FEW:
+            cases = {f"{dtype}, {n} from disk": from_disk(dtype, n) for dtype in ("bfloat16", *LOW)}
+            wide, signs = f"bfloat16, {n} from disk", f"int1, 1-bit questions, {n} from disk"
+            cases |= {signs: from_disk("int1", n, query_dtype="int1"), "read": read}
+            measure(cases, [(wide, f"int1, {n} from disk"), (wide, signs), ("read", wide)], a.disk_rows)
+        rate = sum(f.stat().st_size for f in (folder / "bfloat16").iterdir()) / seconds.pop("read")
+    with tempfile.TemporaryDirectory(dir=os.environ.get("LOGHOOK_BENCH_DIR")) as name:
+        logs, query = write_logs(Path(name), "float32", a.rows, a)
+        for n in (*FEW, a.many):
+            cases = {f"{d}, {n}": lambda d=d, n=n: logs[d].influence(first(query, n), "dot", top=10) for d in logs}
+            cases[f"int1, 1-bit questions, {n}"] = lambda n=n: logs["int1"].influence(
+                first(query, n), "dot", top=10, query_dtype="int1"
+            )
+            measure(cases, [(f"{d}, {n}", f"float32, {n}") for d in LOW], a.rows)
+        size = {d: logs[d].codec.row_bytes for d in logs} | {"bfloat16": 2 * a.layers * a.width}
+    codes = torch.randint(-1, 2, (1024, a.width), dtype=torch.int8)
+    halves = {n: torch.randint(-127, 128, (a.width, 2 * n), dtype=torch.int8) for n in (*FEW, a.many)}
+    times = alternate({str(n): lambda n=n: torch._int_mm(codes, halves[n]) for n in halves}, 50)
+    floors = {n: a.rows / 1024 * a.layers * sorted(times[n])[25] for n in times}
     print(f"\n{'':<34}{'rows/s':>12}{'values/s':>12}{'bytes/s':>12}")
     for case, value in seconds.items():
-        speed = a.rows / value
+        speed = rows[case] / value
         each = size[case.split(",")[0].split(" ")[0]]
         print(f"{case:<34}{speed:>12,.0f}{speed * a.layers * a.width:>12.2e}{speed * each:>12.2e}")
     print(f"sequential read {rate:.2e} bytes/s; bytes a row {size}")
@@ -115,7 +98,7 @@ def main() -> None:
     report(
         "lowbit",
         {
-            "setting": {key: getattr(a, key) for key in ("rows", "layers", "width", "many")},
+            "setting": {key: getattr(a, key) for key in ("rows", "disk_rows", "layers", "width", "many")},
             "bytes_a_row": size, "seconds": seconds, "ratios": ratios,
             "floors": {"read_bytes_a_second": rate, "integer_products_seconds": floors},
         },
@@ -123,6 +106,7 @@ def main() -> None:
         targets={
             "bfloat16, 1 from disk / int1, 1 from disk": (8, ">="),
             "bfloat16, 4 from disk / int1, 4 from disk": (8, ">="),
+            "read / bfloat16, 1 from disk": (0.8, ">="),
             f"int1, {a.many} / float32, {a.many}": (1, "<="),
         },
         require=a.require,

@@ -2,16 +2,27 @@
 
 The floor is ``queries @ rows.T`` on tensors that lie in memory already, in blocks of the same size. The scan includes
 everything a user waits for once the log is open: preconditioned queries, the memory map, conversion, top-k.
+
+With ``--disk-bytes``: a log of that size, of made-up rows that went through the real writer, scored from the disk by a
+process that does nothing else, over reading the same files from the disk from end to end. Before each turn the files'
+pages are dropped from the page cache. Opening the log and verifying its checksums are in the scan; the process's peak
+of resident memory (VmHWM), which includes torch itself, is read after all turns.
 """
 
+import multiprocessing
+import os
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
-from _common import alternate, parser, ratio, report
+from _common import alternate, drop_from_cache, parser, ratio, read_all, report
 
 import loghook
 from loghook.log.reader import BLOCK_BYTES
+from loghook.log.writer import Batch
+
+FEW = (1, 4)  # questions of a scan from the disk
 
 
 def make_log(folder: Path, rows: int, layers: int, width: int) -> tuple[loghook.Log, torch.nn.Module]:
@@ -30,14 +41,85 @@ def make_log(folder: Path, rows: int, layers: int, width: int) -> tuple[loghook.
     return loghook.load(folder), model
 
 
+def write_log(folder: Path, rows: int, layers: int, width: int, dtype: str, queries: int) -> loghook.Query:
+    """A log of one real row and many that are made up, handed to the run's own writer; some questions for it."""
+    side, batch = int(width**0.5), 1024
+    model = torch.nn.Sequential(*[torch.nn.Linear(side, side, bias=False) for _ in range(layers)])
+    with loghook.init(folder, projection="none", dtype=dtype) as run:
+        run.watch(model)
+        with run(data_id=[0]):
+            model(torch.randn(1, side)).pow(2).sum().backward()
+        with run.query(data_id=list(range(queries))) as query:
+            model(torch.randn(queries, side)).pow(2).sum().backward()
+        made_up = torch.randn(batch, layers * width)
+        for step, start in enumerate(range(1, rows, batch), 1):
+            n = min(batch, rows - start)
+            values = made_up[:n].roll(step, 1).to(run._writer._codec.dtype)
+            run._writer.put(Batch(values, list(range(start, start + n)), None, -1, step))
+        run.finalize()
+    return query
+
+
+def first(query: loghook.Query, n: int) -> loghook.Query:
+    """The first n questions."""
+    part = query.with_rows(query.matrix, "")
+    part.data_ids, part._rows = query.data_ids[:n], query.matrix[:n]
+    return part
+
+
+def scan_from_disk(folder: Path, question_file: Path, threads: int, repeats: int) -> tuple[dict[str, list[float]], int]:
+    """Seconds of reading and of scoring, turn by turn, and this process's peak of resident memory in bytes."""
+    torch.set_num_threads(threads)
+    query = loghook.Query.load(question_file)
+
+    def scan(n: int) -> None:
+        drop_from_cache(folder)
+        loghook.load(folder).influence(first(query, n), "dot", top=10)
+
+    def read() -> None:
+        drop_from_cache(folder)
+        read_all(folder)
+
+    times = alternate({"read": read} | {f"{n} questions": lambda n=n: scan(n) for n in FEW}, repeats)
+    status = Path("/proc/self/status").read_text()
+    return times, 1024 * int(status.split("VmHWM:")[1].split()[0])
+
+
+def from_disk(a: Any) -> None:
+    with tempfile.TemporaryDirectory(dir=os.environ.get("LOGHOOK_BENCH_DIR")) as name:
+        folder, question_file = Path(name) / "log", Path(name) / "query.safetensors"
+        rows = int(a.disk_bytes) // (2 * a.layers * a.width)
+        write_log(folder, rows, a.layers, a.width, "bfloat16", max(FEW)).save(question_file)
+        size = sum(file.stat().st_size for file in folder.iterdir())
+        with multiprocessing.get_context("spawn").Pool(1) as pool:
+            times, peak = pool.apply(scan_from_disk, (folder, question_file, a.threads, a.repeats))
+    ratios = {f"read / scan, {n} questions": ratio(times, "read", f"{n} questions") for n in FEW}
+    rates = {case: size / sorted(values)[len(values) // 2] for case, values in times.items()}
+    print("\n" + ", ".join(f"{case} {rate / 1e9:.2f} GB/s" for case, rate in rates.items()))
+    print(f"{size / 1e9:.2f} GB, {rows:,} rows; peak of resident memory {peak / 1e9:.3f} GB")
+    targets: dict[str, tuple[float, str]] = dict.fromkeys(ratios, (0.8, ">="))
+    ratios["peak of resident memory in GB"] = dict.fromkeys(("median", "low", "high"), peak / 1e9)
+    setting = {"rows": rows, "dtype": "bfloat16", "top": 10, "layers": a.layers, "width": a.width}
+    report(
+        "score_disk",
+        {"setting": setting, "log_bytes": size, "bytes_per_second": rates, "seconds": times, "ratios": ratios},
+        save=a.save,
+        targets=targets | {"peak of resident memory in GB": (1, "<=")},
+        require=a.require,
+    )
+
+
 def main() -> None:
     made = parser(__doc__)
+    made.add_argument("--disk-bytes", type=float, help="score a log of so many bytes from the disk instead")
     made.add_argument("--rows", type=int, default=8192)
     made.add_argument("--layers", type=int, default=28)
     made.add_argument("--width", type=int, default=1024, help="values of a row in one layer: rank 32 has 1,024")
     made.add_argument("--queries", type=int, default=64)
     a = made.parse_args()
     torch.set_num_threads(a.threads)
+    if a.disk_bytes:
+        return from_disk(a)
     with tempfile.TemporaryDirectory() as folder:
         log, model = make_log(Path(folder) / "log", a.rows, a.layers, a.width)
         asker = log.attach(model)

@@ -126,6 +126,7 @@ class Log(Reader):
         layers: Sequence[str] | None = None,
         top: int | None = None,
         per_layer: bool = False,
+        query_dtype: str | None = None,
     ) -> Scores:
         """Score every row for every question: the sum over layers of <H^-1 G_query, G_row>.
 
@@ -142,6 +143,8 @@ class Log(Reader):
             layers: names of layers to score; all by default.
             top: keep only the best so many rows of each question, in flat memory.
             per_layer: also return the scores of every layer.
+            query_dtype: None for questions in full precision. "int1", for a log of that dtype: after preconditioning
+                keep only signs and a scale for each layer, as in the rows; faster and less exact (docs/choosing.md).
 
         Returns:
             Scores: float32 (queries, rows). The same call gives the same numbers.
@@ -160,7 +163,7 @@ class Log(Reader):
             )
         return engine.influence(
             self, query, method=method, damping=damping, damping_abs=damping_abs, normalize=normalize, layers=layers,
-            top=top, per_layer=per_layer,
+            top=top, per_layer=per_layer, query_dtype=query_dtype,
         )  # fmt: skip
 
     def self_influence(

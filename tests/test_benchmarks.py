@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import math
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import numpy as np
 import pytest
@@ -160,3 +161,27 @@ def test_replay_benchmark_answers_both_questions(
     assert [row["eps_root"] for row in rows] == [1e-3, 1e-16] and "3 queries" in capsys.readouterr().out
     assert all(-1 <= value <= 1 for row in rows for value in (*row["itself"].values(), row["truth"]))
     assert rows[0]["itself"]["0.95"] > 0.5  # one epoch with a smooth optimiser is as good as linear
+
+
+TINY = "--threads 1 --repeats 2 --save --layers 2 --width 64"
+
+
+@pytest.mark.filterwarnings("ignore:dtype='int1'")
+@pytest.mark.parametrize(
+    "script, options, name, ratio",
+    [
+        ("score", "--disk-bytes 6e4", "score_disk", "read / scan, 1 questions"),
+        ("lowbit", "--rows 40 --disk-rows 300", "lowbit", "bfloat16, 4 from disk / int1, 4 from disk"),
+    ],
+)
+def test_scan_benchmarks_state_their_ratios(
+    load: Load, script: str, options: str, name: str, ratio: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(load("_common"), "RESULTS", tmp_path)
+    monkeypatch.setattr("sys.argv", [script, *TINY.split(), *options.split()])
+    here = SimpleNamespace(apply=lambda function, given: function(*given))  # and not in a process of its own
+    context = SimpleNamespace(Pool=lambda _: contextlib.nullcontext(here))
+    monkeypatch.setattr("multiprocessing.get_context", lambda _: context)
+    load(script).main()
+    result = json.loads((tmp_path / f"{name}.json").read_text())
+    assert ratio in result["ratios"] and all(value["median"] > 0 for value in result["ratios"].values())

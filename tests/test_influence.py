@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import loghook
-from loghook.influence import precondition
+from loghook.influence import precondition, products
 from loghook.log import reader
 from tests import dense
 from tests.harness import sides, whole
@@ -195,6 +195,24 @@ def test_top_in_small_blocks(logged, monkeypatch):
     monkeypatch.setattr(reader, "BLOCK_BYTES", 3 * log.layout.width * 8)
     found = log.influence(query, "ekfac", top=5).top(5)
     assert [[r.data_id for r in q] for q in found] == [[r.data_id for r in q] for q in expected]
+
+
+@pytest.mark.parametrize("top", [None, 2])
+def test_a_late_score_that_is_not_finite_is_not_lost_among_the_best(logged, monkeypatch, top):
+    log, query, _ = logged
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 3 * log.layout.width * 8)
+    multiply, blocks = products.Floats.__call__, []
+
+    def broken(self, block):
+        blocks.append(len(block))
+        scores = multiply(self, block)
+        scores[1, 0] = float("nan") if sum(blocks) == len(log) else scores[1, 0]
+        return scores
+
+    monkeypatch.setattr(products.Floats, "__call__", broken)
+    with pytest.raises(loghook.LoghookError, match="scores are not finite"):
+        log.influence(query, "dot", top=top)
+    assert len(blocks) == 14
 
 
 def test_layers_restricts_to_some(logged):

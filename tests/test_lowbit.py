@@ -4,6 +4,7 @@ import itertools
 import json
 import shutil
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -183,6 +184,83 @@ def test_integer_products_are_of_the_questions_themselves(low, exact):
         expected = matrix.double() @ rows.T
         bound = matrix.double().norm(dim=1)[:, None] * rows.norm(dim=1)[None]
         assert ((found(stored(log)) - expected).abs() <= 5e-5 * bound).all()
+
+
+def signs(x, layers):
+    """What 1-bit rows say, in float64: of every layer the mean size times the signs, as the page says."""
+    parts = [[formula(row, 1)[1] for row in part] for part in np.split(x.astype(np.float64), np.cumsum(layers)[:-1], 1)]
+    return [np.stack(part) for part in parts]
+
+
+@settings(deadline=None)
+@given(
+    widths=st.lists(st.sampled_from([1, 8, 8, 63, 64, 65, 130, 130, 520]), min_size=1, max_size=5),
+    rest=st.integers(0, 2),
+    queries=st.integers(1, products.FEW + 1),
+    seed=st.integers(0, 9),
+    data=st.data(),
+)
+def test_one_bit_questions_are_the_formula(widths, rest, queries, seed, data):
+    codec, generator = make_codec("int1", [(1, width) for width in widths], rest), np.random.default_rng(seed)
+    specs = [SimpleNamespace(name=str(i), width=width) for i, width in enumerate(widths)]
+    chosen = data.draw(st.lists(st.sampled_from(range(len(widths))), min_size=1, unique=True).map(sorted))
+    columns = {s.name: slice(e - s.width, e) for s, e in zip(specs, np.cumsum(widths).tolist(), strict=True)}
+    log = SimpleNamespace(
+        codec=codec, layers=tuple(columns), layout=SimpleNamespace(kinds={"gradients": columns}), dtype=torch.float32
+    )
+    x, q = (generator.normal(size=(n, codec.width)).astype(np.float32) for n in (7, queries))
+    q[:, : widths[0]] *= data.draw(st.sampled_from([0.0, 1e-3, 1e6]))
+    q = q[:, : codec.width - rest]
+    asked = products.products(log, torch.from_numpy(q), [specs[i] for i in chosen], "int1")
+    assert asked.stored
+    found = asked(codec.encode(torch.from_numpy(x)))
+    pairs = list(zip(signs(q, widths), signs(x[:, : q.shape[1]], widths), strict=True))
+    expected = sum(pairs[i][0] @ pairs[i][1].T for i in chosen)
+    size = sum(np.linalg.norm(pairs[i][0], axis=1)[:, None] * np.linalg.norm(pairs[i][1], axis=1) for i in chosen)
+    assert (np.abs(found.numpy() - expected) <= 1e-6 * size).all()
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_one_bit_questions_of_a_log(monkeypatch, low, exact, many):
+    """All options; the last step of each method, at full precision, is what is cut to signs."""
+    if many:
+        monkeypatch.setattr(products, "FEW", 2)
+    log, query, widths = low["int1"], exact[1], [spec.width for spec in low["int1"].layout.layers]
+    rows = signs(log.gather(np.arange(len(log))).numpy(), widths)
+    asked = signs(query.matrix.float().numpy(), widths)
+    found = log.influence(query, "dot", per_layer=True, query_dtype="int1")
+    for layer, q, x in zip(found.by_layer, asked, rows, strict=True):
+        np.testing.assert_allclose(layer, q @ x.T, rtol=1e-4, atol=1e-5 * np.abs(q @ x.T).max())
+    assert found.method == "dot (1-bit questions)" and "1-bit" in repr(found) and found.fidelity is None
+    for method in ("ekfac", "fisher"):
+        for options in ({}, {"normalize": "unit"}, {"normalize": "relatif"}, {"layers": log.layers[1:]}):
+            full = log.influence(query, method, per_layer=True, query_dtype="int1", **options)
+            np.testing.assert_allclose(full.by_layer.sum(0), full.values, rtol=1e-4, atol=1e-5)
+            best = log.influence(query, method, top=5, query_dtype="int1", **options)
+            np.testing.assert_array_equal(best.values, -np.sort(-full.values, 1)[:, :5])
+            whole = log.influence(query, method, **options)
+            assert not np.array_equal(whole.values, full.values) and whole.method == method
+            assert min(np.corrcoef(a, b)[0, 1] for a, b in zip(whole.values, full.values, strict=True)) > 0.3
+
+
+def test_one_bit_questions_want_one_bit_rows(low, exact):
+    with pytest.raises(ConfigError, match=r"query_dtype='int1'.* stored as int8.*compress"):
+        low["int8"].influence(exact[1], "dot", query_dtype="int1")
+    with pytest.raises(ConfigError, match="query_dtype='int8' is unknown: choose None"):
+        low["int8"].influence(exact[1], "dot", query_dtype="int8")
+
+
+@pytest.mark.parametrize("queries, error", [(1, 1e-6), (5, 1e-6), (6, 5e-5), (40, 5e-5)])
+@ANY
+def test_few_questions_lose_nothing_in_integer_products(low, dtype, queries, error):
+    """One question is multiplied a column at a time, a few have three digits, the others two."""
+    log = low[dtype]
+    matrix = torch.randn(queries, log.layout.gradient_width, generator=torch.Generator().manual_seed(queries))
+    rows = log.codec.decode(stored(log)).double()
+    asked = products.products(log, matrix, log.layout.layers)
+    found = asked(stored(log) if asked.stored else rows.float())
+    bound = matrix.double().norm(dim=1)[:, None] * rows.norm(dim=1)[None]
+    assert ((found - matrix.double() @ rows.T).abs() <= error * bound).all()
 
 
 def test_layers_too_wide_for_integer_sums_are_decoded(monkeypatch, low, exact):

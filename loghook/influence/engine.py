@@ -32,11 +32,13 @@ class Prepared:
         matrix: (Q, gradient_width) preconditioned, zero in layers that are left out.
         query_norms: (Q,) roots of the queries' self-influence, or None where not asked for.
         row_norms: (rows,) roots of the rows' self-influence, or None.
+        query_dtype: None for questions in full precision, or "int1": they are cut to signs for the scan.
     """
 
     matrix: Tensor
     query_norms: Tensor | None
     row_norms: Tensor | None
+    query_dtype: str | None
 
 
 def influence(
@@ -50,6 +52,7 @@ def influence(
     layers: Sequence[str] | None = None,
     top: int | None = None,
     per_layer: bool = False,
+    query_dtype: str | None = None,
     scan: Scan | None = None,
 ) -> Scores:
     """Score every row of a log, or those that another ``scan`` chooses, for every question; see ``Log.influence``."""
@@ -59,15 +62,20 @@ def influence(
         raise ConfigError(f"top={top!r} must be a whole number of at least 1, or None for all scores.")
     if top is not None and per_layer:
         raise ConfigError("top and per_layer exclude each other: per-layer scores need all rows; drop one.")
+    if query_dtype not in (None, "int1"):
+        raise ConfigError(f"query_dtype={query_dtype!r} is unknown: choose None (full precision) or 'int1'.")
+    if query_dtype is not None and reader.codec.name != query_dtype:
+        raise ConfigError(
+            f"query_dtype={query_dtype!r} compares signs with signs, but the rows of {reader.path} are stored as "
+            f"{reader.codec.name}: leave it out, or make a log of signs with log.compress(path, 'int1')."
+        )
     check_match(reader, query)
     if not len(reader):
         raise ConfigError(f"{reader.path} holds no rows yet: log some first.")
     normalize = normalize or ("unit" if method == "cosine" else None)
     curvature = Curvature(method=method, damping=damping, damping_abs=damping_abs)
     chosen = choose_layers(reader, layers)
-    prepared = prepare(reader, query, curvature, chosen, normalize)
-    m = reader.manifest
-    space = "whitened" if m.projection == "whitened" else m.gradient
+    prepared = prepare(reader, query, curvature, chosen, normalize, query_dtype)
     scan = scan or (_scan_top if top is not None else _scan_all)
     values, places, by_layer = scan(reader, prepared, chosen, top or 0, per_layer)
     if not np.isfinite(values).all():
@@ -83,14 +91,21 @@ def influence(
         places=places,
         by_layer=by_layer,
         layers=tuple(spec.name for spec in chosen),
-        method=method + ("" if space == "plain" else f" ({space})"),
+        method=_named(method, reader, query_dtype),
         normalize=normalize,
         damping=None if method in ("dot", "cosine") else damping if damping_abs is None else None,
         damping_abs=None if method in ("dot", "cosine") else damping_abs,
         fingerprint=reader.fingerprint,
         log=str(reader.path),
-        fidelity=_fidelity(reader, method, damping, damping_abs, normalize) if layers is None else None,
+        fidelity=_fidelity(reader, method, damping, damping_abs, normalize) if layers is query_dtype is None else None,
     )
+
+
+def _named(method: str, reader: Reader, query_dtype: str | None) -> str:
+    """Return the method with what else decides the scores."""
+    space = "whitened" if reader.manifest.projection == "whitened" else reader.manifest.gradient
+    notes = [space] * (space != "plain") + ["1-bit questions"] * (query_dtype is not None)
+    return f"{method} ({', '.join(notes)})" if notes else method
 
 
 def _fidelity(
@@ -139,7 +154,12 @@ def check_match(reader: Reader, query: Query) -> None:
 
 
 def prepare(
-    reader: Reader, query: Query, curvature: Curvature, chosen: Sequence[LayerSpec], normalize: str | None
+    reader: Reader,
+    query: Query,
+    curvature: Curvature,
+    chosen: Sequence[LayerSpec],
+    normalize: str | None,
+    query_dtype: str | None,
 ) -> Prepared:
     """Fit the curvature and apply its inverse to the queries, with the norms that ``normalize`` needs."""
     width, columns = reader.layout.gradient_width, reader.layout.kinds["gradients"]
@@ -160,7 +180,7 @@ def prepare(
     query_norms = own.clamp(min=0).sqrt() if normalize == "unit" else None
     kept = _recall(reader, curvature, chosen) if normalize is not None else None
     row_norms = None if kept is None else kept.clamp(min=0).sqrt()
-    return Prepared(matrix.to(working_dtype(reader)), query_norms, row_norms)
+    return Prepared(matrix.to(working_dtype(reader)), query_norms, row_norms, query_dtype)
 
 
 def _row_quadratics(reader: Reader, curvature: Curvature, chosen: Sequence[LayerSpec]) -> Tensor:
@@ -235,8 +255,8 @@ def _scan_all(
     queries = len(prepared.matrix)
     values = torch.zeros(queries, len(reader))
     by_layer = torch.zeros(len(chosen), queries, len(reader)) if per_layer else None
-    product = products(reader, prepared.matrix, chosen)
-    parts = [products(reader, prepared.matrix, [spec]) for spec in chosen] if per_layer else []
+    product = products(reader, prepared.matrix, chosen, prepared.query_dtype)
+    parts = [products(reader, prepared.matrix, [spec], prepared.query_dtype) for spec in chosen] if per_layer else []
     for place, block in progress(reader, "scoring", stored=product.stored):
         values[:, place] = _normalised(product(block), prepared, place).float()
         if by_layer is not None:
@@ -252,11 +272,14 @@ def _scan_top(
     queries = len(prepared.matrix)
     best = torch.empty(queries, 0, dtype=prepared.matrix.dtype)
     places = torch.empty(queries, 0, dtype=torch.int64)
-    product = products(reader, prepared.matrix, chosen)
+    product = products(reader, prepared.matrix, chosen, prepared.query_dtype)
     for place, block in progress(reader, "scoring", stored=product.stored):
         scores = _normalised(product(block), prepared, place)
-        index = torch.arange(place.start, place.stop).expand(queries, -1)
-        best, places = _best(torch.cat([best, scores], 1), torch.cat([places, index], 1), top)
+        index = torch.arange(place.start, place.stop)
+        if best.shape[1] == top:  # what cannot be among the best need not be sorted
+            near = ~(scores < best[:, -1:]).all(0)
+            scores, index = scores[:, near], index[near]
+        best, places = _best(torch.cat([best, scores], 1), torch.cat([places, index.expand(queries, -1)], 1), top)
     best, places = _best(gather(best, 1), gather(places, 1), top)
     return best.float().numpy(), places.numpy(), None
 

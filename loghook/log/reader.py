@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from loghook.errors import CorruptLogError, StateError
+from loghook.log.ahead import ahead
 from loghook.log.fitted import load_sides
 from loghook.log.format import Layout, Manifest, commits_name, shard_name
 from loghook.log.moments import load_moments
@@ -159,23 +160,25 @@ class Reader:
         """
         row_bytes = self.codec.row_bytes if stored else self.codec.width * self.dtype.itemsize
         step = rows or max(1, BLOCK_BYTES // row_bytes)
-        place = 0
-        for number, shard in enumerate(self._shards):
-            if number % share[1] != share[0]:
-                end = shard.first + shard.rows
-                place += shard.rows if self._keep is None else int(self._keep[shard.first : end].sum())
-                continue
-            data = shard.touch()
-            for start in range(0, shard.rows, step):
-                stop = min(start + step, shard.rows)
-                block = data[start:stop]
+        for shard, first, last in ahead(self._pieces(share)):
+            data = shard.mapped()
+            for start in range(first, last, step):
+                stop = min(start + step, last)
+                block, place = data[start:stop], slice(shard.first + start, shard.first + stop)
                 if self._keep is not None:
-                    kept = self._keep[shard.first + start : shard.first + stop]
-                    if not kept.all():
-                        block = block[torch.from_numpy(kept)]
-                yield slice(place, place + len(block)), block if stored else self.codec.decode(block)
-                place += len(block)
+                    kept = self._keep[place]
+                    place = slice(*self._kept_before[[place.start, place.stop]].tolist())
+                    block = block if kept.all() else block[torch.from_numpy(kept)]
+                yield place, block if stored else self.codec.decode(block)
                 shard.release(start, stop)
+            if last == shard.rows:
+                shard.map = None  # with its descriptor: a log may have more shards than a process may open files
+
+    def _pieces(self, share: tuple[int, int]) -> Iterator[tuple[Shard, int, int]]:
+        """Verified ranges of rows: their shard, the first row in it, and the end."""
+        for shard in self._shards[share[0] :: share[1]]:
+            for first, last in shard.pieces():
+                yield shard, first, last
 
     def gather(self, index: np.ndarray, columns: slice = slice(None)) -> Tensor:
         """Copy rows out by their place in the log: (len(index), width), or some columns that contain whole layers."""
@@ -213,7 +216,8 @@ class Reader:
         problems = []
         for shard in tqdm(self._shards, "verifying", unit=" shards", delay=2, leave=False, disable=None):
             try:
-                shard.map_rows()
+                for _ in shard.verify():
+                    pass
             except CorruptLogError as error:
                 problems.append(str(error))
         if self.manifest.fitted is not None:
@@ -283,6 +287,7 @@ class Reader:
             self._keep = _first_of_each(ids, repeated, outside_too=rule == "first")
             ids = [i for i, kept in zip(ids, self._keep, strict=True) if kept]
             self.repeats += int((~self._keep).sum())
+            self._kept_before = np.concatenate([[0], np.cumsum(self._keep)])  # of each row, and of the log's end
             repeated = repeated[self._keep]
         self.data_ids: list[int] | list[str] = ids
         self.keys = RowKeys(repeated[:, 0], repeated[:, 1], repeated[:, 2])

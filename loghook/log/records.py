@@ -142,7 +142,8 @@ def _count(value: Any, least: int = 0) -> bool:
 
 
 def _check_ids(ids: Any, id_type: str) -> None:
-    if not isinstance(ids, list) or not all(type(i) in (int, str) for i in ids):
+    kinds = set(map(type, ids)) if isinstance(ids, list) else {list}
+    if not kinds <= {int, str}:
         raise ValueError("has ids that are neither int nor str")
-    if any(type(i).__name__ != id_type for i in ids):
+    if any(kind.__name__ != id_type for kind in kinds):
         raise ValueError(f"has ids that are not {id_type}")

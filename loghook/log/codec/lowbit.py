@@ -39,9 +39,9 @@ class LowBitCodec(LayerCodec):
         """Return the scale of every layer: (n, layers) float32."""
         return stored[:, self._head].view(torch.float32)
 
-    def packed(self, stored: Tensor, part: Alike) -> np.ndarray:
+    def packed(self, stored: Tensor, part: Alike) -> Tensor:
         """Return the codes of some layers as they lie: (n, layers, size) uint8, for ``unpack``."""
-        return stored[:, part.codes].numpy().reshape(len(stored), -1, part.size)
+        return stored[:, part.codes].unflatten(1, (-1, part.size))
 
     def _write(self, values: Tensor, stored: Tensor, part: Alike) -> None:
         s, codes = _quantise(values.numpy(), self.bits)
@@ -50,7 +50,7 @@ class LowBitCodec(LayerCodec):
 
     def _read(self, stored: Tensor, part: Alike, values: Tensor) -> None:
         slope, shift = AFFINE[self.bits]
-        values.copy_(unpack(self.packed(stored, part), self.bits)[..., : part.width])
+        values.copy_(unpack(self.packed(stored, part).numpy(), self.bits)[..., : part.width])
         if shift:
             values.mul_(slope).add_(shift)
         values.mul_(self.scales(stored)[:, part.layers, None])
