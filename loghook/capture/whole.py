@@ -21,6 +21,7 @@ from loghook.project.outer import outer, outer_grouped, project_output
 from loghook.project.projection import Side
 
 CHUNK_BYTES = 64 * 2**20  # what the gradients of some samples of one layer may take at a time
+CACHE_BYTES = 2**20  # the same on a processor, for gradients that are read once: they are squared where they were made
 
 
 class WholeTap(torch.autograd.Function):
@@ -60,51 +61,62 @@ class WholeTap(torch.autograd.Function):
         return (g, None, None, None, None, None, None, delivered, *(None for _ in held))
 
 
-def _gradients(g_BSO: Tensor, x: Tensor, p_out: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """Gradients (b, O, I) of a few samples at a time."""
-    width_out = g_BSO.shape[2] if p_out is None else p_out.shape[0]
-    step = max(1, CHUNK_BYTES // (width_out * x.shape[-1] * x.element_size()))
+def _gradients(g_BSO: Tensor, x: Tensor, p_out: Tensor | None, limit: int) -> Iterator[tuple[slice, Tensor]]:
+    """Gradients (b, O, I) of a few samples at a time, of at most ``limit`` bytes; p_out rotates those of groups."""
+    step = max(1, limit // (g_BSO.shape[2] * x.shape[-1] * x.element_size()))
     for start in range(0, len(x), step):
         part = slice(start, min(start + step, len(x)))
         if x.dim() == 3:
-            yield part, outer(project_output(g_BSO[part], p_out), x[part])
+            yield part, outer(g_BSO[part], x[part])
         else:
             yield part, outer_grouped(g_BSO[part], x[part], p_out)
 
 
 def _squares(g_BSO: Tensor, x: Tensor, p_out: Tensor | None, keep_B: Tensor | None) -> Tensor:
     """Sum over samples of the squares of their gradients: (O, I)."""
+    small = g_BSO.device.type == "cpu" and not torch.compiler.is_compiling()  # the compiler unrolls the loop
+    if x.dim() == 3:
+        g_BSO, p_out = project_output(g_BSO, p_out), None
     total = None
-    for part, rows in _gradients(g_BSO, x, p_out):
+    for part, rows in _gradients(g_BSO, x, p_out, CACHE_BYTES if small else CHUNK_BYTES):
         squares = rows.square_() if keep_B is None else rows.square_() * keep_B[part, None, None].to(rows.dtype)
         total = squares.sum(0) if total is None else total + squares.sum(0)
     assert total is not None
     return total
 
 
-def _products(g_BSO: Tensor, x: Tensor, left: Tensor, right: Tensor | None) -> Tensor:
-    """Inner products of each sample's gradient with each query: (B, Q).
+def _products(
+    g_BSO: Tensor, x: Tensor, p_out: Tensor | None, inverse: Tensor | None, left: Tensor, right: Tensor | None
+) -> Tensor:
+    """Inner products of each sample's gradient with each query: (B, Q), or (B, Q + 1) with the sample's own last.
 
     Args:
         g_BSO: output gradients.
         x: inputs (B, S, I), or (B, S, G, I) in groups.
+        p_out: None, or what rotates output gradients; inputs and queries are then rotated already.
+        inverse: None, or (O, I): a sample's own is the sum of its gradient's squares, weighted with these.
         left: queries (Q, O, I); with ``right`` their left halves (Q, O, r).
         right: None, or (Q, r, I): a query is ``left @ right``.
     """
-    S, (Q, _, r) = x.shape[1], left.shape
-    scores = x.new_empty(len(x), Q)
-    if x.dim() == 3 and (right is not None or S * Q <= S + Q):
-        # <sum_s g_s x_s^T, L R> = sum_s (g_s L) . (R x_s): no gradient is formed.
-        wide = left.transpose(0, 1).flatten(1)
-        step = max(1, CHUNK_BYTES // (S * Q * r * x.element_size()))
-        for g_bSO, x_bSI, part in zip(g_BSO.split(step), x.split(step), scores.split(step), strict=True):
-            gl_bSQr = (g_bSO @ wide).unflatten(2, (Q, r))
-            rx_bSQr = x_bSI[:, :, None] if right is None else (x_bSI @ right.flatten(0, 1).T).unflatten(2, (Q, r))
-            part.copy_((gl_bSQr * rx_bSQr).sum((1, 3)))
-        return scores
+    S, (Q, outputs, r), inputs = x.shape[1], left.shape, x.shape[-1]
+    scores = x.new_empty(len(x), Q + (inverse is not None))
+    if x.dim() == 3:
+        g_BSO, p_out = project_output(g_BSO, p_out), None
+        halves = outputs * inputs if right is None else r * (outputs + inputs)
+        if inverse is None and S * Q * halves <= (S + Q) * outputs * inputs:
+            # <sum_s g_s x_s^T, L R> = sum_s (g_s L) . (R x_s): where it is less arithmetic, no gradient is formed.
+            wide = left.transpose(0, 1).flatten(1)
+            step = max(1, CHUNK_BYTES // (S * Q * r * x.element_size()))
+            for g_bSO, x_bSI, part in zip(g_BSO.split(step), x.split(step), scores.split(step), strict=True):
+                gl_bSQr = (g_bSO @ wide).unflatten(2, (Q, r))
+                rx_bSQr = x_bSI[:, :, None] if right is None else (x_bSI @ right.flatten(0, 1).T).unflatten(2, (Q, r))
+                part.copy_((gl_bSQr * rx_bSQr).sum((1, 3)))
+            return scores
     queries = (left if right is None else left @ right).flatten(1)
-    for place, rows in _gradients(g_BSO, x, None):
-        scores[place] = rows.flatten(1) @ queries.T
+    for place, rows in _gradients(g_BSO, x, p_out, CHUNK_BYTES):
+        scores[place, :Q] = rows.flatten(1) @ queries.T
+        if inverse is not None:
+            scores[place, Q] = rows.square_().flatten(1) @ inverse.flatten()
     return scores
 
 
@@ -178,21 +190,30 @@ class Eigenvalues(Job):
 
 @dataclass(frozen=True)
 class Products(Job):
-    """Inner products of each sample's gradient with queries."""
+    """Inner products of each sample's gradient with queries and, on request, with itself."""
 
     kind = "products"
     queries: Mapping[str, tuple[Tensor, Tensor | None]]  # {layer: (left, right)}, see ``_products``
     count: int  # how many queries there are, Q
+    inverse: Mapping[str, Tensor] | None = None  # {layer: inverse eigenvalues (O, I)}: each sample's own is wanted too
+    bases: Mapping[str, tuple[Side, Side]] | None = None  # rotations into the basis that queries and inverse are in
+
+    def sides(self, layer: Layer) -> tuple[Side, Side]:
+        """Rotations, if there are any."""
+        return super().sides(layer) if self.bases is None else self.bases[layer.name]
 
     def shape(self, layer: Layer, size: int) -> tuple[int, ...]:
-        """One value for each sample and query."""
-        return size, self.count
+        """One value for each sample and query, and one more for its own."""
+        return size, self.count + (self.inverse is not None)
 
     def held(self, layer: Layer, slots: Slots) -> Sequence[Tensor | None]:
-        """The queries, where the layer computes."""
+        """The outputs' basis, the inverse and the queries, where the layer computes."""
         device, dtype = slots.leaves.rows.device, slots.leaves.rows.dtype
-        return [None if half is None else half.to(device, dtype) for half in self.queries[layer.name]]
+        inverse = None if self.inverse is None else self.inverse[layer.name]
+        needed = (slots.output_side.matrix, inverse, *self.queries[layer.name])
+        return [None if one is None else one.to(device, dtype) for one in needed]
 
     def finish(self, layer: Layer, delivered: Tensor, scale: float | Tensor) -> Tensor:
         """Gradients are multiplied by the scale."""
+        delivered[:, self.count :].mul_(scale)
         return delivered.mul_(scale)
