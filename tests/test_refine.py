@@ -145,9 +145,9 @@ def test_questions_help_each_other_and_may_repeat():
     counts = []
     for questions in (g[:1], g):
         system = Plain()
-        u, residuals = conjugate_gradients(system, questions, 200, 1e-8)
+        u, residuals = conjugate_gradients(system, questions, 200, 1e-14)
         counts.append(system.products)
-        assert residuals[-1] <= 1e-8 and len(residuals) == system.products + 1
+        assert residuals[-1] <= 1e-5 and len(residuals) == system.products + 1 < 200
         wanted = expected[: len(questions)]
         errors = (u - wanted).norm(dim=1) / wanted.norm(dim=1).clamp(min=1e-30)
         assert errors.max() < 1e-5
@@ -180,7 +180,7 @@ def test_refined_questions_solve_the_damped_system(solver, iterations):
     batches = [(x, y)] if solver == "cg" else [(x[::2], y[::2]), (x[1::2], y[1::2])]
     u = fit.refine(
         query, batches, outputs_of(model), loss_of, solver=solver, iterations=iterations, damping_abs=0.05,
-        tolerance=1e-9,
+        tolerance=1e-16,
     )  # fmt: skip
     matrix = dense_gauss_newton(model, x)
     expected = torch.linalg.solve(matrix + 0.05 * torch.eye(len(matrix)), query.matrix.T).T

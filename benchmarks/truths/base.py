@@ -49,6 +49,7 @@ class Task:
         outputs: of a model on a batch, sample by sample (logits).
         sample_losses: summed loss of each sample, from outputs and batch: (B,).
         represent: what a model makes of a batch, a vector for each sample: (B, D).
+        checkpoint: makes the model of a training on all samples from a seed, after a share of it; or None.
         members: (m, N) bool, or None where the truth is not from retraining.
         losses: (m, Q) float32, loss of each query after training on each subset, mean over seeds; or None.
         flipped: (N,) bool, which training labels are wrong; or None.
@@ -66,6 +67,7 @@ class Task:
     outputs: Callable[[nn.Module, Batch], Tensor]
     sample_losses: Callable[[Tensor, Batch], Tensor]
     represent: Callable[[nn.Module, Batch], Tensor]
+    checkpoint: Callable[[int, float], nn.Module] | None = None
     members: np.ndarray | None = None
     losses: np.ndarray | None = None
     flipped: np.ndarray | None = None

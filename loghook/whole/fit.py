@@ -86,10 +86,10 @@ class Fit(Factors):
         loss: OutputLoss,
         *,
         solver: str = "cg",
-        iterations: int = 10,
+        iterations: int | None = None,
         damping: float = 10.0,
         damping_abs: float | None = None,
-        tolerance: float = 0.01,
+        tolerance: float = 0.05,
         step: float = 0.5,
         momentum: float = 0.9,
     ) -> Query:
@@ -102,11 +102,12 @@ class Fit(Factors):
             outputs: batch -> the watched model's outputs, in eval mode.
             loss: (outputs, batch) -> the batch's summed loss, convex in the outputs (cross-entropy, squared error).
             solver: "cg": conjugate gradients, exact products; "astra": stochastic steps.
-            iterations: of the solver.
+            iterations: of the solver. By default two for "cg", enough for tens of questions (take four or five for a
+                few), and 300 for "astra".
             damping: added to GGN, times the mean EK-FAC eigenvalue over the parameters of *all* layers: one amount for
                 all of them, larger than EK-FAC's own. docs/methods.md has what was measured.
             damping_abs: the damping itself, instead.
-            tolerance: "cg" stops once the mean of |residual| / |g| is below it.
+            tolerance: "cg" stops earlier, with the iteration that brings less than this share of what all have brought.
             step: of "astra", over the largest stable one.
             momentum: of "astra".
 
@@ -114,9 +115,7 @@ class Fit(Factors):
             A query that holds u; ``query.direction`` says how it was made, residual included.
         """
         self._require_whole(query)
-        eigenvalues = self._require_store().eigenvalues().values()
-        mean = sum(float(v.double().sum()) for v in eigenvalues) / sum(v.numel() for v in eigenvalues)
-        amount = Curvature(method="ekfac", damping=damping, damping_abs=damping_abs).amount(mean)
+        amount = Curvature(method="ekfac", damping=damping, damping_abs=damping_abs).amount(self.mean_eigenvalue)
         g = query.matrix.to(self._layers[0].device_and_dtype()[0])
         bases = {name: basis.to(g) for name, basis in self._eigenbases().items()}
         preconditioner = solvers(self._require_store(), bases, Curvature(method="ekfac", damping_abs=amount))
@@ -125,8 +124,13 @@ class Fit(Factors):
             Damped(matrix, amount, preconditioner), g, solver=solver, iterations=iterations, tolerance=tolerance,
             step=step, momentum=momentum,
         )  # fmt: skip
-        u = u.cpu()
-        return query.with_rows(u, f"{solver}, {len(residuals) - 1} iterations, residual {residuals[-1]:.2g}")
+        return query.with_rows(u.cpu(), f"{solver}, {len(residuals) - 1} iterations, residual {residuals[-1]:.2g}")
+
+    @property
+    def mean_eigenvalue(self) -> float:
+        """Mean of EK-FAC's eigenvalues over the parameters of all layers: the unit of ``refine``'s damping."""
+        values = self._require_store().eigenvalues().values()
+        return sum(float(v.double().sum()) for v in values) / sum(v.numel() for v in values)
 
     def unroll(self, query: Query, time: float) -> tuple[Query, Query]:
         """Carry questions back over a segment of training that these factors describe: SOURCE (Bae et al. 2024).
@@ -137,8 +141,8 @@ class Fit(Factors):
 
         Args:
             query: whole gradients of the questions, or what the following segment carried.
-            time: sum of the segment's learning rates, times what a sample's summed loss counts for in a step's loss
-                beside 1 / (samples of a step): 1 if that is a mean over samples, 1 / T if over T tokens of each.
+            time: sum of the segment's learning rates where a step's loss is a mean over samples; over T tokens of
+                each, 1 / T of it. Roughly 1 / ``mean_eigenvalue``, and a little more, where training has settled.
 
         Returns:
             The direction to score the segment's samples with, and the questions carried to its beginning.
