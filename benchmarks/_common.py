@@ -85,12 +85,19 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
+def keep(name: str, result: dict[str, Any]) -> None:
+    """Keep a benchmark's result as JSON, with the machine that gave it."""
+    RESULTS.mkdir(exist_ok=True)
+    result = {"benchmark": name, "machine": machine()} | result
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    print(f"  written to {RESULTS.name}/{name}.json")
+
+
 def report(
     name: str, result: dict[str, Any], *, save: bool, targets: dict[str, tuple[float, str]], require: bool = False
 ) -> None:
     """Print a table of ratios beside their targets; write JSON; end with status 1 if --require was missed."""
-    result = {"benchmark": name, "machine": machine()} | result
-    print(f"\n{name} on {result['machine']['cpu']}, {result['machine']['threads']} threads, torch {torch.__version__}")
+    print(f"\n{name} on {machine()['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}")
     for key, value in result["ratios"].items():
         shown = f"{value['median']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
         if "fastest" in value:
@@ -100,9 +107,7 @@ def report(
         goal = f"   target {targets[key][1]} {targets[key][0]}" if key in targets else ""
         print(f"  {key:<58} {shown}{goal}")
     if save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-        print(f"  written to {RESULTS.name}/{name}.json")
+        keep(name, result)
     missed = [
         key
         for key, (goal, sign) in targets.items()

@@ -65,12 +65,14 @@ class Peak:
         return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
 
 
-def logged(task: Any, model: nn.Module, folder: str, **options: Any) -> tuple[loghook.Log, loghook.Query, float]:
+def logged(
+    task: Any, model: nn.Module, folder: str, watch: dict[str, Any], **options: Any
+) -> tuple[loghook.Log, loghook.Query, float]:
     """Log the training samples and ask the queries."""
     start = time.perf_counter()
     run = loghook.init(folder, overwrite=True, **options)
     with silent(), loghook.frozen(model):
-        run.watch(model)
+        run.watch(model, **watch)
         for current in run.passes():
             walk(task, model, run, current)
         run.finalize()
@@ -112,7 +114,7 @@ ROWS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
 def rows(task: Any, model: nn.Module, folder: str, names: Iterable[str]) -> Iterator[Scored]:
     for name in names:
         (options, methods), peak = ROWS[name], Peak()
-        log, query, seconds = logged(task, model, folder, **options)
+        log, query, seconds = logged(task, model, folder, {}, **options)
         for method in methods:
             start = time.perf_counter()
             values = log.influence(query, **method).values
@@ -133,13 +135,15 @@ def tuned(task: Any, model: nn.Module, folder: str, rank: int) -> Iterator[Score
             lambda: zip([ids[i : i + 100] for i in range(0, 600, 100)], task.batches("train", ids, 100), strict=True),
             lambda: [(places, *task.batches("query", places, 20))],
             lambda batch: task.loss(model, batch),
+            outputs=lambda batch: task.outputs(model, batch),
+            output_loss=task.loss_from_outputs,
             ranks=(rank,),
             dtypes=("float32",),
             mask=lambda batch: batch.get("mask"),
         )
     print(choice, file=sys.stderr)
     one.fit.close()
-    log, query, _ = logged(task, model, folder, **choice.arguments)
+    log, query, _ = logged(task, model, folder, choice.watch, **choice.arguments)
     values = log.influence(query, **choice.best.scoring).values
     label = f"tuned among rank {rank}"
     yield Scored(
@@ -147,7 +151,9 @@ def tuned(task: Any, model: nn.Module, folder: str, rank: int) -> Iterator[Score
     )
 
 
-def whole(task: Any, model: nn.Module, folder: str, seed: int, refine: bool, fast: bool) -> Iterator[Scored]:
+def whole(
+    task: Any, model: nn.Module, folder: str, refine: bool, fast: bool, seed: int = FIRST_SEED
+) -> Iterator[Scored]:
     for fisher in ("empirical",) if fast else ("empirical", "true"):
         peak, one = Peak(), Whole(task, model, fisher, folder)
         settings: list[dict[str, Any]] = [{"damping": 0.1}]
@@ -334,7 +340,7 @@ def main() -> None:
         makers.append(lambda model, folder, seed, rank=rank: tuned(task, model, folder, rank))  # type: ignore[misc]
     if not a.no_whole:
         makers.append(
-            lambda model, folder, seed: whole(task, model, folder, FIRST_SEED + seed, not a.no_refine, a.fast)
+            lambda model, folder, seed: whole(task, model, folder, not a.no_refine, a.fast, FIRST_SEED + seed)
         )
     if not a.no_whole and not a.fast:
         makers.append(lambda model, folder, seed: unrolled(task, model, FIRST_SEED + seed, folder))

@@ -44,7 +44,8 @@ def read_rate(folder: Path) -> float:
 
 def popcount(log: loghook.Log, signs: np.ndarray) -> np.ndarray:
     """Scores of 1-bit questions: XOR and population count, (Q, rows) int64, without the scales."""
-    codes = slice(log.codec._code_ends[0], log.codec._code_ends[-1])
+    parts = log.codec.alike(range(len(log.layers)))
+    codes = slice(parts[0].codes.start, parts[-1].codes.stop)
     out = np.empty((len(signs), len(log)), np.int64)
     for place, block in log.blocks(stored=True):
         words = block[:, codes].numpy().view(np.uint64)

@@ -1,7 +1,7 @@
 """The door: ``init``, ``load`` and the ``Log`` that they lead to. The only place where capture and influence meet."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,9 @@ from loghook.capture.config import Config
 from loghook.capture.run import Run
 from loghook.errors import CheckpointWarning
 from loghook.influence import engine
+from loghook.influence import index as indexes
 from loghook.influence.fidelity import Fidelity, check_sample, compare
+from loghook.influence.index import Index
 from loghook.influence.precondition import Curvature
 from loghook.influence.scores import Scores
 from loghook.log import maintain
@@ -24,7 +26,7 @@ from loghook.whole.fit import Fit
 
 def init(
     path: str | Path,
-    rank: int = 64,
+    rank: int | Mapping[str, int] = 64,
     *,
     projection: str = "random",
     whitening: float = 0.1,
@@ -42,14 +44,16 @@ def init(
 
     Args:
         path: folder of the run.
-        rank: each layer logs at most rank x rank values a sample; sides no wider than this are kept whole.
+        rank: each layer logs at most rank x rank values a sample; sides no wider than this are kept whole. A dict
+            {fnmatch pattern of layer names: rank} gives layers ranks of their own, by the first pattern that fits.
         projection: "random"; "pca" or "whitened", which ``run.passes()`` fits in one more pass; or "none" (whole
             gradients). docs/methods.md has the formulas, docs/choosing.md says which to take.
         whitening: damping of each second moment that "whitened" inverts, times its mean eigenvalue.
         fitted: take the fitted projection of another run, or the factors of ``loghook.fit``, instead of a pass.
         seed: of the random projection.
-        dtype: how rows are stored: "float64", "float32", "bfloat16" or "float16"; or "int8", "int4" or "int1", whole
-            numbers of so many bits with a scale for each layer and row. "int1" wants whitened rows, and warns.
+        dtype: how rows are stored: "float64", "float32", "bfloat16" or "float16"; "int8", "int4" or "int1", whole
+            numbers of so many bits with a scale for each layer and row; or "lowrank1", "lowrank2", "lowrank4" or
+            "lowrank8", the best approximation of so many outer products. "int1" wants whitened rows, and warns.
         resume: go on with an interrupted run at ``path``, or start one if there is none.
         overwrite: delete what is there.
         on_repeat: what happens to a data_id that comes again: "first" keeps the first row, "all" keeps every row,
@@ -168,7 +172,7 @@ class Log(Reader):
         return engine.self_influence(self, curvature, layers)
 
     def compress(self, path: str | Path, dtype: str = "int8", *, queries: int = 16, seed: int = 0) -> Fidelity:
-        """Write a finished log again with fewer bits, and say what is left of its scores; this log stays.
+        """Write a finished log again in a smaller dtype, and say what is left of its scores; this log stays.
 
         Args:
             path: folder of the new run.
@@ -185,6 +189,32 @@ class Log(Reader):
         check_sample(self, queries)
         maintain.compress(self.path, path, dtype)
         return compare(self, Reader(path), queries=queries, seed=seed)
+
+    def index(self, dimensions: int = 1024, factory: str = "HNSW32", *, sample: int = 2048, seed: int = 0) -> Index:
+        """Index the rows, reduced to few dimensions, so that a question need not scan the log; needs the faiss extra.
+
+        The dimensions are the leading right singular vectors of a sample of rows. Prints which share of the best rows
+        ``Index.search`` finds for some of the log's rows as questions. docs/choosing.md says when it pays.
+
+        Args:
+            dimensions: of the reduced rows; fewer where the sample has fewer.
+            factory: of the faiss index, of inner products.
+            sample: how many rows, drawn at random, the dimensions are found from; they are held in memory.
+            seed: of the draw.
+
+        Raises:
+            ConfigError: an argument that cannot work, or faiss is missing.
+        """
+        return indexes.build(self, dimensions, factory, sample, seed)
+
+    def load_index(self, path: str | Path) -> Index:
+        """Read an index of this log that ``Index.save`` wrote.
+
+        Raises:
+            MismatchError: if the log's rows are not those that were indexed.
+            CorruptLogError: if the file is something else.
+        """
+        return indexes.load(self, path)
 
     def attach(self, model: nn.Module) -> Asker:
         """Put this log's hooks on a model, for queries in a new process.

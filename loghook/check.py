@@ -1,25 +1,29 @@
 """``loghook.check``: proves the rows on a user's own model against one-sample-at-a-time autograd."""
 
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from loghook.capture.batch import Given, batch_size, one_sample
 from loghook.capture.coverage import describe_coverage
-from loghook.capture.hooked import Hooked
-from loghook.capture.layers import Layer
 from loghook.capture.models import mixing_modules, unwrap
+from loghook.capture.probe import LossFunction, Probe
 from loghook.capture.select import Watch
 from loghook.capture.silence import nothing_delivered
 from loghook.errors import BatchError, DeliveryError, UnsupportedError
 
-LossFunction = Callable[[nn.Module, Any], Tensor]
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}
+# What mixes samples, or documents, in a model and in a loss.
+_SUSPECTS = {
+    "sample": ("batch statistics, padding that leaks, an attention kernel", "a contrastive term, in-batch negatives"),
+    "document": (
+        "attention that is not cut off between documents: transformers does it for position_ids that restart, without "
+        "an attention_mask and with use_cache=False",
+        "the label of a document's first token is what the document before it predicts: -100 leaves it out",
+    ),
+}
 
 
 @dataclass
@@ -29,7 +33,6 @@ class CheckReport:
     Attributes:
         errors: {layer: largest relative error over the samples}, for layers that ran.
         problems: one line for each thing that makes rows wrong or a log misleading, with what to do.
-        notes: what is fine but worth knowing.
         tolerance: the error up to which a layer passes.
         coverage: see ``Manifest.coverage``.
         watched: number of watched layers.
@@ -40,7 +43,6 @@ class CheckReport:
     watched: int
     errors: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    notes: list[str] = field(default_factory=list)
 
     def __bool__(self) -> bool:
         """Whether nothing is wrong."""
@@ -54,46 +56,10 @@ class CheckReport:
         for name, error in self.errors.items():
             lines.append(f"{name:<{width}}  {error:.1e}{'' if error <= self.tolerance else '  <-- wrong'}")
         lines += [f"PROBLEM: {problem}" for problem in self.problems]
-        lines += [f"note: {note}" for note in self.notes]
         worst = max(self.errors.values(), default=0.0)
         good = f"all rows are exact, up to rounding ({worst:.0e})."
         lines.append("loghook.check: " + (good if self else f"{len(self.problems)} problem(s)."))
         return "\n".join(lines)
-
-
-class _Probe(Hooked):
-    """Hooks that only look: every layer may stay silent, and nothing is written."""
-
-    def __init__(self, model: nn.Module, include: Any, exclude: Any, flattened: Any, batch_dim: int, rank: int) -> None:
-        super().__init__("random", rank, seed=0)
-        self.model = model
-        watch = Watch(include, exclude, may_sleep="*", flattened=flattened, batch_dim=batch_dim, activations="sum")
-        self.coverage = self._hook(model, watch)
-
-    @property
-    def watched(self) -> list[Layer]:
-        return self._layers
-
-    def rows(self, loss_fn: LossFunction, batch: Any, size: int) -> "_Found":
-        """Run a batch through the hooks."""
-        with self._capture(size, Given()) as captured:
-            loss = loss_fn(self.model, batch)
-            loss.backward()
-        rows, kinds = captured[0].rows.double().cpu(), self._layout.kinds
-        shapes = {layer.name: (layer.spec.k_out, layer.spec.k_in) for layer in self._layers}
-        return _Found(
-            {name: rows[:, kinds["gradients"][name]].unflatten(1, shape) for name, shape in shapes.items()},
-            {name: rows[:, columns] for name, columns in kinds["activations"].items()},
-            float(loss.detach()),
-            set(captured[0].asleep),
-        )
-
-
-class _Found(NamedTuple):
-    rows: dict[str, Tensor]  # by layer, (B, k_out, k_in) in float64
-    inputs: dict[str, Tensor]  # by layer, summed over tokens: (B, channels) in float64
-    loss: float
-    silent: set[str]  # layers that delivered nothing
 
 
 def check(
@@ -105,6 +71,7 @@ def check(
     exclude: str | Sequence[str] = "*lm_head",
     flattened: str | Sequence[str] = (),
     batch_dim: int = 0,
+    segments: Tensor | Callable[[Any], Tensor] | None = None,
     scale: Callable[[Any], float | Tensor] | None = None,
     rank: int = 16,
 ) -> CheckReport:
@@ -120,6 +87,9 @@ def check(
         exclude: as in ``run.watch``.
         flattened: as in ``run.watch``.
         batch_dim: as in ``run.watch``.
+        segments: for packed batches, (B, S) as in ``run(..., segments=)``, or a function that makes it from the batch.
+            A document is then compared with itself in a row of its own, cut out of the batch's tensors: those of
+            shape (B, S, ...), and masks of shape (B, heads or 1, S, S).
         scale: where the loss is a mean, ``scale(batch)`` returns what you pass as ``run(..., scale=...)``: the number
             of items that the mean runs over.
         rank: of the projection that rows are compared in.
@@ -128,19 +98,18 @@ def check(
         A CheckReport, true if every row is exact.
 
     Raises:
-        BatchError: if the batch has fewer than two samples, or its tensors differ in length.
+        BatchError: if the batch has fewer than two samples or documents, its tensors differ in length, or a document
+            cannot be cut out of one of them.
     """
     loss_fn = loss_fn if scale is None else _summed(loss_fn, scale)
-    size = batch_size(batch)
-    if size < 2:
-        raise BatchError(f"check got a batch of {size} sample: pass at least two, so that samples can be told apart.")
-    probe = _Probe(model, include, exclude, flattened, batch_dim, rank)
+    watch = Watch(include, exclude, may_sleep="*", flattened=flattened, batch_dim=batch_dim, activations="sum")
+    probe = Probe(model, watch, rank, loss_fn, batch, segments(batch) if callable(segments) else segments)
     report = CheckReport(tolerance=_TOLERANCE[torch.float32], coverage=probe.coverage, watched=len(probe.layers))
     saved = [(p, p.grad) for p in model.parameters()]
     for parameter, _ in saved:
         parameter.grad = None  # backward adds in place to what is there
     try:
-        _examine(probe, loss_fn, batch, size, report)
+        _examine(probe, report)
     finally:
         probe.close()
         for parameter, gradient in saved:
@@ -153,7 +122,7 @@ def _summed(loss_fn: LossFunction, scale: Callable[[Any], float | Tensor]) -> Lo
     return lambda model, batch: loss_fn(model, batch) * scale(batch)
 
 
-def _examine(probe: _Probe, loss_fn: LossFunction, batch: Any, size: int, report: CheckReport) -> None:
+def _examine(probe: Probe, report: CheckReport) -> None:
     training = [name for name, m in mixing_modules(probe.model) if m.training or m.running_mean is None]
     if training:
         report.problems.append(
@@ -162,16 +131,14 @@ def _examine(probe: _Probe, loss_fn: LossFunction, batch: Any, size: int, report
         )
         return
     try:
-        with _random_state():
-            together, _, loss, silent = probe.rows(loss_fn, batch, size)
-        with _random_state(advance=True):
-            again = probe.rows(loss_fn, batch, size).rows
+        together, _, loss, silent = probe.together()
+        again = probe.together(advance=True).rows
     except (DeliveryError, UnsupportedError, BatchError) as error:
         report.problems.append(str(error))
         return
     if not any(layer.computes_in for layer in probe.watched):  # compiled: hooks leave no word of what they saw
-        with _random_state(), torch.compiler.set_stance("force_eager"):
-            probe.rows(loss_fn, batch, size)
+        with torch.compiler.set_stance("force_eager"):
+            probe.together()
     # The narrowest dtype that a layer computed in decides what is rounding, also under autocast inside loss_fn.
     report.tolerance = max(_TOLERANCE.get(layer.computes_in or torch.float64, 3e-2) for layer in probe.watched)
     if len(silent) == len(probe.watched):
@@ -197,9 +164,9 @@ def _examine(probe: _Probe, loss_fn: LossFunction, batch: Any, size: int, report
         )
         return
     try:
-        alone, single_losses = _one_at_a_time(probe, loss_fn, batch, size)
+        alone, single_losses = probe.gradients_alone()
     except (DeliveryError, BatchError) as error:
-        report.problems.append(f"a sample alone does not run as the batch does: {error}")
+        report.problems.append(f"a {probe.unit} alone does not run as the batch does: {error}")
         return
     compared = [name for name in together if name not in silent]
     report.errors = {name: _error(together[name], alone[name]) for name in compared}
@@ -209,60 +176,10 @@ def _examine(probe: _Probe, loss_fn: LossFunction, batch: Any, size: int, report
     factors = _factors([together[name] for name in compared], [alone[name] for name in compared])
     rescaled = {name: _error(together[name], alone[name] * factors[:, None, None]) for name in compared}
     if max(rescaled.values()) <= max(report.tolerance, 1e-3):
-        report.problems.append(_mean_message(loss, single_losses, factors, size))
+        report.problems.append(_mean_message(loss, single_losses, factors, probe.unit))
         report.errors = rescaled
     else:
-        report.problems.append(_influence_message(probe, loss_fn, batch, size, wrong))
-
-
-def _one_at_a_time(
-    probe: _Probe, loss_fn: LossFunction, batch: Any, size: int
-) -> tuple[dict[str, Tensor], list[float]]:
-    """Projected gradients of each sample alone, from ``parameter.grad`` where autograd gives one."""
-    rows: dict[str, list[Tensor]] = {layer.name: [] for layer in probe.watched}
-    losses = []
-    parameters = [p for layer in probe.watched for p in layer.module.parameters(recurse=False)]
-    frozen = [(p, p.requires_grad) for p in parameters]
-    # In how many modules a parameter is, watched or not.
-    uses = Counter(id(p) for module in probe.model.modules() for p in module.parameters(recurse=False))
-    try:
-        for p in parameters:
-            if p.is_floating_point():
-                p.requires_grad_(True)
-        for i in range(size):
-            for p in probe.model.parameters():
-                p.grad = None
-            with _random_state(), _unsynchronised(probe.model):
-                captured, _, loss, _ = probe.rows(loss_fn, one_sample(batch, i, size), 1)
-            losses.append(loss)
-            for layer in probe.watched:
-                rows[layer.name].append(_from_parameters(layer, uses, captured[layer.name][0]))
-    finally:
-        for p, required in frozen:
-            p.requires_grad_(required)
-    return {name: torch.stack(values) for name, values in rows.items()}, losses
-
-
-def _from_parameters(layer: Layer, uses: Counter[int], captured: Tensor) -> Tensor:
-    """The row of one sample from autograd's own gradient: (k_out, k_in) in float64.
-
-    Where autograd has none (quantised or sharded weights, weights tied to another module), what a batch of one
-    captured is used instead, so that samples are at least compared with themselves alone.
-    """
-    module = layer.module
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None) if layer.spec.bias else None
-    if not isinstance(weight, Tensor) or weight.grad is None or type(weight).__name__ == "DTensor":
-        return captured
-    if weight.dim() == 1 and layer.spec.in_features > 1 and layer.spec.out_features > 1:  # FSDP1's flat one
-        return captured
-    if uses[id(weight)] > 1 or weight.numel() != layer.spec.in_features * layer.spec.out_features:
-        return captured
-    gradient = layer.adapter.gradient(module, weight.grad.double(), None if bias is None else bias.grad.double()).cpu()
-    for side, axis in ((layer.output_side, 0), (layer.input_side, 1)):
-        if side.matrix is not None:
-            matrix = side.matrix.double().cpu() * side.gain
-            gradient = matrix @ gradient if axis == 0 else gradient @ matrix.T
-    return gradient
+        report.problems.append(_influence_message(probe, wrong))
 
 
 def _factors(together: list[Tensor], alone: list[Tensor]) -> Tensor:
@@ -273,35 +190,33 @@ def _factors(together: list[Tensor], alone: list[Tensor]) -> Tensor:
     return torch.where(norm > 0, (a * b).sum(1) / norm.clamp(min=1e-300), torch.ones_like(norm))
 
 
-def _influence_message(probe: _Probe, loss_fn: LossFunction, batch: Any, size: int, wrong: Sequence[str]) -> str:
+def _influence_message(probe: Probe, wrong: Sequence[str]) -> str:
     """Say where samples mix: the first layer whose *input* depends on the rest of the batch."""
-    with _random_state():
-        inputs = probe.rows(loss_fn, batch, size).inputs
-    first = None
-    for i in range(size):
-        with _random_state():
-            single = probe.rows(loss_fn, one_sample(batch, i, size), 1).inputs
-        off = [n for n, x in single.items() if _error(inputs[n][i : i + 1], x) > 1e-3]
-        names = list(inputs)
-        first = min([first, *off] if first else off, key=names.index, default=first)
+    inputs = probe.together(synchronised=False).inputs  # other processes may have found nothing wrong
+    names, first = list(inputs), len(inputs)
+    for i, one in enumerate(probe.each_alone()):
+        off = [names.index(n) for n, x in one.inputs.items() if _error(inputs[n][i : i + 1], x) > 1e-3]
+        first = min([first, *off])
+    before, after = _SUSPECTS[probe.unit]
     where = (
-        f"the input of {first!r} is the first that depends on the rest of the batch: look at what comes before it "
-        "(batch statistics, padding that leaks, an attention kernel)"
-        if first
-        else "the inputs of all layers agree, so look at the loss (a contrastive term, in-batch negatives) and for "
-        "weights that are read without calling their module"
+        f"the input of {names[first]!r} is the first that depends on the rest of the batch: look at what comes before "
+        f"it ({before})"
+        if first < len(names)
+        else f"the inputs of all layers agree, so look at the loss ({after}) and for weights that are read without "
+        "calling their module"
     )
     return (
-        f"samples influence each other: the rows of {len(wrong)} layers ({_some(wrong)}) differ from those of each "
-        f"sample alone; {where}. Rows of such a model depend on how it was batched."
+        f"{probe.unit}s influence each other: the rows of {len(wrong)} layers ({_some(wrong)}) differ from those of "
+        f"each {probe.unit} alone; {where}. Rows of such a model depend on how it was batched."
     )
 
 
-def _mean_message(loss: float, singles: Sequence[float], factors: Tensor, size: int) -> str:
-    shown = f"(loss of the batch {loss:.4g}; sum of its samples' losses {sum(singles):.4g})"
+def _mean_message(loss: float, singles: Sequence[float], factors: Tensor, unit: str) -> str:
+    size = len(singles)
+    shown = f"(loss of the batch {loss:.4g}; sum of its {unit}s' losses {sum(singles):.4g})"
     if (factors * size - 1).abs().max() < 1e-2:
         remedy = (
-            f"it is a mean over the {size} samples: pass run(..., scale={size}), or sum the loss (and check it with "
+            f"it is a mean over the {size} {unit}s: pass run(..., scale={size}), or sum the loss (and check it with "
             "check(..., scale=len of the batch))"
         )
     else:
@@ -311,7 +226,7 @@ def _mean_message(loss: float, singles: Sequence[float], factors: Tensor, size: 
         )
     low, high = float(factors.min()), float(factors.max())
     return (
-        f"the loss is no sum over samples: rows in the batch are {low:.3g} to {high:.3g} times those of each sample "
+        f"the loss is no sum over {unit}s: rows in the batch are {low:.3g} to {high:.3g} times those of each {unit} "
         f"alone {shown}. {remedy[0].upper()}{remedy[1:]}."
     )
 
@@ -327,23 +242,3 @@ def _error(a: Tensor, b: Tensor) -> float:
 
 def _some(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:4])) + (", ..." if len(names) > 4 else "")
-
-
-@contextmanager
-def _unsynchronised(model: nn.Module) -> Iterator[None]:
-    """Keep gradients of this process to itself: DDP would average them over all processes."""
-    with ExitStack() as stack:
-        for module in model.modules():
-            if isinstance(module, nn.parallel.DistributedDataParallel):
-                stack.enter_context(module.no_sync())
-        yield
-
-
-@contextmanager
-def _random_state(*, advance: bool = False) -> Iterator[None]:
-    """Run something from the same random state each time, and leave the state as it was."""
-    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        if advance:
-            torch.manual_seed(torch.initial_seed() + 1)
-        yield

@@ -153,11 +153,11 @@ def merge(
 def compress(
     source: Annotated[Path, typer.Argument(help="Folder of a finished run; it stays.", metavar="SOURCE")],
     destination: Annotated[Path, typer.Argument(help="Folder of the new run.", metavar="DESTINATION")],
-    dtype: Annotated[str, typer.Option(help="int8, int4 or int1; or a float dtype.")] = "int8",
+    dtype: Annotated[str, typer.Option(help="int8, int4, int1, lowrank1 (2, 4, 8); or a float dtype.")] = "int8",
     queries: Annotated[int, typer.Option(help="Rows asked as questions of both logs.")] = 16,
     seed: Annotated[int, typer.Option(help="Of the draw of these rows.")] = 0,
 ) -> None:
-    """Write a finished run again with fewer bits a value, and print what is left of its scores."""
+    """Write a finished run again in a smaller dtype, and print what is left of its scores."""
     typer.echo(f"{destination}: {loghook.load(source).compress(destination, dtype, queries=queries, seed=seed)}")
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import tempfile
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
 
 
 def log_batch(
-    model: nn.Module, loss_fn: Loss, batch: Any, *, frozen: bool = False, rank: int = 4, projection: str = "random",
+    model: nn.Module, loss_fn: Loss, batch: Any, *, frozen: bool = False, rank: Any = 4, projection: str = "random",
     seed: int = 0, dtype: str = "float64", scale: Any = 1.0, mask: Tensor | None = None, **watch: Any,
 ) -> loghook.Log:  # fmt: skip
     """Log one batch through the public face and return the finished log."""
@@ -37,7 +38,9 @@ def log_batch(
 def sides(log: loghook.Log, name: str) -> tuple[Side, Side]:
     """Output and input side of a layer's projection, drawn anew from the manifest alone."""
     spec = next(s for s in log.manifest.layers if s.name == name)
-    common = {"seed": log.manifest.seed, "rank": log.manifest.rank}
+    asked = log.manifest.rank
+    rank = asked if isinstance(asked, int) else next(k for pattern, k in asked.items() if fnmatchcase(name, pattern))
+    common = {"seed": log.manifest.seed, "rank": rank}
     kind = log.manifest.projection
     return (
         draw_side(kind, name=name, side="out", width=spec.out_features, **common),
@@ -55,7 +58,8 @@ def assert_rows_exact(log: loghook.Log, model: nn.Module, loss_fn: Loss, batch: 
         p_out, p_in = sides(log, name)
         expected = project(gradients[name], whole(p_out), whole(p_in))
         assert expected.abs().max() > 0, f"the oracle's rows of {name} are all zero: the test would compare nothing"
-        error = relative_error(torch.from_numpy(log.rows(name)[:].copy()), expected)
+        sizes = gradients[name].flatten(1).norm(dim=1)
+        error = relative_error(torch.from_numpy(log.rows(name)[:].copy()), expected, sizes=sizes)
         assert error <= tolerance, f"{name}: relative error {error:.1e}"
 
 

@@ -85,12 +85,14 @@ def project(G: Tensor, p_out: Tensor | None, p_in: Tensor | None) -> Tensor:
     return torch.stack(rows)
 
 
-def relative_error(a: Tensor, b: Tensor, tiny: float = 1e-6) -> float:
-    """How far `a` is from the reference `b`: the worst sample's ||a_i - b_i|| / max(||b_i||, tiny * scale).
+def relative_error(a: Tensor, b: Tensor, tiny: float = 1e-6, sizes: Tensor | None = None) -> float:
+    """How far `a` is from the reference `b`: the worst sample's ||a_i - b_i|| / max(||b_i||, tiny * scale, size_i).
 
     a, b: (B, ...) of equal shape. `scale` is the largest ||b_j||, so a sample whose true gradient is zero
     is judged against the others' size and not against nothing. If every b_j is zero: 0 where `a` is zero
     too, else infinity.
+    sizes: (B,) what each sample is judged by at least. A row of few values may come out small by cancellation; the
+    rounding of its terms is that of the gradient before the projection.
     Infinity also where either holds a value that is not finite.
     """
     if a.shape != b.shape:
@@ -102,10 +104,10 @@ def relative_error(a: Tensor, b: Tensor, tiny: float = 1e-6) -> float:
         return float("inf")
     scale = max(float(b_j.norm()) for b_j in b)
     worst = 0.0
-    for a_i, b_i in zip(a, b, strict=True):
+    for i, (a_i, b_i) in enumerate(zip(a, b, strict=True)):
         difference = float((a_i - b_i).norm())
         if difference > 0:
-            size = max(float(b_i.norm()), tiny * scale)
+            size = max(float(b_i.norm()), tiny * scale, 0.0 if sizes is None else float(sizes[i]))
             worst = max(worst, difference / size if size > 0 else float("inf"))
     return worst
 

@@ -44,6 +44,10 @@ def script(out, **options):
     loader = DataLoader(make_data(), batch_size=BATCH, shuffle=True)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
 
+    def loss_fn(model, batch):
+        return F.cross_entropy(model(batch["x"]).flatten(0, 1), batch["y"].flatten())
+
+    assert loghook.check(model, loss_fn, next(iter(loader)), scale=lambda batch: batch["y"].numel())
     run = loghook.init(out, rank=6)
     run.watch(model)
     for _ in run.passes():
@@ -51,8 +55,7 @@ def script(out, **options):
             with accelerator.accumulate(model):
                 n = batch["y"].numel() * accelerator.gradient_accumulation_steps
                 with run(data_id=batch["id"], scale=n, scaler=accelerator.scaler):
-                    loss = F.cross_entropy(model(batch["x"]).flatten(0, 1), batch["y"].flatten())
-                    accelerator.backward(loss)
+                    accelerator.backward(loss_fn(model, batch))
                 optimizer.step()
                 optimizer.zero_grad()
     run.finalize()

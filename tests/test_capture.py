@@ -176,6 +176,18 @@ def test_layer_called_twice_and_shared_weight(dtype):
     run_case(Twice(), torch.randn(4, 3, 6), dtype, rank=3)
 
 
+def test_ranks_by_pattern():
+    model, ranks = tiny_llama().double(), {"*o_proj": 3, "*down_proj": 5, "*.up_proj": 7, "*": 2}
+    log = check_against_oracle(model, causal_loss, text_batch(), torch.float64, rank=ranks)
+    found = {name: log.rows(name).shape[1:] for name in log.layers}
+    assert found["model.layers.0.self_attn.o_proj"] == (3, 3) and found["model.layers.1.mlp.down_proj"] == (5, 5)
+    # Siblings of one input share its projection only where they share the rank.
+    assert found["model.layers.0.mlp.up_proj"] == (7, 7) and found["model.layers.0.mlp.gate_proj"] == (2, 2)
+    with log.attach(model).query(data_id=[0, 1, 2, 3]) as query:
+        causal_loss(model, text_batch()).backward()
+    torch.testing.assert_close(query.matrix, torch.cat([block for _, block in log.blocks()]), rtol=1e-12, atol=1e-12)
+
+
 class KeywordOnly(nn.Module):
     def __init__(self):
         super().__init__()

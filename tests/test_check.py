@@ -56,6 +56,87 @@ def test_causal_language_model_in_a_dict_batch():
     assert "lm_head (excluded)" in str(report) and "no adapter for LlamaRMSNorm" in str(report)
 
 
+def llama(**options):
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 50, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
+    return LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, **options))
+
+
+def packed():
+    """Two rows of eight tokens: documents of 3 + 5 and of 6 tokens, and two tokens of none."""
+    torch.manual_seed(1)
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4], [0, 1, 2, 3, 4, 5, 0, 1]])
+    ids = torch.randint(0, 50, (2, 8))
+    labels = ids.masked_fill(positions == 0, -100)  # or a document would learn to predict the next one
+    labels[1, 6:] = -100
+    return {"input_ids": ids, "position_ids": positions, "labels": labels}
+
+
+def documents(batch):
+    numbers = loghook.segments.from_position_ids(batch["position_ids"])
+    return numbers.masked_fill(numbers == 3, -1)
+
+
+def packed_loss(model, batch, **options):
+    inputs = {name: value for name, value in batch.items() if name != "labels"}
+    logits = model(**{"use_cache": False} | inputs | options).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), batch["labels"][:, 1:].flatten(), reduction="sum")
+
+
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+def test_packed_documents_are_those_alone(attention):
+    model, batch = llama(attn_implementation=attention), packed()
+    report = loghook.check(model, packed_loss, batch, segments=documents)
+    assert report and len(report.errors) == 14 and max(report.errors.values()) < 1e-5
+    mean = lambda m, b: packed_loss(m, b) / (b["labels"] != -100).sum()  # noqa: E731
+    assert loghook.check(model, mean, batch, segments=documents(batch), scale=lambda b: (b["labels"] != -100).sum())
+    assert "no sum over documents" in only_problem(loghook.check(model, mean, batch, segments=documents))
+
+
+def test_packed_documents_with_a_block_mask():
+    batch = packed()
+    numbers = documents(batch)
+    block = (numbers[:, :, None] == numbers[:, None]) & torch.ones(8, 8, dtype=torch.bool).tril()
+    batch["attention_mask"] = block[:, None]  # (B, 1, S, S)
+    assert loghook.check(llama(), packed_loss, batch, segments=numbers)
+
+
+@pytest.mark.parametrize("leak", ["position_ids", "attention_mask", "use_cache"])
+def test_packed_documents_that_see_each_other_are_named(leak):
+    """transformers cuts attention off between documents only in the one case that the message names."""
+    batch, options = packed(), {"position_ids": None} if leak == "position_ids" else {"use_cache": leak == "use_cache"}
+    if leak == "attention_mask":
+        batch[leak] = torch.ones(2, 8, dtype=torch.long)
+    problem = only_problem(loghook.check(llama(), lambda m, b: packed_loss(m, b, **options), batch, segments=documents))
+    assert "documents influence each other" in problem and "layers.0.self_attn.o_proj' is the first" in problem
+    assert "without an attention_mask and with use_cache=False" in problem
+
+
+def test_a_label_in_the_next_document_is_named():
+    batch = packed()
+    batch["labels"] = batch["input_ids"]
+    problem = only_problem(loghook.check(llama(), packed_loss, batch, segments=documents))
+    assert (
+        "documents influence each other" in problem and "look at the loss (the label of a document's first" in problem
+    )
+
+
+def test_packed_batches_that_cannot_be_taken_apart():
+    model, batch = llama(), packed()
+    cases = [
+        (batch | {"cu_seqlens": torch.tensor([0, 3, 8, 14])}, documents, r"tensor of shape \(4,\) where segments has"),
+        (batch, torch.tensor([[0] * 8, [0] * 4 + [1] * 4]), r"tokens in rows \[0, 1\]"),
+        (batch, torch.tensor([[0] * 8, [2] * 8]), "number them 0 to 2"),
+        (batch, batch["position_ids"].float(), "integer tensor"),
+        (batch, torch.tensor([[0] * 8, [-1] * 8]), "one document: pass at least two"),
+        (batch, torch.tensor([[0] * 8, [1] * 8, [2] * 8]), r"segments has \(batch, tokens\) = \(3, 8\)"),
+    ]
+    for given, segments, message in cases:
+        with pytest.raises(BatchError, match=message):
+            loghook.check(model, packed_loss, given, segments=segments)
+        assert not any(module._forward_hooks for module in model.modules())
+
+
 def test_batch_norm_in_training_mode_is_named(batch):
     model = mlp(nn.BatchNorm1d(16))
     problem = only_problem(loghook.check(model, classes, batch))

@@ -11,6 +11,7 @@ import pytest
 import torch
 from rich.console import Console
 
+import loghook
 from loghook.demo import DemoConfig, run_demo
 from loghook.demo.huggingface import load_documents, load_model, load_tokenizer
 from loghook.demo.proof import Proof, story
@@ -170,6 +171,8 @@ def test_the_terminal_and_the_page_show_the_same(demo):
 
 def test_every_question_is_scored_against_every_passage(demo):
     config, result, _ = demo
+    kinds = {name.rpartition(".")[2] for name in loghook.load(result.log).layers}
+    assert kinds == {"o_proj", "down_proj"}
     assert set(result.scores) == {"ekfac", "cosine", "dot", "bm25"}
     assert all(values.shape == (4 + 2 + 2, config.passages) for values in result.scores.values())
     assert [question.kind for question in result.questions] == ["held out"] * 4 + ["generated"] * 2 + ["prompt"] * 2
@@ -205,6 +208,7 @@ def test_a_named_model_and_dataset_take_the_same_path(tmp_path, tokenizer):
     assert result.page.exists() and len(result.passages) == config.passages
     assert {passage.topic for passage in result.passages} <= {d.topic for d in language_reference()}
     assert not list(config.out.glob("base-*"))
+    assert len(loghook.load(result.log).layers) == 7 * DemoConfig.fast().layers  # of a named model all are logged
 
 
 def test_records_without_a_topic_are_grouped_in_blocks(tmp_path):

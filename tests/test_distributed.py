@@ -136,6 +136,9 @@ def worker(rank, world, folder):
             log_pass(run, wrapped, data, rank, world, train=not name.startswith("fsdp1"))
         report = loghook.check(wrap(make_model()), loss_of, data[BATCH * rank : BATCH * rank + BATCH])
         Path(folder, f"check-{name}-{rank}").write_text("\n".join(report.problems))
+    mixing = lambda model, x: loss_of(model, x) + model(x).sum().pow(2) * (rank == 0)  # noqa: E731
+    report = loghook.check(ddp(make_model()), mixing, data[BATCH * rank : BATCH * rank + BATCH])
+    Path(folder, f"mixing-{rank}").write_text("\n".join(report.problems))
     for name in ("ddp", "fsdp2_leaves", "fsdp2_checkpoint_compile"):
         train(f"{folder}/train_{name}", WRAPPERS[name](make_model()), data, rank, world)
     no_sync(f"{folder}/no_sync", ddp(make_model()), data, rank, world)
@@ -198,6 +201,11 @@ def logs(tmp_path_factory):
 @pytest.mark.parametrize("name", WRAPPERS | BFLOAT16)
 def test_check_agrees_on_two_ranks(logs, name):
     assert [(logs / f"check-{name}-{rank}").read_text() for rank in (0, 1)] == ["", ""]
+
+
+def test_a_rank_that_finds_a_problem_alone_waits_for_nobody(logs):
+    assert "samples influence each other" in (logs / "mixing-0").read_text()
+    assert (logs / "mixing-1").read_text() == ""
 
 
 def by_id(log, layer):

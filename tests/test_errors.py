@@ -223,12 +223,20 @@ def says(error: Any, *fragments: Any) -> None:
 # Arguments of init and watch
 
 
-@pytest.mark.parametrize("rank", [0, -3, 2.5, True])
+@pytest.mark.parametrize("rank", [0, -3, 2.5, True, {}, {"*": 0}])
 def test_rank_that_is_no_positive_number_is_refused(path: Path, rank: Any) -> None:
     with pytest.raises(ConfigError) as error:
         loghook.init(path, rank=rank)
     says(error, f"rank={rank!r}", "whole number of at least 1")
     assert not path.exists()
+
+
+def test_ranks_by_pattern_that_leave_a_layer_out_are_refused(path: Path, model: Net) -> None:
+    run = loghook.init(path, rank={"*first": 2})
+    with pytest.raises(ConfigError) as error:
+        run.watch(model)
+    says(error, "{'*first': 2}", "no pattern that fits layer", "'*': 32")
+    assert not model.first._forward_hooks and run.layers == ()
 
 
 def test_rank_above_every_width_is_refused_and_the_path_stays_free(path: Path, model: Net) -> None:

@@ -120,6 +120,16 @@ def test_rows_are_exact_and_the_projection_is_the_formula(kind):
         assert relative_error(rows, project(gradients[name], matrices[1], matrices[0])) < 1e-9
 
 
+@pytest.mark.parametrize("kind", ["pca", "whitened"])
+def test_fitted_projections_have_the_ranks_of_their_layers(kind):
+    model, x = make(), data()
+    log, query, _ = fit_and_log(model, x, projection=kind, rank={"2": 2, "*": 5})
+    assert {name: log.rows(name).shape[1:] for name in log.layers} == {"0": (5, 5), "2": (2, 2), "4": (3, 5)}
+    with log.attach(model).query(data_id=["q"]) as again:
+        loss_fn(model, x[:1]).backward()
+    assert torch.equal(again.matrix, query.matrix)
+
+
 def test_whitened_rows_of_full_width_score_as_kfac_with_factored_damping():
     model, x = make(), data()
     log, query, _ = fit_and_log(model, x, projection="whitened", whitening=0.1, rank=13)

@@ -22,6 +22,7 @@ from loghook.log.format import LayerSpec, Layout, Manifest
 PAGE = (Path(__file__).parent.parent / "docs" / "format.md").read_text()
 DTYPES = ("float64", "float32", "bfloat16", "float16")
 BITS = {"int8": 8, "int4": 4, "int1": 1}
+TERMS = {"lowrank1": 1, "lowrank2": 2, "lowrank4": 4, "lowrank8": 8}
 
 
 def table(first_header: str) -> list[str]:
@@ -116,6 +117,27 @@ def read_low_bits(data: np.ndarray, widths: list[int], rest: int, bits: int) -> 
     return np.array(rows, np.float32)
 
 
+def read_low_rank(data: np.ndarray, shapes: list[tuple[int, int]], rest: int, c: int) -> np.ndarray:
+    """Rows (n, values) of stored ones (n, bytes), layer by layer."""
+    rows = []
+    for stored in data:
+        place, row = 4 * rest, []
+        for k_out, k_in in shapes:
+            count = min(c * (k_out + k_in), k_out * k_in)
+            numbers = read_values(stored[place : place + 2 * count].tobytes(), "bfloat16")
+            place += 2 * count
+            if count < k_out * k_in:
+                u, v = numbers[: c * k_out].reshape(c, k_out), numbers[c * k_out :].reshape(c, k_in)
+                numbers = np.zeros((k_out, k_in), np.float32)
+                for j in range(c):
+                    numbers = numbers + np.outer(u[j], v[j])
+            row += list(numbers.reshape(-1))
+        row += list(np.frombuffer(stored[: 4 * rest].tobytes(), "<f4"))
+        assert len(stored) - place in (0, 2) and not stored[place:].any()
+        rows.append(row)
+    return np.array(rows, np.float32)
+
+
 def read_run(path: Path) -> dict:
     """Read a finished run as the page says: manifest, ids, keys, rows by (kind, layer), statistics by layer."""
     manifest = json.loads((path / "loghook.json").read_text())
@@ -140,10 +162,16 @@ def read_run(path: Path) -> dict:
         if layer["output_gradients"]
     ]
     width = sum(int(np.prod(shape)) for *_, shape in parts)
-    columns, bits = width, BITS.get(manifest["dtype"])
+    columns, bits, terms = width, BITS.get(manifest["dtype"]), TERMS.get(manifest["dtype"])
+    shapes = [(layer["k_out"], layer["k_in"]) for layer in manifest["layers"]]
+    widths = [k_out * k_in for k_out, k_in in shapes]
+    rest = width - sum(widths)
+    if terms:
+        columns = (
+            -(-(4 * rest + sum(2 * min(terms * sum(shape), w) for shape, w in zip(shapes, widths, strict=True))) // 4)
+            * 4
+        )
     if bits:
-        widths = [layer["k_out"] * layer["k_in"] for layer in manifest["layers"]]
-        rest = width - sum(widths)
         columns = -(-(4 * (len(widths) + rest) + sum(-(-w * bits // 8) for w in widths)) // 4) * 4
     size = columns * {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}.get(manifest["dtype"], 1)
     ids, places, rows, logs, total = [], [], [], b"", 0.0
@@ -168,6 +196,8 @@ def read_run(path: Path) -> dict:
             assert checksum(body) == record["checksum"]
             if bits:
                 rows.append(read_low_bits(np.frombuffer(body, np.uint8).reshape(-1, columns), widths, rest, bits))
+            elif terms:
+                rows.append(read_low_rank(np.frombuffer(body, np.uint8).reshape(-1, columns), shapes, rest, terms))
             else:
                 rows.append(read_values(body, manifest["dtype"]).reshape(-1, width))
             ids += record["ids"]
@@ -252,7 +282,7 @@ def test_files_table(finished: Path) -> None:
             assert any(re.fullmatch(pattern, file.name) for file in finished.iterdir()), pattern
 
 
-def test_query_and_scores_tables(finished: Path, tmp_path: Path) -> None:
+def test_query_scores_and_index_tables(finished: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
     model = nn.Linear(6, 3)
     with loghook.init(tmp_path / "run", rank=4) as run:
@@ -263,15 +293,23 @@ def test_query_and_scores_tables(finished: Path, tmp_path: Path) -> None:
         with run.query(data_id=["q"]) as query:
             model(torch.randn(1, 6)).square().sum().backward()
     query.save(tmp_path / "query.safetensors")
-    loghook.load(tmp_path / "run").influence(query, top=1).save(tmp_path / "scores.safetensors")
-    for name, tensors in (("query", {"rows"}), ("scores", {"values", "places"})):
+    log = loghook.load(tmp_path / "run")
+    log.influence(query, top=1).save(tmp_path / "scores.safetensors")
+    index = log.index(3, "Flat")
+    index.save(tmp_path / "index.safetensors")
+    for name, tensors in (("query", {"rows"}), ("scores", {"values", "places"}), ("index", {"basis", "rows"})):
         with safetensors.safe_open(tmp_path / f"{name}.safetensors", framework="np") as file:
             header = json.loads(file.metadata()[f"loghook_{name}"])
             assert set(file.keys()) == tensors
         assert list(header) == table(f"{name} metadata")
+    assert header == {"seal": log.manifest.sealed["digest"], "factory": "Flat"}
+    rows = torch.from_numpy(log.rows("")[:].copy()).flatten(1)
+    torch.testing.assert_close(
+        safetensors.torch.load_file(tmp_path / "index.safetensors")["rows"], rows @ index.basis.T
+    )
 
 
-@pytest.mark.parametrize("dtype", (*DTYPES, *BITS))
+@pytest.mark.parametrize("dtype", (*DTYPES, *BITS, *TERMS))
 @pytest.mark.filterwarnings("ignore:dtype='int1'")
 def test_reader_from_the_page(tmp_path: Path, dtype: str) -> None:
     write_run(tmp_path / "run", dtype, shard_bytes=1000, commit_seconds=1e-9)

@@ -1,4 +1,4 @@
-"""Low-bit rows: the codec against its formula, and a log of them against the float32 log of the same run."""
+"""Low-bit rows: the codec against its formula; logs of coded rows of any kind against the float32 log of the run."""
 
 import itertools
 import json
@@ -17,9 +17,9 @@ import loghook
 from loghook.cli import app
 from loghook.errors import ConfigError, LogExistsError, NotFiniteError, StateError
 from loghook.influence import products
-from loghook.log import codec as codecs
 from loghook.log import maintain, reader
-from loghook.log.codec import BITS, Codec
+from loghook.log.codec import base, make_codec
+from loghook.log.codec.lowbit import BITS
 from tests.killing import OPTIONS, Killer, Plan, assert_same, log_everything
 from tests.test_influence import METHODS, make_log
 from tests.test_maintain import flip, write
@@ -27,6 +27,8 @@ from tests.test_maintain import flip, write
 pytestmark = pytest.mark.filterwarnings("ignore:dtype='int1'")
 DTYPES = tuple(BITS)
 ANY = pytest.mark.parametrize("dtype", DTYPES)
+CODED = (*DTYPES, "lowrank1", "lowrank2")  # at rank 4 the last stores whole layers
+ANY_CODED = pytest.mark.parametrize("dtype", CODED)
 
 
 def formula(x, bits):
@@ -53,7 +55,7 @@ def rows_of_layers(draw):
 @given(rows_of_layers())
 def test_codec_is_the_formula(dtype, drawn):
     widths, rest, x = drawn
-    codec = Codec(dtype, widths, rest)
+    codec = make_codec(dtype, [(1, width) for width in widths], rest)
     stored = codec.encode(x)
     assert stored.shape == (len(x), codec.row_bytes) and stored.dtype == torch.uint8
     y = codec.decode(stored)
@@ -76,17 +78,17 @@ def test_codec_is_the_formula(dtype, drawn):
 
 @ANY
 def test_rows_do_not_depend_on_chunks(dtype, monkeypatch):
-    codec = Codec(dtype, [100, 100, 64, 3], 2)
+    codec = make_codec(dtype, [(10, 10), (10, 10), (8, 8), (3, 1)], 2)
     x = torch.randn(50, codec.width, generator=torch.Generator().manual_seed(0))
     stored, decoded = codec.encode(x), codec.decode(codec.encode(x))
-    monkeypatch.setattr(codecs, "CHUNK", 300)
+    monkeypatch.setattr(base, "CHUNK", 300)
     assert torch.equal(codec.encode(x), stored) and torch.equal(codec.decode(stored), decoded)
 
 
 @ANY
 def test_signs_keep_the_inner_product_in_the_least_squares_sense(dtype):
     x = torch.randn(20, 64, generator=torch.Generator().manual_seed(0))
-    codec = Codec(dtype, [64], 0)
+    codec = make_codec(dtype, [(8, 8)], 0)
     y = codec.decode(codec.encode(x))
     fitted = (x * y).sum(1) / y.square().sum(1)  # what y would have to be multiplied by to be closest to x
     np.testing.assert_allclose(fitted, 1, atol={"int8": 5e-3, "int4": 0.1, "int1": 1e-5}[dtype])
@@ -100,7 +102,7 @@ def exact(tmp_path_factory):
 @pytest.fixture(scope="module")
 def low(tmp_path_factory, exact):
     folder, logs = tmp_path_factory.mktemp("compressed"), {}
-    for dtype in DTYPES:
+    for dtype in CODED:
         maintain.compress(exact[0].path, folder / dtype, dtype)
         logs[dtype] = loghook.load(folder / dtype)
     return logs
@@ -110,8 +112,8 @@ def stored(log):
     return torch.cat([block for _, block in log.blocks(stored=True)])
 
 
-@ANY
-def test_logging_with_few_bits_equals_compressing(tmp_path, exact, low, dtype):
+@ANY_CODED
+def test_logging_coded_rows_equals_compressing(tmp_path, exact, low, dtype):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         direct, _, _ = make_log(tmp_path / "direct", dtype=dtype)
@@ -125,7 +127,7 @@ def test_logging_with_few_bits_equals_compressing(tmp_path, exact, low, dtype):
     assert low[dtype].manifest.history[0]["dtype"] == "float32"
 
 
-@ANY
+@ANY_CODED
 def test_rows_are_read_as_from_an_array(exact, low, dtype):
     log, expected = low[dtype], low[dtype].codec.decode(stored(low[dtype])).numpy()
     for name in log.layers:
@@ -140,8 +142,10 @@ def test_rows_are_read_as_from_an_array(exact, low, dtype):
     np.testing.assert_array_equal(log.gather(np.array([39, 0, 5])), expected[[39, 0, 5]])
 
 
-@ANY
-@pytest.mark.parametrize("integers", [True, False])
+@pytest.mark.parametrize(
+    ("dtype", "integers"),
+    [(dtype, integers) for dtype in CODED for integers in (True, False) if dtype in DTYPES or not integers],
+)
 def test_scores_are_those_of_the_decoded_rows(tmp_path, monkeypatch, low, exact, dtype, integers):
     """A float64 log of the decoded rows is the reference: every method, option and layer."""
     if not integers:
@@ -170,7 +174,7 @@ def test_integer_products_are_of_the_questions_themselves(low, exact):
     if not products.integer_products_are_exact():
         pytest.skip("this processor has no exact integer products")
     generator = torch.Generator().manual_seed(0)
-    for log in low.values():
+    for log in (low[dtype] for dtype in DTYPES):
         matrix = torch.randn(5, log.layout.gradient_width, generator=generator)
         matrix *= torch.tensor([1.0, 0.0, 1e-20, 1e20, 1.0])[:, None]
         rows = log.codec.decode(stored(log)).double()
@@ -272,8 +276,8 @@ def test_activations_are_not_quantised(tmp_path):
 
 def test_one_bit_is_a_fifteenth_of_bfloat16():
     for rank in (32, 64):
-        layers = [rank * rank] * 224
-        assert Codec("int1", layers, 0).row_bytes * 15 <= Codec("bfloat16", layers, 0).row_bytes
+        layers = [(rank, rank)] * 224
+        assert make_codec("int1", layers, 0).row_bytes * 15 <= make_codec("bfloat16", layers, 0).row_bytes
 
 
 # What the log does for every dtype.
@@ -283,7 +287,7 @@ def parts(log):
     return {i: row.numpy().tobytes() for i, row in zip(log.data_ids, stored(log), strict=True)}
 
 
-@ANY
+@ANY_CODED
 def test_delete_merge_append_and_repair(tmp_path, dtype):
     options = {"dtype": dtype, "shard_bytes": 1, "commit_seconds": 1e-9}
     whole = parts(write(tmp_path / "whole", list(range(40)), **options))
@@ -306,7 +310,7 @@ def test_delete_merge_append_and_repair(tmp_path, dtype):
 
 @pytest.mark.parametrize("number", range(len(OPTIONS)))
 def test_a_killed_run_ends_as_if_it_never_was(tmp_path, number):
-    options = OPTIONS[number] | {"dtype": "int8"}
+    options = OPTIONS[number] | {"dtype": ("int8", "lowrank1")[number % 2]}
     log_everything(Plan(str(tmp_path / "whole"), options))
     killer = Killer(number)
     killer.until_done(4, path=str(tmp_path / "run"), options=options)
@@ -315,7 +319,7 @@ def test_a_killed_run_ends_as_if_it_never_was(tmp_path, number):
     assert killer.kills
 
 
-@ANY
+@ANY_CODED
 def test_repeats_and_many_shards_become_few(tmp_path, exact, dtype):
     log = write(tmp_path / "run", [0, 1, 2, 3, 2, 5, 6, 7, *range(8, 40)], dtype="float32", shard_bytes=1)
     maintain.compress(log.path, tmp_path / "out", dtype)

@@ -5,9 +5,13 @@ Cells that touch no CPU-only backend run on a GPU too (`make test-gpu`): the dev
 
 import contextlib
 import functools
+import importlib
 import re
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -482,14 +486,37 @@ def test_offloaded_weights():
     proven(model)
 
 
-@pytest.mark.gpu
+@pytest.fixture(
+    params=[pytest.param("cuda:0", marks=pytest.mark.gpu), pytest.param("second:0", marks=pytest.mark.second)]
+)
+def other(request):
+    """A device beside the CPU: a GPU, or what tests/second_device.py makes."""
+    if request.param == "second:0":
+        importlib.import_module("tests.second_device")
+    return request.param
+
+
+def test_a_second_device_on_every_machine():
+    """The tests marked `second` in a process of their own, since that device is there for good."""
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "second", __file__]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
-def test_layers_on_two_devices(frozen):
+@pytest.mark.parametrize("offloaded", [False, True], ids=["split", "offloaded"])
+@pytest.mark.parametrize("kind", ["none", "reentrant", "non_reentrant"])
+def test_layers_on_two_devices(other, kind, offloaded, frozen):
+    """As `device_map` does it: the CPU computes its block itself, or keeps weights that the other device fetches."""
     from accelerate import dispatch_model
 
-    places = {"first": "cuda:0", "blocks.0": "cpu", "blocks.1": "cuda:0", "last": "cuda:0"}
-    model = dispatch_model(Net(), device_map=places, main_device="cuda:0", force_hooks=True)
-    assert_same(logged(model, loss_of, make_data("cuda:0"), frozen=frozen), reference(), 1e-4)
+    places = {"first": other, "blocks.0": "cpu", "blocks.1": other, "last": other}
+    main = other if offloaded else "cpu"
+    model = dispatch_model(Net(checkpoints=kind), device_map=places, main_device=main, force_hooks=True)
+    assert {p.device.type for p in model.parameters()} == {torch.device(other).type, "meta" if offloaded else "cpu"}
+    data = make_data(main)
+    assert_same(logged(model, loss_of, data, frozen=frozen), reference(), 1e-4)
+    proven(model, data=data[:3])
 
 
 class Spread(Net):
@@ -505,10 +532,66 @@ class Spread(Net):
         return self.last(self.blocks[1](x))
 
 
-@pytest.mark.gpu
-def test_model_moved_by_hand_between_devices():
-    model = Spread().place("cpu", "cuda:0")
+@pytest.mark.parametrize("swapped", [False, True], ids=["mostly there", "mostly here"])
+def test_model_moved_by_hand_between_devices(other, swapped):
+    model = Spread().place(*((other, "cpu") if swapped else ("cpu", other)))
     assert_same(logged(model, loss_of, make_data()), reference(), 1e-4)
+    proven(model)
+
+
+def fitted(model, data):
+    """A log of whitened rows, EK-FAC's scores of whole gradients."""
+    run, fit = new_run(model, projection="whitened"), loghook.fit(tempfile.mkdtemp(prefix="loghook-matrix-"))
+    with contextlib.redirect_stdout(None):
+        fit.watch(model)
+    for each in (run, fit):
+        for _ in each.passes():
+            for ids in batches():
+                with each(data_id=ids):
+                    loss_of(model, data[ids]).backward()
+    with fit.query(data_id=[0, 1]) as query:
+        loss_of(model, data[:2]).backward()
+    scoring = fit.score(query)
+    for ids in batches():
+        with scoring(data_id=ids):
+            loss_of(model, data[ids]).backward()
+    return finished(run), torch.from_numpy(scoring.scores().values)
+
+
+def test_fitted_on_two_devices(other):
+    (expected, scores), data = fitted(Net(), make_data()), make_data()
+    log, others = fitted(Spread().place("cpu", other), data)
+    assert_same(log, expected, 1e-3)  # of float32 sums, where the CPU adds in float64
+    assert relative_error(others, scores) <= 1e-3
+
+
+def test_offloaded_shards_compute_on_the_device_of_their_mesh(other, tmp_path):
+    """As FSDP2's CPUOffloadPolicy has it on a GPU; its place alone, since a mesh of several needs several processes."""
+    model = nn.Sequential(nn.Linear(3, 2))
+    with loghook.init(tmp_path / "run", rank=2) as run:
+        run.watch(model)
+        (layer,) = run._layers
+        assert layer.device_and_dtype()[0] == torch.device("cpu")
+        model[0].weight.device_mesh = SimpleNamespace(device_type=torch.device(other).type)
+        assert layer.device_and_dtype()[0] == torch.device(other)
+
+
+class Siblings(nn.Module):
+    """Two layers of one parent and one width, which would share a projected input if they had it."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.pair = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+
+    def forward(self, x):
+        return self.pair["b"](torch.tanh(self.pair["a"](x)))
+
+
+def test_siblings_with_inputs_of_their_own(other):
+    """On a device that gives its tensors no addresses too."""
+    expected = logged(Siblings(), loss_of, make_data())
+    assert_same(logged(Siblings().to(other), loss_of, make_data(other)), expected, 1e-4)
 
 
 # The table

@@ -30,6 +30,9 @@ for method in ("dot", "fisher", "kfac", "ekfac", "shampoo"):
         scores = loghook.load(f"{folder}/run").influence(query, method, **options)
         if torch.distributed.get_rank() == 0:
             scores.save(f"{folder}/{method}-{name}.safetensors")
+found = loghook.load(f"{folder}/run").index(5, "Flat").search(query, 5, candidates=9)
+if torch.distributed.get_rank() == 1:
+    found.save(f"{folder}/index.safetensors")
 torch.distributed.destroy_process_group()
 """
 
@@ -62,6 +65,9 @@ def test_two_processes_score_like_one(logged):
                 np.testing.assert_allclose(
                     two.by_layer, one.by_layer, rtol=1e-5, atol=1e-6 * np.abs(one.by_layer).max()
                 )
+    one, two = log.index(5, "Flat").search(query, 5, candidates=9), loghook.Scores.load(folder / "index.safetensors")
+    np.testing.assert_array_equal(two.places, one.places)
+    np.testing.assert_allclose(two.values, one.values, rtol=1e-5)
 
 
 def test_the_command_line_on_two_processes_prints_once(logged):

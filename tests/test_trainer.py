@@ -209,6 +209,48 @@ def test_rows_are_those_of_the_summed_loss(folder, kind, setting):
     assert worst(log, reference(kind, log), np.argsort(log.data_ids)) <= 1e-5
 
 
+def checked(trainer, model, batch, **options):
+    """``check`` as docs/trainer.md shows it."""
+    shift = int(isinstance(trainer.model, LlamaForCausalLM))
+    with contextlib.redirect_stdout(None):
+        return loghook.check(
+            model,
+            lambda model, batch: trainer.compute_loss(model, {**batch}),
+            batch,
+            exclude=["*lm_head", "embed"],
+            scale=lambda batch: (batch["labels"][..., shift:] != -100).sum(),
+            **options,
+        )
+
+
+class Check(TrainerCallback):
+    """``check`` of the model as Trainer wraps it, which it does only to train."""
+
+    def on_train_begin(self, args, state, control, train_dataloader=None, **kwargs):
+        batch = next(iter(train_dataloader))
+        batch.pop("id", None)
+        self.report = checked(self.trainer, self.trainer.model_wrapped, batch)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_check_agrees_before_and_inside_training(folder, kind):
+    callback = Check()
+    callback.trainer = trainer = make_trainer(folder, kind, callbacks=[callback], per_device_train_batch_size=4)
+    before = checked(trainer, trainer.model, next(iter(trainer.get_train_dataloader())))
+    trainer.train()
+    for report in (before, callback.report):
+        assert report and max(report.errors.values()) < 1e-5, str(report)
+
+
+def test_check_agrees_on_packed_samples(folder):
+    trainer = make_trainer(folder)
+    trainer.data_collator = DataCollatorWithFlattening()
+    batch = {**next(iter(trainer.get_train_dataloader())), "use_cache": False}
+    segments = lambda batch: loghook.segments.from_position_ids(batch["position_ids"])  # noqa: E731
+    report = checked(trainer, trainer.model, batch, segments=segments)
+    assert report and max(report.errors.values()) < 1e-5, str(report)
+
+
 @pytest.mark.parametrize("kind", ["num_items", "local_mean"])
 @pytest.mark.parametrize("also", [{}, {"return_flash_attn_kwargs": True}, {"return_seq_idx": True}])
 def test_packed_samples_keep_their_ids_and_rows(folder, kind, also):
@@ -397,12 +439,17 @@ TWO = {
 def launched(folder):
     torch.set_num_threads(1)
     for name, (kind, options) in TWO.items():
-        trainer = make_trainer(folder, kind, data=samples(kind, names=True), **options)
+        callback = Check()
+        callback.trainer = trainer = make_trainer(
+            folder, kind, data=samples(kind, names=True), callbacks=[callback], **options
+        )
         run = open_run(f"{folder}/{name}", trainer.model)
         with log_training(trainer, run):
             for _ in run.passes():
                 trainer.train()
         assert trainer.accelerator.num_processes == 2
+        assert isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
+        assert callback.report, str(callback.report)
         run.finalize()
         run.close()
 

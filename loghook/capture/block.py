@@ -3,6 +3,7 @@
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -136,35 +137,37 @@ class Block:
 
     def _pack(self, slots: Sequence[Slots], scale: float | Tensor, asleep: list[str]) -> Captured:
         device = slots[0].leaves.rows.device
-        gradients = [_delivered(s.leaves.rows).flatten(1) for s in slots]
-        _multiply(gradients, [layer.gain for layer in self._layers])
-        activations: list[Tensor] = []
-        outputs: list[Tensor] = []
-        moments: list[Tensor] = []
+        rows = torch.cat([_delivered(s.leaves.rows).flatten(1).to(device) for s in slots], 1)
+        rows *= _spread([layer.gain for layer in self._layers], [layer.spec.width for layer in self._layers], rows)
+        unscaled = isinstance(scale, float) and scale == 1.0
+        if not unscaled:
+            rows *= scale
+        means: dict[str, list[Tensor]] = {"activations": [], "output_gradients": []}
         for layer, s in zip(self._layers, slots, strict=True):
-            for leaf, reduction, out, factor in (
-                (s.leaves.activations, layer.spec.activations, activations, 1.0),
-                (s.leaves.outputs, layer.spec.output_gradients, outputs, scale),
-            ):
+            for kind, leaf, factor in (
+                ("activations", s.leaves.activations, 1.0), ("output_gradients", s.leaves.outputs, scale)
+            ):  # fmt: skip
                 if leaf is not None:
                     total, tokens = _delivered(leaf).split([leaf.shape[1] - 1, 1], 1)
-                    value = total / torch.where(tokens > 0, tokens, 1) if reduction == "mean" else total
-                    out.append((value * factor).to(device))
-            if s.leaves.moments is not None:
-                moments += _delivered(s.leaves.moments).split([layer.spec.k_in**2, layer.spec.k_out**2, 1])
-        if moments:  # inputs', output gradients' and tokens of each layer in turn
-            _multiply(moments[0::3], [layer.input_side.gain**2 for layer in self._layers])
-            _multiply(moments[1::3], [layer.output_side.gain**2 for layer in self._layers])
-            _multiply(moments[1::3], scale**2)
-            moments = [part.to(device) for part in moments]
-        rows = torch.cat([part.to(device) for part in gradients], 1)
-        if not isinstance(scale, float) or scale != 1.0:
-            rows.mul_(scale)
-        if activations or outputs:
-            rows = torch.cat([rows, *activations, *outputs], 1)
+                    mean = getattr(layer.spec, kind) == "mean"
+                    value = total / torch.where(tokens > 0, tokens, 1) if mean else total
+                    means[kind].append((value * factor).to(device))
+        if any(means.values()):
+            rows = torch.cat([rows, *means["activations"], *means["output_gradients"]], 1)
+        moments = None
+        if self._moments:
+            moments = torch.cat(
+                [_delivered(s.leaves.moments).to(device) for s in slots if s.leaves.moments is not None]
+            )
+            gains = [g for layer in self._layers for g in (layer.input_side.gain**2, layer.output_side.gain**2, 1.0)]
+            sizes = [n for layer in self._layers for n in (layer.spec.k_in**2, layer.spec.k_out**2, 1)]
+            moments *= _spread(gains, sizes, moments)
+            if not unscaled:  # moments of output gradients by the square of the scale
+                of_outputs = _spread([0.0, 1.0, 0.0] * len(slots), sizes, moments) > 0
+                moments = torch.where(of_outputs, moments * scale**2, moments)
         for s in slots:  # the user may keep the loss, and with it the graph and its leaves
             s.leaves.clear()
-        return Captured(rows, torch.cat(moments) if moments else None, asleep)
+        return Captured(rows, moments, asleep)
 
 
 def _narrow(layer: Layer) -> torch.dtype | None:
@@ -182,13 +185,14 @@ def _delivered(leaf: Tensor) -> Tensor:
     return torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device) if leaf.grad is None else leaf.grad
 
 
-def _multiply(parts: Sequence[Tensor], factors: Sequence[float] | float | Tensor) -> None:
-    """Multiply tensors in place, on a GPU with few kernels for all layers instead of one for each."""
-    if isinstance(factors, Tensor):
-        for part in parts:
-            part.mul_(factors)
-    elif factors != 1.0:
-        torch._foreach_mul_(list(parts), factors if isinstance(factors, float) else list(factors))
+def _spread(values: Sequence[float], sizes: Sequence[int], like: Tensor) -> Tensor:
+    """Repeat each value as often as its size says: (sum of sizes,), where ``like`` is; kept for the next block."""
+    return _kept(tuple(values), tuple(sizes), like.dtype, like.device)
+
+
+@lru_cache(maxsize=16)
+def _kept(values: tuple[float, ...], sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    return torch.tensor(values, dtype=dtype).repeat_interleave(torch.tensor(sizes)).to(device)
 
 
 def _count(slots: Slots) -> Callable[[Tensor], None]:

@@ -1,5 +1,6 @@
 """``Config``: the arguments of ``loghook.init``."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ class Config:
     """What ``loghook.init`` was given, checked at birth."""
 
     path: Path
-    rank: int = 64
+    rank: int | Mapping[str, int] = 64
     projection: str = "random"
     whitening: float = 0.1
     fitted: Path | None = None
@@ -29,8 +30,12 @@ class Config:
     fidelity: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
-        if not isinstance(self.rank, int) or isinstance(self.rank, bool) or self.rank < 1:
-            raise ConfigError(f"rank={self.rank!r} must be a whole number of at least 1, as rows are rank x rank.")
+        ranks = list(self.rank.values()) if isinstance(self.rank, Mapping) else [self.rank]
+        if not ranks or not all(type(rank) is int and rank >= 1 for rank in ranks):
+            raise ConfigError(
+                f"rank={self.rank!r} must be a whole number of at least 1, as rows are rank x rank; or a dict of such "
+                "numbers by pattern of layer names."
+            )
         if self.projection not in _PROJECTIONS:
             raise ConfigError(f"projection={self.projection!r} is unknown: choose one of {', '.join(_PROJECTIONS)}.")
         if not self.whitening > 0 or (self.fitted is not None and self.projection not in FITTED):

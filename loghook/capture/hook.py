@@ -38,7 +38,7 @@ def make_hook(layer: Layer) -> Callable[..., Tensor | None]:
                 f"layer {layer.name!r} takes {type(x).__name__} and returns {type(y).__name__}: exclude it, as loghook "
                 "watches modules from one tensor to one tensor."
             )
-        x = x.detach()
+        x = x.detach().to(slots.samples.device)  # accelerate's hooks move inputs after this hook was given them
         if layer.spec.flattened:
             x = _unflatten(layer, slots, x)
         elif layer.spec.batch_dim:
@@ -91,18 +91,20 @@ def make_hook(layer: Layer) -> Callable[..., Tensor | None]:
 
 def _project(layer: Layer, slots: Slots, module: nn.Module, x: Tensor) -> Tensor:
     side, bias = slots.input_side, layer.spec.bias
-    with torch.no_grad():
-        # Under torch.compile the compiler itself merges equal products of equal inputs.
-        if not layer.adapter.shares_input or side.matrix is None or torch.compiler.is_compiling():
+    # Under torch.compile the compiler itself merges equal products of equal inputs. Address 0 is none: tensor
+    # subclasses that wrap others all have it.
+    shareable = layer.adapter.shares_input and side.matrix is not None
+    if not shareable or torch.compiler.is_compiling() or not x.data_ptr():
+        with torch.no_grad():  # an adapter may read the module's parameters
             return layer.adapter.project(module, x, side, bias)
-        shared = slots.shared
-        # Address and version identify a tensor for as long as `source` keeps it alive.
-        key = (x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, side)
-        if shared.key != key:
-            shared.projected = layer.adapter.project(module, x, side, bias)
-            shared.key, shared.source = key, x
-        assert shared.projected is not None
-        return shared.projected
+    shared = slots.shared
+    # Address and version identify a tensor for as long as `source` keeps it alive.
+    key = (x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, side)
+    if shared.key != key:
+        shared.projected = layer.adapter.project(module, x, side, bias)
+        shared.key, shared.source = key, x
+    assert shared.projected is not None
+    return shared.projected
 
 
 def _unflatten(layer: Layer, slots: Slots, x: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """``Hooked``: layers of a model under inert hooks, one open block at a time, and queries through them."""
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,7 +16,7 @@ from loghook.capture.hook import make_hook
 from loghook.capture.layers import Layer
 from loghook.capture.models import mixing_modules, parameters_digest, refuse, unwrap
 from loghook.capture.segments import arrange
-from loghook.capture.select import Watch, select
+from loghook.capture.select import Rank, Watch, rank_of, select
 from loghook.capture.silence import nothing_delivered
 from loghook.capture.whole import Job
 from loghook.errors import ConfigError, DeliveryError, MismatchError, StateError, UnsupportedError
@@ -30,9 +30,10 @@ from loghook.project.projection import FITTED
 class Hooked:
     """Layers of a model under inert hooks, and queries through them."""
 
-    def __init__(self, projection: str, rank: int, seed: int) -> None:
+    def __init__(self, projection: str, rank: Rank, seed: int) -> None:
         """Start with nothing watched."""
-        self._projection, self._rank, self._seed = projection, rank, seed
+        self._projection, self._seed = projection, seed
+        self._rank = dict(rank) if isinstance(rank, Mapping) else rank
         self._fitted: str | None = None  # checksum of a fitted projection that the layers have
         self._layers: list[Layer] = []
         self._models: list[weakref.ref[nn.Module]] = []
@@ -55,8 +56,10 @@ class Hooked:
         clash = set(self.layers) & {layer.name for layer in layers}
         if clash:
             raise ConfigError(f"layer name {min(clash)!r} is watched already: use one run for each model.")
-        widest = max(max(side.width for side in (x.input_side, x.output_side)) for x in (*self._layers, *layers))
-        if check_rank and self._projection != "none" and self._rank > widest:
+        all_layers = [*self._layers, *layers]
+        reduces = any(side.width >= rank_of(x.name, self._rank) for x in all_layers for side in x.sides)
+        if check_rank and self._projection != "none" and not reduces:
+            widest = max(side.width for x in all_layers for side in x.sides)
             raise ConfigError(
                 f"rank={self._rank} exceeds the width of every watched layer (largest: {widest:,}), so it would reduce "
                 "nothing: choose a smaller rank, or projection='none'."

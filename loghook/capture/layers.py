@@ -106,7 +106,10 @@ class Layer:
         for tensor in (*self.module.parameters(), getattr(self.module, "weight", None)):
             if tensor is None:
                 continue
+            mesh = getattr(tensor, "device_mesh", None)
             device = _execution_device(self.module) if tensor.is_meta else tensor.device
+            if mesh is not None and mesh.device_type != device.type:  # FSDP2's offloaded shards: gathered elsewhere
+                device = torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
             return device, torch.float64 if tensor.dtype == torch.float64 else torch.float32
         return torch.device("cpu"), torch.float32
 

@@ -7,7 +7,6 @@ from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import nn
 
 from loghook.capture.batch import Blocks, Given, Ids, check_ids
@@ -23,7 +22,6 @@ from loghook.capture.session import Session
 from loghook.capture.sums import decompose, fit_sides
 from loghook.capture.whole import Covariance
 from loghook.errors import BatchError, CheckpointWarning, LoghookError, MismatchError, StateError
-from loghook.log.codec import FLOATS
 from loghook.log.disk import writing
 from loghook.log.fitted import Sides, load_sides, save_sides
 from loghook.log.format import MANIFEST, Manifest
@@ -212,9 +210,8 @@ class Run(Blocks, Hooked):
         with self._capture(len(ids), given, keep=keep, moments=True) as captured:
             yield
         writer = self._ready(self._id_type)
-        dtype = FLOATS.get(self._config.dtype, torch.float32)  # the writer makes low-bit rows of it
         index, flag = self._pass.index if self._pass else -1, given.scaler is not None
-        batch = pack(captured[0], ids, keep, dtype=dtype, flag=flag, pass_index=index, step=self._step)
+        batch = pack(captured[0], ids, keep, dtype=writer.dtype, flag=flag, pass_index=index, step=self._step)
         with self._session.heeding():
             # What an interrupted run has committed was counted there.
             writer.put(dataclasses.replace(batch, dropped=repeats if self._step >= self._fresh_step else 0))

@@ -1,6 +1,6 @@
 """Which layers are watched: the arguments of ``run.watch`` against a model's modules."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -45,13 +45,26 @@ class Watch:
             raise ConfigError(f"batch_dim={self.batch_dim} is unknown: 0 (batch first) or 1 (sequence first).")
 
 
+Rank = int | Mapping[str, int]  # of all layers, or by fnmatch pattern: the first that fits a layer is its own
+
+
+def rank_of(name: str, rank: Rank) -> int:
+    """The rank of one layer."""
+    if not isinstance(rank, Mapping):
+        return rank
+    for pattern, value in rank.items():
+        if fnmatchcase(name, pattern):
+            return value
+    raise ConfigError(f"rank={dict(rank)} has no pattern that fits layer {name!r}: add one, such as '*': 32.")
+
+
 def matches(name: str, wanted: Sequence[str]) -> bool:
     """Whether a whole module name matches one of the patterns."""
     return any(fnmatchcase(name, pattern) for pattern in wanted)
 
 
 def select(
-    model: nn.Module, watch: Watch, *, projection: str, rank: int, seed: int
+    model: nn.Module, watch: Watch, *, projection: str, rank: Rank, seed: int
 ) -> tuple[list[Layer], dict[str, Any]]:
     """Choose the layers to watch and draw their projections.
 
@@ -126,18 +139,18 @@ def _overrides_forward(module: nn.Module) -> bool:
 
 
 def _draw(
-    chosen: dict[str, tuple[nn.Module, Adapter]], watch: Watch, *, projection: str, rank: int, seed: int
+    chosen: dict[str, tuple[nn.Module, Adapter]], watch: Watch, *, projection: str, rank: Rank, seed: int
 ) -> list[Layer]:
-    shared: dict[tuple[str, int], Side] = {}
+    shared: dict[tuple[str, int, int], Side] = {}
     layers = []
     for name, (module, found) in chosen.items():
         shape = found.geometry(module)
         bias = shape.bias and watch.bias
-        group, width = shared_input_name(name), shape.in_features + bias
-        if (group, width) not in shared:
-            shared[group, width] = draw_side(projection, seed=seed, name=group, side="in", width=width, rank=rank)
-        inputs = shared[group, width]
-        outputs = draw_side(projection, seed=seed, name=name, side="out", width=shape.out_features, rank=rank)
+        group, width, k = shared_input_name(name), shape.in_features + bias, rank_of(name, rank)
+        if (group, width, k) not in shared:
+            shared[group, width, k] = draw_side(projection, seed=seed, name=group, side="in", width=width, rank=k)
+        inputs = shared[group, width, k]
+        outputs = draw_side(projection, seed=seed, name=name, side="out", width=shape.out_features, rank=k)
         activations = watch.activations if shape.channels else None  # indices have none
         may_sleep = matches(name, watch.may_sleep) or isinstance(module, ExpertProjection)
         spec = LayerSpec(

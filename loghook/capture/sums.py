@@ -8,6 +8,7 @@ from torch import Tensor
 
 from loghook.capture.config import Config
 from loghook.capture.layers import Layer
+from loghook.capture.select import rank_of
 from loghook.errors import MismatchError, StateError
 from loghook.influence.share import share
 from loghook.project.blocks import Factor, cut, square_size
@@ -80,7 +81,7 @@ def decompose(layers: Sequence[Layer], sums: Sums) -> dict[str, tuple[Factor, Fa
     counted has zero factors.
     """
     rank, world = share()
-    inputs: dict[int, list[tuple[Tensor, Factor]]] = {}
+    inputs: dict[tuple[int, torch.device], list[tuple[Tensor, Factor]]] = {}
     mine: dict[str, tuple[Factor, Factor]] = {}
     for layer in layers[rank::world]:
         w_in, w_out = widths(layer)
@@ -89,7 +90,7 @@ def decompose(layers: Sequence[Layer], sums: Sums) -> dict[str, tuple[Factor, Fa
             total = torch.zeros(square_size(w_in) + square_size(w_out) + 1, dtype=torch.float64)
         flat_in, flat_out, tokens = split(layer, total)
         flat_in, flat_out = flat_in / max(tokens, 1.0), flat_out / max(tokens, 1.0)
-        same = inputs.setdefault(w_in, [])
+        same = inputs.setdefault((w_in, flat_in.device), [])
         factor = next((found for flat, found in same if torch.equal(flat, flat_in)), None)
         if factor is None:
             factor = Factor.of(flat_in, w_in)
@@ -124,7 +125,8 @@ def fit_sides(
     for layer in layers:
         if layer.name not in found:
             raise MismatchError(f"layer {layer.name!r} has no factors: fit them with the same watch(...) patterns.")
-        kind, seed, rank, damping = config.projection, config.seed, config.rank, config.whitening
+        kind, seed, damping = config.projection, config.seed, config.whitening
+        rank = rank_of(layer.name, config.rank)
         group, (first, second) = shared_input_name(layer.name), found[layer.name]
         sides[layer.name] = (
             fit_side(kind, first, seed=seed, name=group, side="in", rank=rank, damping=damping),

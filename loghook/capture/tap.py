@@ -122,6 +122,8 @@ def output_gradient(ctx: Any, g: Tensor, x: Tensor) -> Tensor:
             "backward ran with create_graph=True (a gradient penalty, a Hessian product): the second-order part of a "
             "gradient does not pass a layer's output, so rows would miss it. Take that term out of the logged loss."
         )
+    if g.dim() == 3 and not ctx.batch_dim and ctx.channel_dim == -1 and g.shape[:2] == x.shape[:2]:
+        return g  # as it is nearly always
     g_BSO = as_tokens(g.movedim(ctx.batch_dim, 0) if ctx.batch_dim else g, ctx.channel_dim)
     return g_BSO.reshape(*x.shape[:2], g_BSO.shape[-1])  # batch and tokens may share an axis in the module
 

@@ -31,7 +31,7 @@ class Question:
 def log_passages(model: Any, passages: Sequence[Passage], path: Path, config: DemoConfig) -> None:
     """Log a row for each passage, in a frozen pass: no weight gradient is computed."""
     run = loghook.init(path, rank=config.rank, seed=config.seed, overwrite=True)
-    run.watch(model)
+    run.watch(model, include=config.watched)
     batches = [passages[k : k + config.batch_size] for k in range(0, len(passages), config.batch_size)]
     with loghook.frozen(model):
         for step in run.passes():

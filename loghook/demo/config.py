@@ -35,6 +35,9 @@ class DemoConfig:
     # processes that fine-tune again at the same time, one thread each on a CPU; 0 means one for each core, at most 8
     workers: int = 0
     rank: int = 64  # of the log's projection
+    # patterns of the layers that are logged; None: of the small model those that write into its residual stream, which
+    # tell more than all (docs/choosing.md), and all linear layers of a named one
+    include: tuple[str, ...] | None = None
     damping: float = 0.1  # of EK-FAC, relative to each layer's mean eigenvalue
 
     vocabulary: int = 2048  # size of the byte-pair vocabulary
@@ -104,6 +107,13 @@ class DemoConfig:
         if self.finetune_lr is not None:
             return self.finetune_lr
         return 8e-3 if self.model is None else 5e-5
+
+    @property
+    def watched(self) -> tuple[str, ...]:
+        """Patterns of the layers that are logged."""
+        if self.include is not None:
+            return self.include
+        return ("*o_proj", "*down_proj") if self.model is None else ("*",)
 
     @property
     def processes(self) -> int:

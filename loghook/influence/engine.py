@@ -1,7 +1,7 @@
 """The scan: preconditioned queries against every row of the log, in blocks, with flat memory."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,6 +20,8 @@ from loghook.log.query import Query
 from loghook.log.reader import Reader
 
 NORMALIZE = (None, "unit", "relatif")
+# (reader, prepared, chosen layers, top, per_layer) -> values, places, scores by layer
+Scan = Callable[..., tuple[np.ndarray, np.ndarray | None, np.ndarray | None]]
 
 
 @dataclass
@@ -48,8 +50,9 @@ def influence(
     layers: Sequence[str] | None = None,
     top: int | None = None,
     per_layer: bool = False,
+    scan: Scan | None = None,
 ) -> Scores:
-    """Score every row of a log for every question; see ``Log.influence``."""
+    """Score every row of a log, or those that another ``scan`` chooses, for every question; see ``Log.influence``."""
     if normalize not in NORMALIZE:
         raise ConfigError(f"normalize={normalize!r} is unknown: choose None, 'unit' or 'relatif'.")
     if top is not None and (type(top) is not int or top < 1):
@@ -63,7 +66,7 @@ def influence(
     curvature = Curvature(method=method, damping=damping, damping_abs=damping_abs)
     chosen = choose_layers(reader, layers)
     prepared = prepare(reader, query, curvature, chosen, normalize)
-    scan = _scan_top if top is not None else _scan_all
+    scan = scan or (_scan_top if top is not None else _scan_all)
     values, places, by_layer = scan(reader, prepared, chosen, top or 0, per_layer)
     if not np.isfinite(values).all():
         raise ConfigError(

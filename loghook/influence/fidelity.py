@@ -62,10 +62,8 @@ def check_sample(reader: Reader, queries: int) -> None:
 
 def compare(source: Reader, compressed: Reader, *, queries: int, seed: int) -> Fidelity:
     """Ask both logs the same rows of the source: with "dot", and with "ekfac" where there are statistics."""
-    places = np.sort(np.random.default_rng(seed).choice(len(source), min(queries, len(source)), replace=False))
-    query, m = Query([str(place) for place in places]), source.manifest
-    query.fill(source.gather(places).to(working_dtype(source)), m.layers, m.projection, m.seed, None, m.fitted)
-    methods = ("dot", "ekfac") if _has_statistics(source) else ("dot",)
+    places, query = as_questions(source, queries, seed)
+    methods = compared_methods(source)
     logs = (source, compressed)
     for reader in logs:
         _ask(reader, query, "dot")  # verifies checksums
@@ -88,11 +86,21 @@ def compare(source: Reader, compressed: Reader, *, queries: int, seed: int) -> F
     )
 
 
-def _has_statistics(reader: Reader) -> bool:
+def as_questions(reader: Reader, count: int, seed: int) -> tuple[np.ndarray, Query]:
+    """Draw rows of a log as questions: their places, in order, and the query."""
+    places = np.sort(np.random.default_rng(seed).choice(len(reader), min(count, len(reader)), replace=False))
+    query, m = Query([str(place) for place in places]), reader.manifest
+    query.fill(reader.gather(places).to(working_dtype(reader)), m.layers, m.projection, m.seed, None, m.fitted)
+    return places, query
+
+
+def compared_methods(reader: Reader) -> tuple[str, ...]:
+    """Name "dot", and "ekfac" where there are statistics."""
     if reader.manifest.no_statistics is not None:
-        return False
+        return ("dot",)
     moments = reader.moments()
-    return any(moments[count] > 0 for *_, count in reader.layout.moments.values())
+    counted = any(moments[count] > 0 for *_, count in reader.layout.moments.values())
+    return ("dot", "ekfac") if counted else ("dot",)
 
 
 def _ask(reader: Reader, query: Query, method: str) -> tuple[np.ndarray, float]:

@@ -13,7 +13,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loghook.log.codec import AFFINE, Alike, unpack
+from loghook.influence.bilinear import MOST, Bilinear
+from loghook.log.codec.base import Alike
+from loghook.log.codec.lowbit import AFFINE, LowBitCodec, unpack
+from loghook.log.codec.lowrank import LowRankCodec
 from loghook.log.format import LayerSpec
 from loghook.log.reader import Reader
 
@@ -37,8 +40,11 @@ class Products(Protocol):
 
 def products(reader: Reader, matrix: Tensor, chosen: Sequence[LayerSpec]) -> Products:
     """Make questions (Q, gradient_width) ready for the layers of a log that are chosen, in row order."""
-    if reader.codec.bits and max(spec.width for spec in chosen) <= WIDEST and integer_products_are_exact():
+    low_bit = isinstance(reader.codec, LowBitCodec) and max(spec.width for spec in chosen) <= WIDEST
+    if low_bit and integer_products_are_exact():
         return LowBit(reader, matrix, chosen)
+    if isinstance(reader.codec, LowRankCodec) and len(matrix) * reader.codec.terms <= MOST:
+        return Bilinear(reader, reader.codec, matrix, chosen)
     return Floats(reader, matrix, chosen)
 
 
@@ -47,7 +53,7 @@ class Floats:
 
     def __init__(self, reader: Reader, matrix: Tensor, chosen: Sequence[LayerSpec]) -> None:
         """Find the ranges."""
-        self._matrix, self.stored = matrix, reader.codec.bits is None
+        self._matrix, self.stored = matrix, not reader.codec.coded
         # Narrow floats are widened here, always into the same memory: new memory for every block costs more.
         rows = 0 if reader.dtype == matrix.dtype else max(LEAST_ROWS // 4, CHUNK // reader.codec.width)
         self._wide = torch.empty(rows, reader.codec.width, dtype=matrix.dtype)
@@ -79,7 +85,8 @@ class LowBit:
 
     def __init__(self, reader: Reader, matrix: Tensor, chosen: Sequence[LayerSpec]) -> None:
         """Write the questions with whole numbers."""
-        self._codec, self._bits, self._queries = reader.codec, reader.codec.bits or 0, len(matrix)
+        assert isinstance(reader.codec, LowBitCodec)
+        self._codec, self._bits, self._queries = reader.codec, reader.codec.bits, len(matrix)
         slope, shift = AFFINE[self._bits]
         numbers = [reader.layers.index(spec.name) for spec in chosen]
         self._parts: list[tuple[Alike, list[tuple[Tensor, Tensor]]]] = []

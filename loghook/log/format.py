@@ -12,7 +12,7 @@ import torch
 import xxhash
 
 from loghook.errors import CorruptLogError, VersionError
-from loghook.log.codec import DTYPES, Codec
+from loghook.log.codec import DTYPES, Codec, make_codec
 from loghook.log.disk import write_atomically
 
 VERSION = 1
@@ -114,7 +114,7 @@ class Layout:
 
     def codec(self, dtype: str) -> Codec:
         """Return how such rows are stored in a dtype of ``DTYPES``."""
-        return Codec(dtype, [spec.width for spec in self.layers], self.width - self.gradient_width)
+        return make_codec(dtype, [(s.k_out, s.k_in) for s in self.layers], self.width - self.gradient_width)
 
 
 @dataclass(kw_only=True)
@@ -123,7 +123,7 @@ class Manifest:
 
     run_id: str  # 32 hexadecimal digits drawn at birth; every shard and commit log names it
     projection: str  # "random", "pca", "whitened" or "none"
-    rank: int  # the rank asked for
+    rank: int | dict[str, int]  # the rank asked for, of all layers or by fnmatch pattern of names, the first that fits
     seed: int  # the projection's seed
     dtype: str  # how rows are stored
     layers: tuple[LayerSpec, ...]  # layers in row order
@@ -219,6 +219,7 @@ def _check_manifest(manifest: Manifest) -> None:
             if known not in allowed and known != stated:
                 raise ValueError(f"{entry.name} is {value!r:.100}, which is no {stated}")
     m, coverage = manifest, manifest.coverage
+    ranks = m.rank.values() if isinstance(m.rank, dict) else [m.rank]
     sealed = m.sealed is None or (type(m.sealed["rows"]) is int and type(m.sealed["digest"]) is str)
     counted = type(coverage["covered"]) is type(coverage["total"]) is int
     rules = (
@@ -229,6 +230,7 @@ def _check_manifest(manifest: Manifest) -> None:
         (1 <= m.world_size <= 1_000_000, f"world_size {m.world_size} is out of range"),
         (0 <= m.generation < 1 << 40, f"generation {m.generation} is out of range"),
         (sealed, f"its seal is {m.sealed!r:.100}"),
+        (all(type(k) is int for k in ranks), f"its rank is {m.rank!r:.100}"),
         (counted and type(coverage["not_covered"]) is list, f"its coverage is {coverage!r:.100}"),
         (all(isinstance(v, str | None) for v in m.parameters.values()), f"its parameters are {m.parameters!r:.100}"),
         (m.layers and len({x.name for x in m.layers}) == len(m.layers), "it has no layers, or two of the same name"),

@@ -191,13 +191,13 @@ class Reader:
         step = max(1, BLOCK_BYTES // max(self.codec.row_bytes, out.shape[1] * out.itemsize))
         for where, data, places in parts:
             for chosen, source in zip(where.split(step), places.split(step), strict=True):
-                coded = self.codec.bits is not None
+                coded = self.codec.coded
                 out[chosen] = self.codec.decode(data[source], columns) if coded else data[:, columns][source]
         return out
 
     def view(self, start: int, stop: int) -> Tensor | None:
         """Rows as a view of the map, or None if they lie in several shards or around repeats, or are coded."""
-        if self._keep is not None or self.codec.bits:
+        if self._keep is not None or self.codec.coded:
             return None
         for shard in self._shards:
             if shard.first <= start and stop <= shard.first + shard.rows:

@@ -57,6 +57,7 @@ class Writer:
     def __init__(self, path: Path, manifest: Manifest, rank: int, *, shard_bytes: int, commit_seconds: float) -> None:
         """Open the rank's files, cut off a torn tail, and start the thread."""
         self._path, self._run_id, self._rank, self._codec = path, manifest.run_id, rank, manifest.codec
+        self.dtype = self._codec.dtype  # of the rows that it takes
         self._capacity = max(1, shard_bytes // self._codec.row_bytes)
         self._commit_seconds = commit_seconds
         self._lock = lock(path / f"lock-{rank:05d}")

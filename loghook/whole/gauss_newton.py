@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from loghook.capture.batch import batch_size
+from loghook.capture.alone import batch_size
 from loghook.capture.layers import Layer
 from loghook.errors import UnsupportedError
 from loghook.influence.share import combine

@@ -1,15 +1,17 @@
-"""``tune``: choose projection, rank, dtype, method and damping by what they keep of whole-gradient EK-FAC's scores.
+"""``tune``: choose layers, projection, rank, dtype, method and damping by what they keep of whole-gradient scores.
 
-How well a log's scores correlate with whole EK-FAC's, query by query, predicts how well they predict retraining: the
-noise that a projection adds has nothing to do with the truth (docs/methods.md has the figures). It is measured on a
-few hundred samples; the log itself is then made once, with the choice.
+How well a log's scores correlate with those of a better method that stores nothing, query by query, predicts how well
+they predict retraining: the noise that a projection adds has nothing to do with the truth (docs/methods.md has the
+figures). It is measured on a few hundred samples; the log itself is then made once, with the choice.
 """
 
 import contextlib
+import glob
 import io
 import itertools
+import re
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,9 +26,13 @@ from loghook.errors import ConfigError
 from loghook.influence.engine import influence
 from loghook.influence.fidelity import pearson
 from loghook.log import maintain
+from loghook.log.format import Layout
 from loghook.log.query import Query
 from loghook.log.reader import Reader
+from loghook.project.projection import FITTED
 from loghook.whole.fit import Fit
+from loghook.whole.gauss_newton import OutputLoss, Outputs
+from loghook.whole.scoring import Scoring
 
 SLACK = 0.005  # fidelities that differ by less are taken for equal, and the smaller row wins
 PROJECTIONS: tuple[dict[str, Any], ...] = (
@@ -47,28 +53,41 @@ class Candidate:
 
     Attributes:
         init: arguments of ``loghook.init``.
+        layers: names of the layers that are logged.
         scoring: arguments of ``Log.influence``.
         bytes: of a stored row.
-        fidelity: mean over queries of the Pearson correlation with whole EK-FAC's scores of the same samples.
+        fidelity: mean over queries of the Pearson correlation with the reference's scores of the same samples.
     """
 
     init: dict[str, Any]
+    layers: tuple[str, ...]
     scoring: dict[str, Any]
     bytes: int
     fidelity: float
 
+    def __str__(self) -> str:
+        """A line of ``Tuned``'s table."""
+        kind = self.init["projection"] + (f" {self.init['whitening']:g}" if "whitening" in self.init else "")
+        how = " ".join(str(value) for value in self.scoring.values())
+        groups = ", ".join(pattern.rpartition(".")[2] for pattern in _groups(self.layers))
+        return (
+            f"{kind:<16}{self.init['rank']:>5} {self.init['dtype']:<9}{self.bytes:>9,}  {self.fidelity:>8.3f}  "
+            f"{how:<12} {groups}"
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class Tuned:
-    """What ``tune`` found.
+    """What ``tune`` found; print it.
 
     Attributes:
-        candidates: the best scoring of every projection, rank and dtype that was tried, cheapest first.
+        candidates: the best scoring of every projection, rank, dtype and choice of layers, cheapest first.
         best: the choice among those within the budget.
         samples: training samples that it was measured on.
         queries: questions.
         reference: what the scores were compared with.
         factors: folder of the factors.
+        watched: arguments of ``Fit.watch``.
     """
 
     candidates: tuple[Candidate, ...]
@@ -77,11 +96,12 @@ class Tuned:
     queries: int
     reference: str
     factors: str
+    watched: dict[str, Any]
 
     @property
     def arguments(self) -> dict[str, Any]:
         """Arguments for ``loghook.init``: the choice, and its fidelity, which the log keeps."""
-        fitted = {"fitted": self.factors} if self.best.init["projection"] in ("pca", "whitened") else {}
+        fitted = {"fitted": self.factors} if self.best.init["projection"] in FITTED else {}
         kept = {
             "pearson": round(self.best.fidelity, 4),
             "reference": self.reference,
@@ -91,18 +111,22 @@ class Tuned:
         }
         return self.best.init | fitted | {"fidelity": kept}
 
+    @property
+    def watch(self) -> dict[str, Any]:
+        """Arguments for ``run.watch``: those of the factors, with the layers that were chosen."""
+        return self.watched | {"include": [glob.escape(name) for name in self.best.layers], "exclude": ()}
+
     def __str__(self) -> str:
-        """A table, cheapest first."""
+        """A table of what nothing cheaper is as good as, cheapest first."""
         lines = [
             f"fidelity to {self.reference}: {self.samples} samples, {self.queries} queries",
-            f"{'projection':<16}{'rank':>5} {'dtype':<9}{'bytes':>9}  {'fidelity':>8}  scored by",
+            f"{'projection':<16}{'rank':>5} {'dtype':<9}{'bytes':>9}  {'fidelity':>8}  {'scored by':<12} layers",
         ]
+        top = -np.inf
         for one in self.candidates:
-            kind = one.init["projection"] + (f" {one.init['whitening']:g}" if "whitening" in one.init else "")
-            how = " ".join(str(value) for value in one.scoring.values())
-            chosen = "  <-- chosen" if one is self.best else ""
-            rank, dtype = one.init["rank"], one.init["dtype"]
-            lines.append(f"{kind:<16}{rank:>5} {dtype:<9}{one.bytes:>9,}  {one.fidelity:>8.3f}  {how}{chosen}")
+            if one.fidelity > top or one is self.best:
+                lines.append(f"{one}{'  <-- chosen' if one is self.best else ''}")
+            top = max(top, one.fidelity)
         return "\n".join(lines)
 
 
@@ -112,7 +136,10 @@ def tune(
     queries: Batches,
     loss: Callable[[Any], Any],
     *,
+    outputs: Outputs | None = None,
+    output_loss: OutputLoss | None = None,
     bytes_per_sample: float | None = None,
+    subsets: bool = True,
     projections: Sequence[dict[str, Any]] = PROJECTIONS,
     ranks: Sequence[int] = (16, 32, 64),
     dtypes: Sequence[str] = ("float32", "int8", "int1"),
@@ -120,19 +147,26 @@ def tune(
     damping: float = 0.1,
     mask: Callable[[Any], Mask | None] = lambda batch: None,
 ) -> Tuned:
-    """Measure how well small logs reproduce whole-gradient EK-FAC, and choose the best within a budget.
+    """Measure how well small logs reproduce whole-gradient scores, and choose the best within a budget.
+
+    All small logs are made in one walk over the samples.
 
     Args:
         fit: finished factors of the model, from ``loghook.fit``.
         samples: called for each walk over a few hundred training samples; yields (ids, batch).
         queries: the same for some questions.
         loss: batch -> summed loss through the watched model.
+        outputs: with ``output_loss``, as in ``Fit.refine``: the reference is then the refined questions, whose
+            curvature is taken from the samples, instead of EK-FAC. It costs more, and is nearer to retraining.
+        output_loss: see ``outputs``.
         bytes_per_sample: the most that a stored row may take; None for no limit.
+        subsets: whether groups of layers may be left out. A group is what differs in numbers only, such as
+            ``model.layers.*.mlp.down_proj``; they are added one by one, the one that helps most first.
         projections: arguments of ``loghook.init`` to try.
         ranks: ranks to try with each.
         dtypes: dtypes to try with each; "int1" is tried on whitened rows only.
         methods: arguments of ``Log.influence`` to try with each.
-        damping: of the whole EK-FAC that is the reference.
+        damping: of the whole EK-FAC that is the reference, if it is.
         mask: batch -> mask, as ``run(..., mask=)`` takes it.
 
     Returns:
@@ -141,32 +175,30 @@ def tune(
     Raises:
         ConfigError: if nothing fits the budget.
     """
-    asked = _asked(fit, queries, loss)
-    scoring = fit.score(asked, damping=damping)
-    for ids, batch in samples():
-        with scoring(data_id=ids):
-            loss(batch).backward()
-    reference = scoring.scores()
-    found: list[Candidate] = []
     widest = max(max(layer.in_features + layer.bias, layer.out_features) for layer in fit.specs)
-    tried = list(itertools.product(projections, [rank for rank in ranks if rank <= widest]))
-    if not tried:
+    inits = [p | {"rank": rank} for p, rank in itertools.product(projections, ranks) if rank <= widest]
+    if not inits:
         raise ConfigError(f"ranks={list(ranks)} are all above the widest layer's {widest:,}: try smaller ones.")
-    for projection, rank in tqdm(tried, "tuning", unit=" logs", delay=2, leave=False, disable=None):
-        arguments = projection | {"rank": rank}
-        with tempfile.TemporaryDirectory(prefix="loghook-tune-") as folder:
-            log, query = _small_log(fit, arguments, Path(folder) / "log", samples, queries, loss, mask)
+    if (outputs is None) != (output_loss is None):
+        raise ConfigError("the refined reference takes both outputs= and output_loss=: pass the two, or neither.")
+    asked = _asked([fit], queries, loss)[0]
+    if outputs is not None and output_loss is not None:
+        asked = fit.refine(asked, (batch for _, batch in samples()), outputs, output_loss)
+        scoring, reference = fit.score(asked), f"{asked.direction} (whole gradients)"
+    else:
+        scoring, reference = fit.score(asked, damping=damping), f"ekfac (whole gradients), damping {damping:g}"
+    found: list[Candidate] = []
+    with tempfile.TemporaryDirectory(prefix="loghook-tune-") as folder:
+        logs = _small_logs(fit, scoring, inits, Path(folder), samples, queries, loss, mask)
+        wanted = scoring.scores().values
+        for init, path, query in tqdm(logs, "tuning", unit=" logs", delay=2, leave=False, disable=None):
             for dtype in dtypes:
-                if dtype == "int1" and projection["projection"] != "whitened":
+                if dtype == "int1" and init["projection"] != "whitened":
                     continue
                 if dtype != "float32":
-                    maintain.compress(Path(folder) / "log", Path(folder) / dtype, dtype)
-                one = log if dtype == "float32" else Reader(Path(folder) / dtype)
-                scored = [(_fidelity(one, query, reference.values, how), how) for how in methods]
-                best, how = max(scored, key=lambda pair: pair[0])
-                found.append(
-                    Candidate(init=arguments | {"dtype": dtype}, scoring=how, bytes=one.codec.row_bytes, fidelity=best)
-                )
+                    maintain.compress(path, path.with_name(f"{path.name}-{dtype}"), dtype)
+                log = Reader(path if dtype == "float32" else path.with_name(f"{path.name}-{dtype}"))
+                found += _measured(log, query, init | {"dtype": dtype}, methods, wanted, subsets)
     found.sort(key=lambda one: (one.bytes, -one.fidelity))
     within = [one for one in found if bytes_per_sample is None or one.bytes <= bytes_per_sample]
     if not within:
@@ -178,39 +210,102 @@ def tune(
     return Tuned(
         candidates=tuple(found),
         best=next(one for one in within if one.fidelity >= top - SLACK),
-        samples=reference.values.shape[1],
+        samples=wanted.shape[1],
         queries=len(asked),
-        reference=f"ekfac (whole gradients), damping {damping:g}",
+        reference=reference,
         factors=str(fit.path),
+        watched=fit.watched,
     )
 
 
-def _asked(hooked: Fit | Run, queries: Batches, loss: Callable[[Any], Any]) -> Query:
-    parts = []
+def _asked(all_hooked: Sequence[Fit | Run], queries: Batches, loss: Callable[[Any], Any]) -> list[Query]:
+    """The questions of each of several runs, in one walk."""
+    parts: list[list[Query]] = [[] for _ in all_hooked]
     for ids, batch in queries():
-        with hooked.query(data_id=ids) as query:
+        with contextlib.ExitStack() as stack:
+            opened = [stack.enter_context(hooked.query(data_id=ids)) for hooked in all_hooked]
             loss(batch).backward()
-        parts.append(query)
-    return Query.concat(parts)
+        for part, query in zip(parts, opened, strict=True):
+            part.append(query)
+    return [Query.concat(part) for part in parts]
 
 
-def _small_log(
-    fit: Fit, arguments: dict[str, Any], path: Path, samples: Batches, queries: Batches, loss: Callable[[Any], Any],
-    mask: Callable[[Any], Mask | None],
-) -> tuple[Reader, Query]:  # fmt: skip
-    """Log the samples and ask the questions, with projections that follow from the factors."""
-    fitted = {} if arguments["projection"] == "random" else {"fitted": fit.path}
-    with Run(Config(path=path, **(arguments | fitted)), resume=False, overwrite=False) as run:
-        with contextlib.redirect_stdout(io.StringIO()):
-            run.watch(fit.model, **fit.watched)
+def _small_logs(
+    fit: Fit, scoring: Scoring, inits: Sequence[dict[str, Any]], folder: Path, samples: Batches, queries: Batches,
+    loss: Callable[[Any], Any], mask: Callable[[Any], Mask | None],
+) -> list[tuple[dict[str, Any], Path, Query]]:  # fmt: skip
+    """Log the samples with every projection, and score them, in one walk; then ask the questions in another."""
+    with contextlib.ExitStack() as stack:
+        runs = []
+        for i, init in enumerate(inits):
+            fitted = {"fitted": fit.path} if init["projection"] in FITTED else {}
+            run = Run(Config(path=folder / str(i), **(init | fitted)), resume=False, overwrite=False)
+            runs.append(stack.enter_context(run))
+            with contextlib.redirect_stdout(io.StringIO()):
+                run.watch(fit.model, **fit.watched)
         for ids, batch in samples():
-            with run(data_id=ids, mask=mask(batch)):
+            with contextlib.ExitStack() as blocks:
+                blocks.enter_context(scoring(data_id=ids))
+                for run in runs:
+                    blocks.enter_context(run(data_id=ids, mask=mask(batch)))
                 loss(batch).backward()
-        run.finalize()
-        query = _asked(run, queries, loss)
-    return Reader(path), query
+        for run in runs:
+            run.finalize()
+        asked = _asked(runs, queries, loss)
+    return [(init, run.path, query) for init, run, query in zip(inits, runs, asked, strict=True)]
 
 
-def _fidelity(log: Reader, query: Query, reference: np.ndarray, how: dict[str, Any]) -> float:
-    values = influence(log, query, **how).values
-    return float(np.mean([pearson(mine, theirs) for mine, theirs in zip(values, reference, strict=True)]))
+def _measured(
+    log: Reader,
+    query: Query,
+    init: dict[str, Any],
+    methods: Sequence[dict[str, Any]],
+    wanted: np.ndarray,
+    subsets: bool,
+) -> Iterator[Candidate]:
+    """The best scoring of one log, for all its layers or for each number of groups of them."""
+    groups = _groups(log.layers)
+    best: dict[int, Candidate] = {}
+    for how in methods:
+        scores = influence(log, query, per_layer=True, **how)
+        assert scores.by_layer is not None
+        place = {name: i for i, name in enumerate(log.layers)}
+        parts = [scores.by_layer[[place[name] for name in names]].sum(0) for names in groups.values()]
+        everything = [(list(range(len(parts))), _like(scores.values, wanted))]
+        # Norms are over all layers, so that normalised scores do not add up to those of some.
+        for chosen, fidelity in _grown(parts, wanted) if subsets and scores.normalize is None else everything:
+            if len(chosen) not in best or fidelity > best[len(chosen)].fidelity:
+                names = {name for i in chosen for name in list(groups.values())[i]}
+                specs = [spec for spec in log.layout.layers if spec.name in names]
+                best[len(chosen)] = Candidate(
+                    init=init,
+                    layers=tuple(spec.name for spec in specs),
+                    scoring=how,
+                    bytes=Layout(specs).codec(init["dtype"]).row_bytes,
+                    fidelity=fidelity,
+                )
+    yield from best.values()
+
+
+def _groups(layers: Sequence[str]) -> dict[str, list[str]]:
+    """Layers whose names differ in numbers only: {pattern: names}."""
+    groups: dict[str, list[str]] = {}
+    for name in layers:
+        groups.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    return groups
+
+
+def _grown(parts: Sequence[np.ndarray], wanted: np.ndarray) -> Iterator[tuple[list[int], float]]:
+    """Add up scores (Q, N) of groups, the one that helps most first: the groups so far and their fidelity."""
+    chosen: list[int] = []
+    total = np.zeros_like(wanted)
+    while len(chosen) < len(parts):
+        rest = [i for i in range(len(parts)) if i not in chosen]
+        fidelity, best = max((_like(total + parts[i], wanted), i) for i in rest)
+        chosen, total = [*chosen, best], total + parts[best]
+        yield chosen, fidelity
+
+
+def _like(values: np.ndarray, wanted: np.ndarray) -> float:
+    """Mean over queries of the correlation over samples."""
+    return float(np.mean([pearson(mine, theirs) for mine, theirs in zip(values, wanted, strict=True)]))

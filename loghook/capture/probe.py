@@ -1,0 +1,140 @@
+"""``Probe``: what ``loghook.check`` compares, the rows of a batch and of each of its samples (or documents) alone."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from loghook.capture.alone import documents, samples
+from loghook.capture.batch import Given
+from loghook.capture.hooked import Hooked
+from loghook.capture.layers import Layer
+from loghook.capture.select import Watch
+from loghook.errors import BatchError
+
+LossFunction = Callable[[nn.Module, Any], Tensor]
+
+
+class Found(NamedTuple):
+    """What one run through the hooks gave."""
+
+    rows: dict[str, Tensor]  # by layer, (B, k_out, k_in) in float64
+    inputs: dict[str, Tensor]  # by layer, summed over tokens: (B, channels) in float64
+    loss: float
+    silent: set[str]  # layers that delivered nothing
+
+
+class Probe(Hooked):
+    """Hooks that only look, and write nothing."""
+
+    def __init__(
+        self, model: nn.Module, watch: Watch, rank: int, loss_fn: LossFunction, batch: Any, segments: Any
+    ) -> None:
+        """Take the batch apart and hook the model."""
+        super().__init__("random", rank, seed=0)
+        self.model, self._loss_fn, self._batch, self._segments = model, loss_fn, batch, segments
+        self.unit = "sample" if segments is None else "document"
+        self._alone = samples(batch) if segments is None else documents(batch, segments)
+        if len(self._alone) < 2:
+            raise BatchError(
+                f"check got a batch of one {self.unit}: pass at least two, so that they can be told apart."
+            )
+        self.coverage = self._hook(model, watch)
+
+    @property
+    def watched(self) -> list[Layer]:
+        """The watched layers."""
+        return self._layers
+
+    def together(self, *, advance: bool = False, synchronised: bool = True) -> Found:
+        """Run the batch; ``advance`` draws other random numbers, ``synchronised`` needs all processes of DDP."""
+        with _random_state(advance=advance), nullcontext() if synchronised else _unsynchronised(self.model):
+            return self._run(self._batch, len(self._alone), self._segments)
+
+    def each_alone(self) -> Iterator[Found]:
+        """Run each sample or document alone, from the same random numbers; ``parameter.grad`` is then its own."""
+        for one in self._alone:
+            for p in self.model.parameters():
+                p.grad = None
+            with _random_state(), _unsynchronised(self.model):
+                found = self._run(one, 1, None)
+            yield found
+
+    def gradients_alone(self) -> tuple[dict[str, Tensor], list[float]]:
+        """Projected gradients of each alone, from ``parameter.grad`` where autograd gives one, and the losses."""
+        rows: dict[str, list[Tensor]] = {layer.name: [] for layer in self.watched}
+        losses = []
+        parameters = [p for layer in self.watched for p in layer.module.parameters(recurse=False)]
+        frozen = [(p, p.requires_grad) for p in parameters]
+        # In how many modules a parameter is, watched or not.
+        uses = Counter(id(p) for module in self.model.modules() for p in module.parameters(recurse=False))
+        try:
+            for p in parameters:
+                if p.is_floating_point():
+                    p.requires_grad_(True)
+            for found in self.each_alone():
+                losses.append(found.loss)
+                for layer in self.watched:
+                    rows[layer.name].append(_from_parameters(layer, uses, found.rows[layer.name][0]))
+        finally:
+            for p, required in frozen:
+                p.requires_grad_(required)
+        return {name: torch.stack(values) for name, values in rows.items()}, losses
+
+    def _run(self, batch: Any, size: int, segments: Any) -> Found:
+        with self._capture(size, Given(segments=segments)) as captured:
+            loss = self._loss_fn(self.model, batch)
+            loss.backward()
+        rows, kinds = captured[0].rows.double().cpu(), self._layout.kinds
+        shapes = {layer.name: (layer.spec.k_out, layer.spec.k_in) for layer in self._layers}
+        return Found(
+            {name: rows[:, kinds["gradients"][name]].unflatten(1, shape) for name, shape in shapes.items()},
+            {name: rows[:, columns] for name, columns in kinds["activations"].items()},
+            float(loss.detach()),
+            set(captured[0].asleep),
+        )
+
+
+def _from_parameters(layer: Layer, uses: Counter[int], captured: Tensor) -> Tensor:
+    """The row of one sample from autograd's own gradient: (k_out, k_in) in float64.
+
+    Where autograd has none (quantised or sharded weights, weights tied to another module), what a batch of one
+    captured is used instead, so that samples are at least compared with themselves alone.
+    """
+    module = layer.module
+    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None) if layer.spec.bias else None
+    if not isinstance(weight, Tensor) or weight.grad is None or type(weight).__name__ == "DTensor":
+        return captured
+    if weight.dim() == 1 and layer.spec.in_features > 1 and layer.spec.out_features > 1:  # FSDP1's flat one
+        return captured
+    if uses[id(weight)] > 1 or weight.numel() != layer.spec.in_features * layer.spec.out_features:
+        return captured
+    gradient = layer.adapter.gradient(module, weight.grad.double(), None if bias is None else bias.grad.double()).cpu()
+    for side, axis in ((layer.output_side, 0), (layer.input_side, 1)):
+        if side.matrix is not None:
+            matrix = side.matrix.double().cpu() * side.gain
+            gradient = matrix @ gradient if axis == 0 else gradient @ matrix.T
+    return gradient
+
+
+@contextmanager
+def _unsynchronised(model: nn.Module) -> Iterator[None]:
+    """Keep gradients of this process to itself: DDP would average them over all processes."""
+    with ExitStack() as stack:
+        for module in model.modules():
+            if isinstance(module, nn.parallel.DistributedDataParallel):
+                stack.enter_context(module.no_sync())
+        yield
+
+
+@contextmanager
+def _random_state(*, advance: bool = False) -> Iterator[None]:
+    """Run something from the same random state each time, and leave the state as it was."""
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        if advance:
+            torch.manual_seed(torch.initial_seed() + 1)
+        yield

@@ -1,0 +1,197 @@
+"""An optional vector index: rows reduced to few dimensions propose candidates, and the log scores those exactly."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from loghook.errors import ConfigError, CorruptLogError, MismatchError, StateError
+from loghook.influence.engine import Prepared, influence
+from loghook.influence.fidelity import TOP, as_questions, compared_methods
+from loghook.influence.precondition import progress
+from loghook.influence.scores import Scores
+from loghook.influence.share import combine, share
+from loghook.log.disk import write_atomically
+from loghook.log.query import Query
+from loghook.log.reader import Reader
+
+CANDIDATES = 200  # that are scored for each question, unless another number is asked for
+OPTIONS = ("damping", "damping_abs", "layers")  # of ``Log.influence``; rows in an index have no norms
+QUESTIONS = 16  # rows that a new index is tried with
+GATHERED = 2**25  # values of candidates that are read at a time
+ROUNDING = 1e-6  # of a Gram matrix's largest eigenvalue, in float32: smaller ones mean nothing
+
+
+class Index:
+    """A log's rows, reduced, in a faiss index of inner products; made by ``Log.index`` and ``Log.load_index``.
+
+    Attributes:
+        basis: (dimensions, values of a row's gradients) float32, orthonormal.
+        rows: (rows, dimensions) float32: the log's rows in this basis.
+        factory: what faiss was asked for.
+    """
+
+    def __init__(self, reader: Reader, basis: Tensor, rows: Tensor, factory: str) -> None:
+        """Build the faiss index of reduced rows."""
+        self._reader, self.basis, self.rows, self.factory = reader, basis, rows, factory
+        self._faiss = _empty(factory, len(basis))
+        self._faiss.train(rows.numpy())
+        self._faiss.add(rows.numpy())
+
+    def search(
+        self, query: Query, top: int = TOP, method: str = "ekfac", *, candidates: int = CANDIDATES, **options: Any
+    ) -> Scores:
+        """Let the index propose rows for each question, and score those from the log.
+
+        Args:
+            query: the questions, as for ``Log.influence``.
+            top: how many rows to keep for each.
+            method: as in ``Log.influence``, without "cosine".
+            candidates: how many rows the index proposes for each question.
+            options: ``damping``, ``damping_abs`` and ``layers`` of ``Log.influence``.
+
+        Returns:
+            What ``Log.influence(..., top=top)`` returns, but for rows that the index did not propose: the scores
+            themselves are exact.
+
+        Raises:
+            ConfigError: an argument that cannot work.
+        """
+        if method == "cosine" or options.keys() - OPTIONS:
+            wrong = [*(options.keys() - OPTIONS), "method='cosine'"][0]
+            raise ConfigError(f"an index cannot take {wrong}, only {', '.join(OPTIONS)}: use log.influence(..., top=).")
+        if candidates < top:
+            raise ConfigError(f"candidates={candidates} must be at least top={top}.")
+
+        def scan(_: Reader, prepared: Prepared, *__: Any) -> tuple[np.ndarray, np.ndarray, None]:
+            return *self._rescore(prepared.matrix, top, min(candidates, len(self.rows))), None
+
+        return influence(self._reader, query, method=method, top=top, scan=scan, **options)
+
+    def recall(
+        self, query: Query | int, top: int = TOP, method: str = "ekfac", *, candidates: int = CANDIDATES, **options: Any
+    ) -> float:
+        """Share of the true best rows, from a scan of the log, that ``search`` finds: the mean over questions.
+
+        Args:
+            query: the questions; or how many of the log's rows to ask, each left out of its own ranking.
+            top: as in ``search``.
+            method: as in ``search``.
+            candidates: as in ``search``.
+            options: as in ``search``.
+        """
+        own: list[set[int]] = []
+        if isinstance(query, int):
+            places, query = as_questions(self._reader, query, seed=0)
+            own, top = [{place} for place in places.tolist()], top + 1
+        own = own or [set()] * len(query)
+        found = self.search(query, top, method, candidates=candidates, **options).places
+        true = influence(self._reader, query, method=method, top=top, **options).places
+        assert found is not None and true is not None
+        sets = [(set(a) - mine, set(b) - mine) for a, b, mine in zip(found.tolist(), true.tolist(), own, strict=True)]
+        return float(np.mean([len(a & b) / len(b) for a, b in sets]))
+
+    def save(self, path: str | Path) -> None:
+        """Write basis and reduced rows to one safetensors file, for ``Log.load_index``.
+
+        Raises:
+            StateError: if the log is not finished, so that the file could not say which rows it speaks of.
+        """
+        if self._reader.seal is None:
+            raise StateError(
+                f"{self._reader.path} is not finished, so that its index would be stale: finalise it first."
+            )
+        header = {"seal": self._reader.seal, "factory": self.factory}
+        data = safetensors.torch.save({"basis": self.basis, "rows": self.rows}, {"loghook_index": json.dumps(header)})
+        write_atomically(Path(path), data)
+
+    def _rescore(self, matrix: Tensor, top: int, candidates: int) -> tuple[np.ndarray, np.ndarray]:
+        """Exact scores and places of the best candidates of preconditioned questions (Q, width)."""
+        _, found = self._faiss.search((matrix.float() @ self.basis.T).numpy(), candidates)
+        places = torch.from_numpy(found).sort(1).values  # equal scores stay in the order of the log
+        known = places >= 0  # faiss says -1 where it found fewer
+        values = torch.full(places.shape, -torch.inf, dtype=matrix.dtype)
+        for i, question in enumerate(matrix):
+            values[i, known[i]] = self._scores(question, places[i, known[i]])
+        best = values.argsort(dim=1, descending=True, stable=True)[:, :top]
+        if not known.gather(1, best).all():
+            raise ConfigError(
+                f"factory={self.factory!r} proposed fewer than top={top} rows: ask for fewer, or take another factory."
+            )
+        return values.gather(1, best).float().numpy(), places.gather(1, best).numpy()
+
+    def _scores(self, question: Tensor, places: Tensor) -> Tensor:
+        """Inner products of a preconditioned question (width,) with some rows of the log."""
+        columns, step = slice(0, len(question)), max(1, GATHERED // len(question))
+        parts = (self._reader.gather(part.numpy(), columns) for part in places.split(step))
+        return torch.cat([rows.to(question.dtype) @ question for rows in parts])
+
+
+def build(reader: Reader, dimensions: int, factory: str, sample: int, seed: int) -> Index:
+    """Reduce every row of a log, index them, and print how well that finds the best rows; see ``Log.index``."""
+    if dimensions < 1 or sample < 1 or not len(reader):
+        raise ConfigError(
+            f"dimensions={dimensions}, sample={sample} and the log's {len(reader)} rows must all be at least 1."
+        )
+    _empty(factory, dimensions)  # says now what is wrong with it
+    columns = slice(0, reader.layout.gradient_width)
+    drawn = np.random.default_rng(seed).choice(len(reader), min(sample, len(reader)), replace=False)
+    basis = leading_directions(reader.gather(np.sort(drawn), columns).float(), dimensions)
+    rows = torch.zeros(len(reader), len(basis))
+    for place, block in progress(reader, "reducing"):
+        rows[place] = block[:, columns].float() @ basis.T
+    index = Index(reader, basis, combine(rows), factory)
+    method, top = compared_methods(reader)[-1], min(TOP, len(reader) - 1)
+    recall = index.recall(min(QUESTIONS, len(reader)), top, method) if top else 1.0
+    if share()[0] == 0:
+        print(f"index of {len(reader):,} rows in {len(basis):,} of {columns.stop:,} dimensions")
+        print(f"  finds {recall:.0%} of the {top} best rows by {method} among {CANDIDATES} candidates")
+    return index
+
+
+def load(reader: Reader, path: str | Path) -> Index:
+    """Read what ``Index.save`` wrote of this log; see ``Log.load_index``."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = json.loads(file.metadata()["loghook_index"])
+            seal, factory = header["seal"], header["factory"]
+            basis, rows = (file.get_tensor(name) for name in ("basis", "rows"))
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise CorruptLogError(f"{path} is no index file ({error}): build and save it again.") from error
+    if seal != reader.seal:
+        raise MismatchError(
+            f"{path} is an index of other rows than those of {reader.path}: build it again, log.index()."
+        )
+    return Index(reader, basis, rows, factory)
+
+
+def leading_directions(rows: Tensor, dimensions: int) -> Tensor:
+    """Find the leading right singular vectors of rows (n, w), through their Gram matrix (n, n).
+
+    Returns:
+        (d, w) orthonormal, the strongest last; d is ``dimensions``, or the rank of the rows where that is smaller.
+    """
+    values, vectors = torch.linalg.eigh((rows @ rows.T).double())
+    values, vectors = values[-dimensions:], vectors[:, -dimensions:]
+    real = values > ROUNDING * values[-1]
+    if not real.any():
+        raise ConfigError("the sampled rows are all zero, so that they have no directions: sample more.")
+    return (vectors[:, real] / values[real].sqrt()).float().T @ rows
+
+
+def _empty(factory: str, dimensions: int) -> Any:
+    try:
+        import faiss
+    except ImportError as error:
+        raise ConfigError("an index needs faiss: pip install 'loghook[faiss]'.") from error
+    try:
+        return faiss.index_factory(dimensions, factory, faiss.METRIC_INNER_PRODUCT)
+    except RuntimeError as error:
+        raise ConfigError(
+            f"factory={factory!r} is none that faiss knows: 'HNSW32', 'Flat' and 'HNSW32_SQ8' are."
+        ) from error

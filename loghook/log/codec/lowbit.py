@@ -1,0 +1,95 @@
+"""Rows of few bits: whole numbers of 8, 4 or 1 bits a value, and one scale for each layer.
+
+A low-bit row stores layer l's gradient x as a scale s_l and whole numbers c with ``x ~ s_l * c``:
+
+========  =====================  =============================================
+int8      s = max |x| / 127      c = round(x / s)
+int4      s = max |x| / 7        c = round(x / s)
+int1      s = mean |x|           c = 1 where x > 0, else -1
+========  =====================  =============================================
+
+For signs the mean is the scale of the least-squares fit. A layer whose scale is below the smallest normal float32 is
+stored as zeros. The bytes are in docs/format.md.
+"""
+
+from collections.abc import Sequence
+from math import prod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from loghook.log.codec.base import TINY, Alike, LayerCodec
+
+BITS = {"int8": 8, "int4": 4, "int1": 1}
+AFFINE = {8: (1.0, 0.0), 4: (1.0, -8.0), 1: (2.0, -1.0)}
+
+
+class LowBitCodec(LayerCodec):
+    """Dtypes int8, int4 and int1: the scales of all layers first, then their codes."""
+
+    names = tuple(BITS)
+
+    def __init__(self, name: str, shapes: Sequence[tuple[int, int]], rest: int) -> None:
+        """See ``make_codec``."""
+        self.bits = BITS[name]
+        super().__init__(name, shapes, rest, [-(-prod(shape) * self.bits // 8) for shape in shapes], head=1)
+
+    def scales(self, stored: Tensor) -> Tensor:
+        """Return the scale of every layer: (n, layers) float32."""
+        return stored[:, self._head].view(torch.float32)
+
+    def packed(self, stored: Tensor, part: Alike) -> np.ndarray:
+        """Return the codes of some layers as they lie: (n, layers, size) uint8, for ``unpack``."""
+        return stored[:, part.codes].numpy().reshape(len(stored), -1, part.size)
+
+    def _write(self, values: Tensor, stored: Tensor, part: Alike) -> None:
+        s, codes = _quantise(values.numpy(), self.bits)
+        self.scales(stored)[:, part.layers] = torch.from_numpy(s)
+        stored[:, part.codes] = torch.from_numpy(codes).flatten(1)
+
+    def _read(self, stored: Tensor, part: Alike, values: Tensor) -> None:
+        slope, shift = AFFINE[self.bits]
+        values.copy_(unpack(self.packed(stored, part), self.bits)[..., : part.width])
+        if shift:
+            values.mul_(slope).add_(shift)
+        values.mul_(self.scales(stored)[:, part.layers, None])
+
+
+def _quantise(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
+    """Scales (n, layers) and packed codes (n, layers, size) of values (n, layers, width)."""
+    if bits == 1:
+        s = np.abs(x).mean(-1, dtype=np.float64).astype(np.float32)
+        return np.where(s < TINY, np.float32(0), s), np.packbits(x > 0, axis=-1, bitorder="little")
+    top = np.float32(2 ** (bits - 1) - 1)
+    s = np.maximum(x.max(-1), -x.min(-1)) / top
+    s = np.where(s < TINY, np.float32(0), s)
+    inverse = np.divide(1, s, out=np.zeros_like(s), where=s > 0)
+    codes = x * inverse[..., None]
+    codes = np.rint(codes, out=codes).astype(np.int8)
+    if bits == 8:
+        return s, codes.view(np.uint8)
+    # The first half of the values are the low nibbles: halves are unpacked without shuffling.
+    shifted = (codes + 8).view(np.uint8)
+    half = -(-shifted.shape[-1] // 2)
+    packed = shifted[..., :half].copy()
+    packed[..., : shifted.shape[-1] - half] |= shifted[..., half:] << 4
+    return s, packed
+
+
+def unpack(packed: np.ndarray, bits: int) -> Tensor:
+    """Return the whole numbers u of packed codes (..., size), with ``c = slope * u + shift`` (see ``AFFINE``).
+
+    Returns:
+        (..., at least width) int8; what is beyond the width means nothing.
+    """
+    if bits == 1:  # flat, since short rows would be unpacked one by one
+        values = np.unpackbits(packed.ravel(), bitorder="little").reshape(*packed.shape[:-1], -1)
+    elif bits == 4:
+        halves = np.empty((*packed.shape[:-1], 2, packed.shape[-1]), np.uint8)
+        np.bitwise_and(packed, 15, out=halves[..., 0, :])
+        np.right_shift(packed, 4, out=halves[..., 1, :])
+        values = halves.reshape(*packed.shape[:-1], -1)
+    else:
+        values = packed
+    return torch.from_numpy(values.view(np.int8))
