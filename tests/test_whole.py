@@ -161,7 +161,6 @@ def test_compiled_without_breaks(frozen):
     model, x = make(), data()
     fit = fitted(model, x)
     query = ask(fit, model, x)
-    expected = scored(fit, query, model, x).values
     fast = make()
     run = loghook.fit(tempfile.mkdtemp())
     quietly(run, fast)
@@ -172,11 +171,13 @@ def test_compiled_without_breaks(frozen):
             for ids in torch.arange(len(x)).split(16):
                 with run(data_id=ids):
                     compiled(x[ids]).logsumexp(-1).sum().backward()
-        scoring = run.score(query)
-        for ids in torch.arange(len(x)).split(16):
-            with scoring(data_id=ids):
-                compiled(x[ids]).logsumexp(-1).sum().backward()
-    assert close(scoring.scores().values, expected)
+        for normalize in (None, "unit"):
+            scoring = run.score(query, normalize=normalize)
+            for ids in torch.arange(len(x)).split(16):
+                with scoring(data_id=ids):
+                    compiled(x[ids]).logsumexp(-1).sum().backward()
+            expected = scored(fit, query, model, x, normalize=normalize).values
+            assert close(scoring.scores().values, expected)
 
 
 def test_true_fisher_draws_labels_from_the_model():
