@@ -87,7 +87,7 @@ class Fit(Factors):
         *,
         solver: str = "cg",
         iterations: int | None = None,
-        damping: float = 10.0,
+        damping: float = 3.0,
         damping_abs: float | None = None,
         tolerance: float = 0.05,
         step: float = 0.5,
@@ -104,8 +104,8 @@ class Fit(Factors):
             solver: "cg": conjugate gradients, exact products; "astra": stochastic steps.
             iterations: of the solver. By default two for "cg", enough for tens of questions (take four or five for a
                 few), and 300 for "astra".
-            damping: added to GGN, times the mean EK-FAC eigenvalue over the parameters of *all* layers: one amount for
-                all of them, larger than EK-FAC's own. docs/methods.md has what was measured.
+            damping: added to GGN, times ``mean_eigenvalue``: one amount for all layers. docs/methods.md has what was
+                measured.
             damping_abs: the damping itself, instead.
             tolerance: "cg" stops earlier, with the iteration that brings less than this share of what all have brought.
             step: of "astra", over the largest stable one.
@@ -135,9 +135,10 @@ class Fit(Factors):
     def unroll(self, query: Query, time: float) -> tuple[Query, Query]:
         """Carry questions back over a segment of training that these factors describe: SOURCE (Bae et al. 2024).
 
-        Begin with the last segment and the questions of the final model; hand what is carried on to the segment before.
-        Score each segment's direction at its checkpoints, ``score(direction)``, and add up the means over checkpoints
-        with ``Scores.combine``. docs/methods.md has it in full.
+        Factors of a segment are fitted over its checkpoints, with ids that tell them apart. Begin with the last segment
+        and the questions of the final model; hand what is carried on to the segment before. Score each segment's
+        direction at its checkpoints, ``score(direction)``, and add up the means over checkpoints with
+        ``Scores.combine``. docs/methods.md has it in full.
 
         Args:
             query: whole gradients of the questions, or what the following segment carried.
