@@ -11,10 +11,8 @@ Shapes: N training samples, Q queries.
 """
 
 import argparse
-import contextlib
 import dataclasses
 import importlib
-import io
 import json
 import math
 import re
@@ -28,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from _common import RESULTS, machine
+from _whole import State, Whole, ask, held_out, silent, source, walk
 from torch import nn
 
 import loghook
@@ -41,6 +40,10 @@ from base import FIRST_SEED
 
 TASKS = ("digits_mlp", "digits_cnn", "text")
 ROOTS = (1e-16, 1e-5, 1e-4, 1e-3)  # the first leaves the training as it was, the others make it smoother
+# {task: samples that the curvature is taken from, dampings among which half of the queries choose for the other half}
+REFINED = {"digits_mlp": (1200, (3, 10, 30)), "digits_cnn": (300, (3, 10, 30)), "text": (300, (0.1, 1.0))}
+SHARES = (0.25, 0.5, 0.75, 1.0)  # of the training, where SOURCE has its checkpoints
+TIMES = (0.3, 1.0, 3.0, 10.0, 30.0)  # of the training, as `source` takes them; half of the queries choose
 REFERENCE = "whole, empirical Fisher, ekfac damping 0.1"
 
 
@@ -63,73 +66,6 @@ class Peak:
     def mb(self) -> float:
         status = Path("/proc/self/status").read_text()
         return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
-
-
-@contextlib.contextmanager
-def silent() -> Iterator[None]:
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
-
-
-def walk(task: Any, model: nn.Module, run: Any, current: loghook.Pass | None = None, size: int = 100) -> None:
-    """One pass of a run (or a scoring) over the training samples."""
-    for ids in torch.arange(task.n_train).split(size):
-        (batch,) = task.batches("train", ids.tolist(), size)
-        with run(data_id=ids, **({"mask": batch["mask"]} if "mask" in batch else {})):
-            outputs = task.outputs(model, batch)
-            if current is not None and current.fisher == "true":
-                batch = drawn(task, current, outputs, batch)
-            task.loss_from_outputs(outputs, batch).backward()
-
-
-def drawn(task: Any, current: loghook.Pass, outputs: torch.Tensor, batch: dict[str, Any]) -> dict[str, Any]:
-    """The batch with labels drawn from the model."""
-    if "targets" not in batch:
-        return batch | {"y": current.labels(outputs, batch["y"])}
-    targets = batch["targets"].clone()
-    targets[:, 1:] = current.labels(outputs[:, :-1], targets[:, 1:])
-    return batch | {"targets": targets}
-
-
-def ask(task: Any, model: nn.Module, run: Any) -> loghook.Query:
-    """All queries of a task."""
-    parts, start = [], 0
-    for batch in task.batches("query", None, 50):
-        size = len(next(iter(batch.values())))
-        with run.query(data_id=list(range(start, start + size))) as query:
-            task.loss(model, batch).backward()
-        parts.append(query)
-        start += size
-    return loghook.Query.concat(parts)
-
-
-class Whole:
-    """Factors of whole gradients of one model, and scoring passes with them."""
-
-    def __init__(self, task: Any, model: nn.Module, fisher: str, folder: str) -> None:
-        self.task, self.model, start = task, model, time.perf_counter()
-        self.fit = loghook.fit(folder, fisher=fisher, overwrite=True)
-        with silent(), loghook.frozen(model):
-            self.fit.watch(model)
-            for current in self.fit.passes():
-                walk(task, model, self.fit, current)
-            self.query = ask(task, model, self.fit)
-        self.seconds = time.perf_counter() - start
-
-    def score(self, query: loghook.Query | None = None, **options: Any) -> tuple[np.ndarray, float]:
-        start = time.perf_counter()
-        scoring = self.fit.score(query or self.query, **options)
-        with loghook.frozen(self.model):
-            walk(self.task, self.model, scoring)
-        return scoring.scores().values, time.perf_counter() - start
-
-    def refine(self, samples: int = 600, **options: Any) -> loghook.Query:
-        task = self.task
-        chosen = np.random.default_rng(0).permutation(task.n_train)[:samples]
-        batches = list(task.batches("train", chosen.tolist(), 200))
-        return self.fit.refine(
-            self.query, batches, lambda b: task.outputs(self.model, b), task.loss_from_outputs, **options
-        )
 
 
 def logged(
@@ -230,7 +166,9 @@ def tuned(task: Any, model: nn.Module, folder: str, rank: int) -> Iterator[Score
     )
 
 
-def whole(task: Any, model: nn.Module, folder: str, refine: bool, fast: bool) -> Iterator[Scored]:
+def whole(
+    task: Any, model: nn.Module, folder: str, refine: bool, fast: bool, seed: int = FIRST_SEED
+) -> Iterator[Scored]:
     for fisher in ("empirical",) if fast else ("empirical", "true"):
         peak, one = Peak(), Whole(task, model, fisher, folder)
         settings: list[dict[str, Any]] = [{"damping": 0.1}]
@@ -243,11 +181,38 @@ def whole(task: Any, model: nn.Module, folder: str, refine: bool, fast: bool) ->
             label = f"whole, {fisher} Fisher, {label.replace('method ', '')}"
             yield Scored(label, values, one.seconds + seconds, 0, peak.mb)
         if refine and fisher == "true":
-            start = time.perf_counter()
-            u = one.refine(samples=task.n_train, iterations=12)
-            made = time.perf_counter() - start
-            values, seconds = one.score(u)
-            yield Scored("whole, refined (cg, 12 iterations)", values, one.seconds + made + seconds, 0, peak.mb)
+            yield from refined(task, one, along(task, seed), peak)
+
+
+def along(task: Any, seed: int) -> list[State]:
+    """Checkpoints of the training that made a model."""
+    return [task.checkpoint(seed, share).state_dict() for share in SHARES] if task.checkpoint else []
+
+
+def refined(task: Any, one: Whole, states: list[State], peak: Peak) -> Iterator[Scored]:
+    """Refined questions, with a damping that other questions chose; samples are scored at the end, and on the way."""
+    samples, dampings = REFINED[task.name]
+    start = time.perf_counter()
+    questions = [one.refine(samples, damping=damping) for damping in dampings]
+    made = one.seconds + (time.perf_counter() - start) / len(dampings)
+    for name, where in (("whole, refined", None), (f"whole, refined, at {len(states)} checkpoints", states)):
+        if where != []:
+            found = [one.score(query, where) for query in questions]
+            values = held_out(task, [values for values, _ in found])
+            yield Scored(name, values, made + found[0][1], 0, peak.mb)
+
+
+def unrolled(task: Any, model: nn.Module, seed: int, folder: str) -> Iterator[Scored]:
+    """SOURCE, with a time that other questions chose."""
+    states = along(task, seed)
+    for segments in (1, 2) if states else ():
+        peak, start, size = Peak(), time.perf_counter(), len(states) // segments
+        parts = [Whole(task, model, "true", f"{folder}-{i}", states[i * size :][:size]) for i in range(segments)]
+        fitted = time.perf_counter() - start
+        candidates = [source(parts, total) for total in TIMES]
+        took = fitted + (time.perf_counter() - start - fitted) / len(TIMES)
+        name = f"SOURCE, segments: {segments}, checkpoints: {len(states)}"
+        yield Scored(name, held_out(task, candidates), took, 0, peak.mb)
 
 
 def replayed(task: Any, seed: int) -> Iterator[Scored]:
@@ -396,8 +361,7 @@ def main() -> None:
     made.add_argument("--peers", nargs="*", help="run these peers as well, or all (make peers)")
     made.add_argument("--fast", action="store_true", help="of whole gradients only the reference and dot")
     made.add_argument("--threads", type=int, default=1)
-    made.add_argument("--save", action="store_true", help="write the JSON")
-    made.add_argument("--add", action="store_true", help="with --save, keep the JSON's other rows")
+    made.add_argument("--save", action="store_true", help="write the JSON; other methods' rows that it holds stay")
     made.add_argument("--markdown", action="store_true", help="print the saved JSON as a table for the documents")
     a = made.parse_args()
     if a.markdown:
@@ -413,7 +377,11 @@ def main() -> None:
     for rank in a.tune:
         makers.append(lambda model, folder, seed, rank=rank: tuned(task, model, folder, rank))  # type: ignore[misc]
     if not a.no_whole:
-        makers.append(lambda model, folder, seed: whole(task, model, folder, not a.no_refine, a.fast))
+        makers.append(
+            lambda model, folder, seed: whole(task, model, folder, not a.no_refine, a.fast, FIRST_SEED + seed)
+        )
+    if not a.no_whole and not a.fast:
+        makers.append(lambda model, folder, seed: unrolled(task, model, FIRST_SEED + seed, folder))
     if not a.no_replay:
         makers.append(lambda model, folder, seed: replayed(task, seed))
     if a.peers is not None:
@@ -428,11 +396,17 @@ def main() -> None:
     show(task, table)
     if a.save:
         file = RESULTS / f"leaderboard_{a.task}.json"
-        if a.add:
-            fresh = {row["method"]: row for row in table}
-            old = [fresh.pop(row["method"], row) for row in json.loads(file.read_text())["rows"]]
-            table = [*old, *fresh.values()]
-        result = {"benchmark": "leaderboard", "task": a.task, "machine": machine(), "models": a.models, "rows": table}
+        known = json.loads(file.read_text()) if file.exists() else {"rows": []}
+        fresh = {row["method"]: row for row in table}
+        kept = [fresh.pop(row["method"], row) for row in known["rows"] if known["models"] == a.models]
+        rows_now = [*kept, *fresh.values()]
+        result = {
+            "benchmark": "leaderboard",
+            "task": a.task,
+            "machine": machine(),
+            "models": a.models,
+            "rows": rows_now,
+        }
         file.write_text(json.dumps(result, indent=1) + "\n")
 
 

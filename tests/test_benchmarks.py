@@ -114,6 +114,55 @@ def test_our_program_among_the_peers_gives_the_slow_ekfac(load: Load, tmp_path: 
     assert set(costs.seconds) == {"fit", "score", "log"} and costs.facts["bytes_per_sample"] > 0
 
 
+def test_settings_are_judged_by_queries_that_did_not_choose_them(load: Load) -> None:
+    members = np.random.default_rng(0).random((40, 6)) < 0.5
+    truth = np.random.default_rng(1).standard_normal((8, 6))
+    task = SimpleNamespace(n_query=8, members=members, losses=-(truth @ members.T).T)
+    halves = np.array_split(np.random.default_rng(0).permutation(8), 2)
+    candidates = []
+    for mine, other in (halves, halves[::-1]):
+        scores = np.empty((8, 6))  # right for one half, and wrong for the other
+        scores[mine], scores[other] = truth[mine], -truth[other]
+        candidates.append(scores)
+    found = load("_whole").held_out(task, candidates)
+    np.testing.assert_array_equal(found, -truth)
+
+
+def test_source_carries_queries_from_the_last_segment_to_the_first(load: Load, tmp_path: Path) -> None:
+    whole = load("_whole")
+    x, y = torch.randn(60, 4, generator=torch.Generator().manual_seed(0)), torch.arange(60) % 3
+    models = [torch.nn.Linear(4, 3) for _ in range(3)]
+
+    def batches(which: str, ids: list[int] | None, size: int) -> Iterator[dict[str, torch.Tensor]]:
+        for part in torch.tensor(range(2) if ids is None else ids).split(size):
+            yield {"x": x[part], "y": y[part]}
+
+    def loss_from_outputs(outputs: torch.Tensor, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(outputs, batch["y"], reduction="sum")
+
+    task = SimpleNamespace(
+        n_train=60,
+        batches=batches,
+        outputs=lambda model, batch: model(batch["x"]),
+        loss_from_outputs=loss_from_outputs,
+        loss=lambda model, batch: loss_from_outputs(model(batch["x"]), batch),
+    )
+    states, model = [one.state_dict() for one in models], torch.nn.Linear(4, 3)
+    segments = [
+        whole.Whole(task, model, "true", str(tmp_path / name), part)
+        for name, part in (("a", states[:1]), ("b", states[1:]))
+    ]
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), models[2].parameters(), strict=True))
+    short = whole.source(segments, 1e-6)
+    # In no time nothing is preconditioned and nothing forgotten: each segment's plain products, times its time.
+    segments[1].query.parameters = None  # asked at the end, and of the first segment too
+    time = 0.5e-6 / segments[1].fit.mean_eigenvalue
+    plain = sum(segment.score(segments[1].query, method="dot")[0] for segment in segments) * time
+    np.testing.assert_allclose(short, plain, rtol=1e-3, atol=1e-5 * float(np.abs(plain).max()))
+    assert np.abs(whole.source(segments, 1e3) / short).max() > 1e3
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), models[2].parameters(), strict=True))
+
+
 def test_index_benchmark_compares_searches_with_scans(
     load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

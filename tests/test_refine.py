@@ -1,6 +1,7 @@
 """Gauss-Newton products, solvers and re-ranking against dense matrices."""
 
 import tempfile
+from dataclasses import dataclass
 
 import numpy as np
 import pytest
@@ -10,7 +11,9 @@ from torch.nn import functional as F
 
 import loghook
 from loghook.errors import ConfigError, MismatchError
-from loghook.whole.refine import GaussNewton
+from loghook.whole import gauss_newton
+from loghook.whole.gauss_newton import GaussNewton
+from loghook.whole.refine import conjugate_gradients
 from tests.test_fitted import quietly
 
 
@@ -82,6 +85,75 @@ def test_products_are_those_of_the_dense_matrix():
     assert torch.allclose(matrix.times(vectors, batches[:1]), vectors @ dense_gauss_newton(model, x[:10]), atol=1e-10)
 
 
+class Attending(nn.Module):
+    """Attention, normalisation and a layer that is never called."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv, self.norm, self.out, self.idle = nn.Linear(5, 12), nn.LayerNorm(4), nn.Linear(4, 3), nn.Linear(5, 2)
+
+    def forward(self, x):
+        q, k, v = self.qkv(x).chunk(3, -1)
+        return self.out(self.norm(F.scaled_dot_product_attention(q, k, v, is_causal=True)))
+
+
+@pytest.mark.parametrize("graph_bytes", [1, 2**28])
+def test_one_vector_at_a_time_and_many_are_the_same(monkeypatch, graph_bytes):
+    monkeypatch.setattr(gauss_newton, "GRAPH_BYTES", graph_bytes)
+    torch.manual_seed(0)
+    model, (x, y) = Attending().double(), data(6, tokens=3)
+    fit = loghook.fit(tempfile.mkdtemp())
+    quietly(fit, model, may_sleep="idle")
+    matrix = GaussNewton(fit._layers, fit._layout, [(x[:4], y[:4]), (x[4:], y[4:])], outputs_of(model), loss_of)
+    vectors = torch.randn(5, fit._layout.width, dtype=torch.float64)
+    parameters = {name: p for name, p in model.named_parameters() if "norm" not in name and "idle" not in name}
+
+    def forward(values):
+        return torch.func.functional_call(model, values, (x,))
+
+    J = torch.func.jacrev(forward)(parameters)  # {name: (6, 3, 3, *shape)}
+    columns = [torch.cat([J[f"{n}.weight"], J[f"{n}.bias"][..., None]], -1).flatten(3) for n in ("qkv", "out")]
+    J = torch.cat(columns, -1)
+    p = model(x).detach().softmax(-1)
+    H = torch.diag_embed(p) - p[..., :, None] * p[..., None, :]
+    dense = torch.einsum("stca,stcd,stdb->ab", J, H, J) / len(x)
+    used = len(dense)
+    assert torch.allclose(matrix.times(vectors)[:, :used], vectors[:, :used] @ dense, atol=1e-10)
+    assert (matrix.times(vectors)[:, used:] == 0).all()
+
+
+def test_questions_help_each_other_and_may_repeat():
+    torch.manual_seed(3)
+    root = torch.randn(60, 40, dtype=torch.float64) * torch.logspace(0, -2, 40)
+
+    @dataclass
+    class Plain:
+        """A system without a preconditioner, that counts products."""
+
+        products: int = 0
+
+        def times(self, u):
+            self.products += 1
+            return u @ (root.T @ root + 1e-3 * torch.eye(40))
+
+        def precondition(self, r):
+            return r.clone()
+
+    g = torch.randn(8, 40, dtype=torch.float64) * torch.logspace(-6, 6, 8)[:, None]
+    g[3], g[5] = g[2] * 4, 0
+    expected = torch.linalg.solve(root.T @ root + 1e-3 * torch.eye(40), g.T).T
+    counts = []
+    for questions in (g[:1], g):
+        system = Plain()
+        u, residuals = conjugate_gradients(system, questions, 200, 1e-14)
+        counts.append(system.products)
+        assert residuals[-1] <= 1e-5 and len(residuals) == system.products + 1 < 200
+        wanted = expected[: len(questions)]
+        errors = (u - wanted).norm(dim=1) / wanted.norm(dim=1).clamp(min=1e-30)
+        assert errors.max() < 1e-5
+    assert counts[1] < counts[0] / 2
+
+
 def test_convolutions_too():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 2)).double()
@@ -108,7 +180,7 @@ def test_refined_questions_solve_the_damped_system(solver, iterations):
     batches = [(x, y)] if solver == "cg" else [(x[::2], y[::2]), (x[1::2], y[1::2])]
     u = fit.refine(
         query, batches, outputs_of(model), loss_of, solver=solver, iterations=iterations, damping_abs=0.05,
-        tolerance=1e-9,
+        tolerance=1e-16,
     )  # fmt: skip
     matrix = dense_gauss_newton(model, x)
     expected = torch.linalg.solve(matrix + 0.05 * torch.eye(len(matrix)), query.matrix.T).T

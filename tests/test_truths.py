@@ -146,6 +146,14 @@ def test_the_digits_truth_is_that_of_digits_py(load: Any) -> None:
     one, other = task.build(), task.build()
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
     assert task.about["recipe"] == load("digits").asdict(load("digits_mlp").RECIPE)
+    model = task.fit(np.ones(task.n_train, dtype=bool), 7)
+    end, way = task.checkpoint(7, 1.0), task.checkpoint(7, 0.05)
+    assert all(torch.equal(a, b) for a, b in zip(end.parameters(), model.parameters(), strict=True))
+    assert base_loss(load, task, way) > base_loss(load, task, end)
+
+
+def base_loss(load: Any, task: Any, model: torch.nn.Module) -> float:
+    return float(load("base").query_losses(task, model).mean())
 
 
 def test_what_is_replayed_is_the_training_of_the_digits_model(load: Any, monkeypatch: pytest.MonkeyPatch) -> None:

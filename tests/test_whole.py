@@ -161,7 +161,6 @@ def test_compiled_without_breaks(frozen):
     model, x = make(), data()
     fit = fitted(model, x)
     query = ask(fit, model, x)
-    expected = scored(fit, query, model, x).values
     fast = make()
     run = loghook.fit(tempfile.mkdtemp())
     quietly(run, fast)
@@ -172,11 +171,13 @@ def test_compiled_without_breaks(frozen):
             for ids in torch.arange(len(x)).split(16):
                 with run(data_id=ids):
                     compiled(x[ids]).logsumexp(-1).sum().backward()
-        scoring = run.score(query)
-        for ids in torch.arange(len(x)).split(16):
-            with scoring(data_id=ids):
-                compiled(x[ids]).logsumexp(-1).sum().backward()
-    assert close(scoring.scores().values, expected)
+        for normalize in (None, "unit"):
+            scoring = run.score(query, normalize=normalize)
+            for ids in torch.arange(len(x)).split(16):
+                with scoring(data_id=ids):
+                    compiled(x[ids]).logsumexp(-1).sum().backward()
+            expected = scored(fit, query, model, x, normalize=normalize).values
+            assert close(scoring.scores().values, expected)
 
 
 def test_true_fisher_draws_labels_from_the_model():
@@ -255,7 +256,7 @@ def test_damage_and_wrong_use_are_refused(tmp_path):
     with pytest.raises(StateError, match="passes"), fit(data_id=[0]):
         pass
     query = ask(fit, model, x)
-    with pytest.raises(StateError, match="no eigenvalues yet"):
+    with pytest.raises(StateError, match="no covariance yet"):
         fit.score(query)
     with pytest.raises(StateError, match="no samples"):
         for _ in fit.passes():
@@ -287,3 +288,58 @@ def test_damage_and_wrong_use_are_refused(tmp_path):
         loghook.fit(tmp_path / "f", resume=True)
     with pytest.raises(ConfigError, match="fisher"):
         loghook.fit(tmp_path / "g", fisher="exact")
+
+
+@pytest.mark.parametrize("method", ["dot", "kfac", "ekfac"])
+@pytest.mark.parametrize("kind", ["unit", "relatif"])
+def test_normalised_scores_are_those_of_dense_matrices(method, kind):
+    model, x = make(), data()
+    fit = fitted(model, x)
+    damping = {} if method == "dot" else {"damping": 0.2}
+    gradients, moments = one_sample_gradients(model, loss_fn, x, fit_names(model)), raw_moments(model, x)
+    rows = [{"G": gradients[n], "A": moments[n][0], "S": moments[n][1]} for n in gradients]
+    queries = [layer["G"][:2] for layer in rows]
+    own = [dense.self_influence(method, rows, which, **damping) for which in (queries, None)]
+    total, layers = getattr(dense, method)(rows, queries, **damping)
+    scores = scored(fit, ask(fit, model, x), model, x, method=method, normalize=kind, per_layer=True, **damping)
+    assert close(scores.values, dense.cosine(total, *own, kind))
+    assert close(scores.by_layer[0], dense.cosine(layers[0], *own, kind))
+    assert scores.normalize == kind
+    if method == "dot" and kind == "unit":
+        assert close(scored(fit, ask(fit, model, x), model, x, method="cosine").values, scores.values)
+    scoring = fit.self_influence(method, **damping)
+    for ids in torch.arange(len(x)).split(16):
+        with scoring(data_id=ids):
+            loss_fn(model, x[ids]).backward()
+    alone = scoring.scores()
+    assert close(alone.values[0], own[1]) and alone.query_ids == ["self"] and len(alone.values) == 1
+    assert alone.top(1)[0][0].data_id == int(np.argmax(own[1]))
+
+
+def test_norms_with_groups_scale_low_rank_and_no_gradient():
+    torch.manual_seed(1)
+    model, x = image_model(), torch.randn(20, 2, 6, 6, dtype=torch.float64)
+
+    def mean_loss(model, x):
+        return loss_fn(model, x) / 7 * (x.abs().sum() > 0)
+
+    fit = fitted(model, x)
+    run = loghook.init(tempfile.mkdtemp(), projection="none", dtype="float64")
+    quietly(run, model)
+    with run(data_id=list(range(20))):
+        loss_fn(model, x).backward()
+    run.finalize()
+    query = ask(fit, model, x)
+    expected = loghook.load(run.path).influence(query, method="ekfac", normalize="unit").values
+    scoring = fit.score(query, normalize="unit", rank=60)
+    with scoring(data_id=list(range(20)), scale=7.0):
+        mean_loss(model, x).backward()
+    with scoring(data_id=[20]):
+        (0 * loss_fn(model, x[:1])).backward()
+    values = scoring.scores().values
+    assert close(values[:, :20], expected) and (values[:, 20] == 0).all()
+    with pytest.raises(ConfigError, match="normalize='l2'"):
+        fit.score(query, normalize="l2")
+    refined = query.with_rows(query.matrix, "cg")
+    with pytest.raises(ConfigError, match="without normalize"):
+        fit.score(refined, normalize="relatif")

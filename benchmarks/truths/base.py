@@ -52,6 +52,7 @@ class Task:
         represent: what a model makes of a batch, a vector for each sample: (B, D).
         optimizer: that of a model which `fit` made of all samples from a seed, with its moments; or None.
         training: what `fit` does with all samples and a seed, as pure functions; or None.
+        checkpoint: makes the model of a training on all samples from a seed, after a share of it; or None.
         members: (m, N) bool, or None where the truth is not from retraining.
         losses: (m, Q) float32, loss of each query after training on each subset, mean over seeds; or None.
         flipped: (N,) bool, which training labels are wrong; or None.
@@ -71,6 +72,7 @@ class Task:
     represent: Callable[[nn.Module, Batch], Tensor]
     optimizer: Callable[[nn.Module, int], torch.optim.Optimizer] | None = None
     training: Callable[[int], Training] | None = None
+    checkpoint: Callable[[int, float], nn.Module] | None = None
     members: np.ndarray | None = None
     losses: np.ndarray | None = None
     flipped: np.ndarray | None = None

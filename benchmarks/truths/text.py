@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loghook.demo.config import DemoConfig
+from loghook.demo.retrain import one_thread
 from loghook.demo.text import decode, language_reference, library_source, train_tokenizer
 from loghook.demo.train import fit as fit_batches
 from loghook.demo.train import shuffled, small_llama
@@ -44,13 +45,18 @@ def build() -> nn.Module:
     return model.eval()
 
 
-def fit(members: np.ndarray, seed: int) -> nn.Module:
-    """Fine-tune on some passages; the seed gives the order."""
+def fit(members: np.ndarray, seed: int, share: float = 1.0) -> nn.Module:
+    """Fine-tune on some passages; the seed gives the order. With a share the last steps are left out."""
     model, tokens = build(), data()["tokens"][:N].tolist()
     batches = shuffled(tokens, members.tolist(), RECIPE["epochs"], RECIPE["batch"], seed)
-    for _ in fit_batches(model, batches, len(batches), RECIPE["rate"]):
+    for _ in fit_batches(model, batches[: round(share * len(batches))], len(batches), RECIPE["rate"]):
         pass
     return model.eval()
+
+
+def checkpoint(seed: int, share: float) -> nn.Module:
+    with one_thread("cpu"):
+        return fit(np.ones(N, dtype=bool), seed, share)
 
 
 def outputs(model: nn.Module, batch: Batch) -> Tensor:
@@ -89,6 +95,7 @@ def task() -> Task:
         outputs=outputs,
         sample_losses=sample_losses,
         represent=represent,
+        checkpoint=checkpoint,
         texts=(texts[:N], texts[N:]),
         **load_truth(TRUTH, N),
     )

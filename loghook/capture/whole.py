@@ -17,8 +17,10 @@ from torch import Tensor
 from loghook.capture.layers import Layer, Slots
 from loghook.capture.tap import alias, by_document, moments, output_gradient, wide_context
 from loghook.project.blocks import second_moment_blocks, square_size, take_blocks
-from loghook.project.outer import at_a_time, gradients
+from loghook.project.outer import CHUNK_BYTES, at_a_time, gradients, project_output
 from loghook.project.projection import Side
+
+CACHE_BYTES = 2**20  # of gradients at a time on a processor that are read once: they are squared where they were made
 
 
 class WholeTap(torch.autograd.Function):
@@ -60,37 +62,49 @@ class WholeTap(torch.autograd.Function):
 
 def _squares(g_BSO: Tensor, x: Tensor, p_out: Tensor | None, keep_B: Tensor | None) -> Tensor:
     """Sum over samples of the squares of their gradients: (O, I)."""
+    small = g_BSO.device.type == "cpu" and not torch.compiler.is_compiling()  # the compiler unrolls the loop
+    if x.dim() == 3:
+        g_BSO, p_out = project_output(g_BSO, p_out), None
     total = None
-    for part, rows in gradients(g_BSO, x, p_out):
+    for part, rows in gradients(g_BSO, x, p_out, CACHE_BYTES if small else CHUNK_BYTES):
         squares = rows.square_() if keep_B is None else rows.square_() * keep_B[part, None, None].to(rows.dtype)
         total = squares.sum(0) if total is None else total + squares.sum(0)
     assert total is not None
     return total
 
 
-def _products(g_BSO: Tensor, x: Tensor, left: Tensor, right: Tensor | None) -> Tensor:
-    """Inner products of each sample's gradient with each query: (B, Q).
+def _products(
+    g_BSO: Tensor, x: Tensor, p_out: Tensor | None, inverse: Tensor | None, left: Tensor, right: Tensor | None
+) -> Tensor:
+    """Inner products of each sample's gradient with each query: (B, Q), or (B, Q + 1) with the sample's own last.
 
     Args:
         g_BSO: output gradients.
         x: inputs (B, S, I), or (B, S, G, I) in groups.
+        p_out: None, or what rotates output gradients; inputs and queries are then rotated already.
+        inverse: None, or (O, I): a sample's own is the sum of its gradient's squares, weighted with these.
         left: queries (Q, O, I); with ``right`` their left halves (Q, O, r).
         right: None, or (Q, r, I): a query is ``left @ right``.
     """
-    S, (Q, _, r) = x.shape[1], left.shape
-    scores = x.new_empty(len(x), Q)
-    if x.dim() == 3 and (right is not None or S * Q <= S + Q):
-        # <sum_s g_s x_s^T, L R> = sum_s (g_s L) . (R x_s): no gradient is formed.
-        wide = left.transpose(0, 1).flatten(1)
-        step = at_a_time(S * Q * r, x)
-        for g_bSO, x_bSI, part in zip(g_BSO.split(step), x.split(step), scores.split(step), strict=True):
-            gl_bSQr = (g_bSO @ wide).unflatten(2, (Q, r))
-            rx_bSQr = x_bSI[:, :, None] if right is None else (x_bSI @ right.flatten(0, 1).T).unflatten(2, (Q, r))
-            part.copy_((gl_bSQr * rx_bSQr).sum((1, 3)))
-        return scores
+    S, (Q, outputs, r), inputs = x.shape[1], left.shape, x.shape[-1]
+    scores = x.new_empty(len(x), Q + (inverse is not None))
+    if x.dim() == 3:
+        g_BSO, p_out = project_output(g_BSO, p_out), None
+        halves = outputs * inputs if right is None else r * (outputs + inputs)
+        if inverse is None and S * Q * halves <= (S + Q) * outputs * inputs:
+            # <sum_s g_s x_s^T, L R> = sum_s (g_s L) . (R x_s): where it is less arithmetic, no gradient is formed.
+            wide = left.transpose(0, 1).flatten(1)
+            step = at_a_time(S * Q * r, x)
+            for g_bSO, x_bSI, part in zip(g_BSO.split(step), x.split(step), scores.split(step), strict=True):
+                gl_bSQr = (g_bSO @ wide).unflatten(2, (Q, r))
+                rx_bSQr = x_bSI[:, :, None] if right is None else (x_bSI @ right.flatten(0, 1).T).unflatten(2, (Q, r))
+                part.copy_((gl_bSQr * rx_bSQr).sum((1, 3)))
+            return scores
     queries = (left if right is None else left @ right).flatten(1)
-    for place, rows in gradients(g_BSO, x):
-        scores[place] = rows.flatten(1) @ queries.T
+    for place, rows in gradients(g_BSO, x, p_out):
+        scores[place, :Q] = rows.flatten(1) @ queries.T
+        if inverse is not None:
+            scores[place, Q] = rows.square_().flatten(1) @ inverse.flatten()
     return scores
 
 
@@ -164,21 +178,30 @@ class Eigenvalues(Job):
 
 @dataclass(frozen=True)
 class Products(Job):
-    """Inner products of each sample's gradient with queries."""
+    """Inner products of each sample's gradient with queries and, on request, with itself."""
 
     kind = "products"
     queries: Mapping[str, tuple[Tensor, Tensor | None]]  # {layer: (left, right)}, see ``_products``
     count: int  # how many queries there are, Q
+    inverse: Mapping[str, Tensor] | None = None  # {layer: inverse eigenvalues (O, I)}: each sample's own is wanted too
+    bases: Mapping[str, tuple[Side, Side]] | None = None  # rotations into the basis that queries and inverse are in
+
+    def sides(self, layer: Layer) -> tuple[Side, Side]:
+        """Rotations, if there are any."""
+        return super().sides(layer) if self.bases is None else self.bases[layer.name]
 
     def shape(self, layer: Layer, size: int) -> tuple[int, ...]:
-        """One value for each sample and query."""
-        return size, self.count
+        """One value for each sample and query, and one more for its own."""
+        return size, self.count + (self.inverse is not None)
 
     def held(self, layer: Layer, slots: Slots) -> Sequence[Tensor | None]:
-        """The queries, where the layer computes."""
+        """The outputs' basis, the inverse and the queries, where the layer computes."""
         device, dtype = slots.leaves.rows.device, slots.leaves.rows.dtype
-        return [None if half is None else half.to(device, dtype) for half in self.queries[layer.name]]
+        inverse = None if self.inverse is None else self.inverse[layer.name]
+        needed = (slots.output_side.matrix, inverse, *self.queries[layer.name])
+        return [None if one is None else one.to(device, dtype) for one in needed]
 
     def finish(self, layer: Layer, delivered: Tensor, scale: float | Tensor) -> Tensor:
         """Gradients are multiplied by the scale."""
+        delivered[:, self.count :].mul_(scale)
         return delivered.mul_(scale)

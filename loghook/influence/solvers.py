@@ -39,20 +39,23 @@ class Diagonal:
 
     def __init__(self, basis: Eigenbasis, eigenvalues: Tensor, damping: float) -> None:
         """Take eigenvalues (k_out, k_in) and the damping that is added to them."""
-        self._basis = basis
+        self.basis = basis
         damped = eigenvalues + damping
         # A layer that never got a gradient has no curvature and no gradients either: it contributes nothing.
-        self._inverse = torch.where(damped > 0, 1 / damped, torch.zeros_like(damped))
+        self.inverse = torch.where(damped > 0, 1 / damped, torch.zeros_like(damped))
+
+    def rotated(self, rows: Tensor) -> Tensor:
+        """Return H^-1 G in the eigenbasis, for each row: (n, k_out, k_in)."""
+        return self.basis.rotate(rows.unflatten(1, self.inverse.shape)) * self.inverse.to(rows.dtype)
 
     def apply(self, rows: Tensor) -> Tensor:
         """Rotate, divide, rotate back."""
-        rotated = self._basis.rotate(rows.unflatten(1, self._inverse.shape))
-        return self._basis.rotate_back(rotated * self._inverse.to(rows.dtype)).flatten(1)
+        return self.basis.rotate_back(self.rotated(rows)).flatten(1)
 
     def quadratic(self, rows: Tensor) -> Tensor:
         """Weight squared coordinates with inverse eigenvalues."""
-        rotated = self._basis.rotate(rows.unflatten(1, self._inverse.shape))
-        return (rotated.square() * self._inverse.to(rows.dtype)).sum((1, 2))
+        rotated = self.basis.rotate(rows.unflatten(1, self.inverse.shape))
+        return (rotated.square() * self.inverse.to(rows.dtype)).sum((1, 2))
 
 
 class Dense:

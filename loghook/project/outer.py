@@ -73,10 +73,12 @@ def outer_grouped(g_BSO: Tensor, x_BSGk: Tensor, matrix_kO: Tensor | None) -> Te
     return rows_BOk if matrix_kO is None else matrix_kO.to(rows_BOk.dtype) @ rows_BOk
 
 
-def gradients(g_BSO: Tensor, x: Tensor, matrix_kO: Tensor | None = None) -> Iterator[tuple[slice, Tensor]]:
+def gradients(
+    g_BSO: Tensor, x: Tensor, matrix_kO: Tensor | None = None, limit: int = CHUNK_BYTES
+) -> Iterator[tuple[slice, Tensor]]:
     """Form gradients (b, O, I) of a few samples at a time; with ``matrix_kO`` the output side is projected."""
     width_out = g_BSO.shape[2] if matrix_kO is None else matrix_kO.shape[0]
-    step = at_a_time(width_out * x.shape[-1], x)
+    step = at_a_time(width_out * x.shape[-1], x, limit)
     # The compiler takes the number of samples for fixed where it is cut, but not where it is only compared.
     starts = range(0, len(x), step) if len(x) > step else (0,)
     for start in starts:
@@ -87,9 +89,9 @@ def gradients(g_BSO: Tensor, x: Tensor, matrix_kO: Tensor | None = None) -> Iter
             yield part, outer_grouped(g_BSO[part], x[part], matrix_kO)
 
 
-def at_a_time(values: int, like: Tensor) -> int:
-    """How many samples with so many values each, in the dtype of ``like``, take no more than CHUNK_BYTES."""
-    return max(1, CHUNK_BYTES // (values * like.element_size()))
+def at_a_time(values: int, like: Tensor, limit: int = CHUNK_BYTES) -> int:
+    """How many samples with so many values each, in the dtype of ``like``, take no more than ``limit`` bytes."""
+    return max(1, limit // (values * like.element_size()))
 
 
 def second_moment(z_Nk: Tensor, weight_N: Tensor | None = None) -> Tensor:

@@ -12,11 +12,15 @@ from loghook.log.format import Layout
 
 @dataclass(frozen=True)
 class Eigenbasis:
-    """Eigenvectors of a layer's two Kronecker factors, float64."""
+    """Eigenvectors of a layer's two Kronecker factors, float64 unless moved."""
 
     q_in: Tensor  # (k_in, k_in), columns are eigenvectors of A = mean over tokens of x x^T
     q_out: Tensor  # (k_out, k_out), columns are eigenvectors of S = mean over tokens of g g^T
     products: Tensor  # (k_out, k_in) products of eigenvalues, those of S kron A (KFAC)
+
+    def to(self, like: Tensor) -> "Eigenbasis":
+        """Return a copy with the device and dtype of a tensor, for rows that are there many times."""
+        return Eigenbasis(self.q_in.to(like), self.q_out.to(like), self.products.to(like))
 
     def rotate(self, rows: Tensor) -> Tensor:
         """Express rows (..., k_out, k_in) in the eigenbasis: ``Q_S^T G Q_A``."""

@@ -29,7 +29,8 @@ class FactorStore:
     layers: tuple[LayerSpec, ...]  # the layers, whole: k_in and k_out are the full widths
     fisher: str  # "empirical" (the data's labels) or "true" (labels sampled from the model)
     samples: dict[str, int] = field(default_factory=dict)  # {pass: samples that it saw}
-    parameters: str | None = None  # digest of sampled parameter values when the first pass ended, or None
+    # digest of sampled parameter values in the last pass, or None: they are sharded, or it saw several checkpoints
+    parameters: str | None = None
     files: dict[str, str] = field(default_factory=dict)  # {file name: checksum}, for the passes that are done
 
     def save(self) -> None:

@@ -14,8 +14,10 @@ from loghook.errors import StateError
 from loghook.influence.precondition import Curvature
 from loghook.influence.scores import Scores
 from loghook.influence.share import share
+from loghook.influence.solvers import Diagonal, Identity
 from loghook.log.finite import not_finite
 from loghook.log.query import Query
+from loghook.whole.inverse import PLAIN, rotations
 
 if TYPE_CHECKING:
     from loghook.whole.fit import Fit
@@ -32,18 +34,21 @@ class Scoring(Blocks):
     def __init__(
         self,
         fit: "Fit",
-        query: Query,
-        held: Mapping[str, tuple[Tensor, Tensor | None]],
+        query: Query | None,
         curvature: Curvature,
         *,
-        per_layer: bool,
-        lost: float | None,
+        rank: int | None = None,
+        normalize: str | None = None,
+        per_layer: bool = False,
     ) -> None:
-        """See ``Fit.score``."""
-        self._fit, self._query, self._curvature, self._per_layer, self.lost = fit, query, curvature, per_layer, lost
-        self._job = Products(held, len(query))
+        """See ``Fit.score``; without a query each sample is scored against itself."""
+        self._fit, self._query, self._curvature = fit, query, curvature
+        self._normalize, self._per_layer = normalize, per_layer
         self._seen: dict[int | str, None] = {}
         self._parts: list[Tensor] = []
+        solvers = fit.solvers(curvature)
+        self._job, self.lost = _job(fit, query, solvers, rank, own=query is None or normalize is not None)
+        self._norms = None if query is None or normalize != "unit" else _norms(query, solvers)
 
     @contextmanager
     def _block(self, data_id: Ids, given: Given) -> Iterator[None]:
@@ -53,8 +58,8 @@ class Scoring(Blocks):
         with self._fit._capture(len(ids), given, job=self._job) as captured:
             yield
         results = captured[0].results
-        zero = torch.zeros(len(ids), self._job.count)
-        parts = torch.stack([results.get(name, zero).float().cpu() for name in self._fit.layers])  # (L, B, Q)
+        zero = torch.zeros(self._job.shape(self._fit._layers[0], len(ids)))
+        parts = torch.stack([results.get(name, zero).float().cpu() for name in self._fit.layers])  # (L, B, Q), and own
         total = parts if self._per_layer else parts.sum(0, keepdim=True)
         if not bool(torch.isfinite(total).all()):
             raise not_finite(ids, total.sum(0))
@@ -76,23 +81,63 @@ class Scoring(Blocks):
             ids, values = [ids[n] for n in first], None if values is None else values[:, first]
         if values is None:
             raise StateError("nothing was scored: run the loop with `with scoring(data_id=...):` first.")
-        by_layer = values.transpose(1, 2).numpy()
-        curved = self._curvature.method != "dot"
+        by_layer = values.transpose(1, 2)  # without questions there is nothing but each sample's own
+        if self._normalize is not None:
+            by_layer, own = by_layer[:, :-1], by_layer[:, -1:].sum(0)
+            size = own.clamp(min=0).sqrt() * (1 if self._norms is None else self._norms[:, None])
+            by_layer = by_layer / torch.where(size > 0, size, torch.ones_like(size))
+        curved = self._curvature.method not in PLAIN
         relative = curved and self._curvature.damping_abs is None
+        direction = None if self._query is None else self._query.direction
         return Scores(
-            values=np.ascontiguousarray(by_layer.sum(0)),
-            query_ids=self._query.data_ids,
+            values=np.ascontiguousarray(by_layer.sum(0).numpy()),
+            query_ids=["self"] if self._query is None else self._query.data_ids,
             data_ids=ids,
             places=None,
-            by_layer=np.ascontiguousarray(by_layer) if self._per_layer else None,
+            by_layer=np.ascontiguousarray(by_layer.numpy()) if self._per_layer else None,
             layers=self._fit.layers,
-            method=f"{self._query.direction or self._curvature.method} (whole gradients)",
-            normalize=None,
+            method=f"{direction or self._curvature.method} (whole gradients)",
+            normalize=self._normalize,
             damping=self._curvature.damping if relative else None,
             damping_abs=self._curvature.damping_abs if curved else None,
-            fingerprint=self._query.fingerprint,
+            fingerprint=self._fit.fingerprint,
             log=str(self._fit.path),
         )
+
+
+def _job(
+    fit: "Fit", query: Query | None, solvers: Mapping[str, Diagonal | Identity], rank: int | None, *, own: bool
+) -> tuple[Products, float | None]:
+    """What the taps compute, and what low-rank questions lost; ``own`` asks for <G, H^-1 G> of each sample."""
+    held: dict[str, tuple[Tensor, Tensor | None]] = {}
+    inverse: dict[str, Tensor] = {}
+    lost: list[float] = []
+    columns = fit._layout.kinds["gradients"]
+    for layer in fit._layers:
+        solver, shape = solvers[layer.name], (layer.spec.k_out, layer.spec.k_in)
+        rows = torch.empty(0, layer.spec.width) if query is None else query.matrix[:, columns[layer.name]]
+        if own and isinstance(solver, Diagonal):  # gradients are squared in the eigenbasis: questions go there too
+            matrices, inverse[layer.name] = solver.rotated(rows), solver.inverse
+        else:
+            matrices, inverse[layer.name] = solver.apply(rows).unflatten(1, shape), torch.ones(shape)
+        device, dtype = layer.device_and_dtype()
+        if rank is None:
+            held[layer.name] = (matrices.to(device, dtype), None)
+        else:
+            left, right, error = low_rank(matrices, rank)
+            held[layer.name] = (left.to(device, dtype), right.to(device, dtype))
+            lost.append(error)
+    bases = {name: solver.basis for name, solver in solvers.items() if isinstance(solver, Diagonal)}
+    count = 0 if query is None else len(query)
+    job = Products(held, count, inverse, rotations(bases) or None) if own else Products(held, count)
+    return job, max(lost) if lost else None
+
+
+def _norms(query: Query, solvers: Mapping[str, Diagonal | Identity]) -> Tensor:
+    """Roots of <q, H^-1 q>: (Q,) float32."""
+    columns = query.layout.kinds["gradients"]
+    own = sum(solver.quadratic(query.matrix[:, columns[name]]).double() for name, solver in solvers.items())
+    return torch.as_tensor(own).clamp(min=0).sqrt().float()
 
 
 def low_rank(matrices_QOI: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
