@@ -1,6 +1,7 @@
 """What the benchmark scripts share: a model, alternating timings, the machine's name, JSON."""
 
 import argparse
+import importlib
 import json
 import os
 import platform
@@ -15,6 +16,12 @@ import torch
 from torch import Tensor
 
 RESULTS = Path(__file__).parent / "results"
+sys.path.append(str(Path(__file__).parent / "truths"))
+
+
+def truth(name: str) -> Any:
+    """A shipped ground truth: the `Task` of a script in truths/."""
+    return importlib.import_module(name).task()
 
 
 def llama(hidden: int, layers: int, vocabulary: int = 4096) -> torch.nn.Module:

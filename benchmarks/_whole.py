@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 import loghook
-from loghook.evaluate.lds import lds
 
 State = dict[str, torch.Tensor]
 
@@ -93,6 +92,13 @@ class Whole:
         self.model.load_state_dict(before)
         return loghook.Scores.combine(parts).values, time.perf_counter() - start
 
+    def itself(self, **options: Any) -> tuple[np.ndarray, float]:
+        """Each sample's influence on itself, (N,), and seconds."""
+        start, scoring = time.perf_counter(), self.fit.self_influence(**options)
+        with loghook.frozen(self.model):
+            walk(self.task, self.model, scoring)
+        return scoring.scores().values[0], self.seconds + time.perf_counter() - start
+
     def refine(self, samples: int, **options: Any) -> loghook.Query:
         task = self.task
         chosen = np.random.default_rng(0).permutation(task.n_train)[:samples]
@@ -112,14 +118,4 @@ def source(segments: Sequence[Whole], total: float) -> np.ndarray:
     for segment in reversed(segments):
         direction, query = segment.fit.unroll(query, time)
         scores = scores + segment.score(direction)[0]
-    return scores
-
-
-def held_out(task: Any, candidates: Sequence[np.ndarray]) -> np.ndarray:
-    """For each half of the queries the scores that the other half would choose by their LDS: (Q, N)."""
-    halves = np.array_split(np.random.default_rng(0).permutation(task.n_query), 2)
-    each = [lds(values, task.members, task.losses, resamples=1).per_query for values in candidates]
-    scores = np.empty_like(candidates[0])
-    for mine, other in (halves, halves[::-1]):
-        scores[mine] = candidates[max(range(len(each)), key=lambda i: float(each[i][other].mean()))][mine]
     return scores

@@ -5,17 +5,15 @@ rank). Scores of all layers are one sum, so that every choice of layers comes fr
 """
 
 import argparse
-import importlib
 import tempfile
 
 import numpy as np
 import torch
-from _common import keep
-from leaderboard import Whole, silent, walk
+from _common import keep, truth
+from _judge import judge, measure
+from _whole import Whole, silent, walk
 
 import loghook
-from loghook.evaluate import judges
-from loghook.evaluate.lds import Estimate, lds
 
 CHOICES = {
     "all": ("q", "k", "v", "o", "gate", "up", "down"),
@@ -33,14 +31,8 @@ CHOICES = {
 }
 
 
-def judge(task, scores: np.ndarray) -> Estimate:
-    if task.relevant is not None:
-        return judges.mrr(scores, task.relevant)
-    return lds(scores, task.members, task.losses)
-
-
-def measure(name: str, damping: float) -> dict[str, dict[str, float]]:
-    task = importlib.import_module(name).task()
+def judged(name: str, damping: float) -> dict[str, dict[str, float]]:
+    task = truth(name)
     model = task.model()
     with tempfile.TemporaryDirectory() as folder:
         whole = Whole(task, model, "empirical", f"{folder}/factors")
@@ -65,9 +57,9 @@ def main() -> None:
     made.add_argument("--save", action="store_true", help="write the JSON")
     a = made.parse_args()
     torch.set_num_threads(a.threads)
-    result = {task: measure(task, a.damping) for task in a.tasks}
+    result = {task: judged(task, a.damping) for task in a.tasks}
     for task, rows in result.items():
-        print(f"{task}: {'MRR' if task == 'facts' else 'LDS'} of whole EK-FAC, damping {a.damping:g}")
+        print(f"{task}: {measure(truth(task))} of whole EK-FAC, damping {a.damping:g}")
         for choice, row in rows.items():
             print(f"  {choice:<50}{row['mean']:.3f}  {row['low']:.3f} to {row['high']:.3f}")
     if a.save:

@@ -3,16 +3,16 @@
     python benchmarks/leaderboard.py --task text --models 2 --peers --save
 
 Every method sees the gradients of the same models, trained on all samples with seeds that the truth does not use. LDS
-is the mean over queries, and over models where there are several; the interval is a bootstrap over queries. Seconds
-are for one model, all stages, one thread; bytes are what is kept for each sample. Peers run in an environment of their
-own (`make peers`) on the same weights and samples; where one cannot run a task, the table says why.
+(of planted facts the mean reciprocal rank, of wrong labels the mislabel AUC) is the mean over queries, and over models
+where there are several; the interval is a bootstrap over queries. Seconds are for one model, all stages, one thread;
+bytes are what is kept for each sample. Peers run in an environment of their own (`make peers`) on the same weights and
+samples; where one cannot run a task, the table says why.
 
 Shapes: N training samples, Q queries.
 """
 
 import argparse
 import dataclasses
-import importlib
 import json
 import math
 import re
@@ -25,23 +25,22 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from _common import RESULTS, machine
-from _whole import State, Whole, ask, held_out, silent, source, walk
+from _common import RESULTS, machine, truth
+from _judge import among, held_out, judge, like, measure
+from _whole import State, Whole, ask, silent, source, walk
+from base import FIRST_SEED
 from torch import nn
 
 import loghook
 from loghook.evaluate import controls
-from loghook.evaluate.lds import interval, lds
+from loghook.evaluate.lds import interval
 from loghook.evaluate.replay import replay
-from loghook.influence.fidelity import pearson
 
-sys.path.append(str(Path(__file__).parent / "truths"))
-from base import FIRST_SEED
-
-TASKS = ("digits_mlp", "digits_cnn", "text")
+TASKS = ("digits_mlp", "digits_cnn", "text", "facts", "labels")
 ROOTS = (1e-16, 1e-5, 1e-4, 1e-3)  # the first leaves the training as it was, the others make it smoother
-# {task: samples that the curvature is taken from, dampings among which half of the queries choose for the other half}
-REFINED = {"digits_mlp": (1200, (3, 10, 30)), "digits_cnn": (300, (3, 10, 30)), "text": (300, (0.1, 1.0))}
+# Dampings of refined questions, among which half of the queries choose for the other half where there is an LDS.
+REFINED = {"digits_mlp": (3, 10, 30), "digits_cnn": (3, 10, 30), "text": (0.1, 1, 10)}
+CURVATURE = {"digits_mlp": 1200}  # samples that it is taken from; 300 of the other tasks
 SHARES = (0.25, 0.5, 0.75, 1.0)  # of the training, where SOURCE has its checkpoints
 TIMES = (0.3, 1.0, 3.0, 10.0, 30.0)  # of the training, as `source` takes them; half of the queries choose
 REFERENCE = "whole, empirical Fisher, ekfac damping 0.1"
@@ -84,46 +83,61 @@ def logged(
     return loghook.load(folder), query, time.perf_counter() - start
 
 
-ROWS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
-    f"{kind} {rank}{' ' + dtype if dtype != 'float32' else ''}": (
-        {"projection": kind.split()[0], "rank": rank, "dtype": dtype}
-        | ({"whitening": float(kind.split()[1])} if " " in kind else {}),
-        methods,
-    )
-    for kind, ranks, dtypes, methods in (
-        (
-            "random",
-            (16, 32, 64),
-            ("float32",),
-            [{"method": "dot"}, {"method": "cosine"}, {"method": "ekfac"}, {"method": "ekfac", "damping": 0.01},
-             {"method": "fisher"}],
-        ),
-        (
-            "pca",
-            (16, 32, 64),
-            ("float32",),
-            [{"method": "ekfac"}, {"method": "ekfac", "damping": 0.01}, {"method": "fisher"}],
-        ),
-        ("whitened 0.01", (32, 64), ("float32", "int1"), [{"method": "dot"}, {"method": "ekfac"}]),
-        ("whitened 0.1", (16, 32, 64), ("float32", "int8", "int1"), [{"method": "dot"}, {"method": "ekfac"}]),
-        ("whitened 0.01", (128,), ("int1",), [{"method": "dot"}]),
-        ("whitened 1", (32, 64), ("float32",), [{"method": "dot"}, {"method": "ekfac"}]),
-    )
-    for rank in ranks
-    for dtype in dtypes
-}  # fmt: skip
-ROWS |= {
-    f"{gradient} 32": (
-        {"rank": 32, "gradient": gradient},
-        [{"method": "dot"}, {"method": "cosine"}, {"method": "fisher"}, {"method": "fisher", "normalize": "unit"}],
-    )
-    for gradient in ("normalized", "adam")
+def _rows(
+    kind: str, ranks: Sequence[int], methods: str, dtypes: Sequence[str] = ("float32",), layers: Sequence[str] = ()
+) -> dict[str, tuple[dict[str, Any], Sequence[str], list[dict[str, Any]]]]:
+    """Options of some logs, the layers that they keep (all without), and how they are scored.
+
+    Args:
+        kind: a projection; or "whitened" with its whitening; or a ``gradient`` other than the plain one.
+        ranks: a log for each,
+        methods: separated by commas, each with its damping and normalisation if any.
+        dtypes: and for each of these.
+        layers: ends of names of layers.
+    """
+    projection, _, whitening = kind.partition(" ")
+    options = {"gradient": kind} if kind in ("normalized", "adam") else {"projection": projection}
+    options |= {"whitening": float(whitening)} if whitening else {}
+    scored = [dict(zip(("method", "damping", "normalize"), parts, strict=False)) for parts in (
+        [float(word) if word[0].isdigit() else word for word in how.split()] for how in methods.split(", ")
+    )]  # fmt: skip
+    return {
+        f"{kind} {rank}" + f" {dtype}" * (dtype != "float32") + f" ({' + '.join(layers)})" * bool(layers): (
+            options | {"rank": rank, "dtype": dtype}, layers, scored,
+        )
+        for rank in ranks
+        for dtype in dtypes
+    }  # fmt: skip
+
+
+EKFAC, RESIDUAL = "dot, ekfac 0.1, ekfac 0.01", ("o_proj", "down_proj")
+ROWS = {
+    **_rows("random", (16, 32, 64), "dot, cosine, ekfac 0.1, ekfac 0.01, fisher 0.1"),
+    **_rows("pca", (16, 32, 64), "ekfac 0.1, ekfac 0.01, fisher 0.1"),
+    **_rows("whitened 0.01", (32, 64), "dot, ekfac 0.1", ("float32", "int1")),
+    **_rows("whitened 0.1", (16, 32, 64), "dot, ekfac 0.1", ("float32", "int8", "int1")),
+    **_rows("whitened 0.01", (128,), "dot, ekfac 0.1", ("int1",)),
+    **_rows("whitened 1", (32, 64), "dot, ekfac 0.1"),
+    # As many bytes as all layers at rank 32 and at 64, and a rank in one bit.
+    **_rows("random", (59, 119), EKFAC, layers=RESIDUAL),
+    **_rows("whitened 0.01", (32, 59, 119), EKFAC, layers=RESIDUAL),
+    **_rows("whitened 0.01", (64, 119), EKFAC, ("int1",), layers=RESIDUAL),
+    **_rows("whitened 0.01", (84,), EKFAC, layers=("down_proj",)),
+    **_rows("normalized", (32,), "dot, cosine, fisher 0.1"),
+    **_rows("adam", (32,), "dot, cosine, fisher 0.1"),
 }
+for gradient in ("normalized", "adam"):
+    ROWS[f"{gradient} 32"][2].append({"method": "fisher", "normalize": "unit"})
 
 
 def rows(task: Any, model: nn.Module, folder: str, names: Iterable[str], seed: int) -> Iterator[Scored]:
+    linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for name in names:
-        (options, methods), peak, watch = ROWS[name], Peak(), {}
+        (options, layers, methods), peak, watch = ROWS[name], Peak(), {}
+        if layers:
+            watch["include"] = [linear for linear in linears if linear.endswith(tuple(layers))]
+            if not watch["include"]:
+                continue
         if "gradient" in options:
             if task.optimizer is None:
                 continue
@@ -132,16 +146,19 @@ def rows(task: Any, model: nn.Module, folder: str, names: Iterable[str], seed: i
         for method in methods:
             start = time.perf_counter()
             values = log.influence(query, **method).values
-            label = method["method"] + (f" {method['damping']:g}" if "damping" in method else "")
-            label += f" {method['normalize']}" if "normalize" in method else ""
+            label = f"{name}, " + " ".join(f"{value:g}" if key == "damping" else value for key, value in method.items())
             took = seconds + time.perf_counter() - start
-            yield Scored(f"{name}, {label}", values, took, log.codec.row_bytes, peak.mb)
+            yield Scored(label, values, took, log.codec.row_bytes, peak.mb)
+            if task.flipped is not None and method["method"] != "cosine" and "normalize" not in method:
+                itself = log.self_influence(**method)
+                yield Scored(f"{label}, on itself", itself, took, log.codec.row_bytes, peak.mb)
 
 
 def tuned(task: Any, model: nn.Module, folder: str, rank: int) -> Iterator[Scored]:
-    """What `loghook.tune` chooses from 600 samples and 20 queries, logged and scored."""
+    """What `loghook.tune` chooses from 600 samples and 20 queries within a rank's bytes, logged and scored."""
     start, peak = time.perf_counter(), Peak()
     one = Whole(task, model, "empirical", f"{folder}-factors")
+    limit = sum(4 * min(rank, spec.in_features + spec.bias) * min(rank, spec.out_features) for spec in one.fit.specs)
     ids = np.sort(np.random.default_rng(0).choice(task.n_train, 600, replace=False)).tolist()
     places = np.sort(np.random.default_rng(1).choice(task.n_query, 20, replace=False)).tolist()
     with silent(), loghook.frozen(model):
@@ -152,18 +169,17 @@ def tuned(task: Any, model: nn.Module, folder: str, rank: int) -> Iterator[Score
             lambda batch: task.loss(model, batch),
             outputs=lambda batch: task.outputs(model, batch),
             output_loss=task.loss_from_outputs,
-            ranks=(rank,),
-            dtypes=("float32",),
+            bytes_per_sample=limit,
+            ranks=(16, 32, 64, 128),
+            dtypes=("float32", "int8", "int1"),
             mask=lambda batch: batch.get("mask"),
         )
     print(choice, file=sys.stderr)
     one.fit.close()
     log, query, _ = logged(task, model, folder, choice.watch, **choice.arguments)
     values = log.influence(query, **choice.best.scoring).values
-    label = f"tuned among rank {rank}"
-    yield Scored(
-        label, values, time.perf_counter() - start, log.codec.row_bytes, peak.mb, choice.best.init["projection"]
-    )
+    label, chosen = f"tuned within the bytes of rank {rank}", " ".join(str(choice.best).split())
+    yield Scored(label, values, time.perf_counter() - start, log.codec.row_bytes, peak.mb, chosen)
 
 
 def whole(
@@ -180,6 +196,8 @@ def whole(
             label = " ".join(f"{key} {value}" for key, value in ({"method": "ekfac"} | options).items())
             label = f"whole, {fisher} Fisher, {label.replace('method ', '')}"
             yield Scored(label, values, one.seconds + seconds, 0, peak.mb)
+            if task.flipped is not None and "rank" not in options:
+                yield Scored(f"{label}, on itself", *one.itself(**options), 0, peak.mb)
         if refine and fisher == "true":
             yield from refined(task, one, along(task, seed), peak)
 
@@ -191,14 +209,14 @@ def along(task: Any, seed: int) -> list[State]:
 
 def refined(task: Any, one: Whole, states: list[State], peak: Peak) -> Iterator[Scored]:
     """Refined questions, with a damping that other questions chose; samples are scored at the end, and on the way."""
-    samples, dampings = REFINED[task.name]
+    dampings = REFINED.get(task.name, (10,))
     start = time.perf_counter()
-    questions = [one.refine(samples, damping=damping) for damping in dampings]
+    questions = [one.refine(CURVATURE.get(task.name, 300), damping=damping) for damping in dampings]
     made = one.seconds + (time.perf_counter() - start) / len(dampings)
     for name, where in (("whole, refined", None), (f"whole, refined, at {len(states)} checkpoints", states)):
         if where != []:
             found = [one.score(query, where) for query in questions]
-            values = held_out(task, [values for values, _ in found])
+            values = held_out(task, [values for values, _ in found]) if len(found) > 1 else found[0][0]
             yield Scored(name, values, made + found[0][1], 0, peak.mb)
 
 
@@ -245,6 +263,8 @@ def unlearned(task: Any, model: nn.Module, seed: int) -> Iterator[Scored]:
         found["same label"] = controls.same_label(task.labels[1], task.labels[0])
     if task.texts is not None:
         found["BM25"] = controls.bm25(task.texts[1], task.texts[0])
+    if task.flipped is not None:
+        found["loss"] = task.losses_of(model, "train")
     for name, scores in found.items():
         yield Scored(f"control: {name}", scores, 0, 0)
 
@@ -277,18 +297,18 @@ def peers(task: Any, model: nn.Module, folder: str, names: Sequence[str]) -> Ite
         yield Scored(label, outcome.scores, outcome.seconds, kept, most, outcome.reason)
 
 
-def judge(task: Any, by_method: dict[str, list[Scored]]) -> list[dict[str, Any]]:
+def judged(task: Any, by_method: dict[str, list[Scored]]) -> list[dict[str, Any]]:
     table = []
     reference = [one.scores for one in by_method.get(REFERENCE, [])]
     for name, found in by_method.items():
         scored = [one.scores for one in found if one.scores is not None]
         row: dict[str, Any] = {"method": name, "reason": found[0].reason}
         if len(scored) == len(found):
-            each = [lds(values, task.members, task.losses, resamples=1).per_query for values in scored]
+            each = [judge(task, values).per_query for values in scored]
             low, high = interval(np.mean(each, 0))
             row |= {"lds": float(np.mean(each)), "low": low, "high": high}
             row["models"] = [float(one.mean()) for one in each]
-            if reference:
+            if reference and scored[0].ndim == 2:
                 row["pearson"] = float(np.mean([like(a, b) for a, b in zip(scored, reference, strict=True)]))
                 row["recall"] = float(np.mean([among(a, b) for a, b in zip(scored, reference, strict=True)]))
         for key in ("seconds", "bytes", "peak_mb"):
@@ -297,23 +317,12 @@ def judge(task: Any, by_method: dict[str, list[Scored]]) -> list[dict[str, Any]]
     return table
 
 
-def like(scores: np.ndarray, reference: np.ndarray) -> float:
-    """Mean over queries of the correlation over samples."""
-    return float(np.mean([pearson(a, b) for a, b in zip(scores, reference, strict=True)]))
-
-
-def among(scores: np.ndarray, reference: np.ndarray, k: int = 10, share: float = 0.1) -> float:
-    """Share of the reference's k best that are among the best tenth: what re-ranking those would find again."""
-    n = round(share * scores.shape[1])
-    best, wanted = (np.argsort(-s, axis=1, kind="stable") for s in (scores, reference))
-    return float(np.mean([len(set(a[:n]) & set(b[:k])) / k for a, b in zip(best, wanted, strict=True)]))
-
-
 def show(task: Any, table: list[dict[str, Any]]) -> None:
     print(f"{task.name}: {task.n_train} samples, {task.n_query} queries, {json.dumps(task.about)}")
     print(f"'like': mean correlation with {REFERENCE}; 'top': share of its ten best among the best tenth")
     print(
-        f"{'method':<46}{'LDS':>7}  {'95 % interval':<17}{'like':>6}{'top':>6}{'seconds':>9}{'bytes':>10}{'peak MB':>9}"
+        f"{'method':<46}{measure(task):>7}  {'95 % interval':<17}{'like':>6}{'top':>6}"
+        f"{'seconds':>9}{'bytes':>10}{'peak MB':>9}"
     )
     for row in table:
         if "lds" not in row:
@@ -326,9 +335,12 @@ def show(task: Any, table: list[dict[str, Any]]) -> None:
         )
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
+def markdown(task: Any, rows: list[dict[str, Any]]) -> str:
     """The table for docs/leaderboard.md."""
-    lines = ["| method | LDS | 95 % | like | top | seconds | bytes | peak MB |", "|---|---|---|---|---|---|---|---|"]
+    lines = [
+        f"| method | {measure(task)} | 95 % | like | top | seconds | bytes | peak MB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
     for row in rows:
         if "lds" not in row:
             lines.append(f"| {row['method']} | cannot run: {row['reason'][-80:]} | | | | | | |")
@@ -364,11 +376,11 @@ def main() -> None:
     made.add_argument("--save", action="store_true", help="write the JSON; other methods' rows that it holds stay")
     made.add_argument("--markdown", action="store_true", help="print the saved JSON as a table for the documents")
     a = made.parse_args()
+    task = truth(a.task)
     if a.markdown:
-        print(markdown(json.loads((RESULTS / f"leaderboard_{a.task}.json").read_text())["rows"]))
+        print(markdown(task, json.loads((RESULTS / f"leaderboard_{a.task}.json").read_text())["rows"]))
         return
     torch.set_num_threads(a.threads)
-    task = importlib.import_module(a.task).task()
     by_method: dict[str, list[Scored]] = {}
     makers: list[Callable[[nn.Module, str, int], Iterator[Scored]]] = [
         lambda model, folder, seed: unlearned(task, model, seed),
@@ -392,7 +404,7 @@ def main() -> None:
                 for one in make(model, f"{folder}/run", seed):
                     by_method.setdefault(one.method, []).append(one)
                     print(f"  {one.method}: {one.seconds:.1f} s {one.reason}", file=sys.stderr)
-    table = judge(task, by_method)
+    table = judged(task, by_method)
     show(task, table)
     if a.save:
         file = RESULTS / f"leaderboard_{a.task}.json"

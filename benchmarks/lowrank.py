@@ -7,7 +7,6 @@ all rows took.
 """
 
 import argparse
-import importlib
 import json
 import tempfile
 import time
@@ -15,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import RESULTS, machine
-from leaderboard import Scored, judge, logged, show, whole
+from _common import RESULTS, machine, truth
+from leaderboard import Scored, judged, logged, show, whole
 
 import loghook
 from loghook.log.codec import DTYPES
@@ -29,7 +28,7 @@ LOGS: dict[str, tuple[dict[str, Any], ...]] = {
 
 
 def measure(name: str, dtypes: list[str], options: tuple[dict[str, Any], ...]) -> tuple[Any, list[dict[str, Any]]]:
-    task = importlib.import_module(name).task()
+    task = truth(name)
     model = next(iter(task.models(1)))
     with tempfile.TemporaryDirectory() as folder:
         scored = {one.method: [one] for one in whole(task, model, f"{folder}/whole", False, True)}
@@ -46,7 +45,7 @@ def measure(name: str, dtypes: list[str], options: tuple[dict[str, Any], ...]) -
                     label = f"{' '.join(map(str, arguments.values()))} {dtype}, {method}"
                     values = log.influence(query, method).values
                     scored[label] = [Scored(label, values, took, log.codec.row_bytes, 0.0)]
-    return task, judge(task, scored)
+    return task, judged(task, scored)
 
 
 def main() -> None:

@@ -7,7 +7,6 @@ one and read its figure in the other. Seconds are of the processor, for all quer
 """
 
 import argparse
-import importlib
 import json
 import tempfile
 import time
@@ -15,7 +14,7 @@ import time
 import leaderboard
 import numpy as np
 import torch
-from _common import RESULTS, machine
+from _common import RESULTS, machine, truth
 from _whole import Whole
 
 from loghook.evaluate.lds import lds
@@ -32,7 +31,7 @@ def main() -> None:
     made.add_argument("--save", action="store_true", help="write the JSON, beside what it has of other tasks")
     a = made.parse_args()
     torch.set_num_threads(a.threads)
-    task = importlib.import_module(a.task).task()
+    task = truth(a.task)
     halves = np.array_split(np.random.default_rng(0).permutation(task.n_query), 2)
     found: dict[tuple[float, int], list[np.ndarray]] = {}
     seconds: dict[tuple[float, int], float] = {}

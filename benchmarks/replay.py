@@ -8,21 +8,16 @@ processor time.
 
 import dataclasses
 import json
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from _common import RESULTS, machine, parser
+from _common import RESULTS, machine, parser, truth
+from base import FIRST_SEED
 
 from loghook.evaluate.lds import lds, random_subsets
 from loghook.evaluate.replay import Training, replay
-
-sys.path.append(str(Path(__file__).parent / "truths"))
-import digits_mlp
-from base import FIRST_SEED
 
 KEPT = (0.99, 0.95, 0.8, 0.5)
 
@@ -44,7 +39,8 @@ def main() -> None:
     made.add_argument("--queries", type=int, default=200)
     a = made.parse_args()
     torch.set_num_threads(a.threads)
-    task, real = digits_mlp.task(), digits_mlp.training(FIRST_SEED)
+    task = truth("digits_mlp")
+    real = task.training(FIRST_SEED)
     batch = {key: values[: a.queries] for key, values in task.queries.items()}
     rows = []
     for root in a.roots:

@@ -4,14 +4,14 @@ The mean over questions of the Pearson correlation between their scores, on made
 whitened rows of a trained model (a task of benchmarks/truths/), with the LDS of both where there is a truth.
 """
 
-import importlib
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import torch
-from _common import parser, report
-from leaderboard import TASKS, like, logged
+from _common import parser, report, truth
+from _judge import like
+from leaderboard import TASKS, logged
 from score import write_log
 
 import loghook
@@ -39,7 +39,7 @@ def main() -> None:
         folder = Path(name)
         query = write_log(folder / "random", a.rows, 28, 1024, "int1", 16)
         ratios["random rows, dot"] = both(loghook.load(folder / "random"), query, "dot")
-        task = importlib.import_module(a.task).task()
+        task = truth(a.task)
         (model,) = task.models(1)
         for rank in a.ranks:
             options = {"projection": "whitened", "whitening": 0.01, "rank": rank, "dtype": "int1"}

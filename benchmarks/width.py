@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import io
 import json
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -20,7 +19,6 @@ from _common import RESULTS, llama, machine, summed_loss
 
 import loghook
 
-sys.path.append(str(Path(__file__).parent / "truths"))
 PROJECTIONS: tuple[dict[str, Any], ...] = (
     {"projection": "random"},
     {"projection": "whitened", "whitening": 0.01},
@@ -56,7 +54,7 @@ def measure(hidden: int, tokens: torch.Tensor, a: argparse.Namespace) -> list[di
                     summed_loss(model, batch).backward()
         tuned = loghook.tune(
             fit, lambda: batches, lambda: questions, lambda batch: summed_loss(model, batch),
-            projections=PROJECTIONS, ranks=a.ranks, dtypes=a.dtypes, methods=METHODS,
+            projections=PROJECTIONS, ranks=a.ranks, dtypes=a.dtypes, methods=METHODS, subsets=False,
         )  # fmt: skip
     return [{"hidden": hidden, "fidelity": one.fidelity, "scoring": one.scoring} | one.init for one in tuned.candidates]
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import math
@@ -124,7 +125,7 @@ def test_settings_are_judged_by_queries_that_did_not_choose_them(load: Load) -> 
         scores = np.empty((8, 6))  # right for one half, and wrong for the other
         scores[mine], scores[other] = truth[mine], -truth[other]
         candidates.append(scores)
-    found = load("_whole").held_out(task, candidates)
+    found = load("_judge").held_out(task, candidates)
     np.testing.assert_array_equal(found, -truth)
 
 
@@ -202,7 +203,7 @@ def test_replay_benchmark_answers_both_questions(
     pytest.importorskip("sklearn")
     module = load("replay")
     monkeypatch.setattr(module, "RESULTS", tmp_path)
-    monkeypatch.setattr(module.digits_mlp, "RECIPE", load("digits").Recipe(epochs=1))
+    monkeypatch.setattr(load("digits_mlp"), "RECIPE", load("digits").Recipe(epochs=1))
     arguments = "--threads 1 --roots 1e-3 1e-16 --subsets 6 --queries 3 --save"
     monkeypatch.setattr("sys.argv", ["replay", *arguments.split()])
     module.main()
@@ -234,3 +235,32 @@ def test_scan_benchmarks_state_their_ratios(
     load(script).main()
     result = json.loads((tmp_path / f"{name}.json").read_text())
     assert ratio in result["ratios"] and all(value["median"] > 0 for value in result["ratios"].values())
+
+
+@pytest.mark.parametrize("name", ["facts", "labels"])
+def test_leaderboard_judges_what_is_not_retrained(
+    load: Load, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    board = load("leaderboard")
+    module = load(name)
+    task = module.task()
+    few = {"train": {k: v[:60] for k, v in task.train.items()}, "queries": {k: v[:4] for k, v in task.queries.items()}}
+    if name == "facts":
+        few["relevant"] = [[i, 2 * i + 5] for i in range(4)]
+    else:
+        few |= {"flipped": np.arange(60) % 5 == 0, "labels": tuple(np.asarray(v["y"]) for v in few.values())}
+    few["texts"] = task.texts[0][:60], task.texts[1][:4]
+    small = dataclasses.replace(task, **few)
+    monkeypatch.setattr(board, "truth", lambda name: small)
+    monkeypatch.setattr(type(small), "models", lambda self, count: [module.build()])
+    monkeypatch.setattr(board, "RESULTS", tmp_path)
+    chosen = ["random 16", "whitened 0.01 84 (down_proj)"]
+    monkeypatch.setattr(
+        sys, "argv", ["leaderboard", "--task", name, "--rows", *chosen, "--tune", "--no-refine", "--fast", "--save"]
+    )
+    board.main()
+    rows = {row["method"]: row for row in json.loads((tmp_path / f"leaderboard_{name}.json").read_text())["rows"]}
+    assert ("whitened 0.01 84 (down_proj), dot" in rows) == (name == "facts")
+    assert ("random 16, dot, on itself" in rows) == ("control: loss" in rows) == (name == "labels")
+    assert all(0 <= row["low"] <= row["lds"] <= row["high"] <= 1 for row in rows.values())
+    assert {"facts": "MRR", "labels": "AUC"}[name] in capsys.readouterr().out

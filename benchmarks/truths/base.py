@@ -104,6 +104,12 @@ class Task:
         return self.loss_from_outputs(self.outputs(model, batch), batch)
 
     @torch.no_grad()
+    def losses_of(self, model: nn.Module, which: str) -> np.ndarray:
+        """(N,) or (Q,) float64."""
+        losses = [self.sample_losses(self.outputs(model, batch), batch) for batch in self.batches(which)]
+        return torch.cat(losses).double().numpy()
+
+    @torch.no_grad()
     def representations(self, model: nn.Module, which: str) -> np.ndarray:
         """(N, D) or (Q, D) float32."""
         return torch.cat([self.represent(model, batch) for batch in self.batches(which)]).numpy()
@@ -140,11 +146,9 @@ class Task:
             )
 
 
-@torch.no_grad()
 def query_losses(task: Task, model: nn.Module) -> np.ndarray:
     """(Q,) float64: what the truth measures."""
-    losses = [task.sample_losses(task.outputs(model, batch), batch) for batch in task.batches("query")]
-    return torch.cat(losses).double().numpy()
+    return task.losses_of(model, "query")
 
 
 def everything(task: Task) -> np.ndarray:
