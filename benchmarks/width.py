@@ -74,6 +74,7 @@ def draw(rows: list[dict[str, Any]], file: Path) -> None:
             panel.plot(*zip(*line, strict=True), marker="o", label=f"hidden {hidden}")
         panel.set(title=kind, xlabel="rank", xscale="log", xticks=sorted({r["rank"] for r in rows}))
         panel.get_xaxis().set_major_formatter(matplotlib.ticker.ScalarFormatter())
+        panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("fidelity to whole EK-FAC")
     panels[0][0].legend()
