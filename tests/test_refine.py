@@ -1,6 +1,8 @@
 """Gauss-Newton products, solvers and re-ranking against dense matrices."""
 
+import gc
 import tempfile
+import weakref
 from dataclasses import dataclass
 
 import numpy as np
@@ -243,3 +245,16 @@ def test_reranking_gives_the_order_of_whole_gradients():
         expected = [r for r in exact.top(60)[q] if r.data_id in candidates]
         assert [r.data_id for r in better.top(30)[q]] == [r.data_id for r in expected]
         assert np.allclose([r.score for r in better.top(30)[q]], [r.score for r in expected], rtol=1e-4)
+
+
+def test_a_product_keeps_nothing_of_the_graphs_that_it_went_through():
+    model, (x, y) = make(), data()
+    (fit, query), seen = fitted(model, x, y), []
+
+    def outputs(batch):
+        seen.append(weakref.ref(made := model[:2](batch[0])))  # saved by the operation that made it
+        return model[2:](made)
+
+    fit.refine(query, [(x, y)], outputs, loss_of, iterations=1)
+    gc.collect()
+    assert len(seen) == 1 and seen[0]() is None

@@ -120,7 +120,7 @@ def _with_size(outputs: Outputs, batch: Any) -> tuple[Tensor, int]:
     def count(t: Tensor) -> Tensor:
         nonlocal saved
         saved += t.nbytes
-        return t
+        return t.detach()  # an operation that saves its own output would hold itself, and its graph, for ever
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
         y = outputs(batch)
