@@ -175,3 +175,37 @@ def test_siblings_share_factors_on_the_disk(tmp_path):
     quietly(factors, model)
     found = factors._store.factors()
     assert torch.equal(found["q_proj"][0].basis, found["k_proj"][0].basis)
+
+
+def test_what_cannot_work_is_refused_before_anything_is_computed():
+    model, _, fit, samples, queries = setting()
+
+    def refused(match, loss_of=lambda b: pytest.fail("computed"), walk=samples, **options):
+        with pytest.raises(ConfigError, match=match):
+            loghook.tune(fit, walk, queries, loss_of, **options)
+
+    refused("smallest row to be tried takes", bytes_per_sample=3, ranks=(4,))
+    refused("'int1' takes a whitened projection", projections=[{"projection": "random"}], dtypes=["int1"])
+    refused("widest layer's 13", ranks=(500,))
+    refused("pass a function", walk=list(samples()), ranks=(4,))
+    refused(
+        "must be the same sum",
+        lambda b: loss(model, b),
+        ranks=(4,),
+        outputs=model,
+        output_loss=lambda y, b: y.logsumexp(-1).mean(),
+    )
+
+
+def test_rows_that_cannot_fit_the_budget_are_not_tried():
+    model, _, fit, samples, queries = setting()
+    options = {"projections": [{"projection": "random"}], "dtypes": ("float32", "int8"), "methods": [{"method": "dot"}]}
+    tuned = loghook.tune(fit, samples, queries, lambda b: loss(model, b), ranks=(2, 8), bytes_per_sample=60, **options)
+    assert {(one.init["rank"], one.init["dtype"]) for one in tuned.candidates} == {
+        (2, "float32"),
+        (2, "int8"),
+        (8, "int8"),
+    }
+    assert tuned.best.bytes <= 60 and tuned.reference == "ekfac (whole gradients), damping 0.1"
+    other = loghook.tune(fit, samples, queries, lambda b: loss(model, b), ranks=(2,), damping=0.5, **options)
+    assert other.reference == "ekfac (whole gradients), damping 0.5"

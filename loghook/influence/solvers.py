@@ -90,22 +90,27 @@ class LowRank:
         """Take all rows of the layer (N, w) in float64, and a positive damping."""
         values, vectors = torch.linalg.eigh(rows @ rows.T)
         real = values > values[-1] * 1e-12
-        values, vectors = values[real], vectors[:, real]
-        self._basis = (vectors / values.sqrt()).T @ rows  # (r, w), orthonormal rows
+        values = values[real]
+        # The basis is mix^T rows; questions are few, so that two products with the rows cost less than to form it.
+        self._rows, self._mix = rows, vectors[:, real] / values.sqrt()
         self._inverse = 1 / (values / len(rows) + damping)
         self._damping = damping
 
     def apply(self, rows: Tensor) -> Tensor:
         """Divide by the damped eigenvalues within the span of the log's rows."""
-        basis = self._basis.to(rows.dtype)
-        return rows @ basis.T * self._inverse.to(rows.dtype) @ basis
+        inside = self._coordinates(rows.double()) * self._inverse
+        return (inside @ self._mix.T @ self._rows).to(rows.dtype)
 
     def quadratic(self, rows: Tensor) -> Tensor:
         """The same as an inner product, with the part outside the span divided by the damping."""
         wide = rows.double()
-        inside = (wide @ self._basis.T).square()
+        inside = self._coordinates(wide).square()
         outside = (wide.square().sum(1) - inside.sum(1)).clamp(min=0)
         return ((inside * self._inverse).sum(1) + outside / self._damping).to(rows.dtype)
+
+    def _coordinates(self, rows: Tensor) -> Tensor:
+        """Coordinates in the basis: (n, w) -> (n, r)."""
+        return rows @ self._rows.T @ self._mix
 
 
 class Zero:

@@ -9,14 +9,16 @@ import contextlib
 import glob
 import io
 import itertools
+import math
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from loghook.capture.batch import Ids, Mask
@@ -26,7 +28,7 @@ from loghook.errors import ConfigError
 from loghook.influence.engine import influence
 from loghook.influence.fidelity import pearson
 from loghook.log import maintain
-from loghook.log.format import Layout
+from loghook.log.format import LayerSpec, Layout
 from loghook.log.query import Query
 from loghook.log.reader import Reader
 from loghook.project.projection import FITTED
@@ -144,7 +146,7 @@ def tune(
     ranks: Sequence[int] = (16, 32, 64),
     dtypes: Sequence[str] = ("float32", "int8", "int1"),
     methods: Sequence[dict[str, Any]] = METHODS,
-    damping: float = 0.1,
+    damping: float | None = None,
     mask: Callable[[Any], Mask | None] = lambda batch: None,
 ) -> Tuned:
     """Measure how well small logs reproduce whole-gradient scores, and choose the best within a budget.
@@ -153,7 +155,7 @@ def tune(
 
     Args:
         fit: finished factors of the model, from ``loghook.fit``.
-        samples: called for each walk over a few hundred training samples; yields (ids, batch).
+        samples: called for each walk over a few hundred training samples, ``lambda: ...``; yields (ids, batch).
         queries: the same for some questions.
         loss: batch -> summed loss through the watched model.
         outputs: with ``output_loss``, as in ``Fit.refine``: the reference is then the refined questions, whose
@@ -166,56 +168,106 @@ def tune(
         ranks: ranks to try with each.
         dtypes: dtypes to try with each; "int1" is tried on whitened rows only.
         methods: arguments of ``Log.influence`` to try with each.
-        damping: of the whole EK-FAC that is the reference, if it is.
+        damping: of the reference; by default that of ``Fit.score`` or, for refined questions, of ``Fit.refine``.
         mask: batch -> mask, as ``run(..., mask=)`` takes it.
 
     Returns:
         The measured candidates and the choice: the smallest row whose fidelity is within 0.005 of the best.
 
     Raises:
-        ConfigError: if nothing fits the budget.
+        ConfigError: if nothing fits the budget, or the two losses differ.
     """
-    widest = max(max(layer.in_features + layer.bias, layer.out_features) for layer in fit.specs)
-    inits = [p | {"rank": rank} for p, rank in itertools.product(projections, ranks) if rank <= widest]
-    if not inits:
-        raise ConfigError(f"ranks={list(ranks)} are all above the widest layer's {widest:,}: try smaller ones.")
+    for name, walk in (("samples", samples), ("queries", queries)):
+        if not callable(walk):
+            raise ConfigError(f"{name}= is walked through several times: pass a function, as in {name}=lambda: loader.")
+    limit = math.inf if bytes_per_sample is None else bytes_per_sample
+    plans = list(_plans(fit.specs, projections, ranks, dtypes, limit, subsets))
+    given: dict[str, Any] = {} if damping is None else {"damping": damping}
     if (outputs is None) != (output_loss is None):
         raise ConfigError("the refined reference takes both outputs= and output_loss=: pass the two, or neither.")
+    if outputs is not None and output_loss is not None:
+        _check_losses(samples, loss, outputs, output_loss)
+    print(f"loghook tries {len(plans)} projections and ranks in {', '.join(dtypes)}, scored in {len(methods)} ways")
     asked = _asked([fit], queries, loss)[0]
     if outputs is not None and output_loss is not None:
-        asked = fit.refine(asked, (batch for _, batch in samples()), outputs, output_loss)
-        scoring, reference = fit.score(asked), f"{asked.direction} (whole gradients)"
-    else:
-        scoring, reference = fit.score(asked, damping=damping), f"ekfac (whole gradients), damping {damping:g}"
+        asked = fit.refine(asked, (batch for _, batch in samples()), outputs, output_loss, **given)
+    scoring = fit.score(asked, **given if asked.direction is None else {})
     found: list[Candidate] = []
     with tempfile.TemporaryDirectory(prefix="loghook-tune-") as folder:
-        logs = _small_logs(fit, scoring, inits, Path(folder), samples, queries, loss, mask)
-        wanted = scoring.scores().values
-        for init, path, query in tqdm(logs, "tuning", unit=" logs", delay=2, leave=False, disable=None):
-            for dtype in dtypes:
-                if dtype == "int1" and init["projection"] != "whitened":
-                    continue
+        logs = _small_logs(fit, scoring, [init for init, _ in plans], Path(folder), samples, queries, loss, mask)
+        reference = scoring.scores()
+        wanted = reference.values
+        bar = tqdm(logs, "tuning", unit=" logs", delay=2, leave=False, disable=None)
+        for (init, path, query), (_, fits) in zip(bar, plans, strict=True):
+            for dtype in fits:
                 if dtype != "float32":
                     maintain.compress(path, path.with_name(f"{path.name}-{dtype}"), dtype)
                 log = Reader(path if dtype == "float32" else path.with_name(f"{path.name}-{dtype}"))
                 found += _measured(log, query, init | {"dtype": dtype}, methods, wanted, subsets)
     found.sort(key=lambda one: (one.bytes, -one.fidelity))
-    within = [one for one in found if bytes_per_sample is None or one.bytes <= bytes_per_sample]
-    if not within:
-        raise ConfigError(
-            f"bytes_per_sample={bytes_per_sample} is less than the smallest row that was tried takes "
-            f"({found[0].bytes:,}): allow more, or try lower ranks or fewer bits."
-        )
+    within = [one for one in found if one.bytes <= limit]
     top = max(one.fidelity for one in within)
     return Tuned(
         candidates=tuple(found),
         best=next(one for one in within if one.fidelity >= top - SLACK),
         samples=wanted.shape[1],
         queries=len(asked),
-        reference=reference,
+        reference=reference.method + (f", damping {reference.damping:g}" if reference.damping else ""),
         factors=str(fit.path),
         watched=fit.watched,
     )
+
+
+def _plans(
+    specs: Sequence[LayerSpec],
+    projections: Sequence[dict[str, Any]],
+    ranks: Sequence[int],
+    dtypes: Sequence[str],
+    limit: float,
+    subsets: bool,
+) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """Arguments of ``loghook.init`` and the dtypes in which such rows, or those of some layers, fit the budget."""
+    widest = max(max(spec.in_features + spec.bias, spec.out_features) for spec in specs)
+    groups = _groups([spec.name for spec in specs]).values() if subsets else [[spec.name for spec in specs]]
+    smallest: float = math.inf
+    for projection, rank in itertools.product(projections, ranks):
+        if rank > widest:
+            continue
+        most = math.inf if projection["projection"] == "none" else rank
+        small = [replace(s, k_in=int(min(most, s.k_in)), k_out=int(min(most, s.k_out))) for s in specs]
+        fits = []
+        for dtype in dtypes:
+            if dtype == "int1" and projection["projection"] != "whitened":
+                continue
+            least = min(Layout(s for s in small if s.name in names).codec(dtype).row_bytes for names in groups)
+            smallest = min(smallest, least)
+            fits += [dtype] * (least <= limit)
+        if fits:
+            yield projection | {"rank": rank}, fits
+    if smallest is math.inf:
+        raise ConfigError(
+            f"nothing to try: ranks={list(ranks)} must not be above the widest layer's {widest:,}, and 'int1' takes a "
+            f"whitened projection (dtypes={list(dtypes)}, projections={[p['projection'] for p in projections]})."
+        )
+    if smallest > limit:
+        raise ConfigError(
+            f"bytes_per_sample={limit:,} is less than the smallest row to be tried takes ({smallest:,}): allow more, "
+            "or try lower ranks or fewer bits."
+        )
+
+
+def _check_losses(
+    samples: Batches, loss: Callable[[Any], Any], outputs: Outputs, output_loss: OutputLoss, tolerance: float = 1e-3
+) -> None:
+    """Refined questions and rows must speak of one loss."""
+    _, batch = next(iter(samples()))
+    with torch.no_grad():
+        one, other = float(loss(batch)), float(output_loss(outputs(batch), batch))
+    if abs(one - other) > tolerance * abs(one):
+        raise ConfigError(
+            f"loss(batch) is {one:.6g} and output_loss(outputs(batch), batch) is {other:.6g}: both must be the same "
+            "sum over the batch, of the model in eval mode."
+        )
 
 
 def _asked(all_hooked: Sequence[Fit | Run], queries: Batches, loss: Callable[[Any], Any]) -> list[Query]:
