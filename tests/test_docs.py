@@ -62,9 +62,9 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     capsys.readouterr()
     exec(tune, names)
     assert "<-- chosen" in capsys.readouterr().out
-    names["run"].watch(model)
+    names["batches_of"] = lambda ids: [(batch["id"], batch) for batch in loader]
     exec(whole, names)
-    assert names["scores"].values.shape == (1, 12)
+    assert names["scores"].values.shape == (1, 12) and names["best"].top(1)[0][0].data_id in range(12)
     commands = [line.split("#")[0] for block in blocks(README, "sh") for line in block.splitlines()]
     commands = [shlex.split(c) for c in commands if c.startswith("loghook ") and not c.startswith("loghook demo")]
     assert [command[1] for command in commands] == ["info", "verify", "score"]
@@ -192,7 +192,7 @@ def checkpoints_of_a_training(folder: Path) -> tuple[dict, list[tuple[Path, floa
 def test_methods_of_the_methods_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names, files = checkpoints_of_a_training(tmp_path)
-    tracin, trackstar, less = (
+    tracin, trackstar, less, source = (
         code.replace("rank=64", "rank=2") for code in blocks((ROOT / "docs" / "methods.md").read_text(), "python")
     )
     exec(tracin, names | {"checkpoints": files}, names)
@@ -205,6 +205,11 @@ def test_methods_of_the_methods_page(tmp_path: Path, monkeypatch: pytest.MonkeyP
     expected = 0.1 * names["parts"][0].values + 0.02 * names["parts"][1].values
     torch.testing.assert_close(torch.from_numpy(names["less"].values), torch.from_numpy(expected))
     assert names["less"].method == "ensemble of 2: cosine (adam)"
+    names |= {"groups": [[file] for file, _ in files], "times": (0.1, 0.02)}
+    names |= {"load": lambda model, file: model.load_state_dict(torch.load(file))}
+    names |= {"loss_with_labels_of": lambda current, model, batch: names["summed_loss"](model, batch)}
+    exec(source, names)
+    assert names["source"].values.shape == (1, 3) and names["source"].method.startswith("ensemble of 2: source")
 
 
 def test_replay_of_the_evaluate_page() -> None:
@@ -215,3 +220,8 @@ def test_replay_of_the_evaluate_page() -> None:
     exec(blocks((ROOT / "docs" / "evaluate.md").read_text(), "python")[0], names)
     assert names["scores"].values.shape == (2, 6) and names["scores"].data_ids == list(range(6))
     assert names["training"].run({1: 0.0})["weight"].shape == (3, 5)
+
+
+def test_no_page_has_a_gap() -> None:
+    for page in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]:
+        assert not re.findall(r"\b[A-Z]+_NUMBERS\b|\bTODO\b|\bXXX\b", page.read_text()), page.name
