@@ -68,7 +68,7 @@ def init(
 
     Raises:
         ConfigError: an argument that cannot work.
-        LogExistsError: a run is there already and neither ``resume`` nor ``overwrite`` was given.
+        LogExistsError: a run is there already and neither ``resume`` nor ``overwrite`` was given, or there are factors.
     """
     config = Config(
         path=Path(path), rank=rank, projection=projection, whitening=whitening,
@@ -96,7 +96,7 @@ def fit(path: str | Path, *, fisher: str = "empirical", resume: bool = False, ov
         overwrite: fit anew.
 
     Raises:
-        LogExistsError: factors are there already and neither ``resume`` nor ``overwrite`` was given.
+        LogExistsError: factors are there already and neither ``resume`` nor ``overwrite`` was given, or there is a log.
     """
     return Fit(Path(path), fisher=fisher, resume=resume, overwrite=overwrite)
 
@@ -105,7 +105,7 @@ def load(path: str | Path) -> "Log":
     """Open a log for reading and scoring; needs no model.
 
     Raises:
-        FileNotFoundError: if ``path`` holds no run.
+        FileNotFoundError: if ``path`` holds no run; says what else it holds.
         VersionError: if a later format wrote it.
         CorruptLogError: if it does not match its own records.
     """
@@ -152,7 +152,12 @@ class Log(Reader):
         Raises:
             MismatchError: if the query was made with other layers or another projection.
             ConfigError: an argument that cannot work.
+
+        Warns:
+            UnfinishedWarning: once for an open log, if its run is not finished, so that rows may be missing.
+            CheckpointWarning: if the query was made with other parameter values than the log ended with.
         """
+        engine.check_match(self, query)
         mine = self.manifest.parameters.get("last") or self.manifest.parameters.get("first")
         if mine and query.parameters and mine != query.parameters:
             warnings.warn(

@@ -2,6 +2,7 @@
 
 import json
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import wraps
@@ -41,13 +42,20 @@ def _processes() -> Iterator[bool]:
         torch.distributed.destroy_process_group()
 
 
+def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
+    if int(os.environ.get("RANK", 0)) == 0:
+        typer.secho(f"warning: {message}", fg="yellow", err=True)
+
+
 def _command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a command that shows what loghook raises on purpose as one line, without a traceback."""
+    """Make a command that shows warnings, and what loghook raises on purpose, as one line without source code."""
 
     @wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         try:
-            return function(*args, **kwargs)
+            with warnings.catch_warnings():
+                warnings.showwarning = _show_warning
+                return function(*args, **kwargs)
         except (LoghookError, FileNotFoundError) as error:
             typer.secho(f"error: {error}", fg="red", err=True)
             raise typer.Exit(1) from error
@@ -63,7 +71,7 @@ def info(
     log = loghook.load(run)
     m = log.manifest
     facts = {
-        "path": str(log.path), "rows": len(log), "finished": m.sealed is not None,
+        "path": str(log.path), "rows": len(log), "finished": log.finished,
         "bytes": sum(file.stat().st_size for file in log.path.iterdir() if file.is_file()),
         "values_a_row": log.layout.width, "layers": log.layers,
         "covered": m.coverage["covered"] / max(1, m.coverage["total"]), "not_covered": m.coverage["not_covered"],

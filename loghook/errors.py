@@ -41,7 +41,7 @@ class NotFiniteError(LoghookError, ValueError):
 
 
 class LogExistsError(LoghookError, FileExistsError):
-    """A run that is there already, opened without ``resume`` or ``overwrite``."""
+    """A run that is there already, opened without ``resume`` or ``overwrite``; or a folder of another kind."""
 
 
 class LogLockedError(LoghookError):
@@ -66,6 +66,10 @@ class MismatchError(LoghookError, ValueError):
 
 class CheckpointWarning(UserWarning):
     """A query, or a pass taken up again, with other parameter values than the rows that it goes with."""
+
+
+class UnfinishedWarning(UserWarning):
+    """Scores of a log whose run is not finished, or was killed: only the rows so far take part."""
 
 
 class RetrainingError(LoghookError, RuntimeError):

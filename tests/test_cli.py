@@ -1,12 +1,16 @@
 """The command line, as a person calls it."""
 
 import json
+import shutil
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import loghook
 from loghook.cli import app
+from loghook.log import maintain
+from tests.test_fitted import data, loss_fn, make, quietly
 from tests.test_influence import make_log
 
 
@@ -77,3 +81,41 @@ def test_errors_are_one_line_without_a_traceback(logged, tmp_path):
     assert "holds no loghook.json" in call("info", tmp_path, status=1)
     shown = call("score", log.path, file, "--method", "magic", status=1)
     assert "magic" in shown and "Traceback" not in shown
+
+
+def test_a_log_that_is_not_finished_is_scored_with_one_plain_warning(logged, tmp_path):
+    log, _, file = logged
+    shutil.copytree(log.path, tmp_path / "open")
+    maintain.reopen(tmp_path / "open")
+    assert "not finished" in call("info", tmp_path / "open")
+    shown = call("score", tmp_path / "open", file, "--method", "dot", "--top", 1)
+    assert shown.count("warning: ") == 1 and shown.startswith(
+        f"warning: {tmp_path / 'open'} is not finished: only the 40"
+    )
+    assert ".py" not in shown and len(shown.splitlines()) == 1 + 3 * 2
+    assert call("score", log.path, file, "--method", "dot", "--top", 1) == shown.partition("\n")[2]
+
+
+def test_a_query_of_another_log_is_an_error_alone(logged, tmp_path):
+    log, *_ = logged
+    _, query, _ = make_log(tmp_path / "other", rank=3)
+    query.parameters = "of another checkpoint"
+    query.save(tmp_path / "q.safetensors")
+    shown = call("score", log.path, tmp_path / "q.safetensors", status=1)
+    assert shown.startswith("error: the query was made with another rank") and "warning" not in shown.lower()
+
+
+def test_a_run_killed_while_its_projection_was_fitted_may_be_started_again(tmp_path):
+    model, x = make(), data()
+    run = loghook.init(tmp_path / "run", rank=4, projection="whitened")
+    quietly(run, model)
+    for _ in run.passes():
+        with run(data_id=torch.arange(16)):
+            loss_fn(model, x[:16]).backward()
+        break
+    run.close()
+    shown = call("info", tmp_path / "run", status=1)
+    assert "holds no loghook.json" in shown and "start its script again with resume=True" in shown
+    assert "start its script" not in call("info", tmp_path / "no such folder", status=1)
+    (tmp_path / "notes.txt").write_text("mine")
+    assert "start its script" not in call("info", tmp_path, status=1)

@@ -42,6 +42,7 @@ from loghook.errors import (
     MismatchError,
     NotFiniteError,
     StateError,
+    UnfinishedWarning,
     UnsupportedError,
     VersionError,
     WriteError,
@@ -285,6 +286,14 @@ def test_pattern_that_matches_nothing_is_refused(path: Path, model: Net, name: s
     assert_goes_on(run, model)
 
 
+def test_layers_in_a_message_are_those_that_are_watched_first_and_few(path: Path) -> None:
+    blocks = [nn.ModuleDict({"attn": nn.Linear(2, 2), "norm": nn.LayerNorm(2)}) for _ in range(40)]
+    deep = nn.ModuleDict({"wte": nn.Embedding(3, 2), "h": nn.ModuleList(blocks), "head": nn.Linear(2, 3)})
+    with pytest.raises(ConfigError) as error:
+        watched(path, deep, watch={"include": "*o_proj"})
+    assert str(error.value).endswith("whole names: h.*.attn, head, wte.")
+
+
 def test_include_and_exclude_that_leave_nothing_are_refused(path: Path, model: Net) -> None:
     run = loghook.init(path, projection="none")
     with pytest.raises(ConfigError) as error:
@@ -308,7 +317,8 @@ def test_number_of_ids_that_differs_from_the_batch_is_refused(run: loghook.Run, 
     log(run, model, [0])
     with pytest.raises(BatchError) as error:
         log(run, model, ids, x=samples([1, 2]))
-    says(error, "'first'", (2, TOKENS, WIDTH), f"{len(ids)} ids", "Pass one id for each sample")
+    assert str(error.value).startswith(f"2 samples, {len(ids)} ids: ")
+    says(error, "'first'", (2, TOKENS, WIDTH), "Pass one id for each sample")
     assert_goes_on(run, model, before=[0])
 
 
@@ -844,14 +854,56 @@ def test_resume_with_other_arguments_is_refused(path: Path, model: Net, change: 
     arguments: dict[str, Any] = {"projection": "random", "rank": 4}
     with watched(path, model, **arguments) as run:
         log(run, model, [1, 2])
-    with pytest.raises(MismatchError) as error, watched(path, model, resume=True, **(arguments | change)) as run:
-        log(run, model, [3, 4])
+    with loghook.init(path, resume=True, **(arguments | change)) as run, pytest.raises(MismatchError) as error:
+        run.watch(model)
+    assert not model.first._forward_hooks
     (name, value) = next(iter(change.items()))
     says(error, "cannot resume", name, repr(value), "first run")
     with watched(path, model, resume=True, **arguments) as run:
         log(run, model, [3, 4])
         run.finalize()
     assert loghook.load(path).data_ids == [1, 2, 3, 4] and loghook.load(path).verify() == []
+
+
+def test_a_log_and_factors_do_not_share_a_folder(tmp_path: Path, path: Path, finished: loghook.Query) -> None:
+    files, model = set(path.iterdir()), Net()
+    for choice in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(LogExistsError) as error:
+            loghook.fit(path, **choice)
+        says(error, path, "holds a log", "another path")
+    assert set(path.iterdir()) == files
+    fit = loghook.fit(tmp_path / "factors")
+    fit.watch(model)
+    for _ in fit.passes():
+        log(fit, model, [1, 2])
+    opens = f"loghook.fit({str(fit.path)!r}, resume=True) opens"
+    for choice in ({}, {"resume": True}, {"overwrite": True}):
+        with pytest.raises(LogExistsError) as error:
+            loghook.init(fit.path, **choice)
+        says(error, "holds factors", opens, "another path")
+    with pytest.raises(FileNotFoundError) as missing:
+        loghook.load(fit.path)
+    says(missing, "holds factors", opens, "no log")
+    assert "finished" in repr(loghook.fit(fit.path, resume=True))
+
+
+def test_a_file_of_another_kind_is_named(tmp_path: Path, path: Path, finished: loghook.Query) -> None:
+    query, scores = tmp_path / "q.safetensors", tmp_path / "s.safetensors"
+    finished.save(query)
+    loghook.load(path).influence(finished, "dot").save(scores)
+    shard = path / "rows-00000-00000.safetensors"
+    for load, file, words in (
+        (loghook.Scores.load, query, "a saved query: open it with loghook.Query.load"),
+        (loghook.Query.load, scores, "saved scores: open them with loghook.Scores.load"),
+        (loghook.Query.load, shard, "a part of a log: open its folder with loghook.load"),
+    ):
+        with pytest.raises(ConfigError) as error:
+            load(file)
+        says(error, file, words)
+    for data in (b"nonsense", query.read_bytes()[:-1]):  # cut short: damaged, whatever it was
+        query.write_bytes(data)
+        with pytest.raises(CorruptLogError, match="no query file"):
+            loghook.Query.load(query)
 
 
 def test_load_of_a_folder_without_a_run_says_so(tmp_path: Path) -> None:
@@ -921,6 +973,64 @@ def test_question_used_before_its_block_ended_is_refused(path: Path, finished: l
             says(error, "block has not ended", "after the `with`")
         loss_of(model, samples(["q"])).backward()
     assert opened.influence(query, "dot").values.shape == (1, 6)
+
+
+def test_question_without_its_with_is_refused(tmp_path: Path, path: Path, finished: loghook.Query, model: Net) -> None:
+    opened, fit = loghook.load(path), loghook.fit(tmp_path / "factors")
+    fit.watch(model)
+    asked, scores = opened.attach(model).query(data_id=["q0", "q1"]), opened.influence(finished, "dot")
+    uses: list[Callable[[], Any]] = [
+        lambda: opened.influence(asked),
+        lambda: fit.score(asked),
+        lambda: fit.refine(asked, [], None, None),
+        lambda: fit.unroll(asked, 1.0),
+        lambda: fit.rerank(scores, asked, None, None),
+    ]
+    for use in uses:
+        with pytest.raises(ConfigError) as error:
+            use()
+        says(error, "is no query", "with run.query(data_id=...) as query:", "after the block")
+
+
+def test_what_is_there_is_shown(tmp_path: Path, path: Path, run: loghook.Run, model: Net) -> None:
+    log(run, model, [1, 2])
+    run.close()
+    assert (
+        repr(loghook.load(path))
+        == f"Log({str(path)!r}, not finished: 2 rows so far, 2 layers, float32, whole gradients)"
+    )
+    question = make_finished(tmp_path / "whole", model)
+    opened = loghook.load(tmp_path / "whole")
+    assert opened.finished and "6 rows, finished, 2 layers" in repr(opened)
+    assert repr(question) == "Query(2 questions, 53 values in 2 layers)"
+    assert repr(question.with_rows(question.matrix, "cg, 2 iterations")).endswith("2 layers, cg, 2 iterations)")
+    with opened.attach(model).query(data_id=[1]) as question:
+        assert "no rows" in repr(question)
+        loss_of(model, samples([1])).backward()
+    fit = loghook.fit(tmp_path / "factors")
+    assert repr(fit) == f"Fit({str(fit.path)!r}, 0 layers, fisher='empirical', passes done: none)"
+    fit.watch(model)
+    for current in fit.passes():
+        assert "finished" not in repr(fit) and ("passes done: covariance" in repr(fit)) == (
+            current.kind != "covariance"
+        )
+        log(fit, model, [1, 2])
+    assert repr(fit) == f"Fit({str(fit.path)!r}, 2 layers, fisher='empirical', finished)"
+
+
+def test_scoring_a_log_that_is_not_finished_warns_once_where_it_is_called(
+    path: Path, run: loghook.Run, model: Net
+) -> None:
+    log(run, model, [1, 2])
+    question = ask(run, model)
+    run.close()
+    for use in (lambda log: log.influence(question, "dot"), lambda log: log.self_influence("dot")):
+        opened = loghook.load(path)
+        assert not opened.finished
+        with pytest.warns(UnfinishedWarning) as caught:
+            use(opened), use(opened)
+        assert len(caught) == 1 and caught[0].filename == __file__
+        assert all(word in str(caught[0].message) for word in (str(path), "2 rows so far", "finalize", "resume=True"))
 
 
 def test_blocks_do_not_nest_and_the_outer_one_goes_on(run: loghook.Run, model: Net) -> None:
@@ -1588,6 +1698,16 @@ def test_lock_of_another_process_is_respected_and_dies_with_it(path: Path, run: 
 
 
 # Arguments of scoring
+
+
+def test_unknown_layer_of_many_is_refused_with_a_short_list(tmp_path: Path) -> None:
+    deep = nn.Sequential(*(nn.Linear(WIDTH, WIDTH) for _ in range(40)))
+    query = make_finished(tmp_path / "deep", deep)
+    for ask_for in (["foo"], []):
+        with pytest.raises(ConfigError) as error:
+            loghook.load(tmp_path / "deep").influence(query, "dot", layers=ask_for)
+        says(error, "*")
+        assert len(str(error.value)) < 120
 
 
 @pytest.mark.parametrize("name", ["damping", "damping_abs"])

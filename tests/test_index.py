@@ -114,6 +114,9 @@ def test_saved_and_loaded(tmp_path, logged):
     with pytest.raises(MismatchError, match="build it again"):
         loghook.load(tmp_path / "other").load_index(file)
     query.save(file)
+    with pytest.raises(ConfigError, match="saved query: open it with"):
+        log.load_index(file)
+    file.write_bytes(b"nonsense")
     with pytest.raises(CorruptLogError, match="no index file"):
         log.load_index(file)
     maintain.reopen(tmp_path / "other")

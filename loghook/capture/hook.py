@@ -45,10 +45,9 @@ def make_hook(layer: Layer) -> Callable[..., Tensor | None]:
             x = x.movedim(layer.spec.batch_dim, 0)
         if slots.documents is None and not isinstance(module, ExpertProjection) and len(x) != slots.size:
             raise BatchError(
-                f"layer {layer.name!r} got an input of shape {tuple(x.shape)} (batch first) in a block of "
-                f"{slots.size} ids: its first axis must be the batch, one entry for each data_id. Pass one id "
-                "for each sample; or watch(..., batch_dim=1) for sequence-first models; or name the layer in "
-                "watch(..., flattened=...) if batch and tokens share that axis; or exclude the layer."
+                f"{len(x)} samples, {slots.size} ids: layer {layer.name!r} got an input of shape {tuple(x.shape)}, and "
+                "its first axis must be the batch. Pass one id for each sample. If that axis is another: batch_dim=1 "
+                "is for sequence-first models, flattened= for batch and tokens on one axis; or exclude the layer."
             )
         projected = _project(layer, slots, module, x)
         if isinstance(module, ExpertProjection):

@@ -24,6 +24,7 @@ from loghook.capture.whole import Covariance
 from loghook.errors import BatchError, CheckpointWarning, LoghookError, MismatchError, StateError
 from loghook.log.disk import writing
 from loghook.log.fitted import Sides, load_sides, save_sides
+from loghook.log.folder import ARGUMENTS, check_same
 from loghook.log.format import MANIFEST, Manifest
 from loghook.log.writer import Writer
 from loghook.project.projection import FITTED
@@ -88,6 +89,7 @@ class Run(Blocks, Hooked):
             ConfigError: a pattern that matches nothing, a rank above every layer's width, or no such optimizer.
             UnsupportedError: a wrapper or layer for which rows cannot be exact.
             StateError: after ``finalize`` or the first block, or for a model watched before.
+            MismatchError: if a resumed run was begun with other arguments of ``init``.
         """
         self._require_outside()
         if not self._was_sealed or self._closed:
@@ -97,8 +99,10 @@ class Run(Blocks, Hooked):
         arguments = Watch(include, exclude, may_sleep, flattened, bias, batch_dim, activations, output_gradients)
         if isinstance(model, nn.Module) and self._watches(model):
             raise StateError("this model is watched by this run already: one watch() call takes several patterns.")
-        coverage = self._hook(model, arguments, optimizer, self._gradient, check_rank=True)
         manifest = self._session.manifest
+        if manifest is not None:
+            check_same(manifest, self._config, ARGUMENTS)
+        coverage = self._hook(model, arguments, optimizer, self._gradient, check_rank=True)
         if manifest is not None and manifest.fitted is not None:
             self._project_with(load_sides(self.path, manifest.fitted), manifest.fitted)
         for key in ("covered", "total", "not_covered"):

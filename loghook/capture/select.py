@@ -13,7 +13,7 @@ from loghook.capture.experts import ExpertProjection, projections
 from loghook.capture.layers import Layer
 from loghook.capture.models import named_modules
 from loghook.errors import ConfigError
-from loghook.log.format import LayerSpec
+from loghook.log.format import LayerSpec, listed
 from loghook.project.projection import Side, draw_side, shared_input_name
 
 FUSED_EXPERTS = "fused experts are watched only where a pattern such as '*experts*' names them"
@@ -84,8 +84,9 @@ def select(
                 "@loghook.adapter, or take the pattern out."
             )
         if not found_by:
-            sample = ", ".join([name for name, m in modules.items() if find_adapter(m)][:6])
-            raise ConfigError(f"pattern {pattern!r} matches no module: fnmatch patterns are of whole names: {sample}.")
+            known = [(name, found) for name, m in modules.items() if (found := find_adapter(m))]
+            likely = listed(name for name, found in sorted(known, key=lambda item: not item[1].default))
+            raise ConfigError(f"pattern {pattern!r} matches no module: fnmatch patterns are of whole names: {likely}.")
     chosen: dict[str, tuple[nn.Module, Adapter]] = {}
     reasons: dict[str, str] = {}
     for name, module in modules.items():

@@ -1,6 +1,7 @@
 """The scan: preconditioned queries against every row of the log, in blocks, with flat memory."""
 
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -8,15 +9,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loghook.errors import ConfigError, MismatchError
+from loghook.errors import ConfigError, MismatchError, UnfinishedWarning
 from loghook.influence.precondition import Curvature, progress, solvers, working_dtype
 from loghook.influence.products import products
 from loghook.influence.scores import Scores
 from loghook.influence.share import combine, gather, share
 from loghook.influence.solvers import Solver
-from loghook.log.format import LayerSpec, checksum
+from loghook.log.format import LayerSpec, checksum, listed
 from loghook.log.kept import kept_name, load_kept, save_kept
-from loghook.log.query import Query
+from loghook.log.query import Query, require_query
 from loghook.log.reader import Reader
 
 NORMALIZE = (None, "unit", "relatif")
@@ -75,6 +76,7 @@ def influence(
     normalize = normalize or ("unit" if method == "cosine" else None)
     curvature = Curvature(method=method, damping=damping, damping_abs=damping_abs)
     chosen = choose_layers(reader, layers)
+    _warn_unfinished(reader)
     prepared = prepare(reader, query, curvature, chosen, normalize, query_dtype)
     scan = scan or (_scan_top if top is not None else _scan_all)
     values, places, by_layer = scan(reader, prepared, chosen, top or 0, per_layer)
@@ -121,7 +123,21 @@ def _fidelity(
 
 def self_influence(reader: Reader, curvature: Curvature, layers: Sequence[str] | None) -> np.ndarray:
     """Return <H^-1 G, G> for each row of a log, summed over layers: (rows,) float32; kept with the log."""
+    _warn_unfinished(reader)
     return _row_quadratics(reader, curvature, choose_layers(reader, layers)).to(torch.float32).numpy()
+
+
+def _warn_unfinished(reader: Reader) -> None:
+    """Warn once for each open log; the line that is shown is that of the caller's caller."""
+    if reader.finished or reader.warned:
+        return
+    reader.warned = True
+    warnings.warn(
+        f"{reader.path} is not finished: only the {len(reader):,} rows so far are scored. To have all, let its run "
+        "come to finalize(), with resume=True if it was interrupted, and load it again.",
+        UnfinishedWarning,
+        stacklevel=4,
+    )
 
 
 def choose_layers(reader: Reader, layers: Sequence[str] | None) -> list[LayerSpec]:
@@ -131,14 +147,17 @@ def choose_layers(reader: Reader, layers: Sequence[str] | None) -> list[LayerSpe
     wanted = [layers] if isinstance(layers, str) else list(layers)
     unknown = [name for name in wanted if name not in reader.layers]
     if not wanted:
-        raise ConfigError(f"layers=[] leaves nothing to score: name some of {', '.join(reader.layers)}, or pass None.")
+        raise ConfigError(f"layers=[] leaves nothing to score: name some of {listed(reader.layers)}, or pass None.")
     if unknown:
-        raise ConfigError(f"layers={wanted}: {unknown[0]!r} is not in the log, which has {', '.join(reader.layers)}.")
+        raise ConfigError(
+            f"layers={wanted}: {unknown[0]!r} is not in the log, which has {listed(reader.layers)}: see log.layers."
+        )
     return [spec for spec in reader.layout.layers if spec.name in wanted]
 
 
 def check_match(reader: Reader, query: Query) -> None:
     """Raise unless query and log share layers and projection."""
+    require_query(query)
     if query.fingerprint == reader.fingerprint:
         return
     mine, theirs = set(reader.layers), set(query.layers)

@@ -10,13 +10,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from loghook.errors import ConfigError, CorruptLogError, MismatchError, StateError
+from loghook.errors import ConfigError, MismatchError, StateError
 from loghook.influence.engine import Prepared, influence
 from loghook.influence.fidelity import TOP, as_questions, compared_methods
 from loghook.influence.precondition import progress
 from loghook.influence.scores import Scores
 from loghook.influence.share import combine, share
 from loghook.log.disk import write_atomically
+from loghook.log.kinds import not_a
 from loghook.log.query import Query
 from loghook.log.reader import Reader
 
@@ -162,7 +163,7 @@ def load(reader: Reader, path: str | Path) -> Index:
             seal, factory = header["seal"], header["factory"]
             basis, rows = (file.get_tensor(name) for name in ("basis", "rows"))
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise CorruptLogError(f"{path} is no index file ({error}): build and save it again.") from error
+        raise not_a("index", path, error) from error
     if seal != reader.seal:
         raise MismatchError(
             f"{path} is an index of other rows than those of {reader.path}: build it again, log.index()."

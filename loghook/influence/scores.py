@@ -12,8 +12,9 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from loghook.errors import ConfigError, CorruptLogError, MismatchError
+from loghook.errors import ConfigError, MismatchError
 from loghook.log.disk import write_atomically
+from loghook.log.kinds import not_a
 
 if TYPE_CHECKING:
     import pandas
@@ -197,7 +198,8 @@ class Scores:
         """Read what ``save`` wrote.
 
         Raises:
-            CorruptLogError: if the file is something else.
+            ConfigError: if the file is of another kind, such as a query.
+            CorruptLogError: if it is none of ours, or damaged.
         """
         try:
             with safetensors.safe_open(path, framework="np") as file:
@@ -207,7 +209,7 @@ class Scores:
             if set(header) != set(_HEADER):
                 raise ValueError(f"its header has {sorted(header)}")
         except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise CorruptLogError(f"{path} is no scores file ({error}): save it again.") from error
+            raise not_a("scores", path, error) from error
         tuples = {key: tuple(header[key]) for key in ("layers", "weights") if header[key] is not None}
         return Scores(**(header | tuples), **tensors)  # type: ignore[arg-type]
 

@@ -17,8 +17,10 @@ from loghook.log.disk import lock, sync_folder, write_all, writing
 from loghook.log.fitted import PROJECTION
 from loghook.log.format import MANIFEST, SHARD_HEADER, Manifest, shard_header, shard_name
 from loghook.log.kept import KEPT
+from loghook.log.kinds import holds_factors
 from loghook.log.records import REMEDY, Commits, all_commits, read_commits
 
+ARGUMENTS = ("projection", "rank", "seed", "dtype", "gradient")  # of ``init``, which make rows what they are
 SEAL_TIMEOUT = 600.0  # seconds that rank 0 waits for the others
 
 
@@ -28,6 +30,8 @@ def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
         raise ConfigError("resume=True and overwrite=True exclude each other: keep one.")
     if path.exists() and not path.is_dir():
         raise LogExistsError(f"{path} is a file: choose another path for the run.")
+    if factors := holds_factors(path):
+        raise LogExistsError(f"{factors}: choose another path for the run.")
     old = [] if not path.exists() else [p for p in path.iterdir() if p.name == MANIFEST or _is_ours(p)]
     if old and not resume and not overwrite:
         raise LogExistsError(f"{path} holds a run already: pass resume=True, overwrite=True or another path.")
@@ -48,9 +52,9 @@ def _is_ours(file: Path) -> bool:
     return any(file.match(kind) for kind in kinds)
 
 
-def check_same(old: Manifest, new: Manifest) -> None:
-    """Raise unless a resumed run has the arguments and layers of the first one."""
-    for name in ("projection", "rank", "seed", "dtype", "id_type", "layers", "fitted", "gradient"):
+def check_same(old: Manifest, new: Any, names: Sequence[str] = (*ARGUMENTS, "id_type", "layers", "fitted")) -> None:
+    """Raise unless a resumed run has the arguments and layers of the first one, or such of them as ``new`` has."""
+    for name in names:
         was, now = getattr(old, name), getattr(new, name)
         if was != now:
             shown = "other layers or widths than in the log" if name == "layers" else f"{was!r} there and {now!r} now"

@@ -14,6 +14,7 @@ import xxhash
 from loghook.errors import CorruptLogError, VersionError
 from loghook.log.codec import DTYPES, Codec, make_codec
 from loghook.log.disk import write_atomically
+from loghook.log.kinds import no_log
 from loghook.project.update import GRADIENTS
 
 VERSION = 1
@@ -78,6 +79,14 @@ class LayerSpec:
     def width(self) -> int:
         """Values of this layer's gradient in a row."""
         return self.k_in * self.k_out
+
+
+def listed(names: Iterable[str], most: int = 8) -> str:
+    """Join layers' names for a message: where they are many, alike ones as one pattern."""
+    names = list(names)
+    if len(names) > most:
+        names = list(dict.fromkeys(re.sub(r"\d+", "*", name) for name in names))
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
 class Layout:
@@ -189,7 +198,7 @@ class Manifest:
         if not file.exists():
             if any(path.glob("rows-*.safetensors")):
                 raise CorruptLogError(f"{file} is missing, though there are rows: restore it from a copy.")
-            raise FileNotFoundError(f"{path} holds no {MANIFEST}, so it is no loghook run: check the path.")
+            raise FileNotFoundError(no_log(path))
         try:
             data = file.read_bytes()
             body = parse_object(data)

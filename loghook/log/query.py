@@ -11,9 +11,10 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from loghook.errors import ConfigError, CorruptLogError, MismatchError, StateError
+from loghook.errors import ConfigError, MismatchError, StateError
 from loghook.log.disk import write_atomically
-from loghook.log.format import LayerSpec, Layout, fingerprint
+from loghook.log.format import LayerSpec, Layout, fingerprint, listed
+from loghook.log.kinds import not_a
 
 
 class Query:
@@ -89,6 +90,13 @@ class Query:
         """Number of questions."""
         return len(self.data_ids)
 
+    def __repr__(self) -> str:
+        """Say how many questions there are, and what their rows are."""
+        if self._rows is None:
+            return f"Query({len(self)} questions, no rows: its block has not ended, or raised)"
+        refined = f", {self.direction}" if self.direction else ""
+        return f"Query({len(self)} questions, {self._rows.shape[1]:,} values in {len(self._specs)} layers{refined})"
+
     def rows(self, layer: str, kind: str = "gradients") -> np.ndarray:
         """Rows of one layer: (Q, k_out, k_in) gradients, or (Q, features) of another kind; see ``Log.rows``."""
         spec, columns = find_columns(self.layout, layer, kind)
@@ -150,7 +158,8 @@ class Query:
         """Read a query that ``save`` wrote.
 
         Raises:
-            CorruptLogError: if the file is something else.
+            ConfigError: if the file is of another kind, such as scores.
+            CorruptLogError: if it is none of ours, or damaged.
         """
         try:
             with safetensors.safe_open(path, framework="pt") as file:
@@ -161,11 +170,20 @@ class Query:
             if rows.shape != (len(query), Layout(specs).width):
                 raise ValueError(f"its rows have shape {tuple(rows.shape)}")
         except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise CorruptLogError(f"{path} is no query file ({error}): save it again.") from error
+            raise not_a("query", path, error) from error
         made = {"fitted": header.get("fitted"), "gradient": header.get("gradient", "plain")}
         query.fill(rows, specs, header["projection"], header["seed"], header["parameters"], **made)
         query.direction = header.get("direction")
         return query
+
+
+def require_query(query: Any) -> None:
+    """Raise unless this is a query, which what ``query(...)`` returns is not before its ``with``."""
+    if not isinstance(query, Query):
+        raise ConfigError(
+            f"{type(query).__name__} is no query: write `with run.query(data_id=...) as query:` around forward and "
+            "backward of the questions, and pass that `query` after the block."
+        )
 
 
 def find_columns(layout: Layout, layer: str, kind: str) -> tuple[LayerSpec, slice]:
@@ -174,7 +192,7 @@ def find_columns(layout: Layout, layer: str, kind: str) -> tuple[LayerSpec, slic
         raise ConfigError(f"kind={kind!r} is unknown: choose one of {', '.join(layout.kinds)}.")
     specs = {spec.name: spec for spec in layout.layers}
     if layer not in specs:
-        raise ConfigError(f"layer {layer!r} is not in the log; its layers are {', '.join(specs)}.")
+        raise ConfigError(f"layer {layer!r} is not in the log; its layers are {listed(specs)}.")
     if layer not in layout.kinds[kind]:
         raise ConfigError(f"layer {layer!r} was logged without {kind}: pass watch(..., {kind}='mean').")
     return specs[layer], layout.kinds[kind][layer]

@@ -48,6 +48,7 @@ class Reader:
         unmeasured: rows whose tokens are not in the statistics, since their batch held rows that were not finite.
         asleep: {layer: rows that are zero because the layer, which may sleep, did not run}.
         codec: how rows are stored.
+        warned: whether a scoring has warned already that the run is not finished.
     """
 
     def __init__(self, path: str | Path) -> None:
@@ -60,6 +61,7 @@ class Reader:
         """
         self.path = Path(path)
         self.cache: dict[Any, Any] = {}  # what was computed from the rows, for as long as the log is open
+        self.warned = False
         before = None
         for _ in range(TRIES):
             self._open()
@@ -100,6 +102,11 @@ class Reader:
         return self.manifest.fingerprint
 
     @property
+    def finished(self) -> bool:
+        """Whether the run was finalised; else more rows may come, and what is here are the rows so far."""
+        return self.manifest.sealed is not None
+
+    @property
     def seal(self) -> str | None:
         """What names the rows of a finished log for good, or None: what is computed from them may be kept under it."""
         return self.manifest.sealed["digest"] if self.manifest.sealed else None
@@ -112,6 +119,13 @@ class Reader:
     def __len__(self) -> int:
         """Number of rows."""
         return len(self.data_ids)
+
+    def __repr__(self) -> str:
+        """Say what the run holds, and whether it is finished."""
+        m = self.manifest
+        rows = f"{len(self):,} rows, finished" if self.finished else f"not finished: {len(self):,} rows so far"
+        kind = "whole gradients" if m.projection == "none" else f"{m.projection} projection, rank {m.rank}"
+        return f"{type(self).__name__}({str(self.path)!r}, {rows}, {len(self.layers)} layers, {m.dtype}, {kind})"
 
     def rows(self, layer: str, kind: str = "gradients") -> Rows:
         """Rows of one layer, read lazily from the memory map.

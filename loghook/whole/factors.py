@@ -20,12 +20,14 @@ from loghook.errors import ConfigError, LogExistsError, StateError
 from loghook.influence.precondition import Curvature
 from loghook.influence.solvers import Diagonal
 from loghook.log.disk import lock, writing
-from loghook.log.format import LayerSpec, fingerprint
+from loghook.log.format import MANIFEST, LayerSpec, fingerprint
+from loghook.log.kinds import FACTORS
 from loghook.statistics.factors import Eigenbasis
-from loghook.statistics.store import FACTORS, FactorStore, pack_factors
+from loghook.statistics.store import FactorStore, pack_factors
 from loghook.whole.inverse import eigenbases, rotations
 
 FISHERS = ("empirical", "true")
+PASSES = ("covariance", "eigenvalues")
 
 
 class Factors(Blocks, Hooked):
@@ -39,6 +41,8 @@ class Factors(Blocks, Hooked):
         if resume and overwrite:
             raise ConfigError("resume=True and overwrite=True exclude each other: keep one.")
         self.path, self.fisher = path, fisher
+        if (path / MANIFEST).exists():
+            raise LogExistsError(f"{path} holds a log, which loghook.load opens: choose another path for the factors.")
         if (path / FACTORS).exists() and not resume and not overwrite:
             raise LogExistsError(
                 f"{path} holds factors already: pass resume=True to use or complete them, or overwrite=True."
@@ -108,7 +112,7 @@ class Factors(Blocks, Hooked):
         store = self._require_store()
         held = lock(self.path / f"lock-{process_rank():05d}")
         try:
-            for index, kind in enumerate(("covariance", "eigenvalues")):
+            for index, kind in enumerate(PASSES):
                 if shared(store.done(kind)):
                     continue
                 gathering = Gathering(
@@ -161,6 +165,13 @@ class Factors(Blocks, Hooked):
         if not self._bases:
             self._bases = eigenbases(self._require_store())
         return self._bases
+
+    def __repr__(self) -> str:
+        """Say what is watched, and how far the factors are."""
+        done = [kind for kind in PASSES if self._store is not None and self._store.done(kind)]
+        state = "finished" if len(done) == len(PASSES) else f"passes done: {', '.join(done) or 'none'}"
+        where = f"{type(self).__name__}({str(self.path)!r}, {len(self.layers)} layers"
+        return f"{where}, fisher={self.fisher!r}, {state})"
 
     @property
     def fingerprint(self) -> str:

@@ -12,7 +12,7 @@ from loghook.influence.engine import NORMALIZE
 from loghook.influence.precondition import Curvature
 from loghook.influence.scores import Scores
 from loghook.influence.solvers import Diagonal, Identity
-from loghook.log.query import Query
+from loghook.log.query import Query, require_query
 from loghook.whole.factors import Factors
 from loghook.whole.gauss_newton import GaussNewton, OutputLoss, Outputs
 from loghook.whole.inverse import PLAIN, solvers, unroll
@@ -54,6 +54,7 @@ class Fit(Factors):
         Raises:
             ConfigError: an argument that cannot work, as curvature or norms of questions that have theirs already.
         """
+        self._require_whole(query)
         method = method or ("ekfac" if query.direction is None else "dot")
         normalize = normalize or ("unit" if method == "cosine" else None)
         if query.direction is not None and (method != "dot" or normalize):
@@ -63,7 +64,6 @@ class Fit(Factors):
             )
         if normalize not in NORMALIZE:
             raise ConfigError(f"normalize={normalize!r} is unknown: choose None, 'unit' or 'relatif'.")
-        self._require_whole(query)
         curvature = Curvature(method=method, damping=damping, damping_abs=damping_abs)
         return Scoring(self, query, curvature, rank=rank, normalize=normalize, per_layer=per_layer)
 
@@ -185,6 +185,7 @@ class Fit(Factors):
         """
         if not callable(batches):
             raise ConfigError("batches= is a function here: of a list of ids it yields (ids, batch) of those samples.")
+        require_query(query)
         if list(scores.query_ids) != list(query.data_ids):
             raise MismatchError("scores and query hold different questions: pass both in the same order.")
         candidates = [[record.data_id for record in ranked] for ranked in scores.top(top)]
@@ -204,6 +205,7 @@ class Fit(Factors):
         return self._solvers[curvature]
 
     def _require_whole(self, query: Query) -> None:
+        self._require_layers(query)
         fitted = self._require_store().parameters
         if fitted and query.parameters and fitted != query.parameters:
             warnings.warn(
@@ -211,9 +213,9 @@ class Fit(Factors):
                 CheckpointWarning,
                 stacklevel=3,
             )
-        self._require_layers(query)
 
     def _require_layers(self, query: Query) -> None:
+        require_query(query)
         if query.fingerprint != self.fingerprint:
             raise MismatchError(
                 "the query does not hold whole gradients of these layers: make it with this object's query(...)."
