@@ -16,9 +16,10 @@ from loghook.check import CheckReport, check
 from loghook.errors import LoghookError
 from loghook.influence.scores import Record, Scores
 from loghook.log.query import Query
+from loghook.whole.candidates import Candidate
 from loghook.whole.fit import Fit
 from loghook.whole.scoring import Scoring
-from loghook.whole.tune import Candidate, Tuned, tune
+from loghook.whole.tune import Tuned, tune
 
 __version__ = "0.1.0"
 __all__ = [

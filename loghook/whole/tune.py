@@ -8,12 +8,10 @@ figures). It is measured on a few hundred samples; the log itself is then made o
 import contextlib
 import glob
 import io
-import itertools
 import math
-import re
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,55 +26,17 @@ from loghook.errors import ConfigError
 from loghook.influence.engine import influence
 from loghook.influence.fidelity import pearson
 from loghook.log import maintain
-from loghook.log.format import LayerSpec, Layout
+from loghook.log.format import Layout
 from loghook.log.query import Query
 from loghook.log.reader import Reader
 from loghook.project.projection import FITTED
+from loghook.whole.candidates import METHODS, PROJECTIONS, Candidate, groups, plans
 from loghook.whole.fit import Fit
 from loghook.whole.gauss_newton import OutputLoss, Outputs
 from loghook.whole.scoring import Scoring
 
 SLACK = 0.005  # fidelities that differ by less are taken for equal, and the smaller row wins
-PROJECTIONS: tuple[dict[str, Any], ...] = (
-    {"projection": "random"},
-    {"projection": "pca"},
-    *({"projection": "whitened", "whitening": whitening} for whitening in (0.01, 0.1, 1.0)),
-)
-METHODS: tuple[dict[str, Any], ...] = (
-    {"method": "dot"},
-    *({"method": "ekfac", "damping": damping} for damping in (0.01, 0.1, 1.0)),
-    {"method": "fisher", "damping": 0.1},  # dear, and its damping matters less
-)
 Batches = Callable[[], Iterable[tuple[Ids, Any]]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Candidate:
-    """One way to log and to score.
-
-    Attributes:
-        init: arguments of ``loghook.init``.
-        layers: names of the layers that are logged.
-        scoring: arguments of ``Log.influence``.
-        bytes: of a stored row.
-        fidelity: mean over queries of the Pearson correlation with the reference's scores of the same samples.
-    """
-
-    init: dict[str, Any]
-    layers: tuple[str, ...]
-    scoring: dict[str, Any]
-    bytes: int
-    fidelity: float
-
-    def __str__(self) -> str:
-        """A line of ``Tuned``'s table."""
-        kind = self.init["projection"] + (f" {self.init['whitening']:g}" if "whitening" in self.init else "")
-        how = " ".join(str(value) for value in self.scoring.values())
-        groups = ", ".join(pattern.rpartition(".")[2] for pattern in _groups(self.layers))
-        return (
-            f"{kind:<16}{self.init['rank']:>5} {self.init['dtype']:<9}{self.bytes:>9,}  {self.fidelity:>8.3f}  "
-            f"{how:<12} {groups}"
-        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,24 +142,24 @@ def tune(
         if not callable(walk):
             raise ConfigError(f"{name}= is walked through several times: pass a function, as in {name}=lambda: loader.")
     limit = math.inf if bytes_per_sample is None else bytes_per_sample
-    plans = list(_plans(fit.specs, projections, ranks, dtypes, limit, subsets))
+    tried = list(plans(fit.specs, projections, ranks, dtypes, limit, subsets))
     given: dict[str, Any] = {} if damping is None else {"damping": damping}
     if (outputs is None) != (output_loss is None):
         raise ConfigError("the refined reference takes both outputs= and output_loss=: pass the two, or neither.")
     if outputs is not None and output_loss is not None:
         _check_losses(samples, loss, outputs, output_loss)
-    print(f"loghook tries {len(plans)} projections and ranks in {', '.join(dtypes)}, scored in {len(methods)} ways")
+    print(f"loghook tries {len(tried)} projections and ranks in {', '.join(dtypes)}, scored in {len(methods)} ways")
     asked = _asked([fit], queries, loss)[0]
     if outputs is not None and output_loss is not None:
         asked = fit.refine(asked, (batch for _, batch in samples()), outputs, output_loss, **given)
     scoring = fit.score(asked, **given if asked.direction is None else {})
     found: list[Candidate] = []
     with tempfile.TemporaryDirectory(prefix="loghook-tune-") as folder:
-        logs = _small_logs(fit, scoring, [init for init, _ in plans], Path(folder), samples, queries, loss, mask)
+        logs = _small_logs(fit, scoring, [init for init, _ in tried], Path(folder), samples, queries, loss, mask)
         reference = scoring.scores()
         wanted = reference.values
         bar = tqdm(logs, "tuning", unit=" logs", delay=2, leave=False, disable=None)
-        for (init, path, query), (_, fits) in zip(bar, plans, strict=True):
+        for (init, path, query), (_, fits) in zip(bar, tried, strict=True):
             for dtype in fits:
                 if dtype != "float32":
                     maintain.compress(path, path.with_name(f"{path.name}-{dtype}"), dtype)
@@ -217,44 +177,6 @@ def tune(
         factors=str(fit.path),
         watched=fit.watched,
     )
-
-
-def _plans(
-    specs: Sequence[LayerSpec],
-    projections: Sequence[dict[str, Any]],
-    ranks: Sequence[int],
-    dtypes: Sequence[str],
-    limit: float,
-    subsets: bool,
-) -> Iterator[tuple[dict[str, Any], list[str]]]:
-    """Arguments of ``loghook.init`` and the dtypes in which such rows, or those of some layers, fit the budget."""
-    widest = max(max(spec.in_features + spec.bias, spec.out_features) for spec in specs)
-    groups = _groups([spec.name for spec in specs]).values() if subsets else [[spec.name for spec in specs]]
-    smallest: float = math.inf
-    for projection, rank in itertools.product(projections, ranks):
-        if rank > widest:
-            continue
-        most = math.inf if projection["projection"] == "none" else rank
-        small = [replace(s, k_in=int(min(most, s.k_in)), k_out=int(min(most, s.k_out))) for s in specs]
-        fits = []
-        for dtype in dtypes:
-            if dtype == "int1" and projection["projection"] != "whitened":
-                continue
-            least = min(Layout(s for s in small if s.name in names).codec(dtype).row_bytes for names in groups)
-            smallest = min(smallest, least)
-            fits += [dtype] * (least <= limit)
-        if fits:
-            yield projection | {"rank": rank}, fits
-    if smallest is math.inf:
-        raise ConfigError(
-            f"nothing to try: ranks={list(ranks)} must not be above the widest layer's {widest:,}, and 'int1' takes a "
-            f"whitened projection (dtypes={list(dtypes)}, projections={[p['projection'] for p in projections]})."
-        )
-    if smallest > limit:
-        raise ConfigError(
-            f"bytes_per_sample={limit:,} is less than the smallest row to be tried takes ({smallest:,}): allow more, "
-            "or try lower ranks or fewer bits."
-        )
 
 
 def _check_losses(
@@ -317,18 +239,18 @@ def _measured(
     subsets: bool,
 ) -> Iterator[Candidate]:
     """The best scoring of one log, for all its layers or for each number of groups of them."""
-    groups = _groups(log.layers)
+    grouped = groups(log.layers)
     best: dict[int, Candidate] = {}
     for how in methods:
         scores = influence(log, query, per_layer=True, **how)
         assert scores.by_layer is not None
         place = {name: i for i, name in enumerate(log.layers)}
-        parts = [scores.by_layer[[place[name] for name in names]].sum(0) for names in groups.values()]
+        parts = [scores.by_layer[[place[name] for name in names]].sum(0) for names in grouped.values()]
         everything = [(list(range(len(parts))), _like(scores.values, wanted))]
         # Norms are over all layers, so that normalised scores do not add up to those of some.
         for chosen, fidelity in _grown(parts, wanted) if subsets and scores.normalize is None else everything:
             if len(chosen) not in best or fidelity > best[len(chosen)].fidelity:
-                names = {name for i in chosen for name in list(groups.values())[i]}
+                names = {name for i in chosen for name in list(grouped.values())[i]}
                 specs = [spec for spec in log.layout.layers if spec.name in names]
                 best[len(chosen)] = Candidate(
                     init=init,
@@ -338,14 +260,6 @@ def _measured(
                     fidelity=fidelity,
                 )
     yield from best.values()
-
-
-def _groups(layers: Sequence[str]) -> dict[str, list[str]]:
-    """Layers whose names differ in numbers only: {pattern: names}."""
-    groups: dict[str, list[str]] = {}
-    for name in layers:
-        groups.setdefault(re.sub(r"\d+", "*", name), []).append(name)
-    return groups
 
 
 def _grown(parts: Sequence[np.ndarray], wanted: np.ndarray) -> Iterator[tuple[list[int], float]]:

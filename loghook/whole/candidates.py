@@ -1,0 +1,97 @@
+"""What ``tune`` tries: projections, ranks, dtypes and groups of layers that fit a budget, and ways to score them."""
+
+import itertools
+import math
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from loghook.errors import ConfigError
+from loghook.log.format import LayerSpec, Layout
+
+PROJECTIONS: tuple[dict[str, Any], ...] = (
+    {"projection": "random"},
+    {"projection": "pca"},
+    *({"projection": "whitened", "whitening": whitening} for whitening in (0.01, 0.1, 1.0)),
+)
+METHODS: tuple[dict[str, Any], ...] = (
+    {"method": "dot"},
+    *({"method": "ekfac", "damping": damping} for damping in (0.01, 0.1, 1.0)),
+    {"method": "fisher", "damping": 0.1},  # dear, and its damping matters less
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """One way to log and to score.
+
+    Attributes:
+        init: arguments of ``loghook.init``.
+        layers: names of the layers that are logged.
+        scoring: arguments of ``Log.influence``.
+        bytes: of a stored row.
+        fidelity: mean over queries of the Pearson correlation with the reference's scores of the same samples.
+    """
+
+    init: dict[str, Any]
+    layers: tuple[str, ...]
+    scoring: dict[str, Any]
+    bytes: int
+    fidelity: float
+
+    def __str__(self) -> str:
+        """A line of ``Tuned``'s table."""
+        kind = self.init["projection"] + (f" {self.init['whitening']:g}" if "whitening" in self.init else "")
+        how = " ".join(str(value) for value in self.scoring.values())
+        kinds = ", ".join(pattern.rpartition(".")[2] for pattern in groups(self.layers))
+        return (
+            f"{kind:<16}{self.init['rank']:>5} {self.init['dtype']:<9}{self.bytes:>9,}  {self.fidelity:>8.3f}  "
+            f"{how:<12} {kinds}"
+        )
+
+
+def plans(
+    specs: Sequence[LayerSpec],
+    projections: Sequence[dict[str, Any]],
+    ranks: Sequence[int],
+    dtypes: Sequence[str],
+    limit: float,
+    subsets: bool,
+) -> Iterator[tuple[dict[str, Any], list[str]]]:
+    """Arguments of ``loghook.init`` and the dtypes in which such rows, or those of some layers, fit the budget."""
+    widest = max(max(spec.in_features + spec.bias, spec.out_features) for spec in specs)
+    grouped = groups([spec.name for spec in specs]).values() if subsets else [[spec.name for spec in specs]]
+    smallest: float = math.inf
+    for projection, rank in itertools.product(projections, ranks):
+        if rank > widest:
+            continue
+        most = math.inf if projection["projection"] == "none" else rank
+        small = [replace(s, k_in=int(min(most, s.k_in)), k_out=int(min(most, s.k_out))) for s in specs]
+        fits = []
+        for dtype in dtypes:
+            if dtype == "int1" and projection["projection"] != "whitened":
+                continue
+            least = min(Layout(s for s in small if s.name in names).codec(dtype).row_bytes for names in grouped)
+            smallest = min(smallest, least)
+            fits += [dtype] * (least <= limit)
+        if fits:
+            yield projection | {"rank": rank}, fits
+    if smallest is math.inf:
+        raise ConfigError(
+            f"nothing to try: ranks={list(ranks)} must not be above the widest layer's {widest:,}, and 'int1' takes a "
+            f"whitened projection (dtypes={list(dtypes)}, projections={[p['projection'] for p in projections]})."
+        )
+    if smallest > limit:
+        raise ConfigError(
+            f"bytes_per_sample={limit:,} is less than the smallest row to be tried takes ({smallest:,}): allow more, "
+            "or try lower ranks or fewer bits."
+        )
+
+
+def groups(layers: Sequence[str]) -> dict[str, list[str]]:
+    """Layers whose names differ in numbers only: {pattern: names}."""
+    found: dict[str, list[str]] = {}
+    for name in layers:
+        found.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    return found
