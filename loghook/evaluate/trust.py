@@ -62,6 +62,7 @@ class Trust:
         if self.p_values is not None:
             real = (self.p_values <= 0.05).sum(1).mean()
             lines.append(f"better aligned than chance (p <= 0.05 over all rows): {real:.1f} of the top {k}")
+            lines[-1] += "; none stands out alone: read the list as a whole, or ask more like it" * (real < 1)
         lines.append(
             f"{self.overlap.mean():.0f} of the top {k} would probably stay with another seed; scores correlate "
             f"{np.median(self.correlation):.2f} between seeds."
