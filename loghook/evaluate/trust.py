@@ -60,7 +60,7 @@ class Trust:
             f"{self.true[:, 0].mean():.2f}",
         ]
         if self.p_values is not None:
-            real = (self.p_values <= 0.05).sum(1).mean()
+            real = float((self.p_values <= 0.05).sum(1).mean())
             lines.append(f"better aligned than chance (p <= 0.05 over all rows): {real:.1f} of the top {k}")
             lines[-1] += "; none stands out alone: read the list as a whole, or ask more like it" * (real < 1)
         lines.append(
