@@ -286,9 +286,14 @@ def peers(task: Any, model: nn.Module, folder: str, names: Sequence[str]) -> Ite
             return {"x": data["x"], "y": data["y"]}
         return {"input_ids": data["input_ids"], "labels": data["targets"].clone()}
 
-    exchange.write(Path(folder), model, tensors(task.train), tensors(task.queries))
+    known = not {"input_ids", "y"} <= task.train.keys()
+    if known:
+        exchange.write(Path(folder), model, tensors(task.train), tensors(task.queries))
     for name, options in PEERS:
         if names and name not in names:
+            continue
+        if not known:
+            yield Scored(f"{name}, {options['method']}", None, math.nan, math.nan, reason="a classifier of tokens")
             continue
         outcome = driver.run(name, Path(folder), exchange.Options(batch=100, query_batch=50, **options))
         rank = f" rank {options['rank']}" if "rank" in options else ""
