@@ -29,6 +29,7 @@ def main() -> None:
     made.add_argument("--batch", type=int, default=8)
     made.add_argument("--rank", type=int, default=32)
     made.add_argument("--turns", type=int, default=3, help="processes for each program; --repeats is within one")
+    made.add_argument("--no-ekfac", action="store_true", help="time the logging alone")
     made.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time of all threads")
     a = made.parse_args()
     torch.set_num_threads(a.threads)
@@ -46,7 +47,7 @@ def main() -> None:
             tokens=a.tokens, vocabulary=4096, sampled=False,
         )  # fmt: skip
         scores = {}
-        for options in (log, whole):
+        for options in (log,) if a.no_ekfac else (log, whole):
             cases = [(peer, options) for peer in programs[options.method]]
             for (peer, _), outcomes in zip(cases, driver.alternate(cases, folder, a.turns), strict=True):
                 name = f"{peer} {options.method}"
