@@ -183,9 +183,9 @@ class Fit(Factors):
         Returns:
             The candidates of each question, best first: (queries, top).
         """
+        require_query(query)
         if not callable(batches):
             raise ConfigError("batches= is a function here: of a list of ids it yields (ids, batch) of those samples.")
-        require_query(query)
         if list(scores.query_ids) != list(query.data_ids):
             raise MismatchError("scores and query hold different questions: pass both in the same order.")
         candidates = [[record.data_id for record in ranked] for ranked in scores.top(top)]
