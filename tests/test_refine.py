@@ -235,7 +235,7 @@ def test_reranking_gives_the_order_of_whole_gradients():
             yield [f"s{i}" for i in part.tolist()], (x[part], y[part])
 
     with pytest.raises(ConfigError, match="is a function here"):
-        fit.rerank(rough, query, list(batches([0])), lambda b: loss_of(model(b[0]), b))
+        fit.rerank(rough, query, [([0], None)], lambda b: loss_of(model(b[0]), b))
     better = fit.rerank(rough, query, batches, lambda b: loss_of(model(b[0]), b), top=30)
     scoring = fit.score(query)
     with scoring(data_id=[f"s{i}" for i in range(60)]):
