@@ -209,3 +209,20 @@ def test_rows_that_cannot_fit_the_budget_are_not_tried():
     assert tuned.best.bytes <= 60 and tuned.reference == "ekfac (whole gradients), damping 0.1"
     other = loghook.tune(fit, samples, queries, lambda b: loss(model, b), ranks=(2,), damping=0.5, **options)
     assert other.reference == "ekfac (whole gradients), damping 0.5"
+
+
+def test_groups_that_fit_the_budget_are_found_where_the_best_one_does_not():
+    model, _, fit, samples, queries = setting()
+    options = {"ranks": (8,), "dtypes": ("float32",), "projections": [{"projection": "random"}]}
+    tuned = loghook.tune(fit, samples, queries, lambda b: loss(model, b), bytes_per_sample=100, **options)
+    assert [one.layers for one in tuned.candidates] == [("out",)] and tuned.best.bytes == 96
+    with pytest.raises(ConfigError, match="normalised scores need"):
+        loghook.tune(
+            fit,
+            samples,
+            queries,
+            lambda b: loss(model, b),
+            bytes_per_sample=100,
+            methods=[{"method": "cosine"}],
+            **options,
+        )

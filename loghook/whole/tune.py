@@ -26,7 +26,7 @@ from loghook.errors import ConfigError
 from loghook.influence.engine import influence
 from loghook.influence.fidelity import pearson
 from loghook.log import maintain
-from loghook.log.format import Layout
+from loghook.log.format import LayerSpec, Layout
 from loghook.log.query import Query
 from loghook.log.reader import Reader
 from loghook.project.projection import FITTED
@@ -44,8 +44,9 @@ class Tuned:
     """What ``tune`` found; print it.
 
     Attributes:
-        candidates: the best scoring of every projection, rank, dtype and choice of layers, cheapest first.
-        best: the choice among those within the budget.
+        candidates: the best scoring of every projection, rank, dtype and choice of layers within the budget, cheapest
+            first.
+        best: the choice among them.
         samples: training samples that it was measured on.
         queries: questions.
         reference: what the scores were compared with.
@@ -164,13 +165,16 @@ def tune(
                 if dtype != "float32":
                     maintain.compress(path, path.with_name(f"{path.name}-{dtype}"), dtype)
                 log = Reader(path if dtype == "float32" else path.with_name(f"{path.name}-{dtype}"))
-                found += _measured(log, query, init | {"dtype": dtype}, methods, wanted, subsets)
+                found += _measured(log, query, init | {"dtype": dtype}, methods, wanted, subsets, limit)
     found.sort(key=lambda one: (one.bytes, -one.fidelity))
-    within = [one for one in found if one.bytes <= limit]
-    top = max(one.fidelity for one in within)
+    if not found:
+        raise ConfigError(
+            f"bytes_per_sample={limit:,} leaves no room for all layers, which normalised scores need: allow more."
+        )
+    top = max(one.fidelity for one in found)
     return Tuned(
         candidates=tuple(found),
-        best=next(one for one in within if one.fidelity >= top - SLACK),
+        best=next(one for one in found if one.fidelity >= top - SLACK),
         samples=wanted.shape[1],
         queries=len(asked),
         reference=reference.method + (f", damping {reference.damping:g}" if reference.damping else ""),
@@ -237,37 +241,46 @@ def _measured(
     methods: Sequence[dict[str, Any]],
     wanted: np.ndarray,
     subsets: bool,
+    limit: float,
 ) -> Iterator[Candidate]:
-    """The best scoring of one log, for all its layers or for each number of groups of them."""
-    grouped = groups(log.layers)
+    """The best scoring of one log, for all its layers or for each number of groups of them, of rows within a limit."""
+    grouped = list(groups(log.layers).values())
     best: dict[int, Candidate] = {}
+
+    def specs(chosen: Sequence[int]) -> list[LayerSpec]:
+        names = {name for i in chosen for name in grouped[i]}
+        return [spec for spec in log.layout.layers if spec.name in names]
+
+    def size(chosen: Sequence[int]) -> int:
+        return Layout(specs(chosen)).codec(init["dtype"]).row_bytes
+
+    everything = list(range(len(grouped)))
     for how in methods:
         scores = influence(log, query, per_layer=True, **how)
         assert scores.by_layer is not None
         place = {name: i for i, name in enumerate(log.layers)}
-        parts = [scores.by_layer[[place[name] for name in names]].sum(0) for names in grouped.values()]
-        everything = [(list(range(len(parts))), _like(scores.values, wanted))]
+        parts = [scores.by_layer[[place[name] for name in names]].sum(0) for names in grouped]
         # Norms are over all layers, so that normalised scores do not add up to those of some.
-        for chosen, fidelity in _grown(parts, wanted) if subsets and scores.normalize is None else everything:
+        if subsets and scores.normalize is None:
+            found = _grown(parts, wanted, lambda chosen: size(chosen) <= limit)
+        else:
+            found = ((c, _like(scores.values, wanted)) for c in (everything,) if size(c) <= limit)
+        for chosen, fidelity in found:
             if len(chosen) not in best or fidelity > best[len(chosen)].fidelity:
-                names = {name for i in chosen for name in list(grouped.values())[i]}
-                specs = [spec for spec in log.layout.layers if spec.name in names]
+                layers = tuple(spec.name for spec in specs(chosen))
                 best[len(chosen)] = Candidate(
-                    init=init,
-                    layers=tuple(spec.name for spec in specs),
-                    scoring=how,
-                    bytes=Layout(specs).codec(init["dtype"]).row_bytes,
-                    fidelity=fidelity,
+                    init=init, layers=layers, scoring=how, bytes=size(chosen), fidelity=fidelity
                 )
     yield from best.values()
 
 
-def _grown(parts: Sequence[np.ndarray], wanted: np.ndarray) -> Iterator[tuple[list[int], float]]:
-    """Add up scores (Q, N) of groups, the one that helps most first: the groups so far and their fidelity."""
+def _grown(
+    parts: Sequence[np.ndarray], wanted: np.ndarray, fits: Callable[[list[int]], bool]
+) -> Iterator[tuple[list[int], float]]:
+    """Add up scores (Q, N) of groups, the one that helps most of those that fit: the groups so far, their fidelity."""
     chosen: list[int] = []
     total = np.zeros_like(wanted)
-    while len(chosen) < len(parts):
-        rest = [i for i in range(len(parts)) if i not in chosen]
+    while rest := [i for i in range(len(parts)) if i not in chosen and fits([*chosen, i])]:
         fidelity, best = max((_like(total + parts[i], wanted), i) for i in rest)
         chosen, total = [*chosen, best], total + parts[best]
         yield chosen, fidelity
