@@ -9,11 +9,13 @@ import argparse
 import contextlib
 import io
 import json
+import math
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from _common import RESULTS, llama, machine, summed_loss
 
@@ -57,6 +59,16 @@ def measure(hidden: int, tokens: torch.Tensor, a: argparse.Namespace) -> list[di
             projections=PROJECTIONS, ranks=a.ranks, dtypes=a.dtypes, methods=METHODS, subsets=False,
         )  # fmt: skip
     return [{"hidden": hidden, "fidelity": one.fidelity, "scoring": one.scoring} | one.init for one in tuned.candidates]
+
+
+def needed(rows: list[dict[str, Any]], kind: str, hidden: int, fidelity: float) -> float:
+    """Rank for a fidelity, interpolated in logarithms of the rank and of what is lost; nan beyond what was tried."""
+    line = sorted((r["rank"], r["fidelity"]) for r in rows if r["hidden"] == hidden and name(r) == kind)
+    kept = [-math.log(max(1e-9, 1 - found)) for _, found in line]
+    wanted = -math.log(1 - fidelity)
+    if not kept[0] <= wanted <= kept[-1]:
+        return math.nan
+    return float(2 ** np.interp(wanted, kept, [math.log2(rank) for rank, _ in line]))
 
 
 def draw(rows: list[dict[str, Any]], file: Path) -> None:
@@ -110,6 +122,10 @@ def main() -> None:
         for row in rows:
             if row["hidden"] == hidden:
                 print(f"  {name(row):<24}rank {row['rank']:>4}  {row['fidelity']:.3f}  {row['scoring']}", flush=True)
+    for kind in dict.fromkeys(name(row) for row in rows):
+        for fidelity in (0.8, 0.9):
+            ranks = [f"{needed(rows, kind, hidden, fidelity):.0f}" for hidden in a.hidden]
+            print(f"rank for a fidelity of {fidelity}, {kind}: {', '.join(ranks)} at hidden {a.hidden}")
     about = {"samples": a.samples, "queries": a.queries, "steps": a.steps}
     if a.save:
         result = {"benchmark": "width", "machine": machine(), "about": about, "rows": rows}
