@@ -113,18 +113,23 @@ def image_model():
     return nn.Sequential(*layers).double()
 
 
-@pytest.mark.parametrize("rank", [None, 60])
-def test_convolutions_and_groups_equal_a_log_of_whole_gradients(rank):
-    torch.manual_seed(1)
-    model, x = image_model(), torch.randn(20, 2, 6, 6, dtype=torch.float64)
-    fit = fitted(model, x)
+def whole_log(model, x):
+    """Whole gradients of 20 samples, logged."""
     run = loghook.init(tempfile.mkdtemp(), projection="none", dtype="float64")
     quietly(run, model)
     with run(data_id=list(range(20))):
         loss_fn(model, x).backward()
     run.finalize()
-    query = ask(fit, model, x)
-    expected = loghook.load(run.path).influence(query, method="ekfac").values
+    return loghook.load(run.path)
+
+
+@pytest.mark.parametrize("rank", [None, 60])
+def test_convolutions_and_groups_equal_a_log_of_whole_gradients(rank):
+    torch.manual_seed(1)
+    model, x = image_model(), torch.randn(20, 2, 6, 6, dtype=torch.float64)
+    fit = fitted(model, x)
+    log, query = whole_log(model, x), ask(fit, model, x)
+    expected = log.influence(query, method="ekfac").values
     assert close(scored(fit, query, model, x, rank=rank).values, expected)
 
 
@@ -324,13 +329,8 @@ def test_norms_with_groups_scale_low_rank_and_no_gradient():
         return loss_fn(model, x) / 7 * (x.abs().sum() > 0)
 
     fit = fitted(model, x)
-    run = loghook.init(tempfile.mkdtemp(), projection="none", dtype="float64")
-    quietly(run, model)
-    with run(data_id=list(range(20))):
-        loss_fn(model, x).backward()
-    run.finalize()
-    query = ask(fit, model, x)
-    expected = loghook.load(run.path).influence(query, method="ekfac", normalize="unit").values
+    log, query = whole_log(model, x), ask(fit, model, x)
+    expected = log.influence(query, method="ekfac", normalize="unit").values
     scoring = fit.score(query, normalize="unit", rank=60)
     with scoring(data_id=list(range(20)), scale=7.0):
         mean_loss(model, x).backward()
