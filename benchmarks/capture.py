@@ -210,7 +210,7 @@ def main() -> None:
         name: counts[over] / counts[under] for name, (over, under, _) in RATIOS.items() if over in counts
     }  # of the products alone
     report(
-        "capture" if a.clock == "wall" else "capture_cpu",
+        f"capture_{a.batch * a.tokens}_tokens" + "_cpu" * (a.clock == "cpu"),
         {
             "setting": {key: getattr(a, key) for key in ("layers", "batch", "tokens", "compile", "clock", "repeats")},
             "seconds": {name: sorted(values)[len(values) // 2] for name, values in times.items()},

@@ -1,5 +1,6 @@
 """Rows against one-sample-at-a-time autograd: layer types, shapes, options, and the ways models use layers."""
 
+import collections
 import contextlib
 
 import pytest
@@ -8,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
@@ -19,7 +21,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import loghook
-from loghook.capture import adapters
+from loghook.capture import adapters, pending
 from loghook.project import outer
 from tests.harness import TOLERANCE, assert_rows_exact, check_against_oracle, log_batch
 
@@ -114,8 +116,8 @@ def test_transformers_conv1d(tokens, rank, dtype):
 def tiny_llama(**changes):
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=60, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, **changes,
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_attention_heads=4,
+        num_key_value_heads=2, **({"num_hidden_layers": 2} | changes),
     )  # fmt: skip
     return LlamaForCausalLM(config)
 
@@ -624,8 +626,53 @@ def test_kept_losses_do_not_keep_rows_alive(tmp_path):
             losses[-1].backward()
     import gc
 
-    big = [t for t in gc.get_objects() if type(t) is torch.Tensor and t.grad is not None and t.shape == (8, 64, 64)]
-    assert not big
+    tensors = [t for t in gc.get_objects() if type(t) is torch.Tensor]
+    assert not [t for t in tensors if t.dim() > 2 and t.untyped_storage().nbytes() >= 8 * 64 * 64 * 4]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+def test_rows_formed_a_few_layers_at_a_time(dtype, monkeypatch):
+    monkeypatch.setattr(pending, "BYTES", 4000)
+    check_against_oracle(tiny_llama().to(dtype), causal_loss, text_batch(), dtype, rank=8)
+    run_case(Twice(), torch.randn(4, 3, 6), dtype, rank=3)
+
+
+def test_gradients_of_inputs_asked_for_in_a_block_are_no_rows(tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh()), torch.randn(2, 5, 4, requires_grad=True)
+    run = loghook.init(tmp_path, rank=2, on_repeat="all")
+    run.watch(model)
+    with run(data_id=[0, 1]):
+        loss = model(x).square().sum()
+        (saliency,) = torch.autograd.grad(loss, x, retain_graph=True)
+        loss.backward()
+    with run(data_id=[0, 1]):
+        model(x).square().sum().backward()
+    run.finalize()
+    rows = torch.cat([block for _, block in loghook.load(tmp_path).blocks()])
+    assert rows.any() and torch.equal(rows[:2], rows[2:]) and torch.equal(saliency, x.grad / 2)
+
+
+def test_products_of_all_layers_are_few(tmp_path):
+    model, batch = tiny_llama(num_hidden_layers=6), text_batch()
+    run = loghook.init(tmp_path, rank=8)
+    run.watch(model)
+    products = collections.Counter()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            products[function.overloadpacket.__name__] += 1
+            return function(*args, **(kwargs or {}))
+
+    with Count():
+        causal_loss(model, batch).backward()
+        plain = products["mm"], products["bmm"]
+        products.clear()
+        with run(data_id=list(range(len(batch[0])))):
+            causal_loss(model, batch).backward()
+    layers = len(run.layers)
+    assert products["mm"] - plain[0] <= 6 * 4 + layers  # shared inputs, and each layer's output gradients
+    assert products["bmm"] - plain[1] <= 3 * 3  # rows and two moments, for layers of three shapes
 
 
 def test_generation_without_gradients_inside_a_block_hides_no_second_backward_pass(tmp_path):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loghook.capture.hook import OPEN
 from loghook.capture.layers import Layer, Leaves, Shared, Slots
+from loghook.capture.pending import Pending
 from loghook.capture.segments import Documents
 from loghook.capture.silence import nothing_delivered, partly_delivered
 from loghook.capture.whole import Job
@@ -42,6 +43,7 @@ class Block:
         """
         self._layers, self._size, self._scale, self._job = layers, size, scale, job
         self._moments, self._updates = moments and not updates and job is None, updates
+        self._pending: dict[tuple[torch.device, torch.dtype], Pending] = {}
 
     def open(self, masks: Mapping[str, Tensor], keep: Tensor | None, documents: Documents | None = None) -> None:
         """Give every layer fresh leaves.
@@ -60,6 +62,7 @@ class Block:
         elif keep is not None:
             counted = keep[:, None]
         zeros: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        self._pending = {}
         for layer in self._layers:
             mask = masks.get(layer.name)
             if mask is not None:
@@ -79,6 +82,7 @@ class Block:
             # Nobody reads a leaf, so that one stored value serves for all of them.
             if (device, dtype) not in zeros:
                 zeros[device, dtype] = torch.zeros((), device=device, dtype=dtype)
+                self._pending[device, dtype] = Pending(dtype, self._moments)
             zero = zeros[device, dtype]
 
             update: tuple[Tensor | None, ...] = ()
@@ -92,12 +96,14 @@ class Block:
             def leaf(*shape: int, zero: Tensor = zero) -> Tensor:
                 return zero.expand(shape).requires_grad_()
 
+            means = spec.activations or spec.output_gradients
+            later = job is None and documents is None and not (self._updates or means)
             leaves = Leaves(
                 rows=leaf(*shape),
                 moments=leaf(spec.k_in**2 + spec.k_out**2 + 1) if self._moments else None,
                 activations=leaf(self._size, spec.channels + 1) if spec.activations and job is None else None,
                 outputs=leaf(self._size, spec.out_features + 1) if spec.output_gradients and job is None else None,
-                calls=None if parts_add_up else leaf(1),
+                calls=leaf(1) if later or not parts_add_up else None,
             )
             OPEN[layer.key] = slots = Slots(
                 leaves=leaves,
@@ -111,8 +117,11 @@ class Block:
                 keep=None if keep is None else keep.to(device, dtype),
                 kept=None if kept is None else kept.to(device, dtype),
                 shared=shared,
+                pending=self._pending[device, dtype] if later else None,
             )
-            leaves.rows.register_post_accumulate_grad_hook(_count(slots))
+            leaves.rows.register_post_accumulate_grad_hook(_calling(slots, Slots.count))
+            if later and leaves.calls is not None:
+                leaves.calls.register_post_accumulate_grad_hook(_calling(slots, Slots.accept))
 
     def close(self) -> list[Slots | None]:
         """Make every hook inert again and return the leaves."""
@@ -121,7 +130,7 @@ class Block:
     def collect(self, leaves: Sequence[Slots | None], *, masks: Mapping[str, Tensor]) -> Captured:
         """Check that each layer delivered once into ``leaves``, and pack the rows; masks as in ``open``."""
         slots = [leaf for leaf in leaves if leaf is not None]
-        silent = [(layer, s) for layer, s in zip(self._layers, slots, strict=True) if s.leaves.rows.grad is None]
+        silent = [(layer, s) for layer, s in zip(self._layers, slots, strict=True) if not s.deliveries]
         missing = [layer for layer, _ in silent if not layer.spec.may_sleep]
         quiet = all(s.quiet for layer, s in silent if not layer.spec.may_sleep)
         if missing and len(silent) == len(slots):
@@ -149,7 +158,10 @@ class Block:
                     results[layer.name] = self._job.finish(layer, s.leaves.rows.grad, self._scale)
                     s.leaves.clear()
             return Captured(torch.empty(0), None, asleep, results)
-        self._require_one_call(slots)
+        if self._updates:
+            self._require_one_call(slots)
+        for pending in self._pending.values():
+            pending.form()
         return self._pack(slots, asleep)
 
     def _require_one_call(self, slots: Sequence[Slots]) -> None:
@@ -170,7 +182,7 @@ class Block:
 
     def _pack(self, slots: Sequence[Slots], asleep: list[str]) -> Captured:
         device, scale = slots[0].leaves.rows.device, self._scale
-        rows = torch.cat([_delivered(s.leaves.rows).flatten(1).to(device) for s in slots], 1)
+        rows = torch.cat([_sum(s.rows, s.leaves.rows).flatten(1).to(device) for s in slots], 1)
         rows *= _spread([layer.gain for layer in self._layers], [layer.spec.width for layer in self._layers], rows)
         unscaled = isinstance(scale, float) and scale == 1.0
         if not unscaled and not self._updates:  # updates have it in them
@@ -190,7 +202,7 @@ class Block:
         moments = None
         if self._moments:
             moments = torch.cat(
-                [_delivered(s.leaves.moments).to(device) for s in slots if s.leaves.moments is not None]
+                [_sum(s.moments, s.leaves.moments).to(device) for s in slots if s.leaves.moments is not None]
             )
             gains = [g for layer in self._layers for g in (layer.input_side.gain**2, layer.output_side.gain**2, 1.0)]
             sizes = [n for layer in self._layers for n in (layer.spec.k_in**2, layer.spec.k_out**2, 1)]
@@ -199,7 +211,7 @@ class Block:
                 of_outputs = _spread([0.0, 1.0, 0.0] * len(slots), sizes, moments) > 0
                 moments = torch.where(of_outputs, moments * scale**2, moments)
         for s in slots:  # the user may keep the loss, and with it the graph and its leaves
-            s.leaves.clear()
+            s.clear()
         return Captured(rows, moments, asleep)
 
 
@@ -212,6 +224,13 @@ def _narrow(layer: Layer) -> torch.dtype | None:
     if layer.adapter.shares_input and layer.computes_in in (torch.bfloat16, torch.float16) and weight is not None:
         return layer.computes_in if weight.dtype == layer.computes_in else None
     return None
+
+
+def _sum(formed: Tensor | None, leaf: Tensor) -> Tensor:
+    """Add what was formed with other layers and what autograd delivered; a layer seldom has both."""
+    if formed is None:
+        return _delivered(leaf)
+    return formed if leaf.grad is None else formed + leaf.grad
 
 
 def _delivered(leaf: Tensor) -> Tensor:
@@ -228,14 +247,13 @@ def _kept(values: tuple[float, ...], sizes: tuple[int, ...], dtype: torch.dtype,
     return torch.tensor(values, dtype=dtype).repeat_interleave(torch.tensor(sizes)).to(device)
 
 
-def _count(slots: Slots) -> Callable[[Tensor], None]:
-    """Return a hook that counts deliveries; it must not hold the leaf, or their cycle would keep rows alive."""
+def _calling(slots: Slots, method: Callable[[Slots], None]) -> Callable[[Tensor], None]:
+    """Return a hook that tells of a delivery; it must not hold the leaf, or their cycle would keep rows alive."""
     reference = weakref.ref(slots)
 
-    def counted(_: Tensor) -> None:
-        counting = reference()
-        if counting is not None:
-            counting.deliveries += 1
-            counting.shared.delivered = True
+    def hook(_: Tensor) -> None:
+        told = reference()
+        if told is not None:
+            method(told)
 
-    return counted
+    return hook

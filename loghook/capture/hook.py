@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from loghook.capture.experts import ExpertProjection
 from loghook.capture.layers import Layer, Slots
+from loghook.capture.pending import PendingTap
 from loghook.capture.segments import list_tokens
 from loghook.capture.tap import Tap, sum_tokens
 from loghook.errors import BatchError, UnsupportedError
@@ -70,6 +71,10 @@ def make_hook(layer: Layer) -> Callable[..., Tensor | None]:
                 slots.shared.restarted = True
         if slots.job is not None:
             return slots.job.tap(layer, slots, y, projected, weight, documents)
+        later = slots.pending is not None and documents is None and projected.dim() == 3
+        if later and not torch.compiler.is_compiling():
+            dims = layer.adapter.channel_dim, layer.spec.batch_dim
+            return PendingTap.apply(y, projected, weight, slots.output_side.matrix, *dims, leaves.calls, slots)
         return Tap.apply(
             y,
             projected,
@@ -83,19 +88,46 @@ def make_hook(layer: Layer) -> Callable[..., Tensor | None]:
             leaves.moments,
             leaves.activations,
             leaves.outputs,
-            leaves.calls,
+            leaves.calls if slots.update else None,
             *slots.update,
         )
 
     return hook
 
 
+def make_early_hook(layer: Layer) -> Callable[..., None]:
+    """Return the forward pre-hook of a layer: it projects an input while a processor still has it in its cache.
+
+    Only that, and only where it is simple: the hook after the layer's forward takes the result if its input is the same
+    tensor, and projects by itself otherwise.
+    """
+    key, spec = layer.key, layer.spec
+
+    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+        slots = None if torch.compiler.is_compiling() else OPEN.get(key)
+        if slots is None or module is not layer.module or not args or not torch.is_grad_enabled():
+            return
+        x = args[0]
+        plain = isinstance(x, Tensor) and x.device == slots.samples.device and not (spec.flattened or spec.batch_dim)
+        if plain and _shareable(layer, slots, x):
+            _project(layer, slots, module, x.detach())
+
+    return hook
+
+
+def _shareable(layer: Layer, slots: Slots, x: Tensor) -> bool:
+    """Whether another layer's projection of the same input can be taken.
+
+    Under torch.compile the compiler itself merges equal products of equal inputs. Address 0 is none: tensor subclasses
+    that wrap others all have it.
+    """
+    projects = layer.adapter.shares_input and slots.input_side.matrix is not None
+    return projects and not torch.compiler.is_compiling() and x.data_ptr() != 0
+
+
 def _project(layer: Layer, slots: Slots, module: nn.Module, x: Tensor) -> Tensor:
     side, bias = slots.input_side, layer.spec.bias
-    # Under torch.compile the compiler itself merges equal products of equal inputs. Address 0 is none: tensor
-    # subclasses that wrap others all have it.
-    shareable = layer.adapter.shares_input and side.matrix is not None
-    if not shareable or torch.compiler.is_compiling() or not x.data_ptr():
+    if not _shareable(layer, slots, x):
         with torch.no_grad():  # an adapter may read the module's parameters
             return layer.adapter.project(module, x, side, bias)
     shared = slots.shared

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from loghook.capture.batch import Given, Ids, Mask, check_ids, check_masks, unscaled
 from loghook.capture.block import Block, Captured
 from loghook.capture.experts import ExpertProjection, watched
-from loghook.capture.hook import make_hook
+from loghook.capture.hook import make_early_hook, make_hook
 from loghook.capture.layers import Layer
 from loghook.capture.models import mixing_modules, parameters_digest, refuse, unwrap
 from loghook.capture.optimizer import bind
@@ -80,6 +80,8 @@ class Hooked:
             # prepend: taps run inside FSDP2's own post-forward hook, whatever the order of wrapping.
             handle = layer.module.register_forward_hook(make_hook(layer), prepend=True, with_kwargs=True)
             self._handles.append(handle)
+            if layer.adapter.shares_input:
+                self._handles.append(layer.module.register_forward_pre_hook(make_early_hook(layer)))
         self._arrange([*self._layers, *layers])
         return coverage
 

@@ -15,7 +15,10 @@ from loghook.project.projection import Side
 
 if TYPE_CHECKING:
     from loghook.capture.optimizer import Moments
+    from loghook.capture.pending import Pending
     from loghook.capture.whole import Job
+
+Offer = tuple[int, Tensor, Tensor, Tensor | None]  # id of the backward pass, inputs, output gradients, weights
 
 
 @dataclass(eq=False)
@@ -38,7 +41,7 @@ class Leaves:
     moments: Tensor | None  # flat (see ``Tap``), or None
     activations: Tensor | None  # (B, channels + 1), or None
     outputs: Tensor | None  # (B, out_features + 1), or None
-    calls: Tensor | None  # (1,) how often the layer was called, or None
+    calls: Tensor | None  # (1,) how often the layer was called; None where nobody asks
 
     def clear(self) -> None:
         """Let go of what was delivered."""
@@ -64,7 +67,12 @@ class Slots:
     keep: Tensor | None  # (B,) 0 for samples that were logged before, or None (with documents it is part of the mask)
     kept: Tensor | None  # the same for rows, also with documents
     shared: Shared  # what the block's layers have in common
-    deliveries: int = 0  # how often autograd accumulated a row
+    pending: "Pending | None"  # where tokens wait for their rows to be formed with those of other layers, or None
+    offers: list["Offer"] = field(default_factory=list)  # tokens of a backward pass that autograd has not accepted yet
+    rows: Tensor | None = None  # (B, k_out, k_in) and the moments, as ``pending`` formed them
+    moments: Tensor | None = None
+    counted: int = 0  # how often autograd accumulated a row
+    accepted: int = 0  # how often it accepted tokens instead
     quiet: int = 0  # how often the layer ran without a graph, as it does in the first forward of a reentrant checkpoint
     recomputed: int = 0  # how often it ran inside the backward pass, as it does when a checkpoint recomputes
     masked: bool = False  # whether the mask fitted this layer
@@ -73,6 +81,35 @@ class Slots:
     def size(self) -> int:
         """Rows of the block, B."""
         return self.samples.shape[0]
+
+    def offer(self, x_BSk: Tensor, g_BSk: Tensor, weight_BS: Tensor | None) -> None:
+        """Take a call's projected tokens in a backward pass that may or may not be one for gradients of leaves."""
+        self.offers.append((torch._C._current_graph_task_id(), x_BSk, g_BSk, weight_BS))
+
+    def count(self) -> None:
+        """Count a row that autograd delivered."""
+        self.counted += 1
+        self.shared.delivered = True
+
+    def accept(self) -> None:
+        """Count the row that this backward pass's tokens will make, and let them wait for those of other layers."""
+        assert self.pending is not None
+        self.accepted += 1
+        self.shared.delivered = True
+        offers, self.offers = self.offers, []
+        for task, x_BSk, g_BSk, weight_BS in offers:
+            if task == torch._C._current_graph_task_id():
+                self.pending.add(self, x_BSk, g_BSk, weight_BS)
+
+    @property
+    def deliveries(self) -> int:
+        """How often the layer delivered; one that is called both compiled and not does it both ways at once."""
+        return max(self.counted, self.accepted)
+
+    def clear(self) -> None:
+        """Let go of what was delivered."""
+        self.offers, self.rows, self.moments = [], None, None
+        self.leaves.clear()
 
 
 @dataclass(eq=False)

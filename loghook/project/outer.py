@@ -49,8 +49,8 @@ def gather_tokens(t: Tensor, index_DL: Tensor) -> Tensor:
 
 
 def outer(g_BSk: Tensor, x_BSk: Tensor) -> Tensor:
-    """Sum over tokens of the outer products of projected gradients and inputs: (B, k_out, k_in)."""
-    return g_BSk.transpose(1, 2) @ x_BSk
+    """Sum over tokens of the outer products of projected gradients and inputs: (..., B, k_out, k_in)."""
+    return g_BSk.mT @ x_BSk
 
 
 def outer_grouped(g_BSO: Tensor, x_BSGk: Tensor, matrix_kO: Tensor | None) -> Tensor:
@@ -95,8 +95,8 @@ def at_a_time(values: int, like: Tensor, limit: int = CHUNK_BYTES) -> int:
 
 
 def second_moment(z_Nk: Tensor, weight_N: Tensor | None = None) -> Tensor:
-    """Sum over tokens of ``z z^T``, each token counted with its weight: (k, k)."""
-    return z_Nk.T @ (z_Nk if weight_N is None else z_Nk * weight_N[:, None])
+    """Sum over tokens of ``z z^T``, each token counted with its weight: (..., k, k)."""
+    return z_Nk.mT @ (z_Nk if weight_N is None else z_Nk * weight_N[..., None])
 
 
 def second_moment_grouped(g_BSO: Tensor, groups: int, matrix_kO: Tensor | None, weight_N: Tensor | None) -> Tensor:

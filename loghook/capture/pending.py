@@ -1,0 +1,114 @@
+"""Rows of several layers formed together: one product of many matrices in place of many small products.
+
+A layer's own products are so small that on two cores each takes three to ten times what its share of a large one does
+(``benchmarks/capture.py``), and on a GPU one launch each. A compiled backward has no use for this: it fuses by itself.
+
+Shape suffixes as in ``loghook.project.outer``; n layers.
+"""
+
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from loghook.capture.tap import alias, output_gradient, wide_context
+from loghook.project.outer import outer, project_output, second_moment
+
+if TYPE_CHECKING:
+    from loghook.capture.layers import Slots
+
+BYTES = 8 * 2**20  # what may wait: as much as stays in a processor's cache, and little on a device
+
+
+class PendingTap(torch.autograd.Function):
+    """Identity on a layer's output whose backward offers projected tokens; see ``loghook.capture.tap.Tap``.
+
+    The gradient of its leaf says only that autograd took the offer, so that calls count as they do for other rows.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,
+        x_BSk: Tensor,
+        weight_BS: Tensor | None,
+        p_out_kO: Tensor | None,
+        channel_dim: int,
+        batch_dim: int,
+        call_slot: Tensor,  # leaf (1,)
+        slots: "Slots",
+    ) -> Tensor:
+        """Return ``y`` unchanged; the rest is as in ``Tap.forward``."""
+        ctx.save_for_backward(x_BSk)  # which a checkpoint throws away and makes again
+        ctx.weight_BS, ctx.p_out_kO = weight_BS, p_out_kO
+        ctx.channel_dim, ctx.batch_dim, ctx.slots = channel_dim, batch_dim, slots
+        return alias(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        """Pass the output gradient on and offer the tokens."""
+        (g,) = grads
+        (x_BSk,) = ctx.saved_tensors
+        slots = ctx.slots
+        with wide_context(g.device.type):
+            g_BSk = project_output(output_gradient(ctx, g, x_BSk), ctx.p_out_kO)
+        slots.offer(x_BSk, g_BSk, ctx.weight_BS)
+        return g, None, None, None, None, None, slots.samples.new_ones(1), None
+
+
+class Tokens(NamedTuple):
+    """What one call of a layer leaves to be formed."""
+
+    slots: "Slots"
+    x_BSk: Tensor
+    g_BSk: Tensor
+    weight_BS: Tensor | None
+
+
+class Pending:
+    """Projected inputs and output gradients of the layers on one device, whose rows are yet to be formed."""
+
+    def __init__(self, dtype: torch.dtype, moments: bool) -> None:
+        """Nothing waits; rows are summed in ``dtype``, and ``moments`` asks for the statistics as well."""
+        self._dtype, self._moments = dtype, moments
+        self._waiting: list[Tokens] = []
+        self._bytes = 0
+
+    def add(self, slots: "Slots", x_BSk: Tensor, g_BSk: Tensor, weight_BS: Tensor | None) -> None:
+        """Let a layer's tokens wait for others, or form the rows of all that wait if they have become many."""
+        self._waiting.append(Tokens(slots, x_BSk, g_BSk, weight_BS))
+        self._bytes += x_BSk.nbytes + g_BSk.nbytes
+        if self._bytes >= BYTES:
+            self.form()
+
+    def form(self) -> None:
+        """Form the rows and moments of all that wait and add them to their layers' own."""
+        alike: dict[tuple[object, ...], list[Tokens]] = {}
+        for one in self._waiting:
+            key = one.x_BSk.shape, one.g_BSk.shape, one.x_BSk.dtype, one.g_BSk.dtype
+            alike.setdefault(key, []).append(one)
+        self._waiting, self._bytes = [], 0
+        for several in alike.values():
+            with torch.no_grad(), wide_context(several[0].x_BSk.device.type):
+                self._form(several)
+
+    def _form(self, several: list[Tokens]) -> None:
+        x_nBSk = torch.stack([one.x_BSk for one in several]).to(self._dtype)
+        g_nBSk = torch.stack([one.g_BSk for one in several]).to(self._dtype)
+        for one, row in zip(several, outer(g_nBSk, x_nBSk), strict=True):
+            one.slots.rows = row if one.slots.rows is None else one.slots.rows + row
+        if not self._moments:
+            return
+        weights = [one.weight_BS for one in several]
+        weight_nN = None
+        if any(weight is not None for weight in weights):
+            ones = x_nBSk.new_ones(x_nBSk.shape[1:3])
+            weight_nN = torch.stack([ones if w is None else w.to(ones.dtype).expand_as(ones) for w in weights])
+            weight_nN = weight_nN.flatten(1)
+        inputs = second_moment(x_nBSk.flatten(1, 2), weight_nN).flatten(1)
+        outputs = second_moment(g_nBSk.flatten(1, 2), weight_nN).flatten(1)
+        tokens = x_nBSk.new_full((len(several), 1), x_nBSk[0, :, :, 0].numel())
+        if weight_nN is not None:
+            tokens = weight_nN.sum(1, keepdim=True)
+        for one, sums in zip(several, torch.cat([inputs, outputs, tokens], 1), strict=True):
+            one.slots.moments = sums if one.slots.moments is None else one.slots.moments + sums
