@@ -637,6 +637,20 @@ def test_rows_formed_a_few_layers_at_a_time(dtype, monkeypatch):
     run_case(Twice(), torch.randn(4, 3, 6), dtype, rank=3)
 
 
+def test_a_layer_called_compiled_and_not_in_one_block(tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh()), torch.randn(2, 3, 4)
+    run = loghook.init(tmp_path, rank=2, on_repeat="all")
+    run.watch(model)
+    for again in (model, torch.compile(model, backend="eager")):
+        with run(data_id=[0, 1]):
+            again(model(x)).square().sum().backward()
+    run.finalize()
+    log = loghook.load(tmp_path)
+    rows = torch.cat([block for _, block in log.blocks()])
+    assert rows.any() and torch.allclose(rows[:2], rows[2:], rtol=1e-5, atol=1e-6)
+
+
 def test_gradients_of_inputs_asked_for_in_a_block_are_no_rows(tmp_path):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh()), torch.randn(2, 5, 4, requires_grad=True)

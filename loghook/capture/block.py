@@ -62,7 +62,6 @@ class Block:
         elif keep is not None:
             counted = keep[:, None]
         zeros: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        self._pending = {}
         for layer in self._layers:
             mask = masks.get(layer.name)
             if mask is not None:
@@ -120,7 +119,7 @@ class Block:
                 pending=self._pending[device, dtype] if later else None,
             )
             leaves.rows.register_post_accumulate_grad_hook(_calling(slots, Slots.count))
-            if later and leaves.calls is not None:
+            if slots.pending is not None and leaves.calls is not None:
                 leaves.calls.register_post_accumulate_grad_hook(_calling(slots, Slots.accept))
 
     def close(self) -> list[Slots | None]:

@@ -15,10 +15,8 @@ from loghook.project.projection import Side
 
 if TYPE_CHECKING:
     from loghook.capture.optimizer import Moments
-    from loghook.capture.pending import Pending
+    from loghook.capture.pending import Pending, Tokens
     from loghook.capture.whole import Job
-
-Offer = tuple[int, Tensor, Tensor, Tensor | None]  # id of the backward pass, inputs, output gradients, weights
 
 
 @dataclass(eq=False)
@@ -68,7 +66,8 @@ class Slots:
     kept: Tensor | None  # the same for rows, also with documents
     shared: Shared  # what the block's layers have in common
     pending: "Pending | None"  # where tokens wait for their rows to be formed with those of other layers, or None
-    offers: list["Offer"] = field(default_factory=list)  # tokens of a backward pass that autograd has not accepted yet
+    # what calls brought that autograd has not accepted yet, with the number of the backward pass
+    offers: "list[tuple[int, Tokens]]" = field(default_factory=list)
     rows: Tensor | None = None  # (B, k_out, k_in) and the moments, as ``pending`` formed them
     moments: Tensor | None = None
     counted: int = 0  # how often autograd accumulated a row
@@ -82,9 +81,9 @@ class Slots:
         """Rows of the block, B."""
         return self.samples.shape[0]
 
-    def offer(self, x_BSk: Tensor, g_BSk: Tensor, weight_BS: Tensor | None) -> None:
+    def offer(self, tokens: "Tokens") -> None:
         """Take a call's projected tokens in a backward pass that may or may not be one for gradients of leaves."""
-        self.offers.append((torch._C._current_graph_task_id(), x_BSk, g_BSk, weight_BS))
+        self.offers.append((torch._C._current_graph_task_id(), tokens))
 
     def count(self) -> None:
         """Count a row that autograd delivered."""
@@ -97,9 +96,9 @@ class Slots:
         self.accepted += 1
         self.shared.delivered = True
         offers, self.offers = self.offers, []
-        for task, x_BSk, g_BSk, weight_BS in offers:
+        for task, tokens in offers:
             if task == torch._C._current_graph_task_id():
-                self.pending.add(self, x_BSk, g_BSk, weight_BS)
+                self.pending.add(self, tokens)
 
     @property
     def deliveries(self) -> int:

@@ -1,11 +1,12 @@
 """Rows of several layers formed together: one product of many matrices in place of many small products.
 
-A layer's own products are so small that on two cores each takes three to ten times what its share of a large one does
-(``benchmarks/capture.py``), and on a GPU one launch each. A compiled backward has no use for this: it fuses by itself.
+A layer's own products are so small that waking the threads, or a launch on a GPU, costs more than the arithmetic. A
+compiled backward has no use for this: it fuses by itself.
 
 Shape suffixes as in ``loghook.project.outer``; n layers.
 """
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -18,6 +19,14 @@ if TYPE_CHECKING:
     from loghook.capture.layers import Slots
 
 BYTES = 8 * 2**20  # what may wait: as much as stays in a processor's cache, and little on a device
+
+
+class Tokens(NamedTuple):
+    """What one call of a layer leaves to be formed."""
+
+    x_BSk: Tensor  # projected inputs
+    g_BSk: Tensor  # projected output gradients
+    weight_BS: Tensor | None  # as in ``Tap.forward``
 
 
 class PendingTap(torch.autograd.Function):
@@ -49,20 +58,10 @@ class PendingTap(torch.autograd.Function):
         """Pass the output gradient on and offer the tokens."""
         (g,) = grads
         (x_BSk,) = ctx.saved_tensors
-        slots = ctx.slots
         with wide_context(g.device.type):
             g_BSk = project_output(output_gradient(ctx, g, x_BSk), ctx.p_out_kO)
-        slots.offer(x_BSk, g_BSk, ctx.weight_BS)
-        return g, None, None, None, None, None, slots.samples.new_ones(1), None
-
-
-class Tokens(NamedTuple):
-    """What one call of a layer leaves to be formed."""
-
-    slots: "Slots"
-    x_BSk: Tensor
-    g_BSk: Tensor
-    weight_BS: Tensor | None
+        ctx.slots.offer(Tokens(x_BSk, g_BSk, ctx.weight_BS))
+        return g, None, None, None, None, None, ctx.slots.samples.new_ones(1), None
 
 
 class Pending:
@@ -71,44 +70,42 @@ class Pending:
     def __init__(self, dtype: torch.dtype, moments: bool) -> None:
         """Nothing waits; rows are summed in ``dtype``, and ``moments`` asks for the statistics as well."""
         self._dtype, self._moments = dtype, moments
-        self._waiting: list[Tokens] = []
+        self._waiting: list[tuple[Slots, Tokens]] = []
         self._bytes = 0
 
-    def add(self, slots: "Slots", x_BSk: Tensor, g_BSk: Tensor, weight_BS: Tensor | None) -> None:
+    def add(self, slots: "Slots", tokens: Tokens) -> None:
         """Let a layer's tokens wait for others, or form the rows of all that wait if they have become many."""
-        self._waiting.append(Tokens(slots, x_BSk, g_BSk, weight_BS))
-        self._bytes += x_BSk.nbytes + g_BSk.nbytes
+        self._waiting.append((slots, tokens))
+        self._bytes += tokens.x_BSk.nbytes + tokens.g_BSk.nbytes
         if self._bytes >= BYTES:
             self.form()
 
     def form(self) -> None:
         """Form the rows and moments of all that wait and add them to their layers' own."""
-        alike: dict[tuple[object, ...], list[Tokens]] = {}
-        for one in self._waiting:
-            key = one.x_BSk.shape, one.g_BSk.shape, one.x_BSk.dtype, one.g_BSk.dtype
-            alike.setdefault(key, []).append(one)
+        alike: dict[tuple[object, ...], list[tuple[Slots, Tokens]]] = {}
+        for slots, tokens in self._waiting:
+            key = tokens.x_BSk.shape, tokens.g_BSk.shape, tokens.x_BSk.dtype, tokens.g_BSk.dtype
+            alike.setdefault(key, []).append((slots, tokens))
         self._waiting, self._bytes = [], 0
         for several in alike.values():
-            with torch.no_grad(), wide_context(several[0].x_BSk.device.type):
-                self._form(several)
+            with torch.no_grad(), wide_context(several[0][1].x_BSk.device.type):
+                self._form(*zip(*several, strict=True))
 
-    def _form(self, several: list[Tokens]) -> None:
-        x_nBSk = torch.stack([one.x_BSk for one in several]).to(self._dtype)
-        g_nBSk = torch.stack([one.g_BSk for one in several]).to(self._dtype)
-        for one, row in zip(several, outer(g_nBSk, x_nBSk), strict=True):
-            one.slots.rows = row if one.slots.rows is None else one.slots.rows + row
+    def _form(self, layers: "Sequence[Slots]", calls: Sequence[Tokens]) -> None:
+        x_nBSk = torch.stack([call.x_BSk for call in calls]).to(self._dtype)
+        g_nBSk = torch.stack([call.g_BSk for call in calls]).to(self._dtype)
+        for slots, rows in zip(layers, outer(g_nBSk, x_nBSk), strict=True):
+            slots.rows = rows if slots.rows is None else slots.rows + rows
         if not self._moments:
             return
-        weights = [one.weight_BS for one in several]
-        weight_nN = None
+        weights, weight_nN = [call.weight_BS for call in calls], None
         if any(weight is not None for weight in weights):
             ones = x_nBSk.new_ones(x_nBSk.shape[1:3])
             weight_nN = torch.stack([ones if w is None else w.to(ones.dtype).expand_as(ones) for w in weights])
             weight_nN = weight_nN.flatten(1)
         inputs = second_moment(x_nBSk.flatten(1, 2), weight_nN).flatten(1)
         outputs = second_moment(g_nBSk.flatten(1, 2), weight_nN).flatten(1)
-        tokens = x_nBSk.new_full((len(several), 1), x_nBSk[0, :, :, 0].numel())
-        if weight_nN is not None:
-            tokens = weight_nN.sum(1, keepdim=True)
-        for one, sums in zip(several, torch.cat([inputs, outputs, tokens], 1), strict=True):
-            one.slots.moments = sums if one.slots.moments is None else one.slots.moments + sums
+        n, B, S, _ = x_nBSk.shape
+        tokens = x_nBSk.new_full((n, 1), B * S) if weight_nN is None else weight_nN.sum(1, keepdim=True)
+        for slots, sums in zip(layers, torch.cat([inputs, outputs, tokens], 1), strict=True):
+            slots.moments = sums if slots.moments is None else slots.moments + sums

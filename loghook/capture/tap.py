@@ -2,7 +2,8 @@
 
 ``slot`` is a leaf tensor that nobody reads. Because the row arrives as *its gradient*, autograd itself does the
 bookkeeping: a layer called twice accumulates, a recomputed forward counts once, frozen parameters still build a
-graph from the first tap on, and ``torch.compile`` traces it without a break.
+graph from the first tap on, and ``torch.compile`` traces it without a break. Where nothing is compiled, ordinary layers
+go through ``loghook.capture.pending.PendingTap`` instead, which keeps to the same bookkeeping.
 
 Shape suffixes as in ``loghook.project.outer``.
 """
