@@ -200,6 +200,24 @@ def test_refined_questions_solve_the_damped_system(solver, iterations):
         fit.score(u, method="ekfac")
 
 
+def test_stochastic_steps_come_nearer_where_batches_differ():
+    model, (x, y) = make(), data(60)
+    x = x * torch.logspace(-1, 0.5, 60, dtype=x.dtype)[:, None, None]  # the last batches have the most curvature by far
+    fit, query = fitted(model, x, y)
+    batches = list(zip(x.split(3), y.split(3), strict=True))
+    matrix = dense_gauss_newton(model, x)
+    expected = torch.linalg.solve(matrix + 0.01 * torch.eye(len(matrix)), query.matrix.T).T
+
+    def error(iterations):
+        u = fit.refine(
+            query, batches, outputs_of(model), loss_of, solver="astra", iterations=iterations, damping_abs=0.01
+        )
+        return float((u.matrix - expected).norm() / expected.norm())
+
+    errors = [error(iterations) for iterations in (1, 300, 3000)]
+    assert errors[2] < errors[1] < errors[0] and errors[2] < 0.1, errors
+
+
 def test_saved_directions_say_what_they_are(tmp_path):
     model, (x, y) = make(), data()
     fit, query = fitted(model, x, y)
