@@ -178,6 +178,35 @@ def test_layer_called_twice_and_shared_weight(dtype):
     run_case(Twice(), torch.randn(4, 3, 6), dtype, rank=3)
 
 
+@pytest.mark.parametrize("rank", [3, 5, 6])
+def test_tensors_may_be_used_again_before_the_block_ends(tmp_path, rank):
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 5, bias=False), nn.Linear(5, 4, bias=False)).double()
+    x, other, learned = (torch.randn(n, 3, 6, dtype=torch.float64) for n in (4, 4, 1))
+    learned = nn.Parameter(learned)
+    optimizer = torch.optim.SGD([*model.parameters(), learned], lr=1.0)
+    run = loghook.init(tmp_path / "log", rank=rank, dtype="float64")
+    run.watch(model)
+    expected = log_batch(model, lambda model, x: model(x).square().sum(), x, rank=rank)
+    buffer = x.clone()
+    with run(data_id=range(4)):
+        model(buffer).square().sum().backward()
+        buffer.copy_(other)
+    expected_learned = log_batch(
+        model, lambda model, x: model(x).square().sum(), learned.detach().expand(4, 3, 6), rank=rank
+    )
+    optimizer.zero_grad()
+    with run(data_id=range(4, 8)):
+        model(learned.expand(4, 3, 6)).square().sum().backward()
+        optimizer.step()
+    run.finalize()
+    log = loghook.load(tmp_path / "log")
+    for name in log.layers:
+        rows = log.rows(name)[:]
+        torch.testing.assert_close(rows[:4], expected.rows(name)[:], rtol=1e-12, atol=1e-12)
+        torch.testing.assert_close(rows[4:], expected_learned.rows(name)[:], rtol=1e-12, atol=1e-12)
+
+
 def test_ranks_by_pattern():
     model, ranks = tiny_llama().double(), {"*o_proj": 3, "*down_proj": 5, "*.up_proj": 7, "*": 2}
     log = check_against_oracle(model, causal_loss, text_batch(), torch.float64, rank=ranks)
@@ -253,6 +282,21 @@ def test_scale_turns_a_mean_into_a_sum():
     model, batch = nn.Sequential(nn.Linear(4, 3)).double(), (torch.randn(5, 4).double(), torch.randn(5, 3).double())
     log = log_batch(model, lambda m, b: squared_loss(m, b) / 7, batch, scale=torch.tensor(7.0), rank=2)
     assert_rows_exact(log, model, squared_loss, batch, 1e-9)
+
+
+def test_mask_of_samples_holds_for_all_their_tokens():
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)).double(), torch.randn(4, 3, 6).double()
+    keep = torch.tensor([True, False, True, True])
+
+    def found(mask):
+        return log_batch(model, lambda model, x: model(x).square().sum(), x, mask=mask, rank=3, activations="mean")
+
+    by_sample, by_token = found(keep), found(keep[:, None].expand(4, 3))
+    assert (by_sample.moments() == by_token.moments()).all()
+    assert {by_sample.moments()[index] for *_, index in by_sample.layout.moments.values()} == {9.0}
+    for name in by_sample.layers:
+        assert (by_sample.rows(name, "activations")[:] == by_token.rows(name, "activations")[:]).all()
 
 
 def test_mask_never_changes_a_row_but_decides_which_tokens_count():

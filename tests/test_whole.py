@@ -9,7 +9,15 @@ import torch
 from torch import nn
 
 import loghook
-from loghook.errors import CheckpointWarning, ConfigError, CorruptLogError, LogExistsError, MismatchError, StateError
+from loghook.errors import (
+    CheckpointWarning,
+    ConfigError,
+    CorruptLogError,
+    LogExistsError,
+    MismatchError,
+    StateError,
+    UnsupportedError,
+)
 from loghook.project import outer
 from loghook.whole.scoring import low_rank
 from tests import dense
@@ -159,6 +167,64 @@ def test_mask_scale_segments_and_repeats():
             loss_fn(model, packed).backward()
     scores = scoring.scores()
     assert scores.data_ids == list(range(40)) and close(scores.values, expected)
+
+
+class Siamese(nn.Module):
+    """Calls its layers once for each half of the features, under a checkpoint or not."""
+
+    def __init__(self, checkpoint=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 3, bias=False)).double()
+        self.checkpoint = checkpoint
+
+    def forward(self, x):
+        def encode(half):
+            if self.checkpoint is None:
+                return self.layers(half)
+            half = half.requires_grad_()
+            return torch.utils.checkpoint.checkpoint(self.layers, half, use_reentrant=self.checkpoint == "reentrant")
+
+        a, b = (encode(half.clone()) for half in x.split(6, -1))
+        return (a - b) * a.exp()
+
+
+@pytest.mark.parametrize("checkpoint", [None, "reentrant", "not reentrant"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_layers_called_several_times_are_squared_after_their_calls_are_added(checkpoint, packed):
+    x = data(20)
+    log, query = whole_log(Siamese(), x), None
+    model, fit = Siamese(checkpoint), loghook.fit(tempfile.mkdtemp())
+    quietly(fit, model)
+
+    def walk(block):
+        for ids in torch.arange(20).split(5):
+            several = {"segments": torch.arange(5).repeat_interleave(x.shape[1]).view(1, -1)} if packed else {}
+            with block(data_id=ids, **several):
+                loss_fn(model, x[ids].reshape(1, -1, 12) if packed else x[ids]).backward()
+
+    for _ in fit.passes():
+        walk(fit)
+    query = ask(fit, model, x)
+    for method in ("dot", "ekfac"):
+        for normalize in (None, "unit"):
+            scoring = fit.score(query, method=method, normalize=normalize)
+            walk(scoring)
+            assert close(scoring.scores().values, log.influence(query, method=method, normalize=normalize).values)
+        own = fit.self_influence(method=method)
+        walk(own)
+        assert close(own.scores().values[0], log.self_influence(method=method))
+
+
+def test_several_compiled_calls_of_a_layer_are_refused_where_they_do_not_add_up():
+    model, x, fit = Siamese(), data(20), loghook.fit(tempfile.mkdtemp())
+    quietly(fit, model)
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    with pytest.raises(UnsupportedError, match="'layers.0' was called several times in this block, compiled"):
+        for _ in fit.passes():
+            with fit(data_id=list(range(20))):
+                loss_fn(compiled, x).backward()
 
 
 @pytest.mark.parametrize("frozen", [False, True])

@@ -13,7 +13,7 @@ from loghook.capture.layers import Layer, Leaves, Shared, Slots
 from loghook.capture.pending import Pending
 from loghook.capture.segments import Documents
 from loghook.capture.silence import nothing_delivered, partly_delivered
-from loghook.capture.whole import Job
+from loghook.capture.whole import Job, Together
 from loghook.errors import BatchError, DeliveryError, UnsupportedError
 from loghook.project.projection import Side
 
@@ -43,7 +43,7 @@ class Block:
         """
         self._layers, self._size, self._scale, self._job = layers, size, scale, job
         self._moments, self._updates = moments and not updates and job is None, updates
-        self._pending: dict[tuple[torch.device, torch.dtype], Pending] = {}
+        self._pending: dict[tuple[torch.device, torch.dtype], Pending | Together] = {}
 
     def open(self, masks: Mapping[str, Tensor], keep: Tensor | None, documents: Documents | None = None) -> None:
         """Give every layer fresh leaves.
@@ -81,7 +81,7 @@ class Block:
             # Nobody reads a leaf, so that one stored value serves for all of them.
             if (device, dtype) not in zeros:
                 zeros[device, dtype] = torch.zeros((), device=device, dtype=dtype)
-                self._pending[device, dtype] = Pending(dtype, self._moments)
+                self._pending[device, dtype] = Pending(dtype, self._moments) if job is None else Together()
             zero = zeros[device, dtype]
 
             update: tuple[Tensor | None, ...] = ()
@@ -96,7 +96,12 @@ class Block:
                 return zero.expand(shape).requires_grad_()
 
             means = spec.activations or spec.output_gradients
-            later = job is None and documents is None and not (self._updates or means)
+            if job is None:
+                # A side without a projection may be the user's own tensor, which they may change before rows are formed.
+                copied = sides[0].matrix is not None and sides[1].matrix is not None
+                later = copied and documents is None and not (self._updates or means)
+            else:
+                later, parts_add_up = job.at_once, not job.at_once
             leaves = Leaves(
                 rows=leaf(*shape),
                 moments=leaf(spec.k_in**2 + spec.k_out**2 + 1) if self._moments else None,
@@ -150,33 +155,44 @@ class Block:
                     "a sample. Pass the mask with the shape (batch, tokens) that the watched layers see, or none."
                 )
         asleep = [layer.name for layer, _ in silent]
+        self._require_one_call(slots)
+        for pending in self._pending.values():
+            pending.form()
         if self._job is not None:
             results = {}
             for layer, s in zip(self._layers, slots, strict=True):
-                if s.leaves.rows.grad is not None:
-                    results[layer.name] = self._job.finish(layer, s.leaves.rows.grad, self._scale)
-                    s.leaves.clear()
+                if s.deliveries:
+                    results[layer.name] = self._job.finish(layer, _sum(s.rows, s.leaves.rows), self._scale)
+                    s.clear()
             return Captured(torch.empty(0), None, asleep, results)
-        if self._updates:
-            self._require_one_call(slots)
-        for pending in self._pending.values():
-            pending.form()
         return self._pack(slots, asleep)
 
     def _require_one_call(self, slots: Sequence[Slots]) -> None:
-        """Raise where a gradient came in parts, and rows are no sum of what would be made of the parts."""
-        device = slots[0].leaves.rows.device
-        counting = [(x, s.leaves.calls) for x, s in zip(self._layers, slots, strict=True) if s.leaves.calls is not None]
-        if not counting:
+        """Raise where a gradient came in parts, and what is asked for is no sum of what would be made of the parts."""
+        job = self._job
+        if not self._updates and (job is None or not job.at_once):
             return
-        # Waits for the device once.
-        counts = torch.cat([_delivered(calls).to(device) for _, calls in counting]).tolist()
-        several = [layer.name for (layer, _), n in zip(counting, counts, strict=True) if n > 1]
-        if several:
+        counts: dict[str, Tensor] = {}
+        for layer, s in zip(self._layers, slots, strict=True):
+            calls = None if s.leaves.calls is None else s.leaves.calls.grad
+            if calls is not None and s.leaves.rows.grad is not None:
+                # A job counts compiled calls only, so that a device is waited for only where there are any.
+                counts[layer.name] = calls.to(slots[0].leaves.rows.device) + (0 if job is None else s.called)
+        if not counts:
+            return
+        found = torch.cat([*counts.values()]).tolist()
+        several = next((name for name, count in zip(counts, found, strict=True) if count > 1), None)
+        if several is not None and job is None:
             raise UnsupportedError(
-                f"layer {several[0]!r} was called several times in this block, and gradient='adam' is of the gradient "
+                f"layer {several!r} was called several times in this block, and gradient='adam' is of the gradient "
                 "of all calls together, which is never formed: exclude the layer, or log gradient='normalized' or "
                 "'plain', which add up."
+            )
+        if several is not None:
+            raise UnsupportedError(
+                f"layer {several!r} was called several times in this block, compiled, where each call's gradient comes "
+                "alone, and eigenvalues and norms are of the gradient of all calls together: use the model without "
+                "torch.compile here, or exclude the layer."
             )
 
     def _pack(self, slots: Sequence[Slots], asleep: list[str]) -> Captured:

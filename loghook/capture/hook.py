@@ -67,8 +67,9 @@ def make_hook(layer: Layer) -> Callable[..., Tensor | None]:
             layer.fired, layer.computes_in = True, y.dtype
             if torch._C._current_graph_task_id() != -1:  # inside a backward pass: a checkpoint recomputes
                 slots.recomputed += 1
-            elif slots.shared.delivered:
-                slots.shared.restarted = True
+            else:
+                slots.called += 1
+                slots.shared.restarted |= slots.shared.delivered
         if slots.job is not None:
             return slots.job.tap(layer, slots, y, projected, weight, documents)
         later = slots.pending is not None and documents is None and projected.dim() == 3
@@ -155,12 +156,15 @@ def _token_weight(slots: Slots, tokens: Tensor) -> Tensor | None:
     """What each token of a layer counts in sums over tokens: (B, S), or None where all count once.
 
     A mask speaks of the model's tokens. A layer with as many tokens uses it as it is, one with a single token
-    (a pooled head) counts samples that have any, and one with its own positions (patches) counts all of them.
+    (a pooled head) counts samples that have any, and one with its own positions (patches) counts all of them. A mask of
+    samples holds for all their tokens.
     """
     B, S = tokens.shape[:2]
     if slots.mask is not None and slots.mask.shape[1] == S:
         slots.masked = True
         return slots.mask
+    if slots.mask is not None and slots.mask.shape[1] == 1:
+        return slots.mask.expand(B, S)
     if slots.mask is not None and S == 1:
         return slots.mask.amax(1, keepdim=True)
     return None if slots.keep is None else slots.keep[:, None].expand(B, S)

@@ -15,8 +15,8 @@ from loghook.project.projection import Side
 
 if TYPE_CHECKING:
     from loghook.capture.optimizer import Moments
-    from loghook.capture.pending import Pending, Tokens
-    from loghook.capture.whole import Job
+    from loghook.capture.pending import Pending
+    from loghook.capture.whole import Job, Together
 
 
 @dataclass(eq=False)
@@ -39,7 +39,7 @@ class Leaves:
     moments: Tensor | None  # flat (see ``Tap``), or None
     activations: Tensor | None  # (B, channels + 1), or None
     outputs: Tensor | None  # (B, out_features + 1), or None
-    calls: Tensor | None  # (1,) how often the layer was called; None where nobody asks
+    calls: Tensor | None  # (1,) how many calls delivered; None where nobody asks
 
     def clear(self) -> None:
         """Let go of what was delivered."""
@@ -65,11 +65,13 @@ class Slots:
     keep: Tensor | None  # (B,) 0 for samples that were logged before, or None (with documents it is part of the mask)
     kept: Tensor | None  # the same for rows, also with documents
     shared: Shared  # what the block's layers have in common
-    pending: "Pending | None"  # where tokens wait for their rows to be formed with those of other layers, or None
+    # where what calls bring waits, to be formed with that of other layers or with that of the layer's other calls
+    pending: "Pending | Together | None"
     # what calls brought that autograd has not accepted yet, with the number of the backward pass
-    offers: "list[tuple[int, Tokens]]" = field(default_factory=list)
-    rows: Tensor | None = None  # (B, k_out, k_in) and the moments, as ``pending`` formed them
+    offers: list[tuple[int, Any]] = field(default_factory=list)
+    rows: Tensor | None = None  # rows, or what the job makes of them, and moments, as ``pending`` formed them
     moments: Tensor | None = None
+    called: int = 0  # how often the layer ran forward with a graph, not counting recomputation
     counted: int = 0  # how often autograd accumulated a row
     accepted: int = 0  # how often it accepted tokens instead
     quiet: int = 0  # how often the layer ran without a graph, as it does in the first forward of a reentrant checkpoint
@@ -81,9 +83,14 @@ class Slots:
         """Rows of the block, B."""
         return self.samples.shape[0]
 
-    def offer(self, tokens: "Tokens") -> None:
-        """Take a call's projected tokens in a backward pass that may or may not be one for gradients of leaves."""
-        self.offers.append((torch._C._current_graph_task_id(), tokens))
+    @property
+    def several(self) -> bool:
+        """Whether there may be several calls to one backward pass."""
+        return self.called + self.quiet > 1
+
+    def offer(self, brought: Any) -> None:
+        """Take what a call brings in a backward pass that may or may not be one for gradients of leaves."""
+        self.offers.append((torch._C._current_graph_task_id(), brought))
 
     def count(self) -> None:
         """Count a row that autograd delivered."""
@@ -91,14 +98,14 @@ class Slots:
         self.shared.delivered = True
 
     def accept(self) -> None:
-        """Count the row that this backward pass's tokens will make, and let them wait for those of other layers."""
+        """Count the row that this backward pass's offers will make, and let them wait."""
         assert self.pending is not None
         self.accepted += 1
         self.shared.delivered = True
         offers, self.offers = self.offers, []
-        for task, tokens in offers:
+        for task, brought in offers:
             if task == torch._C._current_graph_task_id():
-                self.pending.add(self, tokens)
+                self.pending.add(self, brought)
 
     @property
     def deliveries(self) -> int:

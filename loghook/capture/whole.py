@@ -7,9 +7,10 @@ of a layer receives as its gradient (see ``loghook.capture.tap``), so that they 
 Shape suffixes as in ``loghook.project.outer``; Q queries, r their rank.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from functools import partial
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,11 +38,14 @@ class WholeTap(torch.autograd.Function):
         channel_dim: int,
         batch_dim: int,
         leaf: Tensor,
+        call_slot: Tensor | None,  # leaf (1,) of a job that needs all calls at once
+        slots: Slots | None,  # to leave calls to, or None where the call is compiled
         *held: Tensor | None,
     ) -> Tensor:
         """Return ``y``; ``kind`` names the job, ``held`` is what it needs; the rest is as in ``Tap.forward``."""
         ctx.save_for_backward(x, weight_BS, documents_DL, *held)
         ctx.kind, ctx.channel_dim, ctx.batch_dim, ctx.wide = kind, channel_dim, batch_dim, leaf.dtype
+        ctx.slots = slots
         return alias(y)
 
     @staticmethod
@@ -49,6 +53,7 @@ class WholeTap(torch.autograd.Function):
         """Pass the output gradient on and deliver."""
         (g,) = grads
         x, weight_BS, documents_DL, *held = ctx.saved_tensors
+        need_calls, delivered, told = ctx.needs_input_grad[8], None, None
         with wide_context(g.device.type):
             g_BSO = output_gradient(ctx, g, x).to(ctx.wide)
             x = x.to(ctx.wide)
@@ -56,12 +61,46 @@ class WholeTap(torch.autograd.Function):
                 delivered = moments(g_BSO, x, weight_BS, None, take_blocks, second_moment_blocks)
             else:
                 g_BSO, x = by_document(documents_DL, g_BSO, x)
-                delivered = _squares(g_BSO, x, *held) if ctx.kind == "eigenvalues" else _products(g_BSO, x, *held)
-        return (g, None, None, None, None, None, None, delivered, *(None for _ in held))
+                make = partial(_squares if ctx.kind == "eigenvalues" else _products, held=held)
+                if need_calls and ctx.slots is not None and ctx.slots.several:
+                    ctx.slots.offer(Call(make, g_BSO.clone(), x.clone()))  # the user may change what these are views of
+                else:
+                    delivered = make(g_BSO, x)
+                if need_calls and (ctx.slots is None or delivered is None):
+                    told = x.new_ones(1)
+        return (g, None, None, None, None, None, None, delivered, told, None, *(None for _ in held))
 
 
-def _squares(g_BSO: Tensor, x: Tensor, p_out: Tensor | None, keep_B: Tensor | None) -> Tensor:
-    """Sum over samples of the squares of their gradients: (O, I)."""
+class Call(NamedTuple):
+    """What one of several calls of a layer brings."""
+
+    make: Callable[[Tensor, Tensor], Tensor]  # (output gradients, inputs) -> what the job makes of them
+    g_BSO: Tensor
+    x: Tensor
+
+
+class Together:
+    """Calls of layers that are called several times, until what is no sum over calls can be made of all of them."""
+
+    def __init__(self) -> None:
+        """Nothing waits."""
+        self._waiting: dict[Slots, list[Call]] = {}
+
+    def add(self, slots: Slots, call: Call) -> None:
+        """Let a call wait for the layer's others."""
+        self._waiting.setdefault(slots, []).append(call)
+
+    def form(self) -> None:
+        """Take the tokens of a sample's calls for tokens of one call."""
+        for slots, calls in self._waiting.items():
+            with torch.no_grad():
+                slots.rows = calls[0].make(torch.cat([c.g_BSO for c in calls], 1), torch.cat([c.x for c in calls], 1))
+        self._waiting = {}
+
+
+def _squares(g_BSO: Tensor, x: Tensor, held: Sequence[Tensor | None]) -> Tensor:
+    """Sum over samples, those that are kept, of the squares of their gradients: (O, I)."""
+    p_out, keep_B = held
     small = g_BSO.device.type == "cpu" and not torch.compiler.is_compiling()  # the compiler unrolls the loop
     if x.dim() == 3:
         g_BSO, p_out = project_output(g_BSO, p_out), None
@@ -73,19 +112,19 @@ def _squares(g_BSO: Tensor, x: Tensor, p_out: Tensor | None, keep_B: Tensor | No
     return total
 
 
-def _products(
-    g_BSO: Tensor, x: Tensor, p_out: Tensor | None, inverse: Tensor | None, left: Tensor, right: Tensor | None
-) -> Tensor:
+def _products(g_BSO: Tensor, x: Tensor, held: Sequence[Tensor | None]) -> Tensor:
     """Inner products of each sample's gradient with each query: (B, Q), or (B, Q + 1) with the sample's own last.
 
     Args:
         g_BSO: output gradients.
         x: inputs (B, S, I), or (B, S, G, I) in groups.
-        p_out: None, or what rotates output gradients; inputs and queries are then rotated already.
-        inverse: None, or (O, I): a sample's own is the sum of its gradient's squares, weighted with these.
-        left: queries (Q, O, I); with ``right`` their left halves (Q, O, r).
-        right: None, or (Q, r, I): a query is ``left @ right``.
+        held: p_out: None, or what rotates output gradients; inputs and queries are then rotated already.
+            inverse: None, or (O, I): a sample's own is the sum of its gradient's squares, weighted with these.
+            left: queries (Q, O, I); with ``right`` their left halves (Q, O, r).
+            right: None, or (Q, r, I): a query is ``left @ right``.
     """
+    p_out, inverse, left, right = held
+    assert left is not None
     S, (Q, outputs, r), inputs = x.shape[1], left.shape, x.shape[-1]
     scores = x.new_empty(len(x), Q + (inverse is not None))
     if x.dim() == 3:
@@ -112,6 +151,7 @@ class Job:
     """What a block computes of each layer instead of rows; unless a job says so, nothing is projected."""
 
     kind: ClassVar[str]  # which of them it is, as ``WholeTap`` takes it
+    at_once = False  # whether what it makes of a layer's gradient is no sum over the layer's calls
 
     def shape(self, layer: Layer, size: int) -> tuple[int, ...]:
         """Shape of what the layer delivers in a block of ``size`` rows."""
@@ -133,8 +173,9 @@ class Job:
         self, layer: Layer, slots: Slots, y: Tensor, x: Tensor, weight: Tensor | None, documents: Tensor | None
     ) -> Tensor:
         """Return the layer's output through the tap."""
-        dims, held = (layer.adapter.channel_dim, layer.spec.batch_dim), self.held(layer, slots)
-        return WholeTap.apply(y, x, self.kind, weight, documents, *dims, slots.leaves.rows, *held)
+        dims, held, leaves = (layer.adapter.channel_dim, layer.spec.batch_dim), self.held(layer, slots), slots.leaves
+        to = None if torch.compiler.is_compiling() else slots
+        return WholeTap.apply(y, x, self.kind, weight, documents, *dims, leaves.rows, leaves.calls, to, *held)
 
 
 class Covariance(Job):
@@ -156,7 +197,7 @@ class Covariance(Job):
 class Eigenvalues(Job):
     """EK-FAC's corrected eigenvalues: sums over samples of ``(Q_S^T G Q_A)^2`` (George et al. 2018)."""
 
-    kind = "eigenvalues"
+    kind, at_once = "eigenvalues", True
     bases: Mapping[str, tuple[Side, Side]]  # {layer: (Q_A^T as the input side, Q_S^T as the output side)}
 
     def sides(self, layer: Layer) -> tuple[Side, Side]:
@@ -189,6 +230,11 @@ class Products(Job):
     def sides(self, layer: Layer) -> tuple[Side, Side]:
         """Rotations, if there are any."""
         return super().sides(layer) if self.bases is None else self.bases[layer.name]
+
+    @property
+    def at_once(self) -> bool:  # type: ignore[override]
+        """Scores add up over calls; a sample's own does not."""
+        return self.inverse is not None
 
     def shape(self, layer: Layer, size: int) -> tuple[int, ...]:
         """One value for each sample and query, and one more for its own."""
