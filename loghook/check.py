@@ -32,6 +32,8 @@ class CheckReport:
 
     Attributes:
         errors: {layer: largest relative error over the samples}, for layers that ran.
+        not_compared: layers of which autograd has no gradient to compare with (sharded, quantised or parametrised
+            weights, weights tied to another module): their errors are between a batch and each sample alone.
         problems: one line for each thing that makes rows wrong or a log misleading, with what to do.
         tolerance: the error up to which a layer passes.
         coverage: see ``Manifest.coverage``.
@@ -43,6 +45,7 @@ class CheckReport:
     watched: int
     errors: dict[str, float] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
+    not_compared: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         """Whether nothing is wrong."""
@@ -58,6 +61,12 @@ class CheckReport:
         lines += [f"PROBLEM: {problem}" for problem in self.problems]
         worst = max(self.errors.values(), default=0.0)
         good = f"all rows are exact, up to rounding ({worst:.0e})."
+        if self.not_compared:
+            lines.append(
+                f"Autograd has no gradient of its own for {len(self.not_compared)} layers ({_some(self.not_compared)}: "
+                "sharded, quantised, parametrised or tied weights): samples were compared with themselves alone."
+            )
+            good = f"nothing is wrong, up to rounding ({worst:.0e}), as far as could be compared."
         lines.append("loghook.check: " + (good if self else f"{len(self.problems)} problem(s)."))
         return "\n".join(lines)
 
@@ -165,12 +174,13 @@ def _examine(probe: Probe, report: CheckReport) -> None:
         )
         return
     try:
-        alone, single_losses = probe.gradients_alone()
+        alone, single_losses, captured = probe.gradients_alone()
     except (DeliveryError, BatchError) as error:
         report.problems.append(f"a {probe.unit} alone does not run as the batch does: {error}")
         return
     compared = [name for name in together if name not in silent]
     report.errors = {name: _error(together[name], alone[name]) for name in compared}
+    report.not_compared = tuple(name for name in compared if name in captured)
     wrong = [name for name in compared if report.errors[name] > report.tolerance]
     if not wrong:
         return

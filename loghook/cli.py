@@ -157,7 +157,10 @@ def merge(
     runs: Annotated[list[Path], typer.Argument(help="Finished runs with the same layers.", metavar="RUN...")],
 ) -> None:
     """Join finished runs, for instance of several machines, into a new one; the old ones stay."""
-    typer.echo(f"{out}: {maintain.merge(out, runs).rows:,} rows of {len(runs)} runs")
+    done = maintain.merge(out, runs)
+    for note in done.notes:
+        typer.secho(note, fg="yellow", err=True)
+    typer.echo(f"{out}: {done.rows:,} rows of {len(runs)} runs")
 
 
 @_command

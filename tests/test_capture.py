@@ -22,6 +22,7 @@ from transformers.pytorch_utils import Conv1D
 
 import loghook
 from loghook.capture import adapters, pending
+from loghook.errors import BatchError, UnsupportedError
 from loghook.project import outer
 from tests.harness import TOLERANCE, assert_rows_exact, check_against_oracle, log_batch
 
@@ -205,6 +206,19 @@ def test_tensors_may_be_used_again_before_the_block_ends(tmp_path, rank):
         rows = log.rows(name)[:]
         torch.testing.assert_close(rows[:4], expected.rows(name)[:], rtol=1e-12, atol=1e-12)
         torch.testing.assert_close(rows[4:], expected_learned.rows(name)[:], rtol=1e-12, atol=1e-12)
+
+
+def test_nested_tensors_and_inputs_without_a_batch_are_refused(tmp_path):
+    encoder = nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True), 1).eval()
+    padding = torch.arange(4) >= torch.tensor([4, 2, 3])[:, None]
+    run = loghook.init(tmp_path / "encoder", rank=2)
+    run.watch(encoder)
+    with pytest.raises(UnsupportedError, match="enable_nested_tensor=False"), loghook.frozen(encoder), run(range(3)):
+        encoder(torch.randn(3, 4, 8), src_key_padding_mask=padding).sum().backward()
+    run = loghook.init(tmp_path / "linear", rank=2)
+    run.watch(model := nn.Linear(6, 4))
+    with pytest.raises(BatchError, match=r"shape \(6,\), which has no batch"), run([0]):
+        model(torch.randn(6)).sum().backward()
 
 
 def test_ranks_by_pattern():

@@ -110,7 +110,9 @@ def test_append_takes_a_new_delivery(tmp_path, whole):
 
 def test_merge_joins_runs(tmp_path, whole):
     a, b = write(tmp_path / "a", list(range(24))), write(tmp_path / "b", list(range(20, 40)))
-    log = loghook.load(tmp_path / "out" if maintain.merge(tmp_path / "out", [a.path, b.path]) else "")
+    done = maintain.merge(tmp_path / "out", [a.path, b.path])
+    assert len(done.notes) == 1 and "4 rows have ids that another run has too" in done.notes[0]
+    log = loghook.load(tmp_path / "out")
     assert sorted(log.data_ids) == list(range(40)) and log.repeats == 4 and not log.verify()
     assert rows(log) == rows(whole)
     np.testing.assert_allclose(log.moments(), a.moments() + b.moments(), rtol=1e-12)

@@ -97,7 +97,7 @@ class Block:
 
             means = spec.activations or spec.output_gradients
             if job is None:
-                # A side without a projection may be the user's own tensor, which they may change before rows are formed.
+                # A side without a projection may be the user's own tensor, which may change before rows are formed.
                 copied = sides[0].matrix is not None and sides[1].matrix is not None
                 later = copied and documents is None and not (self._updates or means)
             else:

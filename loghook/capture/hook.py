@@ -39,6 +39,8 @@ def make_hook(layer: Layer) -> Callable[..., Tensor | None]:
                 f"layer {layer.name!r} takes {type(x).__name__} and returns {type(y).__name__}: exclude it, as loghook "
                 "watches modules from one tensor to one tensor."
             )
+        if x.is_nested or x.dim() < 2:
+            raise _not_a_batch(layer, x)
         x = x.detach().to(slots.samples.device)  # accelerate's hooks move inputs after this hook was given them
         if layer.spec.flattened:
             x = _unflatten(layer, slots, x)
@@ -110,6 +112,7 @@ def make_early_hook(layer: Layer) -> Callable[..., None]:
             return
         x = args[0]
         plain = isinstance(x, Tensor) and x.device == slots.samples.device and not (spec.flattened or spec.batch_dim)
+        plain = plain and not x.is_nested and x.dim() > 1
         if plain and _shareable(layer, slots, x):
             _project(layer, slots, module, x.detach())
 
@@ -139,6 +142,18 @@ def _project(layer: Layer, slots: Slots, module: nn.Module, x: Tensor) -> Tensor
         shared.key, shared.source = key, x
     assert shared.projected is not None
     return shared.projected
+
+
+def _not_a_batch(layer: Layer, x: Tensor) -> Exception:
+    if x.is_nested:
+        return UnsupportedError(
+            f"layer {layer.name!r} got a nested tensor, as nn.TransformerEncoder makes of padded batches in eval mode: "
+            "give it enable_nested_tensor=False, or exclude its layers."
+        )
+    return BatchError(
+        f"layer {layer.name!r} got an input of shape {tuple(x.shape)}, which has no batch: make it (1, ...), or "
+        "exclude the layer."
+    )
 
 
 def _unflatten(layer: Layer, slots: Slots, x: Tensor) -> Tensor:

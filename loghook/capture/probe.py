@@ -63,8 +63,13 @@ class Probe(Hooked):
                 found = self._run(one, 1, None)
             yield found
 
-    def gradients_alone(self) -> tuple[dict[str, Tensor], list[float]]:
-        """Projected gradients of each alone, from ``parameter.grad`` where autograd gives one, and the losses."""
+    def gradients_alone(self) -> tuple[dict[str, Tensor], list[float], set[str]]:
+        """Projected gradients of each alone, the losses, and the layers of which autograd gives no ``parameter.grad``.
+
+        Of those (quantised, sharded or parametrised weights, weights tied to another module) it is what a batch of one
+        captured, so that samples are at least compared with themselves alone.
+        """
+        captured: set[str] = set()
         rows: dict[str, list[Tensor]] = {layer.name: [] for layer in self.watched}
         losses = []
         parameters = [p for layer in self.watched for p in layer.module.parameters(recurse=False)]
@@ -78,11 +83,13 @@ class Probe(Hooked):
             for found in self.each_alone():
                 losses.append(found.loss)
                 for layer in self.watched:
-                    rows[layer.name].append(_from_parameters(layer, uses, found.rows[layer.name][0]))
+                    own = _from_parameters(layer, uses)
+                    captured |= {layer.name} if own is None else set()
+                    rows[layer.name].append(found.rows[layer.name][0] if own is None else own)
         finally:
             for p, required in frozen:
                 p.requires_grad_(required)
-        return {name: torch.stack(values) for name, values in rows.items()}, losses
+        return {name: torch.stack(values) for name, values in rows.items()}, losses, captured
 
     def _run(self, batch: Any, size: int, segments: Any) -> Found:
         with self._capture(size, Given(segments=segments)) as captured:
@@ -98,20 +105,16 @@ class Probe(Hooked):
         )
 
 
-def _from_parameters(layer: Layer, uses: Counter[int], captured: Tensor) -> Tensor:
-    """The row of one sample from autograd's own gradient: (k_out, k_in) in float64.
-
-    Where autograd has none (quantised or sharded weights, weights tied to another module), what a batch of one
-    captured is used instead, so that samples are at least compared with themselves alone.
-    """
+def _from_parameters(layer: Layer, uses: Counter[int]) -> Tensor | None:
+    """The row of one sample from autograd's own gradient, (k_out, k_in) in float64, or None where it has none."""
     module = layer.module
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None) if layer.spec.bias else None
     if not isinstance(weight, Tensor) or weight.grad is None or type(weight).__name__ == "DTensor":
-        return captured
+        return None
     if weight.dim() == 1 and layer.spec.in_features > 1 and layer.spec.out_features > 1:  # FSDP1's flat one
-        return captured
+        return None
     if uses[id(weight)] > 1 or weight.numel() != layer.spec.in_features * layer.spec.out_features:
-        return captured
+        return None
     gradient = layer.adapter.gradient(module, weight.grad.double(), None if bias is None else bias.grad.double()).cpu()
     for side, axis in ((layer.output_side, 0), (layer.input_side, 1)):
         if side.matrix is not None:

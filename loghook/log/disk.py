@@ -65,7 +65,8 @@ def lock(file: Path) -> Any:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         handle.seek(0)
-        owner = handle.read().strip() or "an unknown process"
+        written = handle.read().strip()
+        owner = "process {process} on {host}".format(**json.loads(written)) if written else "an unknown process"
         handle.close()
         raise LogLockedError(
             f"{file.parent} is written by {owner}: wait until it ends, or write to another path."

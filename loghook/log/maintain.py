@@ -28,6 +28,7 @@ from loghook.log.fitted import load_sides, save_sides
 from loghook.log.folder import close_shard, sum_up
 from loghook.log.format import Layout, Manifest, checksum, commits_name, parse_object, shard_header, shard_name
 from loghook.log.moments import load_moments
+from loghook.log.reader import Reader
 from loghook.log.records import Commits, all_commits, check_record, decode_records, encode_record, read_commits
 from loghook.log.rewrite import Changed, Keep, clean, copy_log, entry, ids_of, read_rows, rewrite, shard_of
 
@@ -108,7 +109,8 @@ def reopen(path: str | Path) -> None:
 def merge(out: str | Path, runs: Sequence[str | Path]) -> Changed:
     """Join finished runs, for instance of several machines, into a new one; each source writer becomes a rank.
 
-    Ids that clash follow the runs' rule for repeats: under "first" a reader takes the first by (pass, step, rank).
+    Ids that clash follow the runs' rule for repeats: under "first" a reader takes the first by (pass, step, rank), but
+    the statistics count all; a note says so.
     """
     out, paths = Path(out), [Path(run) for run in runs]
     if len(paths) < 2:
@@ -120,7 +122,13 @@ def merge(out: str | Path, runs: Sequence[str | Path]) -> Changed:
             if getattr(manifest, name) != getattr(first, name):
                 raise MismatchError(f"{path} and {paths[0]} differ in {name}: only runs that agree can be merged.")
     done = entry("merge", runs=[_origin(m) for m in manifests])
-    return _build(out, list(zip(paths, manifests, strict=True)), first.dtype, [done])
+    merged = _build(out, list(zip(paths, manifests, strict=True)), first.dtype, [done])
+    if clashing := Reader(out).repeats - sum(Reader(path).repeats for path in paths):
+        merged.notes.append(
+            f"{clashing:,} rows have ids that another run has too: readers leave them out, but the statistics, which kfac "
+            "and ekfac use, count them as well. For them to count once, no id may be in two runs."
+        )
+    return merged
 
 
 def compress(source: str | Path, out: str | Path, dtype: str) -> Changed:
