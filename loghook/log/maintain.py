@@ -125,8 +125,8 @@ def merge(out: str | Path, runs: Sequence[str | Path]) -> Changed:
     merged = _build(out, list(zip(paths, manifests, strict=True)), first.dtype, [done])
     if clashing := Reader(out).repeats - sum(Reader(path).repeats for path in paths):
         merged.notes.append(
-            f"{clashing:,} rows have ids that another run has too: readers leave them out, but the statistics, which kfac "
-            "and ekfac use, count them as well. For them to count once, no id may be in two runs."
+            f"{clashing:,} rows have ids that another run has too: readers leave them out, but the statistics, which "
+            "kfac and ekfac use, count them as well. For them to count once, no id may be in two runs."
         )
     return merged
 
