@@ -208,7 +208,8 @@ def delete(
     ] = False,
 ) -> None:
     """Take rows out, for instance because a provider withdraws data; their bytes are gone afterwards."""
-    wanted = [_parse_id(loghook.load(run).manifest.id_type, text) for text in ids]
+    id_type = loghook.load(run).manifest.id_type
+    wanted = [_parse_id(id_type, text) for text in ids]
     done = maintain.delete(run, wanted, keep_statistics=keep_statistics)
     typer.echo(f"{run}: {done.dropped:,} rows deleted, {done.rows:,} left")
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import shutil
 
 import numpy as np
@@ -11,7 +12,7 @@ from typer.testing import CliRunner
 import loghook
 from loghook.cli import app
 from loghook.errors import ConfigError, CorruptLogError, LogExistsError, LogLockedError, MismatchError, StateError
-from loghook.log import maintain
+from loghook.log import maintain, reader
 from tests import dense
 from tests.test_influence import data, loss_fn, make_log, make_model
 
@@ -106,6 +107,27 @@ def test_append_takes_a_new_delivery(tmp_path, whole):
     maintain.reopen(tmp_path / "run")
     with pytest.raises(StateError, match="not finished"):
         maintain.reopen(tmp_path / "run")
+
+
+def test_logs_may_have_more_shards_than_a_process_may_open_files(tmp_path, whole, monkeypatch):
+    monkeypatch.setattr(reader, "MAPPED", 3)
+    log = write(tmp_path / "run", list(range(40)), shard_bytes=1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 6, hard))
+    try:
+        assert len(list(log.path.glob("rows-*"))) == 10 and rows(log) == rows(whole)
+        name = log.layers[0]
+        for place in range(40):
+            assert log.rows(name)[place].tobytes() == whole.rows(name)[place].tobytes()
+        maintain.compress(log.path, tmp_path / "small", "float16")
+        maintain.delete(log.path, [0])
+        kept = [open("/dev/null") for _ in range(6)]  # noqa: SIM115
+        with pytest.raises(OSError, match="Too many open files"):
+            loghook.load(tmp_path / "small").rows(name)[0]
+        del kept
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert len(loghook.load(tmp_path / "small")) == 40 and len(loghook.load(log.path)) == 39
 
 
 def test_merge_joins_runs(tmp_path, whole):

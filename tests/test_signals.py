@@ -14,11 +14,12 @@ from typing import Any
 import pytest
 
 import loghook
+from loghook.log.disk import lock
 from tests.killing import Killer
 from tests.test_log import make_unfinished
 
 PRELUDE = """
-    import os, signal, sys, time, torch, loghook
+    import contextlib, os, signal, sys, time, torch, loghook
     from tests.test_influence import data, loss_fn, make_model
     torch.set_num_threads(1)
     model, x = make_model(), data(40)
@@ -207,6 +208,22 @@ def test_a_forked_child_dies_of_sigterm_and_commits_nothing(tmp_path):
     process = python(tmp_path / "run", program)
     assert process.returncode == 0, process.errors
     assert loghook.load(tmp_path / "run").data_ids == [0, 1, 2, 3]
+
+
+def test_a_forked_child_keeps_no_lock(tmp_path):
+    program = """
+        block(0)
+        if os.fork() == 0:
+            for fd in map(int, os.listdir("/proc/self/fd")):  # those that its parent's end is told by
+                if not os.path.realpath(f"/proc/self/fd/{fd}").endswith("lock-00000"):
+                    with contextlib.suppress(OSError):
+                        os.close(fd)
+            time.sleep(20)
+            os._exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+    """
+    assert python(tmp_path / "run", program).returncode == -signal.SIGKILL
+    lock(tmp_path / "run" / "lock-00000").close()  # while the child lives
 
 
 def test_a_run_in_another_thread_installs_no_handler_and_still_commits_at_exit(tmp_path):

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 import loghook
-from loghook.errors import ConfigError
+from loghook.errors import ConfigError, UnfinishedWarning
 from loghook.evaluate import trust
 from loghook.evaluate.parts import Part
 from loghook.evaluate.trust import correlations, extended, membership
@@ -14,7 +14,7 @@ from loghook.evaluate.trust import correlations, extended, membership
 WIDTH = 64
 
 
-def logged(path, seed=0, rank=16, n=300, shuffle=False, projection="random"):
+def logged(path, seed=0, rank=16, n=300, shuffle=False, projection="random", finish=True):
     """One wide linear layer whose gradients are near a few directions, so that some rows matter and most do not."""
     noise = torch.Generator().manual_seed(0)
     kinds = torch.randn(6, WIDTH, generator=noise)
@@ -32,7 +32,8 @@ def logged(path, seed=0, rank=16, n=300, shuffle=False, projection="random"):
         model(x[order]).pow(2).sum().backward()
     with run.query(data_id=range(8)) as query:
         model(x[n:]).pow(2).sum().backward()
-    run.finalize()
+    if finish:
+        run.finalize()
     run.close()
     return loghook.load(path), query
 
@@ -130,6 +131,13 @@ def test_a_part_is_a_log_of_fewer_coordinates(seeds):
         np.testing.assert_array_equal(part.moments()[mine[0]].reshape(8, 8), a[np.ix_(into, into)])
         assert part.query(query).matrix.shape == (8, 64)
     assert not set(parts[0]._sides[name][0]) & set(parts[1]._sides[name][0])
+
+
+def test_of_a_log_that_is_not_finished(tmp_path):
+    log, query = logged(tmp_path / "log", n=40, finish=False)
+    with pytest.warns(UnfinishedWarning, match="is not finished") as caught:
+        assert len(trust(log, query, "dot", nulls=0).correlation) == 8
+    assert len([one for one in caught if one.category is UnfinishedWarning]) == 1
 
 
 def test_without_projection_and_with_arguments_that_cannot_work(tmp_path, seeds):

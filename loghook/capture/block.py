@@ -198,7 +198,7 @@ class Block:
     def _pack(self, slots: Sequence[Slots], asleep: list[str]) -> Captured:
         device, scale = slots[0].leaves.rows.device, self._scale
         rows = torch.cat([_sum(s.rows, s.leaves.rows).flatten(1).to(device) for s in slots], 1)
-        rows *= _spread([layer.gain for layer in self._layers], [layer.spec.width for layer in self._layers], rows)
+        rows = _scaled(rows, [layer.gain for layer in self._layers], [layer.spec.width for layer in self._layers])
         unscaled = isinstance(scale, float) and scale == 1.0
         if not unscaled and not self._updates:  # updates have it in them
             rows *= scale
@@ -221,9 +221,9 @@ class Block:
             )
             gains = [g for layer in self._layers for g in (layer.input_side.gain**2, layer.output_side.gain**2, 1.0)]
             sizes = [n for layer in self._layers for n in (layer.spec.k_in**2, layer.spec.k_out**2, 1)]
-            moments *= _spread(gains, sizes, moments)
+            moments = _scaled(moments, gains, sizes)
             if not unscaled:  # moments of output gradients by the square of the scale
-                of_outputs = _spread([0.0, 1.0, 0.0] * len(slots), sizes, moments) > 0
+                of_outputs = _spread((0.0, 1.0, 0.0) * len(slots), tuple(sizes), moments.dtype, moments.device) > 0
                 moments = torch.where(of_outputs, moments * scale**2, moments)
         for s in slots:  # the user may keep the loss, and with it the graph and its leaves
             s.clear()
@@ -252,13 +252,16 @@ def _delivered(leaf: Tensor) -> Tensor:
     return torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device) if leaf.grad is None else leaf.grad
 
 
-def _spread(values: Sequence[float], sizes: Sequence[int], like: Tensor) -> Tensor:
-    """Repeat each value as often as its size says: (sum of sizes,), where ``like`` is; kept for the next block."""
-    return _kept(tuple(values), tuple(sizes), like.dtype, like.device)
+def _scaled(values: Tensor, gains: Sequence[float], sizes: Sequence[int]) -> Tensor:
+    """Multiply, in place, as many values (..., sum of sizes) with each gain as its size says."""
+    if any(gain != 1.0 for gain in gains):  # not where nothing is projected, and rows are widest
+        values *= _spread(tuple(gains), tuple(sizes), values.dtype, values.device)
+    return values
 
 
 @lru_cache(maxsize=16)
-def _kept(values: tuple[float, ...], sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+def _spread(values: tuple[float, ...], sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Repeat each value as often as its size says: (sum of sizes,); kept for the next block."""
     return torch.tensor(values, dtype=dtype).repeat_interleave(torch.tensor(sizes)).to(device)
 
 

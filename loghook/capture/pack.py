@@ -41,9 +41,10 @@ def pack(
         rows = rows[torch.from_numpy(keep).to(rows.device)]
     ready = None
     if rows.device.type == "cuda":
-        rows, moments = _to_pinned(rows), None if moments is None else _to_pinned(moments)
-        ready = torch.cuda.Event()
-        ready.record()
+        with torch.cuda.device(rows.device):  # an event is of the current device's stream, and the copy of this one's
+            rows, moments = _to_pinned(rows), None if moments is None else _to_pinned(moments)
+            ready = torch.cuda.Event()
+            ready.record()
     elif rows.device.type != "cpu":
         rows, moments = rows.cpu(), None if moments is None else moments.cpu()
     return Batch(

@@ -13,6 +13,7 @@ from loghook.capture.repeats import Repeats
 from loghook.capture.sums import Sums
 from loghook.capture.whole import Job
 from loghook.errors import NotFiniteError
+from loghook.processes import process_rank
 
 
 class Gathering:
@@ -93,13 +94,13 @@ class Pass:
             labels: (...) integers; negative ones (as -100) are to be ignored, and stay.
 
         Returns:
-            Labels of the same shape. The draws depend on nothing but the order of calls.
+            Labels of the same shape. The draws depend on nothing but the process and the order of calls.
         """
         if self.fisher != "true":
             return labels
         device = logits.device
         if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self.index)
+            self._generators[device] = torch.Generator(device).manual_seed(self.index + process_rank() * 2**32)
         chances = logits.detach().float().softmax(-1).flatten(0, -2)
         drawn = torch.multinomial(chances, 1, generator=self._generators[device]).view(labels.shape)
         return torch.where(labels < 0, labels, drawn.to(labels.dtype))

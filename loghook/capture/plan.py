@@ -11,11 +11,11 @@ from torch import Tensor
 from loghook.capture.config import Config
 from loghook.capture.coverage import describe_coverage
 from loghook.capture.layers import Layer
-from loghook.capture.processes import world_size
 from loghook.errors import ConfigError
 from loghook.log.codec import DTYPES
 from loghook.log.format import LayerSpec, Layout
 from loghook.log.writer import QUEUE
+from loghook.processes import world_size
 from loghook.project.blocks import square_size
 from loghook.project.outer import CHUNK_BYTES
 from loghook.project.projection import FITTED
@@ -181,9 +181,9 @@ def parse_size(text: str | float) -> float:
     Raises:
         ConfigError: for anything else, or nothing at all.
     """
-    found = re.fullmatch(r"([\d_.]+)\s*([kMGT]?i?)B?", str(text).strip().replace(",", ""))
+    found = re.fullmatch(r"(\d{1,3}(?:,\d{3})+(?:\.\d*)?|[\d_.]+)\s*([kMGT]?i?)B?", str(text).strip())
     try:
-        if found is not None and (size := float(found[1]) * _UNITS[found[2]]) > 0:
+        if found is not None and (size := float(found[1].replace(",", "")) * _UNITS[found[2]]) > 0:
             return size
     except (ValueError, KeyError):
         pass

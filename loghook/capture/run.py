@@ -16,7 +16,6 @@ from loghook.capture.hooked import Hooked
 from loghook.capture.pack import pack
 from loghook.capture.passes import Gathering, Pass
 from loghook.capture.plan import Plan, parse_size
-from loghook.capture.processes import process_rank, provenance, shared, shared_run_id, world_size
 from loghook.capture.select import FUSED_EXPERTS, Watch
 from loghook.capture.session import Session
 from loghook.capture.sums import decompose, fit_sides
@@ -27,6 +26,7 @@ from loghook.log.fitted import Sides, load_sides, save_sides
 from loghook.log.folder import ARGUMENTS, check_same
 from loghook.log.format import MANIFEST, Manifest
 from loghook.log.writer import Writer
+from loghook.processes import process_rank, provenance, shared, shared_run_id, world_size
 from loghook.project.projection import FITTED
 from loghook.statistics.store import FactorStore
 

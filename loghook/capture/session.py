@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 from loghook.capture.config import Config
-from loghook.capture.processes import process_rank, shared_run_id, world_size
 from loghook.capture.repeats import Repeats
 from loghook.errors import LogExistsError, NotFiniteError, StateError, WriteError
 from loghook.log.disk import writing
 from loghook.log.folder import check_same, claim, ranks_on_disk, read_back, seal
 from loghook.log.format import MANIFEST, Manifest
 from loghook.log.writer import Writer
+from loghook.processes import process_rank, shared_run_id, world_size
 
 
 class Session:

@@ -10,7 +10,7 @@ from loghook.capture.config import Config
 from loghook.capture.layers import Layer
 from loghook.capture.select import rank_of
 from loghook.errors import MismatchError, StateError
-from loghook.influence.share import share
+from loghook.processes import combine, everyone, share
 from loghook.project.blocks import Factor, cut, square_size
 from loghook.project.projection import Side, fit_side, shared_input_name
 
@@ -32,18 +32,13 @@ class Sums:
 
     def reduce(self, shapes: Mapping[str, Sequence[int]]) -> None:
         """Sum over processes, at the same point on all of them; a layer that slept here counts zero."""
-        distributed = torch.distributed
-        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-            on_device = distributed.get_backend() == "nccl"
+        if share()[1] > 1:
             for name, shape in shapes.items():
                 total = self.totals.get(name)
-                total = torch.zeros(*shape, dtype=torch.float64) if total is None else total.double()
-                total = total.cuda() if on_device else total.cpu()
-                distributed.all_reduce(total)
-                self.totals[name] = total.cpu()
-            count = torch.tensor(self.samples, device="cuda" if on_device else "cpu")
-            distributed.all_reduce(count)
-            self.samples = int(count)
+                self.totals[name] = combine(
+                    torch.zeros(*shape, dtype=torch.float64) if total is None else total.double().cpu()
+                )
+            self.samples = int(combine(torch.tensor(self.samples)))
         if not self.samples:
             raise StateError("this pass saw no samples: run the whole loop inside `for _ in run.passes():`.")
 
@@ -96,11 +91,9 @@ def decompose(layers: Sequence[Layer], sums: Sums) -> dict[str, tuple[Factor, Fa
             factor = Factor.of(flat_in, w_in)
             same[:] = [*same, (flat_in, factor)][-2:]  # siblings come one after the other
         mine[layer.name] = (factor, Factor.of(flat_out, w_out))
-    if world > 1:
-        parts: list[dict[str, tuple[Factor, Factor]] | None] = [None] * world
-        torch.distributed.all_gather_object(parts, {name: _cpu(pair) for name, pair in mine.items()})
-        mine = {name: pair for part in parts if part for name, pair in part.items()}
-    return {layer.name: _cpu(mine[layer.name]) for layer in layers}
+    parts = everyone({name: _cpu(pair) for name, pair in mine.items()})
+    found = {name: pair for part in parts for name, pair in part.items()}
+    return {layer.name: found[layer.name] for layer in layers}
 
 
 def _cpu(pair: tuple[Factor, Factor]) -> tuple[Factor, Factor]:

@@ -27,7 +27,7 @@ class Part(Reader):
     def __init__(self, whole: Reader, part: int, parts: int, seed: int = 0) -> None:
         """Take the ``part``-th of ``parts`` equal shares of every projected side; ``seed`` deals them out."""
         self.path, self.manifest, self.data_ids, self.cache = whole.path, whole.manifest, whole.data_ids, {}
-        self._whole, self._sides = whole, {}
+        self._whole, self._sides, self.warned = whole, {}, True  # the whole log has said that it is not finished
         specs, columns, scale = [], [], []
         for spec in whole.layout.layers:
             start = whole.layout.kinds["gradients"][spec.name].start

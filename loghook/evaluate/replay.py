@@ -182,7 +182,8 @@ def replay(
             "for roots and quotients at zero in losses."
         )
     return Scores(
-        values=-slopes_QN.float().cpu().numpy(), query_ids=list(query_ids or range(len(losses_Q))), places=None,
-        data_ids=list(place), by_layer=None, layers=(), method="replay", normalize=None, damping=None, damping_abs=None,
+        values=-slopes_QN.float().cpu().numpy(),
+        query_ids=list(range(len(losses_Q)) if query_ids is None else query_ids), data_ids=list(place), places=None,
+        by_layer=None, layers=(), method="replay", normalize=None, damping=None, damping_abs=None,
         fingerprint="", log=f"a training of {steps} steps",
     )  # fmt: skip

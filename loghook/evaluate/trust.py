@@ -15,9 +15,9 @@ from loghook.evaluate.parts import Part, projected
 from loghook.influence import engine
 from loghook.influence.precondition import Curvature, progress
 from loghook.influence.scores import Scores
-from loghook.influence.share import combine
 from loghook.log.query import Query
 from loghook.log.reader import Reader
+from loghook.processes import combine
 
 Array = NDArray[np.float64]
 DRAWS = 200  # of another seed's scores, for the probabilities

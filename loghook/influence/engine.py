@@ -13,12 +13,12 @@ from loghook.errors import ConfigError, MismatchError, UnfinishedWarning
 from loghook.influence.precondition import Curvature, progress, solvers, working_dtype
 from loghook.influence.products import products
 from loghook.influence.scores import Scores
-from loghook.influence.share import combine, gather, share
 from loghook.influence.solvers import Solver
 from loghook.log.format import LayerSpec, checksum, listed
 from loghook.log.kept import kept_name, load_kept, save_kept
 from loghook.log.query import Query, require_query
 from loghook.log.reader import Reader
+from loghook.processes import combine, gather, share
 
 NORMALIZE = (None, "unit", "relatif")
 # (reader, prepared, chosen layers, top, per_layer) -> values, places, scores by layer

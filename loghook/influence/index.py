@@ -15,11 +15,11 @@ from loghook.influence.engine import Prepared, influence
 from loghook.influence.fidelity import TOP, as_questions, compared_methods
 from loghook.influence.precondition import progress
 from loghook.influence.scores import Scores
-from loghook.influence.share import combine, share
 from loghook.log.disk import write_atomically
 from loghook.log.kinds import not_a
 from loghook.log.query import Query
 from loghook.log.reader import Reader
+from loghook.processes import combine, share
 
 CANDIDATES = 200  # that are scored for each question, unless another number is asked for
 OPTIONS = ("damping", "damping_abs", "layers")  # of ``Log.influence``; rows in an index have no norms

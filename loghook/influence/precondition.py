@@ -9,10 +9,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from loghook.errors import ConfigError
-from loghook.influence.share import combine, share
 from loghook.influence.solvers import Dense, Diagonal, Identity, LowRank, Solver, Zero
 from loghook.log.format import LayerSpec
 from loghook.log.reader import Reader
+from loghook.processes import combine, share
 from loghook.statistics.factors import Eigenbasis, eigenbasis
 
 METHODS = ("dot", "cosine", "fisher", "kfac", "ekfac", "shampoo")

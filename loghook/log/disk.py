@@ -4,10 +4,11 @@ import fcntl
 import json
 import os
 import socket
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from loghook.errors import LoghookError, LogLockedError, WriteError
 
@@ -58,6 +59,9 @@ def writing(path: Path) -> Iterator[None]:
         ) from error
 
 
+_locks: "weakref.WeakSet[IO[str]]" = weakref.WeakSet()
+
+
 def lock(file: Path) -> Any:
     """Take a rank's lock for as long as the returned handle is open; the system frees it if the process dies."""
     handle = open(file, "a+")  # noqa: SIM115
@@ -74,4 +78,14 @@ def lock(file: Path) -> Any:
     handle.truncate(0)
     handle.write(json.dumps({"process": os.getpid(), "host": socket.gethostname()}))
     handle.flush()
+    _locks.add(handle)
     return handle
+
+
+def _forked() -> None:
+    """Let a child, such as a loader's worker, hold no lock: a killed parent's would outlive it."""
+    for handle in _locks:
+        handle.close()  # which does not unlock: the parent still has it open
+
+
+os.register_at_fork(after_in_child=_forked)

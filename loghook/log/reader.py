@@ -21,6 +21,7 @@ from loghook.log.records import REMEDY, read_commits
 from loghook.log.rows import Rows
 from loghook.log.shard import BLOCK_BYTES, Shard
 
+MAPPED = 64  # shards that stay mapped while rows are looked at out of order
 TRIES = 10  # how often a log is read anew that grows faster than it is opened
 
 
@@ -62,6 +63,7 @@ class Reader:
         self.path = Path(path)
         self.cache: dict[Any, Any] = {}  # what was computed from the rows, for as long as the log is open
         self.warned = False
+        self._mapped: dict[Shard, None] = {}  # those that were looked at out of order, the latest last
         before = None
         for _ in range(TRIES):
             self._open()
@@ -197,20 +199,31 @@ class Reader:
     def gather(self, index: np.ndarray, columns: slice = slice(None)) -> Tensor:
         """Copy rows out by their place in the log: (len(index), width), or some columns that contain whole layers."""
         physical = index if self._keep is None else np.flatnonzero(self._keep)[index]
-        parts = []
+        out, width = torch.empty(0, 0, dtype=self.dtype), len(range(self.codec.width)[columns])
+        step = max(1, BLOCK_BYTES // max(self.codec.row_bytes, width * out.itemsize))
         for shard in self._shards:
             inside = (physical >= shard.first) & (physical < shard.first + shard.rows)
-            if inside.any():
-                places = torch.from_numpy(physical[inside] - shard.first)
-                parts.append((torch.from_numpy(np.flatnonzero(inside)), shard.touch(), places))
-        # Only now: a file that is there vouches for the width that the manifest states.
-        out = torch.empty(len(physical), len(range(self.codec.width)[columns]), dtype=self.dtype)
-        step = max(1, BLOCK_BYTES // max(self.codec.row_bytes, out.shape[1] * out.itemsize))
-        for where, data, places in parts:
-            for chosen, source in zip(where.split(step), places.split(step), strict=True):
+            if not inside.any():
+                continue
+            data = self._touched(shard)
+            if not len(out):  # only now: a file that is there vouches for the width that the manifest states
+                out = torch.empty(len(physical), width, dtype=self.dtype)
+            where, places = np.flatnonzero(inside), torch.from_numpy(physical[inside] - shard.first)
+            for chosen, source in zip(torch.from_numpy(where).split(step), places.split(step), strict=True):
                 coded = self.codec.coded
                 out[chosen] = self.codec.decode(data[source], columns) if coded else data[:, columns][source]
-        return out
+        return out if len(out) else out.new_empty(0, width)
+
+    def _touched(self, shard: Shard) -> Tensor:
+        """A shard's rows, mapped; only so many stay so, as each map holds a descriptor."""
+        data = shard.touch()
+        self._mapped.pop(shard, None)
+        self._mapped[shard] = None
+        if len(self._mapped) > MAPPED:
+            oldest = next(iter(self._mapped))
+            del self._mapped[oldest]
+            oldest.map = None
+        return data
 
     def view(self, start: int, stop: int) -> Tensor | None:
         """Rows as a view of the map, or None if they lie in several shards or around repeats, or are coded."""
@@ -218,7 +231,7 @@ class Reader:
             return None
         for shard in self._shards:
             if shard.first <= start and stop <= shard.first + shard.rows:
-                return shard.touch()[start - shard.first : stop - shard.first]
+                return self._touched(shard)[start - shard.first : stop - shard.first]
         return None
 
     def verify(self) -> list[str]:

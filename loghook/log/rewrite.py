@@ -85,6 +85,40 @@ def _recoded(stored: np.ndarray, ids: Sequence[int | str], old: Codec, new: Code
     return b"".join(parts)
 
 
+@dataclass
+class _Copy:
+    """The shards that rows are copied to, one after the other."""
+
+    folder: Path
+    rank: int
+    codec: Codec
+    run_id: str
+    number: int = -1  # of the shard that is open
+    rows: int = 0  # that it holds
+    file: Any = None
+
+    def append(self, number: int, data: bytes, rows: int) -> int:
+        """Write rows to a shard, and return the place of the first; no earlier shard gets any more."""
+        if number != self.number:
+            self.close()
+            self.file = open(self.folder / shard_name(self.rank, number), "wb")  # noqa: SIM115
+            self.file.write(shard_header(0, self.codec, self.run_id))
+            self.number, self.rows = number, 0
+        self.file.write(data)
+        self.rows += rows
+        return self.rows - rows
+
+    def close(self) -> None:
+        """Let the header of the open shard say how many rows it has, on the disk."""
+        if self.file is not None:
+            with self.file as file:
+                file.seek(0)
+                file.write(shard_header(self.rows, self.codec, self.run_id))
+                file.flush()
+                os.fsync(file.fileno())
+            self.file = None
+
+
 def copy_log(
     path: Path, old: Manifest, log: Commits, out: Path, new: Manifest, rank: int, keep: Keep, *,
     first_shard: int = 0, drop_ends: bool = False, gone: Set[int | str] = frozenset(),
@@ -100,7 +134,7 @@ def copy_log(
     statistics = save_moments(out / statistics_name(rank, number), moments, new.run_id) if rows else None
     # Where rows get smaller, several shards become one of about the same size.
     shards = {n: first_shard + i * codec.row_bytes // coded.row_bytes for i, n in enumerate(log.shard_ends)}
-    handles: dict[int, tuple[Any, int]] = {}
+    copy = _Copy(out, rank, codec, new.run_id)
     lines, dropped = b"", []
     written = 0
     for record in log.records:
@@ -117,24 +151,14 @@ def copy_log(
                 continue
             kept_bytes = _recoded(np.frombuffer(data, np.uint8).reshape(len(mask), -1)[mask], ids, coded, codec)
             shard = shards[record["shard"]]
-            if shard not in handles:
-                handles[shard] = (open(out / shard_name(rank, shard), "wb"), 0)  # noqa: SIM115
-                handles[shard][0].write(shard_header(0, codec, new.run_id))
-            handle, start = handles[shard]
-            handle.write(kept_bytes)
-            handles[shard] = (handle, start + int(mask.sum()))
+            start = copy.append(shard, kept_bytes, len(ids))
             fresh |= {
-                "shard": shard, "start": start, "rows": int(mask.sum()), "checksum": checksum(kept_bytes),
+                "shard": shard, "start": start, "rows": len(ids), "checksum": checksum(kept_bytes),
                 "ids": ids, "steps": _kept_steps(record["steps"], mask), "statistics": statistics,
             }  # fmt: skip
         lines += encode_record(fresh)
         written += 1
-    for handle, count in handles.values():
-        handle.seek(0)
-        handle.write(shard_header(count, codec, new.run_id))
-        handle.flush()
-        os.fsync(handle.fileno())
-        handle.close()
+    copy.close()
     write_flushed(out / commits_name(rank, new.generation), lines)
     return dropped
 

@@ -1,5 +1,6 @@
 """``Shard``: the committed rows of one file, mapped read-only and verified on first touch."""
 
+import errno
 import json
 import mmap
 import warnings
@@ -96,6 +97,8 @@ class Shard:
                     raise CorruptLogError(f"{self.file} has {size:,} bytes where {end:,} were sealed: {REMEDY}.")
                 yield file
         except OSError as error:
+            if error.errno in (errno.EMFILE, errno.ENFILE):
+                raise  # too many open files are no fault of this one
             raise CorruptLogError(f"{self.file} cannot be read ({error}): {REMEDY}.") from error
 
     def release(self, start: int, stop: int) -> None:

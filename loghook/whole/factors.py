@@ -12,7 +12,6 @@ from loghook.capture.batch import Blocks, Given, Ids, check_ids
 from loghook.capture.coverage import describe_coverage
 from loghook.capture.hooked import Hooked
 from loghook.capture.passes import Gathering, Pass
-from loghook.capture.processes import process_rank, shared
 from loghook.capture.select import Watch
 from loghook.capture.sums import decompose
 from loghook.capture.whole import Covariance, Eigenvalues
@@ -22,6 +21,7 @@ from loghook.influence.solvers import Diagonal
 from loghook.log.disk import lock, writing
 from loghook.log.format import MANIFEST, LayerSpec, fingerprint
 from loghook.log.kinds import FACTORS
+from loghook.processes import process_rank, shared
 from loghook.statistics.factors import Eigenbasis
 from loghook.statistics.store import FactorStore, pack_factors
 from loghook.whole.inverse import eigenbases, rotations

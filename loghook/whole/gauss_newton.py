@@ -19,8 +19,8 @@ from tqdm import tqdm
 from loghook.capture.alone import batch_size
 from loghook.capture.layers import Layer
 from loghook.errors import UnsupportedError
-from loghook.influence.share import combine
 from loghook.log.format import Layout
+from loghook.processes import combine
 
 Outputs = Callable[[Any], Tensor]
 OutputLoss = Callable[[Tensor, Any], Tensor]

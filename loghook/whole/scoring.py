@@ -13,10 +13,10 @@ from loghook.capture.whole import Products
 from loghook.errors import StateError
 from loghook.influence.precondition import Curvature
 from loghook.influence.scores import Scores
-from loghook.influence.share import share
 from loghook.influence.solvers import Diagonal, Identity
 from loghook.log.finite import not_finite
 from loghook.log.query import Query
+from loghook.processes import everyone, share
 from loghook.whole.inverse import PLAIN, rotations
 
 if TYPE_CHECKING:
@@ -71,8 +71,7 @@ class Scoring(Blocks):
         values = torch.cat(self._parts, 1) if self._parts else None
         ids: list[Any] = list(self._seen)
         if share()[1] > 1:
-            boxes: list[Any] = [None] * share()[1]
-            torch.distributed.all_gather_object(boxes, (ids, values))
+            boxes = everyone((ids, values))
             ids = [i for part, _ in boxes for i in part]
             tensors = [v for _, v in boxes if v is not None]
             values = torch.cat(tensors, 1) if tensors else None
@@ -116,11 +115,12 @@ def _job(
     for layer in fit._layers:
         solver, shape = solvers[layer.name], (layer.spec.k_out, layer.spec.k_in)
         rows = torch.empty(0, layer.spec.width) if query is None else query.matrix[:, columns[layer.name]]
-        if own and isinstance(solver, Diagonal):  # gradients are squared in the eigenbasis: questions go there too
-            matrices, inverse[layer.name] = solver.rotated(rows), solver.inverse
-        else:
-            matrices, inverse[layer.name] = solver.apply(rows).unflatten(1, shape), torch.ones(shape)
         device, dtype = layer.device_and_dtype()
+        if own and isinstance(solver, Diagonal):  # gradients are squared in the eigenbasis: questions go there too
+            matrices, inverse[layer.name] = solver.rotated(rows), solver.inverse.to(device, dtype)
+        else:
+            matrices = solver.apply(rows).unflatten(1, shape)
+            inverse[layer.name] = torch.ones(shape, device=device, dtype=dtype)
         if rank is None:
             held[layer.name] = (matrices.to(device, dtype), None)
         else:

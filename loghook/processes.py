@@ -1,4 +1,4 @@
-"""Which of several processes this is, and on what it runs."""
+"""Which of several processes this is, on what it runs, and what all of them found together."""
 
 import importlib.metadata
 import os
@@ -9,6 +9,7 @@ import warnings
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 def process_rank() -> int:
@@ -40,6 +41,36 @@ def shared(value: Any) -> Any:
             "several processes without torch.distributed: initialise it before the first block.", stacklevel=2
         )
     return box[0]
+
+
+def share() -> tuple[int, int]:
+    """Rank and number of the processes that work together; (0, 1) without torch.distributed."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        return torch.distributed.get_rank(), torch.distributed.get_world_size()
+    return 0, 1
+
+
+def everyone(value: Any) -> list[Any]:
+    """The values of all processes, in the order of ranks; every rank calls it at the same point."""
+    values = [value] * share()[1]
+    if len(values) > 1:
+        torch.distributed.all_gather_object(values, value)
+    return values
+
+
+def combine(part: Tensor) -> Tensor:
+    """Add up, in place, what the processes found (zero where they have nothing)."""
+    if share()[1] > 1:
+        # nccl alone, as accelerate starts it, knows nothing of a processor's tensors.
+        there = part.cuda() if torch.distributed.get_backend() == "nccl" else part
+        torch.distributed.all_reduce(there)
+        part.copy_(there)
+    return part
+
+
+def gather(part: Tensor, dim: int) -> Tensor:
+    """Join the processes' parts along an axis on which they may differ in length, in the order of ranks."""
+    return torch.cat(everyone(part), dim)
 
 
 def provenance() -> dict[str, Any]:
