@@ -103,18 +103,30 @@ def read_low_bits(data: np.ndarray, widths: list[int], rest: int, bits: int) -> 
         for scale, width in zip(scales, widths, strict=True):
             codes = stored[place : place + -(-width * bits // 8)].astype(int)
             place += len(codes)
+            if bits == 1:
+                row += list(turned_back([1 if codes[i // 8] >> i % 8 & 1 else -1 for i in range(width)]) * scale)
+                continue
             for value in range(width):
                 if bits == 8:
                     c = (codes[value] + 128) % 256 - 128
-                elif bits == 4:
-                    c = (codes[value % len(codes)] >> 4 * (value // len(codes))) % 16 - 8
                 else:
-                    c = 1 if codes[value // 8] >> value % 8 & 1 else -1
+                    c = (codes[value % len(codes)] >> 4 * (value // len(codes))) % 16 - 8
                 row.append(scale * np.float32(c))
         row += list(np.frombuffer(stored[4 * len(widths) : 4 * (len(widths) + rest)].tobytes(), "<f4"))
         assert len(stored) - place in range(4) and not stored[place:].any()
         rows.append(row)
     return np.array(rows, np.float32)
+
+
+def turned_back(signs: list[int]) -> np.ndarray:
+    """D H of a layer's signs."""
+    width = len(signs)
+    b = max(2**i for i in range(13) if width % 2**i == 0)
+    flips = [1 - 2 * int(raw >> np.uint64(63)) for raw in np.random.Philox(key=0).random_raw(width)]
+    mixed = [
+        sum((-1) ** ((i % b) & j).bit_count() * signs[i // b * b + j] for j in range(b)) for i in range(width)
+    ]  # fmt: skip
+    return np.array(mixed, np.float32) * np.float32(b**-0.5) * np.array(flips, np.float32)
 
 
 def read_low_rank(data: np.ndarray, shapes: list[tuple[int, int]], rest: int, c: int) -> np.ndarray:
@@ -141,7 +153,7 @@ def read_low_rank(data: np.ndarray, shapes: list[tuple[int, int]], rest: int, c:
 def read_run(path: Path) -> dict:
     """Read a finished run as the page says: manifest, ids, keys, rows by (kind, layer), statistics by layer."""
     manifest = json.loads((path / "loghook.json").read_text())
-    assert manifest["format"] == "loghook" and manifest["version"] == 1
+    assert manifest["format"] == "loghook" and manifest["version"] == 2
     keys = ("name", "type", "in_features", "out_features", "groups", "bias", "k_in", "k_out")
     text = json.dumps(
         {

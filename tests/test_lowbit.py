@@ -12,11 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
+from scipy import linalg
 from typer.testing import CliRunner
 
 import loghook
 from loghook.cli import app
-from loghook.errors import ConfigError, LogExistsError, NotFiniteError, StateError
+from loghook.errors import ConfigError, LogExistsError, NotFiniteError, StateError, VersionError
 from loghook.influence import products
 from loghook.log import maintain, reader
 from loghook.log.codec import base, make_codec
@@ -32,30 +33,39 @@ CODED = (*DTYPES, "lowrank1", "lowrank2")  # at rank 4 the last stores whole lay
 ANY_CODED = pytest.mark.parametrize("dtype", CODED)
 
 
+def rotation(width):
+    """H D, in float64, as the page says."""
+    flips = 1 - 2 * (np.random.Philox(key=0).random_raw(width) >> np.uint64(63)).astype(np.float64)
+    mixed = max(n for n in (2**i for i in range(13)) if width % n == 0)
+    return np.kron(np.eye(width // mixed), linalg.hadamard(mixed) / mixed**0.5) * flips
+
+
 def formula(x, bits):
     """Decoded values of one layer of one row, in float64, as the page says."""
     x = x.astype(np.float64)
-    s = np.abs(x).mean() if bits == 1 else np.abs(x).max() / (2 ** (bits - 1) - 1)
+    y = rotation(len(x)) @ x if bits == 1 else x
+    s = np.abs(y).mean() if bits == 1 else np.abs(x).max() / (2 ** (bits - 1) - 1)
     if s < np.finfo(np.float32).tiny:
         return s, np.zeros_like(x)
-    return s, s * (np.where(x > 0, 1, -1) if bits == 1 else np.round(x / s))
+    return s, s * (np.where(y > 0, 1, -1) @ rotation(len(x)) if bits == 1 else np.round(x / s))
 
 
 @st.composite
-def rows_of_layers(draw):
+def rows_of_layers(draw, dtype):
     widths = draw(st.lists(st.sampled_from([1, 2, 7, 8, 8, 9, 33]), min_size=1, max_size=6))
     rest, n = draw(st.integers(0, 3)), draw(st.integers(1, 4))
     finite = st.floats(-1, 1, width=32)
     x = draw(arrays(np.float32, (n, sum(widths) + rest), elements=finite))
-    size = draw(arrays(np.float32, (n, 1), elements=st.sampled_from([0.0, 1.0, 1e-44, 1e-30, 1e30, 3e38])))
+    largest = 1e36 if dtype == "int1" else 3e38  # which may come back up to 64 times as large
+    size = draw(arrays(np.float32, (n, 1), elements=st.sampled_from([0.0, 1.0, 1e-44, 1e-30, 1e30, largest])))
     return widths, rest, torch.from_numpy(x * size)
 
 
 @ANY
 @settings(deadline=None)
-@given(rows_of_layers())
-def test_codec_is_the_formula(dtype, drawn):
-    widths, rest, x = drawn
+@given(data=st.data())
+def test_codec_is_the_formula(dtype, data):
+    widths, rest, x = data.draw(rows_of_layers(dtype))
     codec = make_codec(dtype, [(1, width) for width in widths], rest)
     stored = codec.encode(x)
     assert stored.shape == (len(x), codec.row_bytes) and stored.dtype == torch.uint8
@@ -69,8 +79,15 @@ def test_codec_is_the_formula(dtype, drawn):
             s, expected = formula(a, BITS[dtype])
             if np.array_equal(expected, b):
                 continue
+            if dtype == "int1":  # whether the smallest values and scales count is a matter of rounding
+                turn = rotation(len(a))
+                sure = np.abs(turn @ a) > 1e-5 * s
+                assert s > 1e-38
+                np.testing.assert_allclose((turn @ b)[sure], (turn @ expected)[sure], rtol=1e-5)
+                np.testing.assert_allclose(np.abs(turn @ b), s, rtol=1e-5)
+                continue
             # Whether the smallest scales count is a matter of rounding, and so is a value between two whole numbers.
-            assert s > 1e-38 and np.abs(b - a).max() <= s * (0.5001 if BITS[dtype] > 1 else 2**23)
+            assert s > 1e-38 and np.abs(b - a).max() <= s * 0.5001
             tie = np.abs(np.abs(a / s) % 1 - 0.5) < 1e-4
             np.testing.assert_allclose(b[~tie], expected[~tie], rtol=1e-6)
     for place in range(len(x)):  # batches do not matter
@@ -93,6 +110,28 @@ def test_signs_keep_the_inner_product_in_the_least_squares_sense(dtype):
     y = codec.decode(codec.encode(x))
     fitted = (x * y).sum(1) / y.square().sum(1)  # what y would have to be multiplied by to be closest to x
     np.testing.assert_allclose(fitted, 1, atol={"int8": 5e-3, "int4": 0.1, "int1": 1e-5}[dtype])
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (10, 32), (3, 5)])
+def test_signs_of_rotated_values_are_worth_more_where_few_values_are_large(shape):
+    """The gradient of one token is the outer product of two vectors: of all its values few are large."""
+    draw = torch.Generator().manual_seed(0)
+    g, x = (torch.randn(200, width, generator=draw) for width in shape)
+    rows = torch.einsum("bo,bi->boi", g, x).flatten(1)
+    decoded = make_codec("int1", [shape], 0).decode(make_codec("int1", [shape], 0).encode(rows))
+    kept = torch.nn.functional.cosine_similarity(rows, decoded).mean()
+    plain = torch.nn.functional.cosine_similarity(rows, rows.sign()).mean()
+    assert kept > plain + 0.05 if shape != (3, 5) else torch.equal(decoded.sign(), rows.sign())
+    if shape == (64, 64):
+        assert abs(float(kept) - (2 / np.pi) ** 0.5) < 0.01  # as of values that are normally distributed
+
+
+def test_logs_of_signs_that_were_not_rotated_are_refused(tmp_path, low):
+    shutil.copytree(low["int1"].path, tmp_path / "old")
+    manifest = tmp_path / "old" / "loghook.json"
+    manifest.write_text(manifest.read_text().replace('"version": 2', '"version": 1'))
+    with pytest.raises(VersionError, match="make them anew"):
+        loghook.load(tmp_path / "old")
 
 
 @pytest.fixture(scope="module")

@@ -109,6 +109,7 @@ class LowBit:
         for part in self._codec.alike(numbers):
             fitted = []
             for i, q in enumerate(matrix[:, part.columns].float().split(part.width, 1), part.layers.start):
+                q = self._codec.turned(q)
                 digits, sizes = _in_digits(q.T, self._digits)
                 digits = F.pad(digits, (0, spare, 0, part.size * 8 // self._bits - part.width))
                 sizes = F.pad(sizes, (0, spare))

@@ -26,7 +26,7 @@ from loghook.log.codec import DTYPES
 from loghook.log.disk import lock, sync_folder, writing
 from loghook.log.fitted import load_sides, save_sides
 from loghook.log.folder import close_shard, sum_up
-from loghook.log.format import Layout, Manifest, checksum, commits_name, parse_object, shard_header, shard_name
+from loghook.log.format import VERSION, Layout, Manifest, checksum, commits_name, parse_object, shard_header, shard_name
 from loghook.log.moments import load_moments
 from loghook.log.reader import Reader
 from loghook.log.records import Commits, all_commits, check_record, decode_records, encode_record, read_commits
@@ -164,7 +164,7 @@ def _build(out: Path, runs: Sequence[tuple[Path, Manifest]], dtype: str, history
     run_id, reasons = uuid.uuid4().hex, [m.no_statistics for m in manifests if m.no_statistics]
     target = dataclasses.replace(
         first, run_id=run_id, world_size=sum(m.world_size for m in manifests), generation=0, sealed=None, dtype=dtype,
-        no_statistics=reasons[0] if reasons else None, history=history,
+        no_statistics=reasons[0] if reasons else None, history=history, version=VERSION,
     )  # fmt: skip
     with writing(building):
         building.mkdir(parents=True)

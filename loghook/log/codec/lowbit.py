@@ -5,14 +5,17 @@ A low-bit row stores layer l's gradient x as a scale s_l and whole numbers c wit
 ========  =====================  =============================================
 int8      s = max |x| / 127      c = round(x / s)
 int4      s = max |x| / 7        c = round(x / s)
-int1      s = mean |x|           c = 1 where x > 0, else -1
+int1      s = mean |y|           c = 1 where y > 0, else -1,  y = H D x
 ========  =====================  =============================================
 
-For signs the mean is the scale of the least-squares fit. A layer whose scale is below the smallest normal float32 is
-stored as zeros. The bytes are in docs/format.md.
+For signs the mean is the scale of the least-squares fit. They are taken after a randomised Hadamard transform, random
+signs D and then H: gradients of few tokens have a few large values, of which signs say nothing, and rotated all are of
+about the same size. So ``x ~ D H (s c)``. A layer whose scale is below the smallest normal float32 is stored as zeros.
+The bytes are in docs/format.md.
 """
 
 from collections.abc import Sequence
+from functools import cache
 from math import prod
 
 import numpy as np
@@ -23,6 +26,7 @@ from loghook.log.codec.base import TINY, Alike, LayerCodec
 
 BITS = {"int8": 8, "int4": 4, "int1": 1}
 AFFINE = {8: (1.0, 0.0), 4: (1.0, -8.0), 1: (2.0, -1.0)}
+MIXED = 4096  # values that the transform mixes, at most
 
 
 class LowBitCodec(LayerCodec):
@@ -43,8 +47,12 @@ class LowBitCodec(LayerCodec):
         """Return the codes of some layers as they lie: (n, layers, size) uint8, for ``unpack``."""
         return stored[:, part.codes].unflatten(1, (-1, part.size))
 
+    def turned(self, values: Tensor) -> Tensor:
+        """Return a layer's values (..., width) as they are coded; their inner products are the same."""
+        return hadamard(values * flips(values.shape[-1])) if self.bits == 1 else values
+
     def _write(self, values: Tensor, stored: Tensor, part: Alike) -> None:
-        s, codes = _quantise(values.numpy(), self.bits)
+        s, codes = _quantise(values.numpy(), self.bits) if self.bits > 1 else _signs(self, values)
         self.scales(stored)[:, part.layers] = torch.from_numpy(s)
         stored[:, part.codes] = torch.from_numpy(codes).flatten(1)
 
@@ -53,14 +61,44 @@ class LowBitCodec(LayerCodec):
         values.copy_(unpack(self.packed(stored, part).numpy(), self.bits)[..., : part.width])
         if shift:
             values.mul_(slope).add_(shift)
+        if self.bits == 1:
+            values.copy_(hadamard(values).mul_(flips(part.width)))
         values.mul_(self.scales(stored)[:, part.layers, None])
+
+
+def hadamard(values: Tensor) -> Tensor:
+    """Multiply neighbouring values (..., width), as many as the largest power of two that divides the width, with H.
+
+    H is symmetric and orthonormal, in Sylvester's order. Additions in a fixed order: the same bits on every machine.
+    """
+    mixed = min(values.shape[-1] & -values.shape[-1], MIXED)
+    y, half = values.reshape(-1, mixed).T.contiguous(), 1  # additions are then of long rows
+    other = torch.empty_like(y)
+    while half < mixed:
+        (a, b), (first, second) = (t.view(mixed // (2 * half), 2, half, -1).unbind(1) for t in (y, other))
+        torch.add(a, b, out=first)
+        torch.sub(a, b, out=second)
+        y, other, half = other, y, 2 * half
+    return y.T.mul(mixed**-0.5).reshape(values.shape)
+
+
+@cache
+def flips(width: int) -> Tensor:
+    """Random signs that are always the same: (width,) float32."""
+    bits = np.random.Philox(key=0).random_raw(width) >> np.uint64(63)
+    return torch.from_numpy(1 - 2 * bits.astype(np.float32))
+
+
+def _signs(codec: LowBitCodec, values: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    """As ``_quantise``, of values that are rotated first."""
+    size = values.abs().amax(-1)  # the sum of the largest floats would be none
+    y = codec.turned(values / torch.where(size > 0, size, 1)[..., None]).numpy()
+    s = np.abs(y).mean(-1, dtype=np.float64).astype(np.float32) * size.numpy()
+    return np.where(s < TINY, np.float32(0), s), np.packbits(y > 0, axis=-1, bitorder="little")
 
 
 def _quantise(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
     """Scales (n, layers) and packed codes (n, layers, size) of values (n, layers, width)."""
-    if bits == 1:
-        s = np.abs(x).mean(-1, dtype=np.float64).astype(np.float32)
-        return np.where(s < TINY, np.float32(0), s), np.packbits(x > 0, axis=-1, bitorder="little")
     top = np.float32(2 ** (bits - 1) - 1)
     s = np.maximum(x.max(-1), -x.min(-1)) / top
     s = np.where(s < TINY, np.float32(0), s)
