@@ -75,13 +75,6 @@ def init(
         fitted=None if fitted is None else Path(fitted), seed=seed, dtype=dtype, on_repeat=on_repeat,
         shard_bytes=shard_bytes, commit_seconds=commit_seconds, fidelity=fidelity, gradient=gradient,
     )  # fmt: skip
-    if dtype == "int1" and projection != "whitened":
-        warnings.warn(
-            f"dtype='int1' keeps only signs, which say much less with projection={projection!r} than with whitened "
-            "rows: use projection='whitened', or 'int8', or look at what `loghook compress --dtype int1` prints of "
-            "a float32 log.",
-            stacklevel=2,
-        )
     return Run(config, resume=resume, overwrite=overwrite)
 
 

@@ -216,7 +216,6 @@ def test_replay_benchmark_answers_both_questions(
 TINY = "--threads 1 --repeats 2 --save --layers 2 --width 64"
 
 
-@pytest.mark.filterwarnings("ignore:dtype='int1'")
 @pytest.mark.parametrize(
     "script, options, name, ratio",
     [

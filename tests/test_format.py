@@ -322,7 +322,6 @@ def test_query_scores_and_index_tables(finished: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", (*DTYPES, *BITS, *TERMS))
-@pytest.mark.filterwarnings("ignore:dtype='int1'")
 def test_reader_from_the_page(tmp_path: Path, dtype: str) -> None:
     write_run(tmp_path / "run", dtype, shard_bytes=1000, commit_seconds=1e-9)
     mine, log = read_run(tmp_path / "run"), loghook.load(tmp_path / "run")

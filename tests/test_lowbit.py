@@ -26,7 +26,6 @@ from tests.killing import OPTIONS, Killer, Plan, assert_same, log_everything
 from tests.test_influence import METHODS, make_log
 from tests.test_maintain import flip, write
 
-pytestmark = pytest.mark.filterwarnings("ignore:dtype='int1'")
 DTYPES = tuple(BITS)
 ANY = pytest.mark.parametrize("dtype", DTYPES)
 CODED = (*DTYPES, "lowrank1", "lowrank2")  # at rank 4 the last stores whole layers
@@ -367,15 +366,6 @@ def test_command(tmp_path, exact):
     assert loghook.load(tmp_path / "out").manifest.dtype == "int1"
     shown = CliRunner().invoke(app, ["info", str(tmp_path / "out"), "--json"])
     assert json.loads(shown.output)["dtype"] == "int1"
-
-
-def test_signs_without_whitening_warn(tmp_path):
-    with pytest.warns(UserWarning, match="int1.*whitened") as caught:
-        loghook.init(tmp_path / "run", dtype="int1")
-    assert caught[0].filename == __file__
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        loghook.init(tmp_path / "run", dtype="int8")
 
 
 def test_activations_are_not_quantised(tmp_path):

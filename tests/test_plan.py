@@ -55,7 +55,6 @@ def test_a_billion_tokens_through_llama_3_8b(tmp_path):
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16", "int8", "int1"])
-@pytest.mark.filterwarnings("ignore:dtype='int1'")
 def test_bytes_are_those_of_the_log(tmp_path, dtype):
     run, model = make(tmp_path / "run", dtype=dtype)
     with run:
