@@ -11,7 +11,7 @@ from torch import nn
 from loghook.capture.asker import Asker
 from loghook.capture.config import Config
 from loghook.capture.run import Run
-from loghook.errors import CheckpointWarning
+from loghook.errors import CheckpointWarning, StateError
 from loghook.influence import engine
 from loghook.influence import index as indexes
 from loghook.influence.fidelity import Fidelity, check_sample, compare
@@ -19,8 +19,10 @@ from loghook.influence.index import Index
 from loghook.influence.precondition import Curvature
 from loghook.influence.scores import Scores
 from loghook.log import maintain
-from loghook.log.query import Query
+from loghook.log.fitted import load_sides
+from loghook.log.query import Query, find_columns
 from loghook.log.reader import Reader
+from loghook.project.projection import FITTED, draw_side, shared_input_name
 from loghook.whole.fit import Fit
 
 
@@ -175,6 +177,34 @@ class Log(Reader):
         """Influence of each row on itself, <H^-1 G, G>: float32 (rows,). Large for mislabelled or unusual samples."""
         curvature = Curvature(method=method, damping=damping, damping_abs=damping_abs)
         return engine.self_influence(self, curvature, layers)
+
+    def projection(self, layer: str) -> tuple[np.ndarray | None, np.ndarray | None]:
+        """What a layer's gradients G were multiplied by: rows are ``P_out @ G @ P_in.T``.
+
+        Returns:
+            P_out (k_out, out_features) and P_in (k_in, in_features), with one column more for the bias where there is
+            one; float64. None for a side that is kept whole.
+
+        Raises:
+            ConfigError: for a layer that the log does not have.
+            StateError: if the projection is not fitted yet.
+        """
+        spec, _ = find_columns(self.layout, layer, "gradients")
+        m = self.manifest
+        if m.fitted is not None:
+            inputs, outputs = load_sides(self.path, m.fitted)[layer]
+        elif m.projection in FITTED:
+            raise StateError(f"{self.path}: the {m.projection} projection is not fitted yet.")
+        else:
+            inputs, outputs = (
+                draw_side(m.projection, seed=m.seed, name=name, side=side, width=width, rank=rank)
+                for name, side, width, rank in (
+                    (shared_input_name(layer), "in", spec.in_features + spec.bias, spec.k_in),
+                    (layer, "out", spec.out_features, spec.k_out),
+                )
+            )
+        p_out, p_in = (None if s.matrix is None else s.matrix.double().numpy() * s.gain for s in (outputs, inputs))
+        return p_out, p_in
 
     def compress(self, path: str | Path, dtype: str = "int8", *, queries: int = 16, seed: int = 0) -> Fidelity:
         """Write a finished log again in a smaller dtype, and say what is left of its scores; this log stays.

@@ -90,6 +90,23 @@ def inverse_root(m, damping):
     return vectors @ torch.diag(values**-0.5) @ vectors.T
 
 
+@pytest.mark.parametrize("kind", ["random", "pca", "whitened", "none"])
+def test_the_log_says_what_gradients_were_multiplied_by(kind):
+    model, x = make(), data(6)
+    log, _, _ = fit_and_log(model, x, projection=kind, seed=3)
+    for place in range(6):
+        model.zero_grad()
+        loss_fn(model, x[place : place + 1]).backward()
+        for name in log.layers:
+            layer = model.get_submodule(name)
+            G = layer.weight.grad if layer.bias is None else torch.cat([layer.weight.grad, layer.bias.grad[:, None]], 1)
+            p_out, p_in = (np.eye(n) if p is None else p for p, n in zip(log.projection(name), G.shape, strict=True))
+            np.testing.assert_allclose(log.rows(name)[place], p_out @ G.numpy() @ p_in.T, rtol=1e-6, atol=1e-6)
+    assert kind != "none" or log.projection("0") == (None, None)
+    with pytest.raises(ConfigError, match="is not in the log"):
+        log.projection("5")
+
+
 @pytest.mark.parametrize("kind", ["pca", "whitened"])
 def test_rows_are_exact_and_the_projection_is_the_formula(kind):
     model, x = make(), data()
