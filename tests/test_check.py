@@ -244,6 +244,14 @@ def test_a_mean_with_its_scale_is_exact():
     assert not loghook.check(mlp(), loss, (x, y), scale=lambda b: b[1].numel())
 
 
+def test_parametrized_weights_are_covered_and_not_compared(batch, recwarn):
+    model = mlp()
+    nn.utils.parametrizations.weight_norm(model[0])
+    report = loghook.check(model, classes, batch)
+    assert report and report.not_compared == ("0",) and report.coverage["not_covered"] == []
+    assert not [one for one in recwarn if "grad" in str(one.message)]
+
+
 def test_gradients_and_tied_weights_are_left_alone(batch):
     class Tied(nn.Module):
         def __init__(self):

@@ -14,19 +14,24 @@ def coverage(model: nn.Module, watched: Collection[str], reasons: dict[str, str]
     counted: set[Any] = set()
     covered = 0
     left_out: list[dict[str, Any]] = []
-    modules = sorted(named_modules(model), key=lambda item: item[0] not in watched)  # a tied weight counts as covered
+    modules = sorted(named_modules(model), key=lambda item: _owner(item[0]) not in watched)  # tied weights are covered
     for name, module in modules:
         own: dict[Any, int] = {id(p): p.numel() for p in module.parameters(recurse=False) if not in_flat_parameter(p)}
         own.update(flattened.get(module, {}))
         size = sum(n for key, n in own.items() if key not in counted)
         counted.update(own)
-        if name in watched:
+        if _owner(name) in watched:
             covered += size
         elif size:
             left_out.append({"name": name, "parameters": size, "reason": reasons.get(name, "not included")})
     left_out.sort(key=lambda item: -item["parameters"])
     total = covered + sum(item["parameters"] for item in left_out)
     return {"covered": covered, "total": total, "not_covered": left_out}
+
+
+def _owner(name: str) -> str:
+    """The module whose weight torch.nn.utils.parametrize makes of a module's parameters, or the module itself."""
+    return f".{name}".partition(".parametrizations.")[0][1:]
 
 
 def _flattened(model: nn.Module) -> dict[nn.Module, dict[Any, int]]:

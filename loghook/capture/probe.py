@@ -109,7 +109,12 @@ def _from_parameters(layer: Layer, uses: Counter[int]) -> Tensor | None:
     """The row of one sample from autograd's own gradient, (k_out, k_in) in float64, or None where it has none."""
     module = layer.module
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None) if layer.spec.bias else None
-    if not isinstance(weight, Tensor) or weight.grad is None or type(weight).__name__ == "DTensor":
+    if (
+        not isinstance(weight, Tensor)
+        or not weight.is_leaf
+        or weight.grad is None
+        or type(weight).__name__ == "DTensor"
+    ):
         return None
     if weight.dim() == 1 and layer.spec.in_features > 1 and layer.spec.out_features > 1:  # FSDP1's flat one
         return None
