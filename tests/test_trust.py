@@ -8,8 +8,9 @@ from torch import nn
 import loghook
 from loghook.errors import ConfigError
 from loghook.evaluate import trust
+from loghook.evaluate.lds import correlations
 from loghook.evaluate.parts import Part
-from loghook.evaluate.trust import correlations, extended, membership
+from loghook.evaluate.trust import extended, membership
 
 WIDTH = 64
 

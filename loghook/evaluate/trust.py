@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from loghook.errors import ConfigError
+from loghook.evaluate.lds import correlations
 from loghook.evaluate.parts import Part, projected
 from loghook.influence import engine
 from loghook.influence.precondition import Curvature, progress
@@ -151,13 +152,6 @@ def trust(
         true=true,
         p_values=_p_values(log, query, asked, top_Qk, nulls, seed) if nulls else None,
     )
-
-
-def correlations(one_QN: Array, other_QN: Array) -> Array:
-    """Pearson correlation over rows for each query: (Q,); 0 where a side is constant."""
-    one, other = (a - a.mean(axis=1, keepdims=True) for a in (one_QN, other_QN))
-    size = np.sqrt((one**2).sum(axis=1) * (other**2).sum(axis=1))
-    return np.divide((one * other).sum(axis=1), size, out=np.zeros(len(one)), where=size > 0)
 
 
 def extended(halves_Q: Array, quarters_Q: Array) -> Array:
