@@ -59,13 +59,13 @@ class Scores:
     values: np.ndarray
     query_ids: Sequence[int] | Sequence[str]
     data_ids: Sequence[int] | Sequence[str]
-    places: np.ndarray | None
-    by_layer: np.ndarray | None
-    layers: tuple[str, ...]
+    places: np.ndarray | None = None
+    by_layer: np.ndarray | None = None
+    layers: tuple[str, ...] = ()
     method: str
-    normalize: str | None
-    damping: float | None
-    damping_abs: float | None
+    normalize: str | None = None
+    damping: float | None = None
+    damping_abs: float | None = None
     fingerprint: str
     log: str
     weights: tuple[float, ...] | None = None
@@ -175,7 +175,6 @@ class Scores:
             values=values.astype(np.float32),
             query_ids=first.query_ids,
             data_ids=first.data_ids,
-            places=None,
             by_layer=None if by_layer is None else by_layer.astype(np.float32),
             layers=tuple(dict.fromkeys(name for part in scores for name in part.layers)),
             method=f"ensemble of {len(scores)}{', standardized' if standardize else ''}: {_joined(scores, 'method')}",
