@@ -6,14 +6,13 @@ import torch
 from torch import Tensor
 
 from loghook.errors import ConfigError
-from loghook.influence.precondition import Curvature
+from loghook.influence.precondition import PLAIN, Curvature
 from loghook.influence.solvers import Diagonal
 from loghook.project.projection import Side
 from loghook.statistics.factors import Eigenbasis
 from loghook.statistics.store import FactorStore
 
-METHODS = ("ekfac", "kfac", "dot", "cosine")
-PLAIN = ("dot", "cosine")  # without curvature
+METHODS = ("ekfac", "kfac", *PLAIN)
 
 
 def eigenbases(store: FactorStore) -> dict[str, Eigenbasis]:
@@ -39,7 +38,7 @@ def rotations(bases: Mapping[str, Eigenbasis]) -> dict[str, tuple[Side, Side]]:
 
 def solvers(store: FactorStore, bases: Mapping[str, Eigenbasis], curvature: Curvature) -> dict[str, Diagonal]:
     """The damped inverse of every layer; a layer that never got a gradient contributes nothing."""
-    if curvature.method not in METHODS or curvature.method in PLAIN:
+    if curvature.method not in METHODS or curvature.plain:
         raise ConfigError(
             f"method={curvature.method!r} has no whole-gradient form: choose one of {', '.join(METHODS)}."
         )
