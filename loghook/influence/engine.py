@@ -14,7 +14,7 @@ from loghook.influence.precondition import Curvature, progress, solvers, working
 from loghook.influence.products import products
 from loghook.influence.scores import Scores
 from loghook.influence.share import combine, gather, share
-from loghook.influence.solvers import Solver
+from loghook.influence.solvers import Solver, nonzero
 from loghook.log.format import LayerSpec, checksum, listed
 from loghook.log.kept import kept_name, load_kept, save_kept
 from loghook.log.query import Query, require_query
@@ -254,15 +254,10 @@ def _add_quadratics(reader: Reader, group: dict[str, Solver], total: Tensor) -> 
 def _normalised(scores: Tensor, prepared: Prepared, place: slice) -> Tensor:
     """Divide the scores of a block, (Q, n), by the norms that were asked for."""
     if prepared.query_norms is not None:
-        scores /= _nonzero(prepared.query_norms)[:, None].to(scores.dtype)
+        scores /= nonzero(prepared.query_norms)[:, None].to(scores.dtype)
     if prepared.row_norms is not None:
-        scores /= _nonzero(prepared.row_norms[place])[None, :].to(scores.dtype)
+        scores /= nonzero(prepared.row_norms[place])[None, :].to(scores.dtype)
     return scores
-
-
-def _nonzero(norms: Tensor) -> Tensor:
-    """A row without any gradient scores 0, not nan."""
-    return torch.where(norms > 0, norms, torch.ones_like(norms))
 
 
 def _scan_all(
