@@ -24,7 +24,7 @@ from loghook.log.format import MANIFEST, LayerSpec, fingerprint
 from loghook.log.kinds import FACTORS
 from loghook.statistics.factors import Eigenbasis
 from loghook.statistics.store import FactorStore, pack_factors
-from loghook.whole.inverse import eigenbases, rotations
+from loghook.whole.inverse import rotations
 
 FISHERS = ("empirical", "true")
 PASSES = ("covariance", "eigenvalues")
@@ -163,7 +163,10 @@ class Factors(Blocks, Hooked):
 
     def _eigenbases(self) -> dict[str, Eigenbasis]:
         if not self._bases:
-            self._bases = eigenbases(self._require_store())
+            self._bases = {
+                name: Eigenbasis(inputs.basis, outputs.basis, outputs.values[:, None] * inputs.values)
+                for name, (inputs, outputs) in self._require_store().factors().items()
+            }
         return self._bases
 
     def __repr__(self) -> str:

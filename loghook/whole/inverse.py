@@ -1,4 +1,4 @@
-"""Inverse curvature from factors on disk: eigenbases, rotations into them, and solvers for every layer."""
+"""Inverse curvature from factors on disk: rotations into eigenbases, and solvers for every layer."""
 
 from collections.abc import Mapping
 
@@ -13,14 +13,6 @@ from loghook.statistics.factors import Eigenbasis
 from loghook.statistics.store import FactorStore
 
 METHODS = ("ekfac", "kfac", *PLAIN)
-
-
-def eigenbases(store: FactorStore) -> dict[str, Eigenbasis]:
-    """The eigenvectors of every layer, and the products of its two factors' eigenvalues."""
-    return {
-        name: Eigenbasis(inputs.basis, outputs.basis, outputs.values[:, None] * inputs.values[None, :])
-        for name, (inputs, outputs) in store.factors().items()
-    }
 
 
 def rotations(bases: Mapping[str, Eigenbasis]) -> dict[str, tuple[Side, Side]]:
