@@ -1,20 +1,16 @@
 """Rows held in memory: what questions are made of."""
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from loghook.errors import ConfigError, MismatchError, StateError
-from loghook.log.disk import write_atomically
 from loghook.log.format import LayerSpec, Layout, fingerprint, listed
-from loghook.log.kinds import not_a
+from loghook.log.kinds import loading, save_tensors
 
 
 class Query:
@@ -150,8 +146,7 @@ class Query:
             "direction": self.direction,
             "gradient": self._gradient,
         }
-        data = safetensors.torch.save({"rows": self.matrix.contiguous()}, {"loghook_query": json.dumps(header)})
-        write_atomically(Path(path), data)
+        save_tensors(path, "query", header, {"rows": self.matrix.contiguous()})
 
     @staticmethod
     def load(path: str | Path) -> "Query":
@@ -161,16 +156,11 @@ class Query:
             ConfigError: if the file is of another kind, such as scores.
             CorruptLogError: if it is none of ours, or damaged.
         """
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                header: dict[str, Any] = json.loads(file.metadata()["loghook_query"])
-                rows = file.get_tensor("rows")
+        with loading(path, "query") as (header, tensors):
+            rows, query = tensors["rows"], Query(header["data_ids"])
             specs = [LayerSpec(**spec) for spec in header["layers"]]
-            query = Query(header["data_ids"])
             if rows.shape != (len(query), Layout(specs).width):
                 raise ValueError(f"its rows have shape {tuple(rows.shape)}")
-        except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise not_a("query", path, error) from error
         made = {"fitted": header.get("fitted"), "gradient": header.get("gradient", "plain")}
         query.fill(rows, specs, header["projection"], header["seed"], header["parameters"], **made)
         query.direction = header.get("direction")
