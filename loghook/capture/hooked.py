@@ -23,7 +23,7 @@ from loghook.capture.whole import Job
 from loghook.errors import ConfigError, DeliveryError, MismatchError, StateError, UnsupportedError
 from loghook.log.finite import not_finite
 from loghook.log.fitted import Sides
-from loghook.log.format import Layout
+from loghook.log.format import Layout, Made
 from loghook.log.query import Query
 from loghook.project.projection import FITTED
 
@@ -193,5 +193,5 @@ class Hooked:
         rows = captured[0].rows.cpu()
         if not bool(torch.isfinite(rows).all()):
             raise not_finite(ids, rows)
-        specs = [layer.spec for layer in self._layers]
-        query.fill(rows, specs, self._projection, self._seed, self.digest(), self._fitted, self._gradient)
+        specs = tuple(layer.spec for layer in self._layers)
+        query.fill(rows, Made(specs, self._projection, self._seed, self._fitted, self._gradient), self.digest())

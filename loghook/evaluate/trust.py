@@ -245,12 +245,11 @@ def _p_values(
     own = torch.from_numpy(engine.self_influence(log, Curvature(**sizes), None)).double()  # type: ignore[arg-type]
     weights = torch.randn(nulls, len(log), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     weights *= torch.where(own > 0, own, torch.inf).rsqrt()
-    width, m = log.layout.gradient_width, log.manifest
+    width = log.layout.gradient_width
     mixed = torch.zeros(nulls, width, dtype=torch.float64)
     for place, block in progress(log, "chance"):
         mixed += weights[:, place] @ block[:, :width].double()
-    chance = Query(range(nulls))
-    chance.fill(combine(mixed), log.layout.layers, m.projection, m.seed, None, m.fitted, m.gradient)
+    chance = Query(range(nulls)).fill(combine(mixed), log.manifest.made)
     best = engine.influence(log, chance, normalize="unit", top=1, **sizes).values[:, 0]  # type: ignore[arg-type]
     aligned = engine.influence(log, query, normalize="unit", **sizes).values  # type: ignore[arg-type]
     seen = np.take_along_axis(aligned, top_Qk, axis=1)

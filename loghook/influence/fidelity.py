@@ -89,11 +89,8 @@ def compare(source: Reader, compressed: Reader, *, queries: int, seed: int) -> F
 def as_questions(reader: Reader, count: int, seed: int) -> tuple[np.ndarray, Query]:
     """Draw rows of a log as questions: their places, in order, and the query."""
     places = np.sort(np.random.default_rng(seed).choice(len(reader), min(count, len(reader)), replace=False))
-    query, m = Query([str(place) for place in places]), reader.manifest
-    query.fill(
-        reader.gather(places).to(working_dtype(reader)), m.layers, m.projection, m.seed, None, m.fitted, m.gradient
-    )
-    return places, query
+    rows = reader.gather(places).to(working_dtype(reader))
+    return places, Query([str(place) for place in places]).fill(rows, reader.manifest.made)
 
 
 def compared_methods(reader: Reader) -> tuple[str, ...]:

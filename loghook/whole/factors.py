@@ -20,7 +20,7 @@ from loghook.errors import ConfigError, LogExistsError, StateError
 from loghook.influence.precondition import Curvature
 from loghook.influence.solvers import Diagonal
 from loghook.log.disk import lock, writing
-from loghook.log.format import MANIFEST, LayerSpec, fingerprint
+from loghook.log.format import MANIFEST, LayerSpec, Made
 from loghook.log.kinds import FACTORS
 from loghook.statistics.factors import Eigenbasis
 from loghook.statistics.store import FactorStore, pack_factors
@@ -179,7 +179,7 @@ class Factors(Blocks, Hooked):
     @property
     def fingerprint(self) -> str:
         """Digest of the watched layers; a question must have the same."""
-        return fingerprint(self.specs, self._projection, self._seed)
+        return Made(self.specs, self._projection, self._seed).fingerprint
 
     def _require_store(self) -> FactorStore:
         if self._store is None or not self._layers:
