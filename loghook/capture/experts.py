@@ -34,7 +34,6 @@ class ExpertProjection(nn.Module):
     total: int
 
     def __init__(self, experts: nn.Module, projection: str, number: int) -> None:
-        """Name the projection and the expert's number."""
         super().__init__()
         self._experts, self._projection, self._number = weakref.ref(experts), projection, number
         _, *shape = getattr(experts, projection).shape

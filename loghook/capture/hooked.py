@@ -32,7 +32,6 @@ class Hooked:
     """Layers of a model under inert hooks, and queries through them."""
 
     def __init__(self, projection: str, rank: Rank, seed: int, gradient: str = "plain") -> None:
-        """Start with nothing watched."""
         self._projection, self._seed = projection, seed
         self._rank = dict(rank) if isinstance(rank, Mapping) else rank
         self._gradient = gradient  # what the log's rows are of

@@ -37,7 +37,6 @@ class Fidelity:
     top10: dict[str, float]
 
     def __str__(self) -> str:
-        """Show it in a few lines."""
         (was, now), (slow, fast) = self.bytes_per_sample, self.rows_per_second
         lines = [
             f"{self.rows:,} rows, {self.dtype[0]} to {self.dtype[1]}",

@@ -205,7 +205,6 @@ class Scores:
             return Scores(**header | {key: tensors[key].numpy().copy() for key in _ARRAYS if key in tensors})
 
     def __repr__(self) -> str:
-        """Say what was scored, and how."""
         kind = self.method + (f" ({self.normalize})" if self.normalize else "")
         size = f"{self.values.shape[0]} queries x {len(self.data_ids)} rows"
         tuned = "" if self.fidelity is None else f"fidelity={self.fidelity}, "

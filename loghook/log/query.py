@@ -65,11 +65,9 @@ class Query:
         return self.made.fingerprint
 
     def __len__(self) -> int:
-        """Number of questions."""
         return len(self.data_ids)
 
     def __repr__(self) -> str:
-        """Say how many questions there are, and what their rows are."""
         if self._rows is None:
             return f"Query({len(self)} questions, no rows: its block has not ended, or raised)"
         refined = f", {self.direction}" if self.direction else ""

@@ -170,7 +170,6 @@ class Factors(Blocks, Hooked):
         return self._bases
 
     def __repr__(self) -> str:
-        """Say what is watched, and how far the factors are."""
         done = [kind for kind in PASSES if self._store is not None and self._store.done(kind)]
         state = "finished" if len(done) == len(PASSES) else f"passes done: {', '.join(done) or 'none'}"
         where = f"{type(self).__name__}({str(self.path)!r}, {len(self.layers)} layers"
