@@ -896,10 +896,13 @@ def test_a_file_of_another_kind_is_named(tmp_path: Path, path: Path, finished: l
         (loghook.Scores.load, query, "a saved query: open it with loghook.Query.load"),
         (loghook.Query.load, scores, "saved scores: open them with loghook.Scores.load"),
         (loghook.Query.load, shard, "a part of a log: open its folder with loghook.load"),
+        (loghook.Query.load, path, "is a folder, which loghook.load opens if it is a log: it is no query file"),
     ):
         with pytest.raises(ConfigError) as error:
             load(file)
         says(error, file, words)
+    with pytest.raises(FileNotFoundError, match="missing"):
+        loghook.Query.load(tmp_path / "missing")
     for data in (b"nonsense", query.read_bytes()[:-1]):  # cut short: damaged, whatever it was
         query.write_bytes(data)
         with pytest.raises(CorruptLogError, match="no query file"):
@@ -1264,7 +1267,7 @@ def test_format_of_the_future_is_refused(path: Path, finished: loghook.Query, op
     alter_manifest(path, lambda body: body.update(version=99, unheard_of=1))
     with pytest.raises(VersionError) as error:
         opener(path)
-    says(error, "loghook.json", "version 99", "reads up to 1", "upgrade loghook")
+    says(error, "loghook.json", "version 99", "reads up to 2", "upgrade loghook")
     (path / "loghook.json").write_text(before)
     assert loghook.load(path).verify() == []
 

@@ -13,6 +13,7 @@ from transformers import (
 )
 
 import loghook
+from loghook.capture.experts import watched
 from tests.harness import log_batch, sides, whole
 from tests.oracle import one_sample, one_sample_gradients, project, relative_error
 
@@ -129,3 +130,15 @@ def test_questions_checks_and_packed_documents_reach_experts_too(tmp_path):
     for layer in log.layers:
         summed = tokens.rows(layer)[:].reshape(3, 7, *tokens.rows(layer).shape[1:]).sum(1)
         torch.testing.assert_close(torch.from_numpy(summed), torch.from_numpy(log.rows(layer)[:].copy()))
+
+
+def test_a_forward_is_put_back_whichever_block_ends_first():
+    experts = make("mixtral").model.layers[0].mlp.experts
+    for order in ((0, 1), (1, 0)):
+        blocks = [watched([experts]), watched([experts, experts])]
+        for block in blocks:
+            block.__enter__()
+        blocks[order[0]].__exit__(None, None, None)
+        assert "forward" in vars(experts)
+        blocks[order[1]].__exit__(None, None, None)
+        assert "forward" not in vars(experts)

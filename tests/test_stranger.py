@@ -12,7 +12,7 @@ import pytest
 
 import loghook
 from loghook.errors import CorruptLogError, VersionError
-from loghook.log.format import LayerSpec, canonical_json, checksum, fingerprint
+from loghook.log.format import LayerSpec, Made, canonical_json, checksum
 from loghook.log.records import decode_records, encode_record
 from tests.test_fuzz import write_log
 
@@ -33,7 +33,7 @@ def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     change(body)
     with contextlib.suppress(TypeError, KeyError):
         layers = [LayerSpec(**layer) for layer in body["layers"]]
-        body["fingerprint"] = fingerprint(layers, body["projection"], body["seed"])
+        body["fingerprint"] = Made(tuple(layers), body["projection"], body["seed"]).fingerprint
     body["checksum"] = checksum(canonical_json(body))
     (path / "loghook.json").write_bytes(json.dumps(body, indent=1).encode())
 
@@ -54,7 +54,7 @@ def layer(**changes: Any) -> Callable[[dict[str, Any]], Any]:
 MANIFESTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "version": lambda body: body.update(version=-1),
     "version text": lambda body: body.update(version="1"),
-    "version later": lambda body: body.update(version=2),
+    "version later": lambda body: body.update(version=3),
     "huge layer": layer(in_features=HUGE, k_in=HUGE, out_features=HUGE, k_out=HUGE),
     "larger layer": layer(in_features=1 << 80, k_in=1 << 80),
     "negative layer": layer(k_in=-1),

@@ -8,8 +8,9 @@ from torch import nn
 import loghook
 from loghook.errors import ConfigError, UnfinishedWarning
 from loghook.evaluate import trust
+from loghook.evaluate.lds import correlations
 from loghook.evaluate.parts import Part
-from loghook.evaluate.trust import correlations, extended, membership
+from loghook.evaluate.trust import extended, membership
 
 WIDTH = 64
 
@@ -108,7 +109,7 @@ def test_p_values_know_chance_from_signal(seeds, method, normalize):
     made = {}
     for name, questions in (("chance", mixed), ("signal", rows[:50] + 0.01 * mixed[:50])):
         made[name] = loghook.Query(list(range(len(questions))))
-        made[name].fill(questions, log.layout.layers, log.manifest.projection, log.manifest.seed, None)
+        made[name].fill(questions, log.manifest.made)
     chance, signal = (trust(log, made[name], method, normalize=normalize, k=3) for name in ("chance", "signal"))
     p = chance.p_values[:, 0]
     assert p.mean() > 0.38 and (p <= 0.05).mean() < 0.12

@@ -1,7 +1,7 @@
 """A batch and what comes with it (ids, mask, scale), checked before anything runs."""
 
-from collections.abc import Iterator, Mapping, Sequence, Set
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Mapping, Sequence, Set
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -29,7 +29,6 @@ class Given:
 class Blocks:
     """What is opened around the forward and backward of each batch: ``with run(data_id=...):``."""
 
-    @contextmanager
     def __call__(
         self,
         data_id: Ids,
@@ -38,7 +37,7 @@ class Blocks:
         scale: float | Tensor = 1.0,
         scaler: Any = None,
         segments: Tensor | None = None,
-    ) -> Iterator[None]:
+    ) -> AbstractContextManager[None]:
         """Log, gather or score the samples of one batch: run its forward and backward inside.
 
         Args:
@@ -61,8 +60,7 @@ class Blocks:
                 end of the pass or ``finalize`` raises it, once. Its ``ids`` can be logged again.
             StateError: after ``finalize``, or inside another block.
         """
-        with self._block(data_id, Given(mask, scale, scaler, segments)):
-            yield
+        return self._block(data_id, Given(mask, scale, scaler, segments))
 
     def _block(self, data_id: Ids, given: Given) -> AbstractContextManager[None]:
         raise NotImplementedError

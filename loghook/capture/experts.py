@@ -7,7 +7,7 @@ projection a small module that hooks can watch, with the places of its tokens at
 
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -18,7 +18,8 @@ from loghook.capture.adapters import Geometry, LinearAdapter, adapter
 
 _PROJECTIONS = ("gate_up_proj", "up_proj", "down_proj")
 _MADE: "weakref.WeakKeyDictionary[nn.Module, dict[str, ExpertProjection]]" = weakref.WeakKeyDictionary()
-_OPEN: "weakref.WeakKeyDictionary[nn.Module, int]" = weakref.WeakKeyDictionary()
+# {module: [how many blocks are open, the forward that was set on the module itself or None]}
+_OPEN: "weakref.WeakKeyDictionary[nn.Module, list[Any]]" = weakref.WeakKeyDictionary()
 
 
 class ExpertProjection(nn.Module):
@@ -33,7 +34,6 @@ class ExpertProjection(nn.Module):
     total: int
 
     def __init__(self, experts: nn.Module, projection: str, number: int) -> None:
-        """Name the projection and the expert's number."""
         super().__init__()
         self._experts, self._projection, self._number = weakref.ref(experts), projection, number
         _, *shape = getattr(experts, projection).shape
@@ -118,24 +118,19 @@ def routed(experts: Any, *args: Any, **kwargs: Any) -> Tensor:
 @contextmanager
 def watched(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Let experts run expert by expert for the length of a block; blocks of several runs may overlap."""
-    with ExitStack() as stack:
-        for module in {id(m): m for m in modules}.values():
-            stack.enter_context(_one(module))
-        yield
-
-
-@contextmanager
-def _one(module: nn.Module) -> Iterator[None]:
-    _OPEN[module] = _OPEN.get(module, 0) + 1
-    before = module.__dict__.get("forward")
-    if _OPEN[module] == 1:
-        module.forward = partial(routed, module)
+    experts = dict.fromkeys(modules)
+    for module in experts:
+        if module not in _OPEN:
+            _OPEN[module] = [0, module.__dict__.get("forward")]
+            module.forward = partial(routed, module)
+        _OPEN[module][0] += 1
     try:
         yield
     finally:
-        _OPEN[module] -= 1
-        if not _OPEN[module]:
-            del _OPEN[module]
-            del module.forward
-            if before is not None:
-                module.forward = before
+        for module in experts:
+            _OPEN[module][0] -= 1
+            if not _OPEN[module][0]:
+                del module.forward
+                _, before = _OPEN.pop(module)
+                if before is not None:
+                    module.forward = before

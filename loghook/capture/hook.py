@@ -39,7 +39,7 @@ def make_hook(layer: Layer) -> Callable[..., Tensor | None]:
                 f"layer {layer.name!r} takes {type(x).__name__} and returns {type(y).__name__}: exclude it, as loghook "
                 "watches modules from one tensor to one tensor."
             )
-        if x.is_nested or x.dim() < 2:
+        if x.is_nested or x.dim() < (2 if layer.spec.channels else 1):  # indices need no axis for channels
             raise _not_a_batch(layer, x)
         x = x.detach().to(slots.samples.device)  # accelerate's hooks move inputs after this hook was given them
         if layer.spec.flattened:
@@ -112,7 +112,7 @@ def make_early_hook(layer: Layer) -> Callable[..., None]:
             return
         x = args[0]
         plain = isinstance(x, Tensor) and x.device == slots.samples.device and not (spec.flattened or spec.batch_dim)
-        plain = plain and not x.is_nested and x.dim() > 1
+        plain = plain and not x.is_nested and x.dim() > 1  # the other hook says what is wrong with others
         if plain and _shareable(layer, slots, x):
             _project(layer, slots, module, x.detach())
 

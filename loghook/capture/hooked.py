@@ -23,7 +23,7 @@ from loghook.capture.whole import Job
 from loghook.errors import ConfigError, DeliveryError, MismatchError, StateError, UnsupportedError
 from loghook.log.finite import not_finite
 from loghook.log.fitted import Sides
-from loghook.log.format import Layout
+from loghook.log.format import Layout, Made
 from loghook.log.query import Query
 from loghook.project.projection import FITTED
 
@@ -32,7 +32,6 @@ class Hooked:
     """Layers of a model under inert hooks, and queries through them."""
 
     def __init__(self, projection: str, rank: Rank, seed: int, gradient: str = "plain") -> None:
-        """Start with nothing watched."""
         self._projection, self._seed = projection, seed
         self._rank = dict(rank) if isinstance(rank, Mapping) else rank
         self._gradient = gradient  # what the log's rows are of
@@ -193,5 +192,5 @@ class Hooked:
         rows = captured[0].rows.cpu()
         if not bool(torch.isfinite(rows).all()):
             raise not_finite(ids, rows)
-        specs = [layer.spec for layer in self._layers]
-        query.fill(rows, specs, self._projection, self._seed, self.digest(), self._fitted, self._gradient)
+        specs = tuple(layer.spec for layer in self._layers)
+        query.fill(rows, Made(specs, self._projection, self._seed, self._fitted, self._gradient), self.digest())

@@ -145,7 +145,6 @@ class Plan:
         self.batch = max(self.batch, len(rows)) if len(self._marks) > 2 else len(rows)
 
     def __str__(self) -> str:
-        """Show all of it in a small table."""
         c, (capture, model) = self.config, self.arithmetic
         kind = "whole gradients" if c.projection == "none" else f"{c.projection} projection, rank {c.rank}"
         lines = [

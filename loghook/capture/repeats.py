@@ -15,7 +15,6 @@ class Repeats:
     """
 
     def __init__(self) -> None:
-        """Nothing was met yet."""
         self.committed = Committed()
         self._seen: set[int | str] = set()
 

@@ -19,7 +19,6 @@ class Sums:
     """What a job delivered, by layer, added up over the blocks of a pass."""
 
     def __init__(self) -> None:
-        """Nothing yet."""
         self.totals: dict[str, Tensor] = {}
         self.samples = 0
 

@@ -86,7 +86,7 @@ def lds(
     if not np.isfinite(scores_QN).all() or not np.isfinite(losses_mQ).all():
         raise ConfigError("scores or losses hold values that are not finite and have no rank: leave those queries out.")
     predicted_Qm = scores_QN @ members_mN.T.astype(np.float64)
-    per_query = _correlation(_ranks(predicted_Qm), _ranks(-losses_mQ.T))
+    per_query = correlations(_ranks(predicted_Qm), _ranks(-losses_mQ.T))
     low, high = interval(per_query, confidence=confidence, resamples=resamples, seed=seed)
     return Lds(float(per_query.mean()), low, high, per_query)
 
@@ -111,6 +111,13 @@ def estimate(per_query: ArrayLike, *, confidence: float = 0.95, resamples: int =
     return Estimate(float(values.mean()), low, high, values)
 
 
+def correlations(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Pearson correlation along the last axis; 0 where a side is constant: (Q, m), (Q, m) -> (Q,)."""
+    a, b = a - a.mean(axis=-1, keepdims=True), b - b.mean(axis=-1, keepdims=True)
+    size = np.sqrt((a**2).sum(axis=-1) * (b**2).sum(axis=-1))
+    return np.divide((a * b).sum(axis=-1), size, out=np.zeros_like(size), where=size > 0)
+
+
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
     """Ranks along the last axis, from 1, ties at their mean: (Q, m) -> (Q, m)."""
     ranks = np.empty_like(values)
@@ -118,10 +125,3 @@ def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
         ordered = np.sort(row)
         out[:] = (np.searchsorted(ordered, row, "left") + np.searchsorted(ordered, row, "right") + 1) / 2
     return ranks
-
-
-def _correlation(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Pearson correlation along the last axis; 0 where a side is constant: (Q, m), (Q, m) -> (Q,)."""
-    a, b = a - a.mean(axis=-1, keepdims=True), b - b.mean(axis=-1, keepdims=True)
-    size = np.sqrt((a**2).sum(axis=-1) * (b**2).sum(axis=-1))
-    return np.divide((a * b).sum(axis=-1), size, out=np.zeros_like(size), where=size > 0)

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loghook.log.format import LayerSpec, Layout
+from loghook.log.format import LayerSpec, Layout, Made
 from loghook.log.query import Query
 from loghook.log.reader import Reader
 
@@ -61,7 +61,7 @@ class Part(Reader):
         """Make a query of this part's layers from rows that are already cut."""
         made = Query(ids)
         rows = torch.zeros(0, self.layout.width) if rows is None else rows
-        made.fill(rows, self.layout.layers, "part", self.manifest.seed, None)
+        made.fill(rows, Made(self.layout.layers, "part", self.manifest.seed))
         return made
 
     def blocks(

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from loghook.errors import ConfigError
+from loghook.evaluate.lds import correlations
 from loghook.evaluate.parts import Part, projected
 from loghook.influence import engine
 from loghook.influence.precondition import Curvature, progress
@@ -153,13 +154,6 @@ def trust(
     )
 
 
-def correlations(one_QN: Array, other_QN: Array) -> Array:
-    """Pearson correlation over rows for each query: (Q,); 0 where a side is constant."""
-    one, other = (a - a.mean(axis=1, keepdims=True) for a in (one_QN, other_QN))
-    size = np.sqrt((one**2).sum(axis=1) * (other**2).sum(axis=1))
-    return np.divide((one * other).sum(axis=1), size, out=np.zeros(len(one)), where=size > 0)
-
-
 def extended(halves_Q: Array, quarters_Q: Array) -> Array:
     """Correlation between seeds at the whole rank, from that between halves and between quarters of it: (Q,).
 
@@ -251,12 +245,11 @@ def _p_values(
     own = torch.from_numpy(engine.self_influence(log, Curvature(**sizes), None)).double()  # type: ignore[arg-type]
     weights = torch.randn(nulls, len(log), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     weights *= torch.where(own > 0, own, torch.inf).rsqrt()
-    width, m = log.layout.gradient_width, log.manifest
+    width = log.layout.gradient_width
     mixed = torch.zeros(nulls, width, dtype=torch.float64)
     for place, block in progress(log, "chance"):
         mixed += weights[:, place] @ block[:, :width].double()
-    chance = Query(range(nulls))
-    chance.fill(combine(mixed), log.layout.layers, m.projection, m.seed, None, m.fitted, m.gradient)
+    chance = Query(range(nulls)).fill(combine(mixed), log.manifest.made)
     best = engine.influence(log, chance, normalize="unit", top=1, **sizes).values[:, 0]  # type: ignore[arg-type]
     aligned = engine.influence(log, query, normalize="unit", **sizes).values  # type: ignore[arg-type]
     seen = np.take_along_axis(aligned, top_Qk, axis=1)

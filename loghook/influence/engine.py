@@ -13,7 +13,7 @@ from loghook.errors import ConfigError, MismatchError, UnfinishedWarning
 from loghook.influence.precondition import Curvature, progress, solvers, working_dtype
 from loghook.influence.products import products
 from loghook.influence.scores import Scores
-from loghook.influence.solvers import Solver
+from loghook.influence.solvers import Solver, nonzero
 from loghook.log.format import LayerSpec, checksum, listed
 from loghook.log.kept import kept_name, load_kept, save_kept
 from loghook.log.query import Query, require_query
@@ -95,8 +95,7 @@ def influence(
         layers=tuple(spec.name for spec in chosen),
         method=_named(method, reader, query_dtype),
         normalize=normalize,
-        damping=None if method in ("dot", "cosine") else damping if damping_abs is None else None,
-        damping_abs=None if method in ("dot", "cosine") else damping_abs,
+        **curvature.stated,
         fingerprint=reader.fingerprint,
         log=str(reader.path),
         fidelity=_fidelity(reader, method, damping, damping_abs, normalize) if layers is query_dtype is None else None,
@@ -214,12 +213,10 @@ def _row_quadratics(reader: Reader, curvature: Curvature, chosen: Sequence[Layer
 
 def _key(curvature: Curvature, chosen: Sequence[LayerSpec]) -> str:
     """Name of the rows' self-influence in the cache of an open log and in the file beside a finished one."""
-    plain = curvature.method in ("dot", "cosine")
     return kept_name(
         what="self-influence",
-        method="dot" if plain else curvature.method,
-        damping=None if plain or curvature.damping_abs is not None else curvature.damping,
-        damping_abs=None if plain else curvature.damping_abs,
+        method="dot" if curvature.plain else curvature.method,
+        **curvature.stated,
         layers=checksum(json.dumps([spec.name for spec in chosen]).encode()),
         scheme=1,  # raised when the same arguments mean something else
     )
@@ -257,15 +254,10 @@ def _add_quadratics(reader: Reader, group: dict[str, Solver], total: Tensor) -> 
 def _normalised(scores: Tensor, prepared: Prepared, place: slice) -> Tensor:
     """Divide the scores of a block, (Q, n), by the norms that were asked for."""
     if prepared.query_norms is not None:
-        scores /= _nonzero(prepared.query_norms)[:, None].to(scores.dtype)
+        scores /= nonzero(prepared.query_norms)[:, None].to(scores.dtype)
     if prepared.row_norms is not None:
-        scores /= _nonzero(prepared.row_norms[place])[None, :].to(scores.dtype)
+        scores /= nonzero(prepared.row_norms[place])[None, :].to(scores.dtype)
     return scores
-
-
-def _nonzero(norms: Tensor) -> Tensor:
-    """A row without any gradient scores 0, not nan."""
-    return torch.where(norms > 0, norms, torch.ones_like(norms))
 
 
 def _scan_all(

@@ -37,7 +37,6 @@ class Fidelity:
     top10: dict[str, float]
 
     def __str__(self) -> str:
-        """Show it in a few lines."""
         (was, now), (slow, fast) = self.bytes_per_sample, self.rows_per_second
         lines = [
             f"{self.rows:,} rows, {self.dtype[0]} to {self.dtype[1]}",
@@ -89,11 +88,8 @@ def compare(source: Reader, compressed: Reader, *, queries: int, seed: int) -> F
 def as_questions(reader: Reader, count: int, seed: int) -> tuple[np.ndarray, Query]:
     """Draw rows of a log as questions: their places, in order, and the query."""
     places = np.sort(np.random.default_rng(seed).choice(len(reader), min(count, len(reader)), replace=False))
-    query, m = Query([str(place) for place in places]), reader.manifest
-    query.fill(
-        reader.gather(places).to(working_dtype(reader)), m.layers, m.projection, m.seed, None, m.fitted, m.gradient
-    )
-    return places, query
+    rows = reader.gather(places).to(working_dtype(reader))
+    return places, Query([str(place) for place in places]).fill(rows, reader.manifest.made)
 
 
 def compared_methods(reader: Reader) -> tuple[str, ...]:
@@ -108,11 +104,8 @@ def compared_methods(reader: Reader) -> tuple[str, ...]:
 def _ask(reader: Reader, query: Query, method: str) -> tuple[np.ndarray, float]:
     """Scores (queries, rows) and the seconds that they took."""
     start = time.perf_counter()
-    scores = influence(
-        reader, query, method=method, damping=0.1, damping_abs=None, normalize=None, layers=None, top=None,
-        per_layer=False,
-    )  # fmt: skip
-    return scores.values, time.perf_counter() - start
+    values = influence(reader, query, method=method).values
+    return values, time.perf_counter() - start
 
 
 def pearson(a: np.ndarray, b: np.ndarray) -> float:

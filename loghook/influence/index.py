@@ -1,12 +1,9 @@
 """An optional vector index: rows reduced to few dimensions propose candidates, and the log scores those exactly."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -15,8 +12,7 @@ from loghook.influence.engine import Prepared, influence
 from loghook.influence.fidelity import TOP, as_questions, compared_methods
 from loghook.influence.precondition import progress
 from loghook.influence.scores import Scores
-from loghook.log.disk import write_atomically
-from loghook.log.kinds import not_a
+from loghook.log.kinds import loading, save_tensors
 from loghook.log.query import Query
 from loghook.log.reader import Reader
 from loghook.processes import combine, share
@@ -108,8 +104,7 @@ class Index:
                 f"{self._reader.path} is not finished, so that its index would be stale: finalise it first."
             )
         header = {"seal": self._reader.seal, "factory": self.factory}
-        data = safetensors.torch.save({"basis": self.basis, "rows": self.rows}, {"loghook_index": json.dumps(header)})
-        write_atomically(Path(path), data)
+        save_tensors(path, "index", header, {"basis": self.basis, "rows": self.rows})
 
     def _rescore(self, matrix: Tensor, top: int, candidates: int) -> tuple[np.ndarray, np.ndarray]:
         """Exact scores and places of the best candidates of preconditioned questions (Q, width)."""
@@ -157,13 +152,8 @@ def build(reader: Reader, dimensions: int, factory: str, sample: int, seed: int)
 
 def load(reader: Reader, path: str | Path) -> Index:
     """Read what ``Index.save`` wrote of this log; see ``Log.load_index``."""
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            header = json.loads(file.metadata()["loghook_index"])
-            seal, factory = header["seal"], header["factory"]
-            basis, rows = (file.get_tensor(name) for name in ("basis", "rows"))
-    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        raise not_a("index", path, error) from error
+    with loading(path, "index") as (header, tensors):
+        seal, factory, basis, rows = header["seal"], header["factory"], tensors["basis"], tensors["rows"]
     if seal != reader.seal:
         raise MismatchError(
             f"{path} is an index of other rows than those of {reader.path}: build it again, log.index()."

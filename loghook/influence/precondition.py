@@ -3,6 +3,7 @@
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from loghook.processes import combine, share
 from loghook.statistics.factors import Eigenbasis, eigenbasis
 
 METHODS = ("dot", "cosine", "fisher", "kfac", "ekfac", "shampoo")
+PLAIN = ("dot", "cosine")  # those without curvature
 FIT_BYTES = 2**30  # what dense curvature of a group of layers may take at a time
 
 
@@ -24,7 +26,7 @@ class Curvature:
     """Which curvature, and how it is damped.
 
     Attributes:
-        method: "dot" (none), "fisher", "kfac", "ekfac" or "shampoo".
+        method: "dot" or "cosine" (none), "fisher", "kfac", "ekfac" or "shampoo".
         damping: times the layer's mean eigenvalue.
         damping_abs: added as it is, instead; or None.
     """
@@ -40,6 +42,17 @@ class Curvature:
         if not isinstance(value, int | float) or not 0 < value < float("inf"):
             name = "damping" if self.damping_abs is None else "damping_abs"
             raise ConfigError(f"{name}={value!r} must be positive and finite; 0.1 of the mean eigenvalue is usual.")
+
+    @property
+    def plain(self) -> bool:
+        """Whether there is none: plain inner products."""
+        return self.method in PLAIN
+
+    @property
+    def stated(self) -> dict[str, Any]:
+        """Damping as results state it: of the two kinds the one that counts, and neither without curvature."""
+        relative = None if self.plain or self.damping_abs is not None else self.damping
+        return {"damping": relative, "damping_abs": None if self.plain else self.damping_abs}
 
     def amount(self, mean_eigenvalue: float) -> float:
         """What is added to a layer's eigenvalues."""
@@ -74,7 +87,7 @@ def solvers(reader: Reader, curvature: Curvature, layers: Sequence[LayerSpec]) -
     Yields:
         {layer name: solver}, one group after the other.
     """
-    if curvature.method in ("dot", "cosine"):
+    if curvature.plain:
         yield {spec.name: Identity() for spec in layers}
     elif curvature.method == "fisher":
         for group in _groups(layers, len(reader)):

@@ -1,7 +1,6 @@
 """The result of a question: scores with ids, axes, sign and provenance."""
 
 import dataclasses
-import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,12 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-import safetensors
-import safetensors.numpy
+import torch
 
 from loghook.errors import ConfigError, MismatchError
-from loghook.log.disk import write_atomically
-from loghook.log.kinds import not_a
+from loghook.log.kinds import loading, save_tensors
 
 if TYPE_CHECKING:
     import pandas
@@ -59,13 +56,13 @@ class Scores:
     values: np.ndarray
     query_ids: Sequence[int] | Sequence[str]
     data_ids: Sequence[int] | Sequence[str]
-    places: np.ndarray | None
-    by_layer: np.ndarray | None
-    layers: tuple[str, ...]
+    places: np.ndarray | None = None
+    by_layer: np.ndarray | None = None
+    layers: tuple[str, ...] = ()
     method: str
-    normalize: str | None
-    damping: float | None
-    damping_abs: float | None
+    normalize: str | None = None
+    damping: float | None = None
+    damping_abs: float | None = None
     fingerprint: str
     log: str
     weights: tuple[float, ...] | None = None
@@ -175,7 +172,6 @@ class Scores:
             values=values.astype(np.float32),
             query_ids=first.query_ids,
             data_ids=first.data_ids,
-            places=None,
             by_layer=None if by_layer is None else by_layer.astype(np.float32),
             layers=tuple(dict.fromkeys(name for part in scores for name in part.layers)),
             method=f"ensemble of {len(scores)}{', standardized' if standardize else ''}: {_joined(scores, 'method')}",
@@ -190,8 +186,8 @@ class Scores:
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file."""
         header = {key: getattr(self, key) for key in _HEADER}
-        tensors = {key: np.ascontiguousarray(v) for key in _ARRAYS if (v := getattr(self, key)) is not None}
-        write_atomically(Path(path), safetensors.numpy.save(tensors, {"loghook_scores": json.dumps(header)}))
+        tensors = {key: torch.tensor(v) for key in _ARRAYS if (v := getattr(self, key)) is not None}
+        save_tensors(path, "scores", header, tensors)
 
     @staticmethod
     def load(path: str | Path) -> "Scores":
@@ -201,20 +197,14 @@ class Scores:
             ConfigError: if the file is of another kind, such as a query.
             CorruptLogError: if it is none of ours, or damaged.
         """
-        try:
-            with safetensors.safe_open(path, framework="np") as file:
-                header: dict[str, Any] = json.loads(file.metadata()["loghook_scores"])
-                tensors = {key: file.get_tensor(key) if key in file.keys() else None for key in _ARRAYS}  # noqa: SIM118
+        with loading(path, "scores") as (header, tensors):
             header = {"weights": None, "fidelity": None} | header  # files from before there were these
             if set(header) != set(_HEADER):
                 raise ValueError(f"its header has {sorted(header)}")
-        except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise not_a("scores", path, error) from error
-        tuples = {key: tuple(header[key]) for key in ("layers", "weights") if header[key] is not None}
-        return Scores(**(header | tuples), **tensors)  # type: ignore[arg-type]
+            header |= {key: tuple(header[key]) for key in ("layers", "weights") if header[key] is not None}
+            return Scores(**header | {key: tensors[key].numpy().copy() for key in _ARRAYS if key in tensors})
 
     def __repr__(self) -> str:
-        """Say what was scored, and how."""
         kind = self.method + (f" ({self.normalize})" if self.normalize else "")
         size = f"{self.values.shape[0]} queries x {len(self.data_ids)} rows"
         tuned = "" if self.fidelity is None else f"fidelity={self.fidelity}, "

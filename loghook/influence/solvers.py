@@ -12,6 +12,11 @@ from loghook.errors import ConfigError
 from loghook.statistics.factors import Eigenbasis
 
 
+def nonzero(sizes: Tensor) -> Tensor:
+    """Sizes to divide by: 1 for 0, so that what is nothing stays 0 and is not nan."""
+    return torch.where(sizes > 0, sizes, 1)
+
+
 class Solver(Protocol):
     """The inverse of a layer's damped curvature."""
 

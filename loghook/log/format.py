@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,30 @@ class Layout:
         return make_codec(dtype, [(s.k_out, s.k_in) for s in self.layers], self.width - self.gradient_width)
 
 
+@dataclass(frozen=True)
+class Made:
+    """What rows were made with."""
+
+    layers: tuple[LayerSpec, ...]  # in row order
+    projection: str
+    seed: int
+    fitted: str | None = None  # as in ``Manifest``, as is gradient
+    gradient: str = "plain"
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest that a query and a log must share; what is stored beside the gradients plays no part."""
+        keys = ("name", "type", "in_features", "out_features", "groups", "bias", "k_in", "k_out")
+        shape = [[getattr(layer, key) for key in keys] for layer in self.layers]
+        seed = None if self.projection == "none" else self.seed
+        body = {"layers": shape, "projection": self.projection, "seed": seed, "scheme": 1}
+        if self.fitted is not None:
+            body["fitted"] = self.fitted
+        if self.gradient != "plain":
+            body["gradient"] = self.gradient
+        return checksum(json.dumps(body).encode())
+
+
 @dataclass(kw_only=True)
 class Manifest:
     """``loghook.json``: everything about a run but its rows."""
@@ -167,9 +191,14 @@ class Manifest:
         return Layout(self.layers).codec(self.dtype)
 
     @property
+    def made(self) -> Made:
+        """What the rows were made with."""
+        return Made(self.layers, self.projection, self.seed, self.fitted, self.gradient)
+
+    @property
     def fingerprint(self) -> str:
         """Digest of what makes rows comparable: layers, k's and the projection; not the storage dtype."""
-        return fingerprint(self.layers, self.projection, self.seed, self.fitted, self.gradient)
+        return self.made.fingerprint
 
     def save(self, path: Path) -> None:
         """Replace the run's manifest atomically."""
@@ -262,20 +291,6 @@ def _check_manifest(manifest: Manifest) -> None:
             raise ValueError(f"layer {layer.name!r:.100} has sizes {sizes}")
         if layer.k_in > layer.in_features + layer.bias or layer.k_out > layer.out_features:
             raise ValueError(f"layer {layer.name!r:.100} has a rank above its width")
-
-
-def fingerprint(
-    layers: Sequence[LayerSpec], projection: str, seed: int, fitted: str | None = None, gradient: str = "plain"
-) -> str:
-    """Digest that a query and a log must share; what is stored beside the gradients plays no part."""
-    keys = ("name", "type", "in_features", "out_features", "groups", "bias", "k_in", "k_out")
-    shape = [[getattr(layer, key) for key in keys] for layer in layers]
-    body = {"layers": shape, "projection": projection, "seed": None if projection == "none" else seed, "scheme": 1}
-    if fitted is not None:
-        body["fitted"] = fitted
-    if gradient != "plain":
-        body["gradient"] = gradient
-    return checksum(json.dumps(body).encode())
 
 
 def shard_name(rank: int, index: int) -> str:

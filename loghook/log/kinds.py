@@ -1,11 +1,17 @@
-"""What a folder or a file holds instead, where something else of ours was looked for."""
+"""Our single files, by kind, and what a folder or a file holds instead where something else of ours was looked for."""
 
-import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import safetensors
+import safetensors.torch
+from torch import Tensor
 
 from loghook.errors import ConfigError, CorruptLogError, LoghookError
+from loghook.log.disk import write_atomically
 
 FACTORS = "factors.json"
 _FILES = {  # by a key of the safetensors header
@@ -37,9 +43,29 @@ def no_log(path: Path) -> str:
     return f"{nothing}: check the path."
 
 
-def not_a(wanted: str, file: str | Path, error: Exception) -> LoghookError:
+def save_tensors(path: str | Path, kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a file of a kind: tensors, contiguous, and what is said of them as JSON."""
+    data = safetensors.torch.save(dict(tensors), {f"loghook_{kind}": json.dumps(header)})
+    write_atomically(Path(path), data)
+
+
+@contextmanager
+def loading(path: str | Path, kind: str) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+    """Read what ``save_tensors`` wrote, (header, tensors); what fails in the block means that the file is none."""
+    if Path(path).is_dir():
+        is_one = holds_factors(Path(path)) or f"{path} is a folder, which loghook.load opens if it is a log"
+        raise ConfigError(f"{is_one}: it is no {kind} file.")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            header = json.loads(file.metadata()[f"loghook_{kind}"])
+            yield header, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        raise _not_a(kind, path, error) from error
+
+
+def _not_a(wanted: str, file: str | Path, error: Exception) -> LoghookError:
     """Make the error to raise of a file that was read as ``wanted`` and is something else, or damaged."""
-    with contextlib.suppress(safetensors.SafetensorError):
+    with suppress(safetensors.SafetensorError):
         with safetensors.safe_open(file, framework="np") as opened:
             keys = opened.metadata() or {}
         for key, kind in _FILES.items():

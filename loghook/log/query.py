@@ -1,20 +1,16 @@
 """Rows held in memory: what questions are made of."""
 
-import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from loghook.errors import ConfigError, MismatchError, StateError
-from loghook.log.disk import write_atomically
-from loghook.log.format import LayerSpec, Layout, fingerprint, listed
-from loghook.log.kinds import not_a
+from loghook.log.format import LayerSpec, Layout, Made, listed
+from loghook.log.kinds import loading, save_tensors
 
 
 class Query:
@@ -27,27 +23,14 @@ class Query:
         """An empty query for these ids; the block that made it fills it when it ends."""
         self.data_ids: list[int] | list[str] = list(ids)  # type: ignore[assignment]
         self._rows: Tensor | None = None
-        self._specs: tuple[LayerSpec, ...] = ()
-        self._projection, self._seed = "", 0
-        self._fitted: str | None = None
-        self._gradient = "plain"
+        self._made = Made((), "", 0)
         self.parameters: str | None = None
         self.direction: str | None = None  # how the rows were preconditioned already, if they were
 
-    def fill(
-        self,
-        rows: Tensor,
-        specs: Iterable[LayerSpec],
-        projection: str,
-        seed: int,
-        parameters: str | None,
-        fitted: str | None = None,
-        gradient: str = "plain",
-    ) -> None:
-        """Take the rows, (Q, width), what they were made with, and what the rows of the log are of."""
-        self._rows, self._specs = rows, tuple(specs)
-        self._projection, self._seed, self.parameters, self._fitted = projection, seed, parameters, fitted
-        self._gradient = gradient
+    def fill(self, rows: Tensor, made: Made, parameters: str | None = None, direction: str | None = None) -> "Query":
+        """Take the rows, (Q, width), and what they were made with; returns the query."""
+        self._rows, self._made, self.parameters, self.direction = rows, made, parameters, direction
+        return self
 
     @property
     def matrix(self) -> Tensor:
@@ -61,41 +44,34 @@ class Query:
         return self._rows
 
     @property
+    def made(self) -> Made:
+        """What the rows were made with."""
+        _ = self.matrix  # raises where there is none
+        return self._made
+
+    @property
     def layout(self) -> Layout:
         """Where each layer's values are in a row."""
-        return Layout(self._made_of())
+        return Layout(self.made.layers)
 
     @property
     def layers(self) -> tuple[str, ...]:
         """Names of the layers, in row order."""
-        return tuple(spec.name for spec in self._made_of())
+        return tuple(spec.name for spec in self.made.layers)
 
     @property
     def fingerprint(self) -> str:
         """Digest of layers and projection; a log must have the same."""
-        return fingerprint(self._made_of(), self._projection, self._seed, self._fitted, self._gradient)
-
-    def _made_of(self) -> tuple[LayerSpec, ...]:
-        _ = self.matrix  # raises where there is none
-        return self._specs
-
-    def _like(self, ids: Sequence[Any], rows: Tensor) -> "Query":
-        """A query whose rows were made as this one's were."""
-        query = Query(ids)
-        query.fill(rows, self._specs, self._projection, self._seed, self.parameters, self._fitted, self._gradient)
-        query.direction = self.direction
-        return query
+        return self.made.fingerprint
 
     def __len__(self) -> int:
-        """Number of questions."""
         return len(self.data_ids)
 
     def __repr__(self) -> str:
-        """Say how many questions there are, and what their rows are."""
         if self._rows is None:
             return f"Query({len(self)} questions, no rows: its block has not ended, or raised)"
         refined = f", {self.direction}" if self.direction else ""
-        return f"Query({len(self)} questions, {self._rows.shape[1]:,} values in {len(self._specs)} layers{refined})"
+        return f"Query({len(self)} questions, {self._rows.shape[1]:,} values in {len(self.layers)} layers{refined})"
 
     def rows(self, layer: str, kind: str = "gradients") -> np.ndarray:
         """Rows of one layer: (Q, k_out, k_in) gradients, or (Q, features) of another kind; see ``Log.rows``."""
@@ -118,40 +94,36 @@ class Query:
             raise ConfigError("Query.concat got no queries: pass at least one.")
         first = queries[0]
         for query in queries[1:]:
-            if query.fingerprint != first.fingerprint or query._specs != first._specs:
+            if query.fingerprint != first.fingerprint or query.made.layers != first.made.layers:
                 raise MismatchError("these queries come from different layers or projections and cannot be joined.")
             if query.direction != first.direction:
                 raise MismatchError("some of these queries are preconditioned and some are not: join equal ones.")
             if type(query.data_ids[0]) is not type(first.data_ids[0]):
                 raise MismatchError("these queries have ids of different types: use int or str throughout.")
-        ids = [i for query in queries for i in query.data_ids]
-        joined = first._like(ids, torch.cat([query.matrix for query in queries]))
-        if any(query.parameters != first.parameters for query in queries):
-            joined.parameters = None
-        return joined
+        ids: list[Any] = [i for query in queries for i in query.data_ids]
+        rows = torch.cat([query.matrix for query in queries])
+        same = all(query.parameters == first.parameters for query in queries)
+        return Query(ids).fill(rows, first.made, first.parameters if same else None, first.direction)
 
     def with_rows(self, rows: Tensor, direction: str) -> "Query":
         """The same questions with other rows (Q, width): what ``direction`` says was made of them."""
         if rows.shape != self.matrix.shape:
             raise ConfigError(f"rows {tuple(rows.shape)} do not have the query's shape {tuple(self.matrix.shape)}.")
-        query = self._like(self.data_ids, rows)
-        query.direction = direction
-        return query
+        return Query(self.data_ids).fill(rows, self.made, self.parameters, direction)
 
     def save(self, path: str | Path) -> None:
         """Write the query to one safetensors file."""
         header = {
-            "layers": [spec.__dict__ for spec in self._specs],
-            "projection": self._projection,
-            "seed": self._seed,
+            "layers": [spec.__dict__ for spec in self.made.layers],
+            "projection": self.made.projection,
+            "seed": self.made.seed,
             "data_ids": self.data_ids,
             "parameters": self.parameters,
-            "fitted": self._fitted,
+            "fitted": self.made.fitted,
             "direction": self.direction,
-            "gradient": self._gradient,
+            "gradient": self.made.gradient,
         }
-        data = safetensors.torch.save({"rows": self.matrix.contiguous()}, {"loghook_query": json.dumps(header)})
-        write_atomically(Path(path), data)
+        save_tensors(path, "query", header, {"rows": self.matrix.contiguous()})
 
     @staticmethod
     def load(path: str | Path) -> "Query":
@@ -161,20 +133,14 @@ class Query:
             ConfigError: if the file is of another kind, such as scores.
             CorruptLogError: if it is none of ours, or damaged.
         """
-        try:
-            with safetensors.safe_open(path, framework="pt") as file:
-                header: dict[str, Any] = json.loads(file.metadata()["loghook_query"])
-                rows = file.get_tensor("rows")
-            specs = [LayerSpec(**spec) for spec in header["layers"]]
-            query = Query(header["data_ids"])
+        with loading(path, "query") as (header, tensors):
+            rows, query = tensors["rows"], Query(header["data_ids"])
+            specs = tuple(LayerSpec(**spec) for spec in header["layers"])
             if rows.shape != (len(query), Layout(specs).width):
                 raise ValueError(f"its rows have shape {tuple(rows.shape)}")
-        except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise not_a("query", path, error) from error
-        made = {"fitted": header.get("fitted"), "gradient": header.get("gradient", "plain")}
-        query.fill(rows, specs, header["projection"], header["seed"], header["parameters"], **made)
-        query.direction = header.get("direction")
-        return query
+            since = header.get("fitted"), header.get("gradient", "plain")  # files from before have neither
+            made = Made(specs, header["projection"], header["seed"], *since)
+            return query.fill(rows, made, header["parameters"], header.get("direction"))
 
 
 def require_query(query: Any) -> None:

@@ -199,20 +199,23 @@ class Reader:
     def gather(self, index: np.ndarray, columns: slice = slice(None)) -> Tensor:
         """Copy rows out by their place in the log: (len(index), width), or some columns that contain whole layers."""
         physical = index if self._keep is None else np.flatnonzero(self._keep)[index]
-        out, width = torch.empty(0, 0, dtype=self.dtype), len(range(self.codec.width)[columns])
-        step = max(1, BLOCK_BYTES // max(self.codec.row_bytes, width * out.itemsize))
+        out = torch.empty(0, 0, dtype=self.dtype)
         for shard in self._shards:
             inside = (physical >= shard.first) & (physical < shard.first + shard.rows)
             if not inside.any():
                 continue
             data = self._touched(shard)
             if not len(out):  # only now: a file that is there vouches for the width that the manifest states
-                out = torch.empty(len(physical), width, dtype=self.dtype)
+                out = self._empty(len(physical), columns)
+            step = max(1, BLOCK_BYTES // max(self.codec.row_bytes, out.shape[1] * out.itemsize))
             where, places = np.flatnonzero(inside), torch.from_numpy(physical[inside] - shard.first)
             for chosen, source in zip(torch.from_numpy(where).split(step), places.split(step), strict=True):
                 coded = self.codec.coded
                 out[chosen] = self.codec.decode(data[source], columns) if coded else data[:, columns][source]
-        return out if len(out) else out.new_empty(0, width)
+        return out if len(out) else self._empty(0, columns)
+
+    def _empty(self, rows: int, columns: slice) -> Tensor:
+        return torch.empty(rows, len(range(self.codec.width)[columns]), dtype=self.dtype)
 
     def _touched(self, shard: Shard) -> Tensor:
         """A shard's rows, mapped; only so many stay so, as each map holds a descriptor."""

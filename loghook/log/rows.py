@@ -30,7 +30,6 @@ class Rows:
         return torch.empty(0, dtype=torch.float32 if stored == torch.bfloat16 else stored).numpy().dtype
 
     def __len__(self) -> int:
-        """Number of rows."""
         return self.shape[0]
 
     def __getitem__(self, key: Any) -> np.ndarray:

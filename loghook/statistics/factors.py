@@ -6,7 +6,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loghook.errors import ConfigError
 from loghook.log.format import Layout
 
 
@@ -31,25 +30,14 @@ class Eigenbasis:
         return self.q_out.to(rows.dtype) @ rows @ self.q_in.T.to(rows.dtype)
 
 
-def factors(layout: Layout, moments: np.ndarray, layer: str) -> tuple[Tensor, Tensor]:
-    """Return a layer's factors A (k_in, k_in) and S (k_out, k_out): means over tokens, float64."""
-    inputs, outputs, count = layout.moments[layer]
-    tokens = float(moments[count])
-    if tokens <= 0:
-        raise ConfigError(
-            f"no token of layer {layer!r} was counted while logging (a mask that is all zero, or a layer that never "
-            "ran), so it has no Kronecker factors: use method='fisher', 'dot' or 'cosine', or leave the layer out "
-            "with layers=."
-        )
-    vector = torch.from_numpy(moments)
-    k_in, k_out = round((inputs.stop - inputs.start) ** 0.5), round((outputs.stop - outputs.start) ** 0.5)
-    return vector[inputs].view(k_in, k_in) / tokens, vector[outputs].view(k_out, k_out) / tokens
-
-
 def eigenbasis(layout: Layout, moments: np.ndarray, layer: str) -> Eigenbasis:
-    """Return the eigenbasis of a layer's factors, by ``eigh`` in float64."""
-    a, s = factors(layout, moments, layer)
-    a_values, q_in = torch.linalg.eigh((a + a.T) / 2)
-    s_values, q_out = torch.linalg.eigh((s + s.T) / 2)
+    """Return the eigenbasis of a layer's factors, means over its tokens (one or more), by ``eigh`` in float64."""
+    inputs, outputs, count = layout.moments[layer]
+    found = []
+    for part in (inputs, outputs):
+        width = round((part.stop - part.start) ** 0.5)
+        factor = torch.from_numpy(moments)[part].view(width, width) / float(moments[count])
+        found.append(torch.linalg.eigh((factor + factor.T) / 2))
+    (a_values, q_in), (s_values, q_out) = found
     products = s_values.clamp(min=0)[:, None] * a_values.clamp(min=0)[None, :]
     return Eigenbasis(q_in, q_out, products)

@@ -19,12 +19,12 @@ from loghook.errors import ConfigError, LogExistsError, StateError
 from loghook.influence.precondition import Curvature
 from loghook.influence.solvers import Diagonal
 from loghook.log.disk import lock, writing
-from loghook.log.format import MANIFEST, LayerSpec, fingerprint
+from loghook.log.format import MANIFEST, LayerSpec, Made
 from loghook.log.kinds import FACTORS
 from loghook.processes import process_rank, shared
 from loghook.statistics.factors import Eigenbasis
 from loghook.statistics.store import FactorStore, pack_factors
-from loghook.whole.inverse import eigenbases, rotations
+from loghook.whole.inverse import rotations
 
 FISHERS = ("empirical", "true")
 PASSES = ("covariance", "eigenvalues")
@@ -163,11 +163,13 @@ class Factors(Blocks, Hooked):
 
     def _eigenbases(self) -> dict[str, Eigenbasis]:
         if not self._bases:
-            self._bases = eigenbases(self._require_store())
+            self._bases = {
+                name: Eigenbasis(inputs.basis, outputs.basis, outputs.values[:, None] * inputs.values)
+                for name, (inputs, outputs) in self._require_store().factors().items()
+            }
         return self._bases
 
     def __repr__(self) -> str:
-        """Say what is watched, and how far the factors are."""
         done = [kind for kind in PASSES if self._store is not None and self._store.done(kind)]
         state = "finished" if len(done) == len(PASSES) else f"passes done: {', '.join(done) or 'none'}"
         where = f"{type(self).__name__}({str(self.path)!r}, {len(self.layers)} layers"
@@ -176,7 +178,7 @@ class Factors(Blocks, Hooked):
     @property
     def fingerprint(self) -> str:
         """Digest of the watched layers; a question must have the same."""
-        return fingerprint(self.specs, self._projection, self._seed)
+        return Made(self.specs, self._projection, self._seed).fingerprint
 
     def _require_store(self) -> FactorStore:
         if self._store is None or not self._layers:

@@ -15,7 +15,7 @@ from loghook.influence.solvers import Diagonal, Identity
 from loghook.log.query import Query, require_query
 from loghook.whole.factors import Factors
 from loghook.whole.gauss_newton import GaussNewton, OutputLoss, Outputs
-from loghook.whole.inverse import PLAIN, solvers, unroll
+from loghook.whole.inverse import solvers, unroll
 from loghook.whole.refine import Damped, listed, solve
 from loghook.whole.scoring import Scoring
 
@@ -198,7 +198,7 @@ class Fit(Factors):
 
     def solvers(self, curvature: Curvature) -> dict[str, Diagonal] | dict[str, Identity]:
         """Return the inverse curvature of every layer: {name: solver}, kept for the next call."""
-        if curvature.method in PLAIN:
+        if curvature.plain:
             return {name: Identity() for name in self.layers}
         if curvature not in self._solvers:
             self._solvers = {curvature: solvers(self._require_store(), self._eigenbases(), curvature)}

@@ -1,4 +1,4 @@
-"""Inverse curvature from factors on disk: eigenbases, rotations into them, and solvers for every layer."""
+"""Inverse curvature from factors on disk: rotations into eigenbases, and solvers for every layer."""
 
 from collections.abc import Mapping
 
@@ -6,22 +6,13 @@ import torch
 from torch import Tensor
 
 from loghook.errors import ConfigError
-from loghook.influence.precondition import Curvature
+from loghook.influence.precondition import PLAIN, Curvature
 from loghook.influence.solvers import Diagonal
 from loghook.project.projection import Side
 from loghook.statistics.factors import Eigenbasis
 from loghook.statistics.store import FactorStore
 
-METHODS = ("ekfac", "kfac", "dot", "cosine")
-PLAIN = ("dot", "cosine")  # without curvature
-
-
-def eigenbases(store: FactorStore) -> dict[str, Eigenbasis]:
-    """The eigenvectors of every layer, and the products of its two factors' eigenvalues."""
-    return {
-        name: Eigenbasis(inputs.basis, outputs.basis, outputs.values[:, None] * inputs.values[None, :])
-        for name, (inputs, outputs) in store.factors().items()
-    }
+METHODS = ("ekfac", "kfac", *PLAIN)
 
 
 def rotations(bases: Mapping[str, Eigenbasis]) -> dict[str, tuple[Side, Side]]:
@@ -39,7 +30,7 @@ def rotations(bases: Mapping[str, Eigenbasis]) -> dict[str, tuple[Side, Side]]:
 
 def solvers(store: FactorStore, bases: Mapping[str, Eigenbasis], curvature: Curvature) -> dict[str, Diagonal]:
     """The damped inverse of every layer; a layer that never got a gradient contributes nothing."""
-    if curvature.method not in METHODS or curvature.method in PLAIN:
+    if curvature.method not in METHODS or curvature.plain:
         raise ConfigError(
             f"method={curvature.method!r} has no whole-gradient form: choose one of {', '.join(METHODS)}."
         )

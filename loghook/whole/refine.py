@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from loghook.errors import ConfigError
-from loghook.influence.solvers import Diagonal
+from loghook.influence.solvers import Diagonal, nonzero
 from loghook.whole.gauss_newton import GaussNewton
 
 SOLVERS = {"cg": 2, "astra": 300}  # {solver: iterations, where none are given}
@@ -49,7 +49,7 @@ def conjugate_gradients(system: Damped, g: Tensor, iterations: int, tolerance: f
     Returns:
         The solutions, and the mean over questions of |residual| / |g| before each iteration and after the last.
     """
-    size = _safe(g.norm(dim=1, keepdim=True))
+    size = nonzero(g.norm(dim=1, keepdim=True))
     u, r, brought = torch.zeros_like(g), g / size, torch.zeros_like(size)
     p, residuals = system.precondition(r), [float(r.norm(dim=1).mean())]
     for _ in range(iterations):
@@ -60,7 +60,7 @@ def conjugate_gradients(system: Damped, g: Tensor, iterations: int, tolerance: f
         gain = along.square().sum(1, keepdim=True)
         brought += gain
         residuals.append(float(r.norm(dim=1).mean()))
-        if float((gain / _safe(brought)).mean()) <= tolerance:
+        if float((gain / nonzero(brought)).mean()) <= tolerance:
             break
         z = system.precondition(r)
         p = z - (z @ ap.T) @ p
@@ -70,7 +70,7 @@ def conjugate_gradients(system: Damped, g: Tensor, iterations: int, tolerance: f
 def _conjugate(p: Tensor, ap: Tensor) -> tuple[Tensor, Tensor]:
     """Combine directions (Q, width) and their products to k <= Q that are orthonormal in the matrix."""
     gram = (p @ ap.T).double()
-    scale = 1 / _safe(gram.diagonal().clamp(min=0).sqrt())
+    scale = 1 / nonzero(gram.diagonal().clamp(min=0).sqrt())
     values, vectors = torch.linalg.eigh((gram + gram.T) / 2 * scale * scale[:, None])
     real = values > 100 * torch.finfo(p.dtype).eps * values[-1]  # the others depend on these, up to rounding
     mix = (vectors[:, real] / values[real].sqrt() * scale[:, None]).T.to(p.dtype)
@@ -95,7 +95,7 @@ def stochastic(system: Damped, g: Tensor, iterations: int, step: float, momentum
     velocity, residuals = torch.zeros_like(u), []
     for i in tqdm(range(iterations), "refining", unit=" steps", delay=2, leave=False, disable=None):
         r = g - system.times(u, [batches[i % len(batches)]])
-        residuals.append(float((r.norm(dim=1) / _safe(g.norm(dim=1))).mean()))
+        residuals.append(float((r.norm(dim=1) / nonzero(g.norm(dim=1))).mean()))
         velocity = momentum * velocity + (1 - momentum) * system.precondition(r)
         u = u + step / largest * min(1.0, 2 * (1 - i / iterations)) * velocity
     return u, residuals
@@ -119,7 +119,3 @@ def listed(batches: Iterable[Any]) -> list[Any]:
     if not found:
         raise ConfigError("no batches to take the curvature from: pass some of the training data.")
     return found
-
-
-def _safe(t: Tensor) -> Tensor:
-    return torch.where(t != 0, t, torch.ones_like(t))
