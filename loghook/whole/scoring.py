@@ -13,11 +13,11 @@ from loghook.capture.whole import Products
 from loghook.errors import StateError
 from loghook.influence.precondition import Curvature
 from loghook.influence.scores import Scores
-from loghook.influence.solvers import Diagonal, Identity
+from loghook.influence.solvers import Diagonal, Identity, nonzero
 from loghook.log.finite import not_finite
 from loghook.log.query import Query
 from loghook.processes import everyone, share
-from loghook.whole.inverse import PLAIN, rotations
+from loghook.whole.inverse import rotations
 
 if TYPE_CHECKING:
     from loghook.whole.fit import Fit
@@ -84,21 +84,17 @@ class Scoring(Blocks):
         if self._normalize is not None:
             by_layer, own = by_layer[:, :-1], by_layer[:, -1:].sum(0)
             size = own.clamp(min=0).sqrt() * (1 if self._norms is None else self._norms[:, None])
-            by_layer = by_layer / torch.where(size > 0, size, torch.ones_like(size))
-        curved = self._curvature.method not in PLAIN
-        relative = curved and self._curvature.damping_abs is None
+            by_layer = by_layer / nonzero(size)
         direction = None if self._query is None else self._query.direction
         return Scores(
             values=np.ascontiguousarray(by_layer.sum(0).numpy()),
             query_ids=["self"] if self._query is None else self._query.data_ids,
             data_ids=ids,
-            places=None,
             by_layer=np.ascontiguousarray(by_layer.numpy()) if self._per_layer else None,
             layers=self._fit.layers,
             method=f"{direction or self._curvature.method} (whole gradients)",
             normalize=self._normalize,
-            damping=self._curvature.damping if relative else None,
-            damping_abs=self._curvature.damping_abs if curved else None,
+            **self._curvature.stated,
             fingerprint=self._fit.fingerprint,
             log=str(self._fit.path),
         )
@@ -144,6 +140,6 @@ def low_rank(matrices_QOI: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """Best approximation of a rank: left (Q, O, r), right (Q, r, I), and the largest share of a squared norm lost."""
     u, s, v = torch.linalg.svd(matrices_QOI, full_matrices=False)
     total = s.square().sum(1)
-    lost = s[:, rank:].square().sum(1) / torch.where(total > 0, total, torch.ones_like(total))
+    lost = s[:, rank:].square().sum(1) / nonzero(total)
     root = s[:, None, :rank].sqrt()
     return u[:, :, :rank] * root, v[:, :rank] * root.transpose(1, 2), float(lost.max())
