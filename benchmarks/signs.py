@@ -1,9 +1,12 @@
-"""What 1-bit questions cost: `query_dtype="int1"` beside questions in full precision, both on a log of 1-bit rows.
+"""What signs cost: rows of one bit beside float32 rows, and 1-bit questions beside questions in full precision.
 
-The mean over questions of the Pearson correlation between their scores, on made-up rows without any structure and on
-whitened rows of a trained model (a task of benchmarks/truths/), with the LDS of both where there is a truth.
+"rows": the mean over questions of the Pearson correlation between scores of 1-bit rows and of the float32 rows that
+they were made of; "pearson": between scores of 1-bit questions and of whole ones on 1-bit rows. On made-up rows without
+any structure and on whitened rows of a trained model (a task of benchmarks/truths/), with the LDS of all where there is
+a truth.
 """
 
+import itertools
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,13 +19,16 @@ from score import write_log
 
 import loghook
 from loghook.evaluate.lds import lds
+from loghook.log.maintain import compress
 
 
-def both(log: loghook.Log, query: loghook.Query, method: str, task: Any = None) -> dict[str, float]:
+def compared(exact: loghook.Log, query: loghook.Query, method: str, task: Any = None) -> dict[str, float]:
+    log = loghook.load(exact.path.with_name(f"{exact.path.name}-int1"))
+    whole = exact.influence(query, method).values
     full, signs = (log.influence(query, method, query_dtype=dtype).values for dtype in (None, "int1"))
-    found = {"pearson": like(signs, full)}
+    found = {"rows": like(full, whole), "pearson": like(signs, full)}
     if task is not None:
-        for name, values in (("lds", full), ("lds, 1-bit questions", signs)):
+        for name, values in (("lds, float32", whole), ("lds", full), ("lds, 1-bit questions", signs)):
             found[name] = lds(values, task.members, task.losses, resamples=1).mean
     return found
 
@@ -37,15 +43,18 @@ def main() -> None:
     ratios = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        query = write_log(folder / "random", a.rows, 28, 1024, "int1", 16)
-        ratios["random rows, dot"] = both(loghook.load(folder / "random"), query, "dot")
+        query = write_log(folder / "random", a.rows, 28, 1024, "float32", 16)
+        compress(folder / "random", folder / "random-int1", "int1")
+        ratios["random rows, dot"] = compared(loghook.load(folder / "random"), query, "dot")
         task = truth(a.task)
         (model,) = task.models(1)
-        for rank in a.ranks:
-            options = {"projection": "whitened", "whitening": 0.01, "rank": rank, "dtype": "int1"}
-            log, query, _ = logged(task, model, str(folder / str(rank)), **options)
+        for whitening, rank in itertools.product((0.01, 0.1), a.ranks):
+            options = {"projection": "whitened", "whitening": whitening, "rank": rank}
+            name = f"whitened {whitening:g} {rank}"
+            log, query, _ = logged(task, model, str(folder / name), {}, **options)
+            compress(folder / name, folder / f"{name}-int1", "int1")
             for method in ("dot", "ekfac"):
-                ratios[f"{a.task}, whitened {rank}, {method}"] = both(log, query, method, task)
+                ratios[f"{a.task}, {name}, {method}"] = compared(log, query, method, task)
     for case, found in ratios.items():
         print(f"{case:<34}" + "  ".join(f"{key} {value:.3f}" for key, value in found.items()))
     report("signs", {"cases": ratios, "ratios": {}}, save=a.save, targets={})
