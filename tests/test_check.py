@@ -1,5 +1,7 @@
 """``loghook.check`` finds and names what makes rows wrong."""
 
+import contextlib
+
 import pytest
 import torch
 from torch import nn
@@ -250,6 +252,25 @@ def test_parametrized_weights_are_covered_and_not_compared(batch, recwarn):
     report = loghook.check(model, classes, batch)
     assert report and report.not_compared == ("0",) and report.coverage["not_covered"] == []
     assert not [one for one in recwarn if "grad" in str(one.message)]
+
+
+def test_reading_a_parametrized_weight_is_left_to_the_model(batch, tmp_path):
+    plain, logged = (nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(12, 4))) for _ in range(2))
+    logged.load_state_dict(plain.state_dict())
+    run = loghook.init(tmp_path / "run", rank=3)
+    run.watch(logged)
+    for model, block in ((plain, contextlib.nullcontext()), (logged, run(data_id=range(6)))):
+        with block:
+            classes(model, batch).backward()
+    for a, b in zip(plain.state_dict().values(), logged.state_dict().values(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_parametrized_bias_is_not_compared(batch):
+    model = mlp()
+    nn.utils.parametrize.register_parametrization(model[0], "bias", nn.Identity())
+    report = loghook.check(model, classes, batch)
+    assert report and report.not_compared == ("0",)
 
 
 def test_gradients_and_tied_weights_are_left_alone(batch):

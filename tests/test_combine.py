@@ -1,5 +1,7 @@
 """Scores of several logs added up: matched by ids, weighted, refused where pairs do not match."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -63,6 +65,9 @@ def test_tracin_over_checkpoints(tmp_path):
     tracin.save(tmp_path / "s")
     assert Scores.load(tmp_path / "s").weights == rates
     assert tracin.top(1)[0][0].data_id == int(expected[0].argmax())
+    backwards = tracin.values[:, ::-1]
+    replace(tracin, values=backwards).save(tmp_path / "s")
+    assert np.array_equal(Scores.load(tmp_path / "s").values, backwards)
 
 
 def test_what_cannot_be_matched_is_refused(tmp_path):

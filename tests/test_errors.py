@@ -1649,6 +1649,10 @@ def test_second_writer_is_refused_by_process_and_host(path: Path, run: loghook.R
     with pytest.raises(LogLockedError) as error, watched(path, model, resume=True) as second:
         log(second, model, [3, 4])
     says(error, path, os.getpid(), socket.gethostname(), "wait until it ends", "another path")
+    (path / "lock-00000").write_text('{"pro')  # as while it is being written
+    with pytest.raises(LogLockedError) as error, watched(path, model, resume=True) as second:
+        log(second, model, [3, 4])
+    says(error, path, "an unknown process", "wait until it ends")
     assert_goes_on(run, model, before=[1, 2])
 
 

@@ -142,3 +142,15 @@ def test_a_forward_is_put_back_whichever_block_ends_first():
         assert "forward" in vars(experts)
         blocks[order[1]].__exit__(None, None, None)
         assert "forward" not in vars(experts)
+
+
+def test_a_mask_of_samples_holds_for_the_tokens_of_experts():
+    model, ids, keep = make("mixtral"), batch(), torch.tensor([True, False, True])
+
+    def found(mask):
+        return log_batch(model, loss_fn, ids, mask=mask, rank=3, include="*experts*")
+
+    by_sample, by_token = found(keep), found(keep[:, None].expand(3, 7))
+    assert (by_sample.moments() == by_token.moments()).all() and not (
+        by_sample.moments() == found(None).moments()
+    ).all()

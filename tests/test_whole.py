@@ -216,6 +216,19 @@ def test_layers_called_several_times_are_squared_after_their_calls_are_added(che
         assert close(own.scores().values[0], log.self_influence(method=method))
 
 
+def test_calls_are_added_in_float32_whatever_autocast_is_around_the_block():
+    model, x, means = Siamese().float(), data(20).float(), []
+    for autocast in (False, True):
+        fit = loghook.fit(tempfile.mkdtemp())
+        quietly(fit, model)
+        for _ in fit.passes():
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast), fit(data_id=list(range(20))):
+                with torch.autocast("cpu", enabled=False):
+                    loss_fn(model, x).backward()
+        means.append(fit.mean_eigenvalue)
+    assert means[0] == pytest.approx(means[1], rel=1e-6)
+
+
 def test_several_compiled_calls_of_a_layer_are_refused_where_they_do_not_add_up():
     model, x, fit = Siamese(), data(20), loghook.fit(tempfile.mkdtemp())
     quietly(fit, model)

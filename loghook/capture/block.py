@@ -7,6 +7,7 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.utils.parametrize import is_parametrized
 
 from loghook.capture.hook import OPEN
 from loghook.capture.layers import Layer, Leaves, Shared, Slots
@@ -235,10 +236,12 @@ def _narrow(layer: Layer) -> torch.dtype | None:
 
     Its projections are kept in it, instead of being cast at every call to what the layer's tensors are in.
     """
+    if not layer.adapter.shares_input or layer.computes_in not in (torch.bfloat16, torch.float16):
+        return None
+    if is_parametrized(layer.module, "weight"):  # reading it would make it anew
+        return None
     weight = getattr(layer.module, "weight", None)
-    if layer.adapter.shares_input and layer.computes_in in (torch.bfloat16, torch.float16) and weight is not None:
-        return layer.computes_in if weight.dtype == layer.computes_in else None
-    return None
+    return layer.computes_in if weight is not None and weight.dtype == layer.computes_in else None
 
 
 def _sum(formed: Tensor | None, leaf: Tensor) -> Tensor:

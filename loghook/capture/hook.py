@@ -198,6 +198,8 @@ def _routed_tokens(layer: Layer, slots: Slots, module: ExpertProjection) -> tupl
     else:
         number_N = slots.documents.number_BS.flatten()[token_N]
     mask = slots.mask
+    if mask is not None and slots.documents is None and mask.shape[1] == 1:  # of samples
+        return list_tokens(number_N, size), mask[number_N, 0].unsqueeze(0)
     if mask is not None and mask.numel() == module.total:
         slots.masked = True
         return list_tokens(number_N, size), mask.flatten()[token_N].unsqueeze(0)

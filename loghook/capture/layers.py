@@ -149,8 +149,10 @@ class Layer:
 
     def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Where the layer computes, and the dtype in which its rows are summed: float32, or float64."""
-        # FSDP1 may leave a layer its weight as a plain attribute, a view into the flat parameter.
-        for tensor in (*self.module.parameters(), getattr(self.module, "weight", None)):
+        # FSDP1 may leave a layer its weight as a plain attribute, a view into the flat parameter. It is looked at last:
+        # reading a weight that is parametrized makes it anew, and spectral_norm changes with every time.
+        tensors = itertools.chain(self.module.parameters(), (getattr(self.module, name, None) for name in ("weight",)))
+        for tensor in tensors:
             if tensor is None:
                 continue
             mesh = getattr(tensor, "device_mesh", None)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from loghook.capture.alone import documents, samples
 from loghook.capture.batch import Given
@@ -108,10 +109,13 @@ class Probe(Hooked):
 def _from_parameters(layer: Layer, uses: Counter[int]) -> Tensor | None:
     """The row of one sample from autograd's own gradient, (k_out, k_in) in float64, or None where it has none."""
     module = layer.module
+    if is_parametrized(module, "weight") or is_parametrized(module, "bias"):  # reading them would make them anew
+        return None
     weight, bias = getattr(module, "weight", None), getattr(module, "bias", None) if layer.spec.bias else None
     if (
         not isinstance(weight, Tensor)
         or not weight.is_leaf
+        or (bias is not None and (not bias.is_leaf or bias.grad is None))
         or weight.grad is None
         or type(weight).__name__ == "DTensor"
     ):

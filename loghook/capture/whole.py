@@ -93,7 +93,7 @@ class Together:
     def form(self) -> None:
         """Take the tokens of a sample's calls for tokens of one call."""
         for slots, calls in self._waiting.items():
-            with torch.no_grad():
+            with torch.no_grad(), wide_context(calls[0].x.device.type):
                 slots.rows = calls[0].make(torch.cat([c.g_BSO for c in calls], 1), torch.cat([c.x for c in calls], 1))
         self._waiting = {}
 

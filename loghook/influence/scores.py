@@ -186,7 +186,9 @@ class Scores:
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file."""
         header = {key: getattr(self, key) for key in _HEADER}
-        tensors = {key: torch.tensor(v) for key in _ARRAYS if (v := getattr(self, key)) is not None}
+        tensors = {
+            key: torch.from_numpy(np.array(v, order="C")) for key in _ARRAYS if (v := getattr(self, key)) is not None
+        }
         save_tensors(path, "scores", header, tensors)
 
     @staticmethod

@@ -6,7 +6,7 @@ import os
 import socket
 import weakref
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -69,9 +69,10 @@ def lock(file: Path) -> Any:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         handle.seek(0)
-        written = handle.read().strip()
-        owner = "process {process} on {host}".format(**json.loads(written)) if written else "an unknown process"
+        written, owner = handle.read(), "an unknown process"
         handle.close()
+        with suppress(ValueError, KeyError, TypeError):  # it may be being written
+            owner = "process {process} on {host}".format(**json.loads(written))
         raise LogLockedError(
             f"{file.parent} is written by {owner}: wait until it ends, or write to another path."
         ) from error

@@ -123,7 +123,7 @@ def merge(out: str | Path, runs: Sequence[str | Path]) -> Changed:
                 raise MismatchError(f"{path} and {paths[0]} differ in {name}: only runs that agree can be merged.")
     done = entry("merge", runs=[_origin(m) for m in manifests])
     merged = _build(out, list(zip(paths, manifests, strict=True)), first.dtype, [done])
-    if clashing := Reader(out).repeats - sum(Reader(path).repeats for path in paths):
+    if first.no_statistics is None and (clashing := Reader(out).repeats - sum(Reader(path).repeats for path in paths)):
         merged.notes.append(
             f"{clashing:,} rows have ids that another run has too: readers leave them out, but the statistics, which "
             "kfac and ekfac use, count them as well. For them to count once, no id may be in two runs."

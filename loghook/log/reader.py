@@ -224,7 +224,7 @@ class Reader:
         self._mapped[shard] = None
         if len(self._mapped) > MAPPED:
             oldest = next(iter(self._mapped))
-            del self._mapped[oldest]
+            self._mapped.pop(oldest, None)
             oldest.map = None
         return data
 

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from loghook.errors import CorruptLogError
 from loghook.log.codec import Codec
 from loghook.log.disk import sync_folder, write_flushed
 from loghook.log.finite import finite_rows, not_finite
@@ -99,6 +100,8 @@ class _Copy:
 
     def append(self, number: int, data: bytes, rows: int) -> int:
         """Write rows to a shard, and return the place of the first; no earlier shard gets any more."""
+        if number < self.number:
+            raise CorruptLogError(f"{self.folder}: the commit log goes back from shard {self.number} to {number}.")
         if number != self.number:
             self.close()
             self.file = open(self.folder / shard_name(self.rank, number), "wb")  # noqa: SIM115
