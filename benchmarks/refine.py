@@ -3,7 +3,7 @@
     python benchmarks/refine.py --task text --samples 300 --dampings 0.1 1 --models 1 --save
 
 Factors are those of the true Fisher. `choose` and `report` are two halves of the queries: look for the best setting in
-one and read its figure in the other. Seconds are of the processor, for all queries together.
+one and read its figure in the other. "s.d." is that of the models' LDS. Seconds are of the processor, for all queries together.
 """
 
 import argparse
@@ -49,14 +49,19 @@ def main() -> None:
             one.fit.close()
     rows = []
     print(f"{task.name}: {task.n_query} queries, curvature of {a.samples} samples, models: {a.models}")
-    print(f"{'damping':>8}{'iterations':>12}{'LDS':>8}{'choose':>8}{'report':>8}{'seconds':>9}")
+    print(f"{'damping':>8}{'iterations':>12}{'LDS':>8}{'choose':>8}{'report':>8}{'s.d.':>8}{'seconds':>9}")
     for (damping, iterations), models in found.items():
         each = np.mean(models, axis=0)
         row = {"damping": damping, "iterations": iterations, "lds": float(each.mean())}
         row |= {"choose": float(each[halves[0]].mean()), "report": float(each[halves[1]].mean())}
+        row["models"] = [float(model.mean()) for model in models]
         row["seconds"] = seconds[damping, iterations]
         rows.append(row)
-        print("{damping:>8g}{iterations:>12}{lds:>8.3f}{choose:>8.3f}{report:>8.3f}{seconds:>9.1f}".format(**row))
+        print(
+            "{damping:>8g}{iterations:>12}{lds:>8.3f}{choose:>8.3f}{report:>8.3f}{spread:>8.3f}{seconds:>9.1f}".format(
+                spread=np.std(row["models"]), **row
+            )
+        )
     if a.save:
         file = RESULTS / "refine.json"
         result = json.loads(file.read_text()) if file.exists() else {"benchmark": "refine", "machine": machine()}

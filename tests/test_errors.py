@@ -1267,7 +1267,7 @@ def test_format_of_the_future_is_refused(path: Path, finished: loghook.Query, op
     alter_manifest(path, lambda body: body.update(version=99, unheard_of=1))
     with pytest.raises(VersionError) as error:
         opener(path)
-    says(error, "loghook.json", "version 99", "reads up to 2", "upgrade loghook")
+    says(error, "loghook.json", "version 99", "reads up to 3", "upgrade loghook")
     (path / "loghook.json").write_text(before)
     assert loghook.load(path).verify() == []
 

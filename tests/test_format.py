@@ -119,14 +119,16 @@ def read_low_bits(data: np.ndarray, widths: list[int], rest: int, bits: int) -> 
 
 
 def turned_back(signs: list[int]) -> np.ndarray:
-    """D H of a layer's signs."""
-    width = len(signs)
-    b = max(2**i for i in range(13) if width % 2**i == 0)
-    flips = [1 - 2 * int(raw >> np.uint64(63)) for raw in np.random.Philox(key=0).random_raw(width)]
-    mixed = [
-        sum((-1) ** ((i % b) & j).bit_count() * signs[i // b * b + j] for j in range(b)) for i in range(width)
-    ]  # fmt: skip
-    return np.array(mixed, np.float32) * np.float32(b**-0.5) * np.array(flips, np.float32)
+    """R^T of a layer's signs, in float64."""
+    values = np.array(signs, np.float64)
+    b = max(2**i for i in range(13) if 2**i <= len(values))
+    whole = len(values) // b * b
+    flips = [1 - 2 * int(raw >> np.uint64(63)) for raw in np.random.Philox(key=0).random_raw(whole)]
+    for start in dict.fromkeys((len(values) - whole, 0)):
+        part = values[start : start + whole]
+        mixed = [sum((-1) ** ((i % b) & j).bit_count() * part[i // b * b + j] for j in range(b)) for i in range(whole)]
+        values[start : start + whole] = np.array(mixed) * b**-0.5 * flips
+    return values
 
 
 def read_low_rank(data: np.ndarray, shapes: list[tuple[int, int]], rest: int, c: int) -> np.ndarray:
@@ -153,7 +155,7 @@ def read_low_rank(data: np.ndarray, shapes: list[tuple[int, int]], rest: int, c:
 def read_run(path: Path) -> dict:
     """Read a finished run as the page says: manifest, ids, keys, rows by (kind, layer), statistics by layer."""
     manifest = json.loads((path / "loghook.json").read_text())
-    assert manifest["format"] == "loghook" and manifest["version"] == 2
+    assert manifest["format"] == "loghook" and manifest["version"] == 3
     keys = ("name", "type", "in_features", "out_features", "groups", "bias", "k_in", "k_out")
     text = json.dumps(
         {

@@ -33,10 +33,15 @@ ANY_CODED = pytest.mark.parametrize("dtype", CODED)
 
 
 def rotation(width):
-    """H D, in float64, as the page says."""
-    flips = 1 - 2 * (np.random.Philox(key=0).random_raw(width) >> np.uint64(63)).astype(np.float64)
-    mixed = max(n for n in (2**i for i in range(13)) if width % n == 0)
-    return np.kron(np.eye(width // mixed), linalg.hadamard(mixed) / mixed**0.5) * flips
+    """R, in float64, as the page says."""
+    b = max(2**i for i in range(13) if 2**i <= width)
+    whole = width // b * b
+    flips = 1 - 2 * (np.random.Philox(key=0).random_raw(whole) >> np.uint64(63)).astype(np.float64)
+    mix = np.kron(np.eye(whole // b), linalg.hadamard(b) / b**0.5) * flips
+    first, last = np.eye(width), np.eye(width)
+    first[:whole, :whole] = mix
+    last[width - whole :, width - whole :] = mix
+    return first if whole == width else last @ first
 
 
 def formula(x, bits):
@@ -111,7 +116,7 @@ def test_signs_keep_the_inner_product_in_the_least_squares_sense(dtype):
     np.testing.assert_allclose(fitted, 1, atol={"int8": 5e-3, "int4": 0.1, "int1": 1e-5}[dtype])
 
 
-@pytest.mark.parametrize("shape", [(64, 64), (10, 32), (3, 5)])
+@pytest.mark.parametrize("shape", [(64, 64), (10, 32), (119, 119), (37, 5)])
 def test_signs_of_rotated_values_are_worth_more_where_few_values_are_large(shape):
     """The gradient of one token is the outer product of two vectors: of all its values few are large."""
     draw = torch.Generator().manual_seed(0)
@@ -120,15 +125,16 @@ def test_signs_of_rotated_values_are_worth_more_where_few_values_are_large(shape
     decoded = make_codec("int1", [shape], 0).decode(make_codec("int1", [shape], 0).encode(rows))
     kept = torch.nn.functional.cosine_similarity(rows, decoded).mean()
     plain = torch.nn.functional.cosine_similarity(rows, rows.sign()).mean()
-    assert kept > plain + 0.05 if shape != (3, 5) else torch.equal(decoded.sign(), rows.sign())
-    if shape == (64, 64):
+    assert kept > plain + 0.1
+    if rows.shape[1] > 1000:
         assert abs(float(kept) - (2 / np.pi) ** 0.5) < 0.01  # as of values that are normally distributed
 
 
-def test_logs_of_signs_that_were_not_rotated_are_refused(tmp_path, low):
+@pytest.mark.parametrize("version", [1, 2])
+def test_logs_of_other_signs_are_refused(tmp_path, low, version):
     shutil.copytree(low["int1"].path, tmp_path / "old")
     manifest = tmp_path / "old" / "loghook.json"
-    manifest.write_text(manifest.read_text().replace('"version": 2', '"version": 1'))
+    manifest.write_text(manifest.read_text().replace('"version": 3', f'"version": {version}'))
     with pytest.raises(VersionError, match="make them anew"):
         loghook.load(tmp_path / "old")
 

@@ -54,7 +54,7 @@ def layer(**changes: Any) -> Callable[[dict[str, Any]], Any]:
 MANIFESTS: dict[str, Callable[[dict[str, Any]], Any]] = {
     "version": lambda body: body.update(version=-1),
     "version text": lambda body: body.update(version="1"),
-    "version later": lambda body: body.update(version=3),
+    "version later": lambda body: body.update(version=4),
     "huge layer": layer(in_features=HUGE, k_in=HUGE, out_features=HUGE, k_out=HUGE),
     "larger layer": layer(in_features=1 << 80, k_in=1 << 80),
     "negative layer": layer(k_in=-1),

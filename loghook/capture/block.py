@@ -181,7 +181,7 @@ class Block:
                 counts[layer.name] = calls.to(slots[0].leaves.rows.device) + (0 if job is None else s.called)
         if not counts:
             return
-        found = torch.cat([*counts.values()]).tolist()
+        found = torch.cat(list(counts.values())).tolist()
         several = next((name for name, count in zip(counts, found, strict=True) if count > 1), None)
         if several is not None and job is None:
             raise UnsupportedError(

@@ -149,18 +149,18 @@ class Layer:
 
     def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Where the layer computes, and the dtype in which its rows are summed: float32, or float64."""
-        # FSDP1 may leave a layer its weight as a plain attribute, a view into the flat parameter. It is looked at last:
-        # reading a weight that is parametrized makes it anew, and spectral_norm changes with every time.
-        tensors = itertools.chain(self.module.parameters(), (getattr(self.module, name, None) for name in ("weight",)))
-        for tensor in tensors:
-            if tensor is None:
-                continue
-            mesh = getattr(tensor, "device_mesh", None)
-            device = _execution_device(self.module) if tensor.is_meta else tensor.device
-            if mesh is not None and mesh.device_type != device.type:  # FSDP2's offloaded shards: gathered elsewhere
-                device = torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
-            return device, torch.float64 if tensor.dtype == torch.float64 else torch.float32
-        return torch.device("cpu"), torch.float32
+        tensor: Tensor | None = next(self.module.parameters(), None)
+        if tensor is None:
+            # FSDP1 may leave a layer its weight as a plain attribute, a view into the flat parameter. Others' are not
+            # read: a parametrized weight is made anew each time, and spectral_norm then changes.
+            tensor = getattr(self.module, "weight", None)
+        if tensor is None:
+            return torch.device("cpu"), torch.float32
+        mesh = getattr(tensor, "device_mesh", None)
+        device = _execution_device(self.module) if tensor.is_meta else tensor.device
+        if mesh is not None and mesh.device_type != device.type:  # FSDP2's offloaded shards: gathered elsewhere
+            device = torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
+        return device, torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
     def place(self, device: torch.device) -> None:
         """Keep the projections where the layer computes."""

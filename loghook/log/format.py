@@ -1,4 +1,4 @@
-"""The log's format, version 2: what the files say and how they are checked (docs/format.md is the specification)."""
+"""The log's format, version 3: what the files say and how they are checked (docs/format.md is the specification)."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from loghook.log.disk import write_atomically
 from loghook.log.kinds import no_log
 from loghook.project.update import GRADIENTS
 
-VERSION = 2  # of 1 are logs without rotated signs: all but those of "int1" are the same
+VERSION = 3  # logs of earlier ones are the same, but for 1-bit rows
 MANIFEST = "loghook.json"
 SAFETENSORS_DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8",
@@ -237,10 +237,10 @@ class Manifest:
                 raise ValueError(f"its version is {body['version']!r:.100}")
             if body["version"] > VERSION:
                 raise VersionError(f"{file}: version {body['version']}; this reads up to {VERSION}: upgrade loghook.")
-            if body["version"] == 1 and body.get("dtype") == "int1":
+            if body["version"] < VERSION and body.get("dtype") == "int1":
                 raise VersionError(
-                    f"{file}: 1-bit rows of version 1 were signs of values that were not rotated: make them anew, with "
-                    "`loghook compress` from a log of more bits, or by logging."
+                    f"{file}: 1-bit rows of version {body['version']} are not signs of the same values as now: make "
+                    "them anew, with `loghook compress` from a log of more bits, or by logging."
                 )
             fields = {k: v for k, v in body.items() if k not in ("format", "fingerprint", "checksum")}
             fields["layers"] = tuple(LayerSpec(**layer) for layer in body["layers"])

@@ -116,7 +116,8 @@ def _job(
             matrices, inverse[layer.name] = solver.rotated(rows), solver.inverse.to(device, dtype)
         else:
             matrices = solver.apply(rows).unflatten(1, shape)
-            inverse[layer.name] = torch.ones(shape, device=device, dtype=dtype)
+            if own:
+                inverse[layer.name] = torch.ones(shape, device=device, dtype=dtype)
         if rank is None:
             held[layer.name] = (matrices.to(device, dtype), None)
         else:

@@ -5,12 +5,12 @@ A low-bit row stores layer l's gradient x as a scale s_l and whole numbers c wit
 ========  =====================  =============================================
 int8      s = max |x| / 127      c = round(x / s)
 int4      s = max |x| / 7        c = round(x / s)
-int1      s = mean |y|           c = 1 where y > 0, else -1,  y = H D x
+int1      s = mean |y|           c = 1 where y > 0, else -1,  y = R x
 ========  =====================  =============================================
 
-For signs the mean is the scale of the least-squares fit. They are taken after a randomised Hadamard transform, random
-signs D and then H: gradients of few tokens have a few large values, of which signs say nothing, and rotated all are of
-about the same size. So ``x ~ D H (s c)``. A layer whose scale is below the smallest normal float32 is stored as zeros.
+For signs the mean is the scale of the least-squares fit. They are taken after a rotation R, a randomised Hadamard
+transform: gradients of few tokens have a few large values, of which signs say nothing, and rotated all are of about the
+same size. So ``x ~ R^T (s c)``. A layer whose scale is below the smallest normal float32 is stored as zeros.
 The bytes are in docs/format.md.
 """
 
@@ -26,7 +26,7 @@ from loghook.log.codec.base import TINY, Alike, LayerCodec
 
 BITS = {"int8": 8, "int4": 4, "int1": 1}
 AFFINE = {8: (1.0, 0.0), 4: (1.0, -8.0), 1: (2.0, -1.0)}
-MIXED = 4096  # values that the transform mixes, at most
+MIXED = 4096  # values that the rotation mixes with each other, at most
 
 
 class LowBitCodec(LayerCodec):
@@ -49,10 +49,10 @@ class LowBitCodec(LayerCodec):
 
     def turned(self, values: Tensor) -> Tensor:
         """Return a layer's values (..., width) as they are coded; their inner products are the same."""
-        return hadamard(values * flips(values.shape[-1])) if self.bits == 1 else values
+        return rotate(values) if self.bits == 1 else values
 
     def _write(self, values: Tensor, stored: Tensor, part: Alike) -> None:
-        s, codes = _quantise(values.numpy(), self.bits) if self.bits > 1 else _signs(self, values)
+        s, codes = _quantise(values.numpy(), self.bits) if self.bits > 1 else _signs(values)
         self.scales(stored)[:, part.layers] = torch.from_numpy(s)
         stored[:, part.codes] = torch.from_numpy(codes).flatten(1)
 
@@ -62,16 +62,32 @@ class LowBitCodec(LayerCodec):
         if shift:
             values.mul_(slope).add_(shift)
         if self.bits == 1:
-            values.copy_(hadamard(values).mul_(flips(part.width)))
+            values.copy_(rotate(values, back=True))
         values.mul_(self.scales(stored)[:, part.layers, None])
 
 
-def hadamard(values: Tensor) -> Tensor:
-    """Multiply neighbouring values (..., width), as many as the largest power of two that divides the width, with H.
+def rotate(values: Tensor, *, back: bool = False) -> Tensor:
+    """Return R x of values (..., width), or ``back`` R^T x.
+
+    Random signs and a Hadamard matrix mix as many values from the first as are whole blocks of a power of two. Where some
+    are left over, the same then mixes as many up to the last.
+    """
+    width = values.shape[-1]
+    mixed = min(1 << (width.bit_length() - 1), MIXED)
+    whole = width // mixed * mixed
+    spans = [slice(0, whole), slice(width - whole, width)][: 1 + (whole < width)]
+    signs, out = _flips(whole), values.clone()
+    for span in reversed(spans) if back else spans:
+        part = out[..., span]
+        part.copy_(_hadamard(part, mixed) * signs if back else _hadamard(part * signs, mixed))
+    return out
+
+
+def _hadamard(values: Tensor, mixed: int) -> Tensor:
+    """Multiply each ``mixed`` neighbouring values (..., width) with H.
 
     H is symmetric and orthonormal, in Sylvester's order. Additions in a fixed order: the same bits on every machine.
     """
-    mixed = min(values.shape[-1] & -values.shape[-1], MIXED)
     y, half = values.reshape(-1, mixed).T.contiguous(), 1  # additions are then of long rows
     other = torch.empty_like(y)
     while half < mixed:
@@ -83,16 +99,16 @@ def hadamard(values: Tensor) -> Tensor:
 
 
 @cache
-def flips(width: int) -> Tensor:
+def _flips(width: int) -> Tensor:
     """Random signs that are always the same: (width,) float32."""
     bits = np.random.Philox(key=0).random_raw(width) >> np.uint64(63)
     return torch.from_numpy(1 - 2 * bits.astype(np.float32))
 
 
-def _signs(codec: LowBitCodec, values: Tensor) -> tuple[np.ndarray, np.ndarray]:
+def _signs(values: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """As ``_quantise``, of values that are rotated first."""
     size = values.abs().amax(-1)  # the sum of the largest floats would be none
-    y = codec.turned(values / torch.where(size > 0, size, 1)[..., None]).numpy()
+    y = rotate(values / torch.where(size > 0, size, 1)[..., None]).numpy()
     s = np.abs(y).mean(-1, dtype=np.float64).astype(np.float32) * size.numpy()
     return np.where(s < TINY, np.float32(0), s), np.packbits(y > 0, axis=-1, bitorder="little")
 
