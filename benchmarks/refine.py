@@ -3,7 +3,8 @@
     python benchmarks/refine.py --task text --samples 300 --dampings 0.1 1 --models 1 --save
 
 Factors are those of the true Fisher. `choose` and `report` are two halves of the queries: look for the best setting in
-one and read its figure in the other. "s.d." is that of the models' LDS. Seconds are of the processor, for all queries together.
+one and read its figure in the other. "s.d." is that of the models' LDS. Seconds are of the
+processor, for all queries together.
 """
 
 import argparse

@@ -69,8 +69,8 @@ class LowBitCodec(LayerCodec):
 def rotate(values: Tensor, *, back: bool = False) -> Tensor:
     """Return R x of values (..., width), or ``back`` R^T x.
 
-    Random signs and a Hadamard matrix mix as many values from the first as are whole blocks of a power of two. Where some
-    are left over, the same then mixes as many up to the last.
+    Random signs and a Hadamard matrix mix as many values from the first as are whole blocks of a power of two. Where
+    some are left over, the same then mixes as many up to the last.
     """
     width = values.shape[-1]
     mixed = min(1 << (width.bit_length() - 1), MIXED)
