@@ -125,6 +125,8 @@ class Log(Reader):
     ) -> Scores:
         """Score every row for every question: the sum over layers of <H^-1 G_query, G_row>.
 
+        Under torch.distributed every process makes the call, reads its share of the log and gets all scores.
+
         Args:
             query: rows of the questions, from ``run.query`` or ``log.attach(model).query``.
             method: "dot": H = I. "cosine": dot at unit norm. "fisher": H = mean vec(G) vec(G)^T (LoGra's default).

@@ -61,8 +61,9 @@ def everyone(value: Any) -> list[Any]:
 def combine(part: Tensor) -> Tensor:
     """Add up, in place, what the processes found (zero where they have nothing)."""
     if share()[1] > 1:
-        # nccl alone, as accelerate starts it, knows nothing of a processor's tensors.
-        there = part.cuda() if torch.distributed.get_backend() == "nccl" else part
+        # nccl and its like alone, as accelerate starts them, know nothing of a processor's tensors.
+        serves = "cpu:" in torch.distributed.get_backend_config()
+        there = part if serves else part.to(torch.accelerator.current_accelerator())
         torch.distributed.all_reduce(there)
         part.copy_(there)
     return part

@@ -646,6 +646,21 @@ def test_a_deep_copy_of_a_watched_model_adds_nothing(tmp_path):
     assert_rows_exact(loghook.load(tmp_path), model, lambda m, b: (m(b[0]) - 2 * b[1]).square().sum(), batch, 1e-9)
 
 
+def test_a_watched_model_can_be_saved_whole(tmp_path):
+    model, x = nn.Sequential(nn.Linear(4, 3)).double(), torch.randn(2, 4).double()
+    run = loghook.init(tmp_path / "log", rank=2, dtype="float64")
+    run.watch(model)
+    with run(data_id=[0, 1]):
+        torch.save(model, tmp_path / "model.pt")
+        back = torch.load(tmp_path / "model.pt", weights_only=False)
+        (model(x) - 2 * back(x)).square().sum().backward()  # what came back is watched by nobody
+    run.finalize()
+    batch = (x, back(x).detach())
+    assert_rows_exact(
+        loghook.load(tmp_path / "log"), model, lambda m, b: (m(b[0]) - 2 * b[1]).square().sum(), batch, 1e-9
+    )
+
+
 def test_keywords_in_any_order(tmp_path):
     class Gated(nn.Linear):
         def forward(self, input, gate=None):

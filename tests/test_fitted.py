@@ -221,6 +221,28 @@ def test_taken_from_whole_factors():
         assert relative_error(torch.tensor(taken.rows(name)[:]), torch.tensor(own.rows(name)[:])) < 1e-5
 
 
+def test_a_resumed_run_that_is_given_other_layers_leaves_nothing_behind(tmp_path):
+    model, x = make(), data()
+    run = loghook.init(tmp_path, rank=4, projection="pca")
+    quietly(run, model)
+    for current in run.passes():
+        with run(data_id=list(range(16))):
+            loss_fn(model, x[:16]).backward()
+        if current.kind == "log":
+            break
+    run.close()
+    again, other = loghook.init(tmp_path, rank=4, projection="pca", resume=True), nn.Sequential(nn.Linear(12, 12))
+    with pytest.raises(MismatchError, match="other layers"):
+        quietly(again, other)
+    assert not other[0]._forward_hooks and again.layers == ()
+    quietly(again, model)
+    for _ in again.passes():
+        with again(data_id=list(range(len(x)))):
+            loss_fn(model, x).backward()
+    again.finalize()
+    assert len(loghook.load(tmp_path)) == len(x)
+
+
 def test_resumed_after_a_kill_in_either_pass(tmp_path):
     model, x = make(), data()
     whole, _, _ = fit_and_log(model, x, projection="pca")

@@ -1,7 +1,11 @@
 """Scores against dense references, and what must not change them: repetition, batch, shard and block size."""
 
+import json
+
 import numpy as np
 import pytest
+import safetensors
+import safetensors.torch
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -253,6 +257,28 @@ def test_scores_carry_their_provenance_and_come_back_from_disk(logged, tmp_path)
     assert scores.fingerprint == log.fingerprint and "lowers" in scores.sign
     assert scores.values.dtype == np.float32
     assert "ekfac" in repr(scores)
+
+
+def test_scores_of_more_ids_than_a_header_takes(tmp_path):
+    """safetensors refuses headers above 100 MB, which a few million ids of usual length fill."""
+    ids = [f"{i:0100d}" for i in range(1_100_000)]
+    made = loghook.Scores(
+        values=np.zeros((1, len(ids)), np.float32), query_ids=["q"], data_ids=ids, method="dot", fingerprint="", log=""
+    )
+    made.save(tmp_path / "s.safetensors")
+    assert loghook.Scores.load(tmp_path / "s.safetensors").data_ids == ids
+
+
+def test_scores_that_were_saved_with_their_ids_in_the_header(logged, tmp_path):
+    log, query, _ = logged
+    scores = log.influence(query, "dot")
+    scores.save(tmp_path / "now")
+    with safetensors.safe_open(tmp_path / "now", "pt") as file:
+        header = json.loads(file.metadata()["loghook_scores"]) | {"data_ids": scores.data_ids}
+        tensors = {"values": file.get_tensor("values")}
+    safetensors.torch.save_file(tensors, tmp_path / "before", {"loghook_scores": json.dumps(header)})
+    back = loghook.Scores.load(tmp_path / "before")
+    assert back.data_ids == scores.data_ids and np.array_equal(back.values, scores.values)
 
 
 def test_to_pandas(logged):

@@ -311,8 +311,12 @@ def test_stopped_fits_go_on_and_finished_ones_are_used(tmp_path):
     with pytest.raises(MismatchError, match="Fisher"):
         quietly(other, model)
     bigger = loghook.fit(tmp_path / "f", resume=True)
+    other_model = nn.Linear(5, 5)
     with pytest.raises(MismatchError, match="layers"):
-        quietly(bigger, nn.Linear(5, 5))
+        quietly(bigger, other_model)
+    assert not other_model._forward_hooks and bigger.layers == ()
+    quietly(bigger, model)  # the right one can still be watched
+    assert list(bigger.passes()) == []
 
 
 def test_another_checkpoint_warns_and_overwriting_forgets(tmp_path):

@@ -33,7 +33,7 @@ class Asker(Hooked):
                 if mine.spec != theirs:
                     raise MismatchError(f"{origin} has {theirs}, not {mine.spec}: attach the model that was logged.")
             if manifest.fitted is not None:
-                self._project_with(load_sides(origin, manifest.fitted), manifest.fitted)
+                self._project_with(load_sides(origin, manifest.fitted), manifest.fitted, self._layers)
         except ConfigError as error:
             self.close()
             raise MismatchError(f"the model does not have the layers of {origin}: {error}") from error

@@ -19,7 +19,25 @@ from loghook.errors import BatchError, UnsupportedError
 OPEN: dict[int, Slots] = {}
 
 
-def make_hook(layer: Layer) -> Callable[..., Tensor | None]:
+class Hook:
+    """A hook of ours; copies and pickles of a model get one that does nothing."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any) -> Any:
+        """Do what a hook does."""
+        return self._call(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Hook, (_nothing,)
+
+
+def _nothing(*_: Any) -> None:
+    """Stand in for the hook of a module that nobody watches."""
+
+
+def make_hook(layer: Layer) -> Hook:
     """Return the forward hook of a layer: inert while no block is open."""
     key = layer.key
     first = list(inspect.signature(type(layer.module).forward).parameters)[1]  # after self
@@ -95,10 +113,10 @@ def make_hook(layer: Layer) -> Callable[..., Tensor | None]:
             *slots.update,
         )
 
-    return hook
+    return Hook(hook)
 
 
-def make_early_hook(layer: Layer) -> Callable[..., None]:
+def make_early_hook(layer: Layer) -> Hook:
     """Return the forward pre-hook of a layer: it projects an input while a processor still has it in its cache.
 
     Only that, and only where it is simple: the hook after the layer's forward takes the result if its input is the same
@@ -116,7 +134,7 @@ def make_early_hook(layer: Layer) -> Callable[..., None]:
         if plain and _shareable(layer, slots, x):
             _project(layer, slots, module, x.detach())
 
-    return hook
+    return Hook(hook)
 
 
 def _shareable(layer: Layer, slots: Slots, x: Tensor) -> bool:

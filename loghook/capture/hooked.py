@@ -1,7 +1,7 @@
 """``Hooked``: layers of a model under inert hooks, one open block at a time, and queries through them."""
 
 import weakref
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -50,11 +50,13 @@ class Hooked:
         return self._names
 
     def _hook(
-        self, model: nn.Module, watch: Watch, optimizer: Any = None, gradient: str = "plain", check_rank: bool = False
-    ) -> dict[str, Any]:
+        self, model: nn.Module, watch: Watch, optimizer: Any = None, gradient: str = "plain", check_rank: bool = False,
+        settle: Callable[[list[Layer]], None] = lambda layers: None,
+    ) -> dict[str, Any]:  # fmt: skip
         """Select and hook layers of a model; returns the coverage record. An error leaves nothing behind.
 
-        ``gradient`` is what rows will be of, for which ``optimizer`` has the moments.
+        ``gradient`` is what rows will be of, for which ``optimizer`` has the moments; ``settle`` gets the layers before
+        anything is hooked, to refuse them or to give them a fitted projection.
         """
         if not isinstance(model, nn.Module):
             raise ConfigError(f"watch() takes an nn.Module, not {type(model).__name__}: pass the model itself.")
@@ -71,6 +73,7 @@ class Hooked:
                 f"rank={self._rank} exceeds the width of every watched layer (largest: {widest:,}), so it would reduce "
                 "nothing: choose a smaller rank, or projection='none'."
             )
+        settle(layers)
         bind(model, layers, optimizer, gradient)
         if not self._watches(model):
             self._models.append(weakref.ref(unwrap(model)))
@@ -93,9 +96,9 @@ class Hooked:
         self._names = tuple(layer.name for layer in self._layers)
         self._layout = Layout(layer.spec for layer in self._layers)
 
-    def _project_with(self, sides: Sides, checksum: str) -> None:
-        """Give the layers a fitted projection."""
-        for layer in self._layers:
+    def _project_with(self, sides: Sides, checksum: str, layers: Sequence[Layer]) -> None:
+        """Give layers a fitted projection."""
+        for layer in layers:
             pair = sides.get(layer.name)
             if pair is None or [s.width for s in pair] != [s.width for s in layer.sides]:
                 raise MismatchError(f"the fitted projection was made for other layers or widths than {layer.name!r}.")

@@ -94,7 +94,8 @@ class Pass:
             labels: (...) integers; negative ones (as -100) are to be ignored, and stay.
 
         Returns:
-            Labels of the same shape. The draws depend on nothing but the process and the order of calls.
+            Labels of the same shape. The draws depend on nothing but the process and the order of calls: processes are
+            taken to see different samples, as under data parallelism.
         """
         if self.fisher != "true":
             return labels

@@ -13,6 +13,7 @@ from loghook.capture.batch import Blocks, Given, Ids, check_ids
 from loghook.capture.config import Config
 from loghook.capture.coverage import describe_coverage
 from loghook.capture.hooked import Hooked
+from loghook.capture.layers import Layer
 from loghook.capture.pack import pack
 from loghook.capture.passes import Gathering, Pass
 from loghook.capture.plan import Plan, parse_size
@@ -102,9 +103,12 @@ class Run(Blocks, Hooked):
         manifest = self._session.manifest
         if manifest is not None:
             check_same(manifest, self._config, ARGUMENTS)
-        coverage = self._hook(model, arguments, optimizer, self._gradient, check_rank=True)
-        if manifest is not None and manifest.fitted is not None:
-            self._project_with(load_sides(self.path, manifest.fitted), manifest.fitted)
+
+        def settle(layers: list[Layer]) -> None:
+            if manifest is not None and manifest.fitted is not None:
+                self._project_with(load_sides(self.path, manifest.fitted), manifest.fitted, layers)
+
+        coverage = self._hook(model, arguments, optimizer, self._gradient, check_rank=True, settle=settle)
         for key in ("covered", "total", "not_covered"):
             self._coverage[key] += coverage[key]
         experts = sum(item["parameters"] for item in coverage["not_covered"] if item["reason"] == FUSED_EXPERTS)
@@ -289,7 +293,7 @@ class Run(Blocks, Hooked):
             with writing(self.path):
                 checksum = save_sides(self.path, sides)
         checksum, id_type = shared((checksum, self._id_type))
-        self._project_with(load_sides(self.path, checksum), checksum)
+        self._project_with(load_sides(self.path, checksum), checksum, self._layers)
         if id_type:  # known after a pass; then the projection is committed with the manifest
             self._ready(id_type)
 

@@ -1,6 +1,7 @@
 """The result of a question: scores with ids, axes, sign and provenance."""
 
 import dataclasses
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -186,7 +187,8 @@ class Scores:
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file."""
         header = {key: getattr(self, key) for key in _HEADER}
-        tensors = {
+        ids = bytearray(json.dumps(list(self.data_ids)).encode())  # a header takes 100 MB at most
+        tensors = {"data_ids": torch.frombuffer(ids, dtype=torch.uint8)} | {
             key: torch.from_numpy(np.array(v, order="C")) for key in _ARRAYS if (v := getattr(self, key)) is not None
         }
         save_tensors(path, "scores", header, tensors)
@@ -201,7 +203,9 @@ class Scores:
         """
         with loading(path, "scores") as (header, tensors):
             header = {"weights": None, "fidelity": None} | header  # files from before there were these
-            if set(header) != set(_HEADER):
+            if "data_ids" not in header:  # in those from before they are in the header
+                header["data_ids"] = json.loads(tensors["data_ids"].numpy().tobytes())
+            if set(header) != {"data_ids", *_HEADER}:
                 raise ValueError(f"its header has {sorted(header)}")
             header |= {key: tuple(header[key]) for key in ("layers", "weights") if header[key] is not None}
             return Scores(**header | {key: tensors[key].numpy().copy() for key in _ARRAYS if key in tensors})
@@ -253,6 +257,6 @@ def _joined(scores: Sequence[Scores], key: str) -> str:
 
 _ARRAYS = ("values", "places", "by_layer")
 _HEADER = (
-    "query_ids", "data_ids", "layers", "method", "normalize", "damping", "damping_abs", "fingerprint", "log",
-    "weights", "fidelity",
+    "query_ids", "layers", "method", "normalize", "damping", "damping_abs", "fingerprint", "log", "weights",
+    "fidelity",
 )  # fmt: skip

@@ -11,6 +11,7 @@ from torch import nn
 from loghook.capture.batch import Blocks, Given, Ids, check_ids
 from loghook.capture.coverage import describe_coverage
 from loghook.capture.hooked import Hooked
+from loghook.capture.layers import Layer
 from loghook.capture.passes import Gathering, Pass
 from loghook.capture.select import Watch
 from loghook.capture.sums import decompose
@@ -75,14 +76,19 @@ class Factors(Blocks, Hooked):
         self._require_outside()
         if self._layers:
             raise StateError("a model is watched already: one watch() call takes several patterns.")
-        coverage = self._hook(model, Watch(include, exclude, may_sleep, flattened, bias, batch_dim))
+
+        def settle(layers: list[Layer]) -> None:
+            if self._store is not None:
+                self._store.check_same(tuple(layer.spec for layer in layers), self.fisher)
+
+        watch = Watch(include, exclude, may_sleep, flattened, bias, batch_dim)
+        coverage = self._hook(model, watch, settle=settle)
         self.watched = {
             "include": include, "exclude": exclude, "bias": bias, "may_sleep": may_sleep, "flattened": flattened,
             "batch_dim": batch_dim,
         }  # fmt: skip
         if self._store is None:
             self._store = FactorStore(path=self.path, layers=self.specs, fisher=self.fisher)
-        self._store.check_same(self.specs, self.fisher)
         if process_rank() == 0:
             print(describe_coverage(len(self.layers), coverage))
 
