@@ -306,3 +306,27 @@ def test_a_pass_that_goes_on_with_other_parameters_warns_unless_it_trains(tmp_pa
     assert all("other parameter values than it goes on with" in str(w.message) for w in told)
     shown = CliRunner().invoke(app, ["info", str(tmp_path)]).output
     assert f"parameters {'changed' if moved or trained else 'unchanged'} while logging" in shown
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts the process's threads")
+@pytest.mark.parametrize("dtype", ["float32", "int1"])
+def test_the_writer_takes_no_threads_from_the_loop(tmp_path, dtype):
+    """Two teams of OpenMP threads on as many cores slow down every operation of the loop by a tenth of a millisecond."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        model, x = nn.Linear(400, 300), torch.randn(64, 400)
+        model(x.repeat(100, 1)).square().sum().backward()  # the loop's own team
+        run = loghook.init(tmp_path, rank=200, dtype=dtype, commit_seconds=1e-6)
+        run.watch(model)
+        threads = len(os.listdir("/proc/self/task"))
+        for i in range(3):
+            with run(data_id=[f"{i}/{k}" for k in range(64)]):
+                model(x).square().sum().backward()
+        run._writer.settle()
+        assert len(os.listdir("/proc/self/task")) == threads + 1
+        assert torch.get_num_threads() == 2
+        run.finalize()
+        run.close()
+    finally:
+        torch.set_num_threads(before)

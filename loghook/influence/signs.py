@@ -12,7 +12,7 @@ from loghook.log.format import LayerSpec
 from loghook.log.reader import Reader
 
 FEW = 8  # questions; for more, integer products are quicker than counts
-CHUNK = 2**20  # bytes of rows that are compared at a time: they stay in the cache
+CHUNK = 2**21  # bytes of rows that are compared at a time: what is made of them stays in the cache
 
 
 class Signs:

@@ -85,8 +85,11 @@ class Writer:
             self._room.put(None)
         self._rejected: queue.SimpleQueue[NotFiniteError] = queue.SimpleQueue()
         self._broken: Exception | None = None  # an operating system error: nothing is written after it
-        self._thread = threading.Thread(target=self._work, name="loghook-writer", daemon=True)
+        threads, alone = torch.get_num_threads(), threading.Event()
+        self._thread = threading.Thread(target=self._work, args=(alone,), name="loghook-writer", daemon=True)
         self._thread.start()
+        alone.wait()
+        torch.set_num_threads(threads)  # for the threads that come after that one
         rescue.guard(self)
 
     def put(self, item: Batch | dict[str, Any]) -> None:
@@ -140,7 +143,12 @@ class Writer:
 
     # Everything below runs in the thread, but for recovery.
 
-    def _work(self) -> None:
+    def _work(self, alone: threading.Event) -> None:
+        # OpenMP keeps a team of threads for each that asks, and once teams have more threads than there are cores, none
+        # waits for work awake any more: every operation of the training loop would first have to wake its own.
+        torch.get_num_threads()  # the first look takes what is set for all
+        torch.set_num_threads(1)
+        alone.set()
         while True:
             item: Batch | dict[str, Any] | None = None
             with contextlib.suppress(queue.Empty):  # none for so long: time for a commit
