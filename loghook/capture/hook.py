@@ -39,7 +39,7 @@ def _nothing(*_: Any) -> None:
 
 def make_hook(layer: Layer) -> Hook:
     """Return the forward hook of a layer: inert while no block is open."""
-    key = layer.key
+    key, routed = layer.key, isinstance(layer.module, ExpertProjection)
     first = list(inspect.signature(type(layer.module).forward).parameters)[1]  # after self
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
@@ -57,21 +57,13 @@ def make_hook(layer: Layer) -> Hook:
                 f"layer {layer.name!r} takes {type(x).__name__} and returns {type(y).__name__}: exclude it, as loghook "
                 "watches modules from one tensor to one tensor."
             )
-        if x.is_nested or x.dim() < (2 if layer.spec.channels else 1):  # indices need no axis for channels
-            raise _not_a_batch(layer, x)
-        x = x.detach().to(slots.samples.device)  # accelerate's hooks move inputs after this hook was given them
-        if layer.spec.flattened:
-            x = _unflatten(layer, slots, x)
-        elif layer.spec.batch_dim:
-            x = x.movedim(layer.spec.batch_dim, 0)
-        if slots.documents is None and not isinstance(module, ExpertProjection) and len(x) != slots.size:
-            raise BatchError(
-                f"{len(x)} samples, {slots.size} ids: layer {layer.name!r} got an input of shape {tuple(x.shape)}, and "
-                "its first axis must be the batch. Pass one id for each sample. If that axis is another: batch_dim=1 "
-                "is for sequence-first models, flattened= for batch and tokens on one axis; or exclude the layer."
-            )
-        projected = _project(layer, slots, module, x)
-        if isinstance(module, ExpertProjection):
+        early, slots.early = slots.early, None
+        if early is not None and early[0] is x and early[1] == x._version:
+            projected = early[2]
+        else:
+            x = _batch_first(layer, slots, x)
+            projected = _project(layer, slots, module, x)
+        if routed:
             documents, weight = _routed_tokens(layer, slots, module)
         else:
             documents, weight = None, _token_weight(slots, projected)
@@ -80,7 +72,7 @@ def make_hook(layer: Layer) -> Hook:
                 documents = slots.documents.index_DL
         activations, leaves = None, slots.leaves
         if leaves.activations is not None:
-            tokens = layer.adapter.tokens(x).to(leaves.activations.dtype)
+            tokens = layer.adapter.tokens(x.detach()).to(leaves.activations.dtype)
             same = tokens.shape[:2] == projected.shape[:2]  # not so for patches, which have positions of their own
             activations = sum_tokens(tokens, weight if same else _token_weight(slots, tokens), documents)
         if not torch.compiler.is_compiling():
@@ -95,7 +87,7 @@ def make_hook(layer: Layer) -> Hook:
         later = slots.pending is not None and documents is None and projected.dim() == 3
         if later and not torch.compiler.is_compiling():
             dims = layer.adapter.channel_dim, layer.spec.batch_dim
-            return PendingTap.apply(y, projected, weight, slots.output_side.matrix, *dims, leaves.calls, slots)
+            return PendingTap.apply(y, projected, weight, dims, leaves.calls, slots)
         return Tap.apply(
             y,
             projected,
@@ -119,20 +111,20 @@ def make_hook(layer: Layer) -> Hook:
 def make_early_hook(layer: Layer) -> Hook:
     """Return the forward pre-hook of a layer: it projects an input while a processor still has it in its cache.
 
-    Only that, and only where it is simple: the hook after the layer's forward takes the result if its input is the same
-    tensor, and projects by itself otherwise.
+    Only where it is simple: the hook after the layer's forward takes the result if its input is still the same, and
+    projects by itself otherwise.
     """
-    key, spec = layer.key, layer.spec
+    key, plain = layer.key, not (layer.spec.flattened or layer.spec.batch_dim)
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         slots = None if torch.compiler.is_compiling() else OPEN.get(key)
         if slots is None or module is not layer.module or not args or not torch.is_grad_enabled():
             return
         x = args[0]
-        plain = isinstance(x, Tensor) and x.device == slots.samples.device and not (spec.flattened or spec.batch_dim)
-        plain = plain and not x.is_nested and x.dim() > 1  # the other hook says what is wrong with others
-        if plain and _shareable(layer, slots, x):
-            _project(layer, slots, module, x.detach())
+        if plain and isinstance(x, Tensor) and x.device == slots.samples.device and _shareable(layer, slots, x):
+            if x.is_nested or x.dim() < 2 or (slots.documents is None and len(x) != slots.size):
+                return  # the other hook says what is wrong
+            slots.early = x, x._version, _project(layer, slots, module, x.detach())
 
     return Hook(hook)
 
@@ -160,6 +152,24 @@ def _project(layer: Layer, slots: Slots, module: nn.Module, x: Tensor) -> Tensor
         shared.key, shared.source = key, x
     assert shared.projected is not None
     return shared.projected
+
+
+def _batch_first(layer: Layer, slots: Slots, x: Tensor) -> Tensor:
+    """Detach a layer's input and arrange it with the batch first; raise where it has not the block's samples."""
+    if x.is_nested or x.dim() < (2 if layer.spec.channels else 1):  # indices need no axis for channels
+        raise _not_a_batch(layer, x)
+    x = x.detach().to(slots.samples.device)  # accelerate's hooks move inputs after this hook was given them
+    if layer.spec.flattened:
+        x = _unflatten(layer, slots, x)
+    elif layer.spec.batch_dim:
+        x = x.movedim(layer.spec.batch_dim, 0)
+    if slots.documents is None and not isinstance(layer.module, ExpertProjection) and len(x) != slots.size:
+        raise BatchError(
+            f"{len(x)} samples, {slots.size} ids: layer {layer.name!r} got an input of shape {tuple(x.shape)}, and "
+            "its first axis must be the batch. Pass one id for each sample. If that axis is another: batch_dim=1 "
+            "is for sequence-first models, flattened= for batch and tokens on one axis; or exclude the layer."
+        )
+    return x
 
 
 def _not_a_batch(layer: Layer, x: Tensor) -> Exception:
@@ -192,6 +202,8 @@ def _token_weight(slots: Slots, tokens: Tensor) -> Tensor | None:
     (a pooled head) counts samples that have any, and one with its own positions (patches) counts all of them. A mask of
     samples holds for all their tokens.
     """
+    if slots.mask is None and slots.keep is None:
+        return None
     B, S = tokens.shape[:2]
     if slots.mask is not None and slots.mask.shape[1] == S:
         slots.masked = True

@@ -69,6 +69,8 @@ class Slots:
     pending: "Pending | Together | None"
     # what calls brought that autograd has not accepted yet, with the number of the backward pass
     offers: list[tuple[int, Any]] = field(default_factory=list)
+    # an input that was projected before the layer's forward, its version, and the result
+    early: tuple[Tensor, int, Tensor] | None = None
     rows: Tensor | None = None  # rows, or what the job makes of them, and moments, as ``pending`` formed them
     moments: Tensor | None = None
     called: int = 0  # how often the layer ran forward with a graph, not counting recomputation
@@ -114,7 +116,7 @@ class Slots:
 
     def clear(self) -> None:
         """Let go of what was delivered."""
-        self.offers, self.rows, self.moments = [], None, None
+        self.offers, self.early, self.rows, self.moments = [], None, None, None
         self.leaves.clear()
 
 

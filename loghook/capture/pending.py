@@ -41,16 +41,13 @@ class PendingTap(torch.autograd.Function):
         y: Tensor,
         x_BSk: Tensor,
         weight_BS: Tensor | None,
-        p_out_kO: Tensor | None,
-        channel_dim: int,
-        batch_dim: int,
+        dims: tuple[int, int],  # channel_dim and batch_dim
         call_slot: Tensor,  # leaf (1,)
         slots: "Slots",
     ) -> Tensor:
         """Return ``y`` unchanged; the rest is as in ``Tap.forward``."""
         ctx.save_for_backward(x_BSk)  # which a checkpoint throws away and makes again
-        ctx.weight_BS, ctx.p_out_kO = weight_BS, p_out_kO
-        ctx.channel_dim, ctx.batch_dim, ctx.slots = channel_dim, batch_dim, slots
+        ctx.held = weight_BS, dims, slots
         return alias(y)
 
     @staticmethod
@@ -58,10 +55,11 @@ class PendingTap(torch.autograd.Function):
         """Pass the output gradient on and offer the tokens."""
         (g,) = grads
         (x_BSk,) = ctx.saved_tensors
+        weight_BS, dims, slots = ctx.held
         with wide_context(g.device.type):
-            g_BSk = project_output(output_gradient(ctx, g, x_BSk), ctx.p_out_kO)
-        ctx.slots.offer(Tokens(x_BSk, g_BSk, ctx.weight_BS))
-        return g, None, None, None, None, None, ctx.slots.samples.new_ones(1), None
+            g_BSk = project_output(output_gradient(dims, g, x_BSk), slots.output_side.matrix)
+        slots.offer(Tokens(x_BSk, g_BSk, weight_BS))
+        return g, None, None, None, slots.samples.new_ones(1), None
 
 
 class Pending:

@@ -51,7 +51,7 @@ class Tap(torch.autograd.Function):
     ) -> Tensor:
         """Return ``y`` unchanged and remember what the row needs."""
         ctx.save_for_backward(x, weight_BS, p_out_kO, activations, documents_DL, *update)
-        ctx.channel_dim, ctx.batch_dim, ctx.wide = channel_dim, batch_dim, row_slot.dtype
+        ctx.dims, ctx.wide = (channel_dim, batch_dim), row_slot.dtype
         return alias(y)
 
     @staticmethod
@@ -63,7 +63,7 @@ class Tap(torch.autograd.Function):
         wide = ctx.wide
         # Sums over tokens run in float32 or wider, also where the user calls backward() under autocast.
         with wide_context(g.device.type):
-            g_BSO = output_gradient(ctx, g, x)
+            g_BSO = output_gradient(ctx.dims, g, x)
             x = x.to(wide)
             summed = outputs = None
             if update:
@@ -123,16 +123,17 @@ def wide_context(device: str) -> contextlib.AbstractContextManager[None]:
     return contextlib.nullcontext()
 
 
-def output_gradient(ctx: Any, g: Tensor, x: Tensor) -> Tensor:
-    """Arrange a tap's output gradient as (B, S, O), given its inputs (B, S, ...)."""
+def output_gradient(dims: tuple[int, int], g: Tensor, x: Tensor) -> Tensor:
+    """Arrange an output gradient with these axes of channels and batch as (B, S, O), given inputs (B, S, ...)."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise UnsupportedError(
             "backward ran with create_graph=True (a gradient penalty, a Hessian product): the second-order part of a "
             "gradient does not pass a layer's output, so rows would miss it. Take that term out of the logged loss."
         )
-    if g.dim() == 3 and not ctx.batch_dim and ctx.channel_dim == -1 and g.shape[:2] == x.shape[:2]:
+    channel_dim, batch_dim = dims
+    if g.dim() == 3 and not batch_dim and channel_dim == -1 and g.shape[:2] == x.shape[:2]:
         return g  # as it is nearly always
-    g_BSO = as_tokens(g.movedim(ctx.batch_dim, 0) if ctx.batch_dim else g, ctx.channel_dim)
+    g_BSO = as_tokens(g.movedim(batch_dim, 0) if batch_dim else g, channel_dim)
     return g_BSO.reshape(*x.shape[:2], g_BSO.shape[-1])  # batch and tokens may share an axis in the module
 
 

@@ -44,7 +44,7 @@ class WholeTap(torch.autograd.Function):
     ) -> Tensor:
         """Return ``y``; ``kind`` names the job, ``held`` is what it needs; the rest is as in ``Tap.forward``."""
         ctx.save_for_backward(x, weight_BS, documents_DL, *held)
-        ctx.kind, ctx.channel_dim, ctx.batch_dim, ctx.wide = kind, channel_dim, batch_dim, leaf.dtype
+        ctx.kind, ctx.dims, ctx.wide = kind, (channel_dim, batch_dim), leaf.dtype
         ctx.slots = slots
         return alias(y)
 
@@ -55,7 +55,7 @@ class WholeTap(torch.autograd.Function):
         x, weight_BS, documents_DL, *held = ctx.saved_tensors
         need_calls, delivered, told = ctx.needs_input_grad[8], None, None
         with wide_context(g.device.type):
-            g_BSO = output_gradient(ctx, g, x).to(ctx.wide)
+            g_BSO = output_gradient(ctx.dims, g, x).to(ctx.wide)
             x = x.to(ctx.wide)
             if ctx.kind == "covariance":
                 delivered = moments(g_BSO, x, weight_BS, None, take_blocks, second_moment_blocks)

@@ -8,6 +8,7 @@ The row of a sample is ``P_out (sum_t g_t x_t^T) P_in^T``: (k_out, k_in), never 
 from collections.abc import Iterator
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_BYTES = 64 * 2**20  # what the gradients of some samples of one layer may take at a time
@@ -27,14 +28,12 @@ def project_input(x: Tensor, matrix_kI: Tensor | None, bias: bool) -> Tensor:
     if matrix_kI is None:
         return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1) if bias else x
     matrix_kI = matrix_kI.to(x.dtype)
-    if not bias:
-        return x @ matrix_kI.T
-    return x @ matrix_kI[:, :-1].T + matrix_kI[:, -1]
+    return F.linear(x, matrix_kI[:, :-1], matrix_kI[:, -1]) if bias else F.linear(x, matrix_kI)
 
 
 def project_output(g_BSO: Tensor, matrix_kO: Tensor | None) -> Tensor:
     """Project output gradients to k_out values a token: (B, S, k_out); None keeps every output."""
-    return g_BSO if matrix_kO is None else g_BSO @ matrix_kO.to(g_BSO.dtype).T
+    return g_BSO if matrix_kO is None else F.linear(g_BSO, matrix_kO.to(g_BSO.dtype))
 
 
 def gather_tokens(t: Tensor, index_DL: Tensor) -> Tensor:
