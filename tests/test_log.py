@@ -311,7 +311,7 @@ def test_a_pass_that_goes_on_with_other_parameters_warns_unless_it_trains(tmp_pa
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts the process's threads")
 @pytest.mark.parametrize("dtype", ["float32", "int1"])
 def test_the_writer_takes_no_threads_from_the_loop(tmp_path, dtype):
-    """Two teams of OpenMP threads on as many cores slow down every operation of the loop by a tenth of a millisecond."""
+    """Two teams of OpenMP threads on as many cores slow down each operation of the loop by a tenth of a millisecond."""
     before = torch.get_num_threads()
     torch.set_num_threads(2)
     try:

@@ -39,7 +39,7 @@ def _nothing(*_: Any) -> None:
 
 def make_hook(layer: Layer) -> Hook:
     """Return the forward hook of a layer: inert while no block is open."""
-    key, routed = layer.key, isinstance(layer.module, ExpertProjection)
+    key = layer.key
     first = list(inspect.signature(type(layer.module).forward).parameters)[1]  # after self
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
@@ -63,7 +63,7 @@ def make_hook(layer: Layer) -> Hook:
         else:
             x = _batch_first(layer, slots, x)
             projected = _project(layer, slots, module, x)
-        if routed:
+        if isinstance(module, ExpertProjection):
             documents, weight = _routed_tokens(layer, slots, module)
         else:
             documents, weight = None, _token_weight(slots, projected)
