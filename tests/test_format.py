@@ -311,7 +311,11 @@ def test_query_scores_and_index_tables(finished: Path, tmp_path: Path) -> None:
     log.influence(query, top=1).save(tmp_path / "scores.safetensors")
     index = log.index(3, "Flat")
     index.save(tmp_path / "index.safetensors")
-    for name, tensors in (("query", {"rows"}), ("scores", {"data_ids", "values", "places"}), ("index", {"basis", "rows"})):
+    for name, tensors in (
+        ("query", {"rows"}),
+        ("scores", {"data_ids", "values", "places"}),
+        ("index", {"basis", "rows"}),
+    ):
         with safetensors.safe_open(tmp_path / f"{name}.safetensors", framework="np") as file:
             header = json.loads(file.metadata()[f"loghook_{name}"])
             assert set(file.keys()) == tensors
