@@ -146,8 +146,9 @@ class Writer:
     def _work(self, alone: threading.Event) -> None:
         # OpenMP keeps a team of threads for each that asks, and once teams have more threads than there are cores, none
         # waits for work awake any more: every operation of the training loop would first have to wake its own.
-        torch.get_num_threads()  # the first look takes what is set for all
-        torch.set_num_threads(1)
+        if "backend: OpenMP" in torch.__config__.parallel_info():  # others have one team for the process
+            torch.get_num_threads()  # the first look takes what is set for all
+            torch.set_num_threads(1)
         alone.set()
         while True:
             item: Batch | dict[str, Any] | None = None
