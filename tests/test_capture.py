@@ -2,6 +2,9 @@
 
 import collections
 import contextlib
+import subprocess
+import sys
+import textwrap
 
 import pytest
 import torch
@@ -659,6 +662,36 @@ def test_a_watched_model_can_be_saved_whole(tmp_path):
     assert_rows_exact(
         loghook.load(tmp_path / "log"), model, lambda m, b: (m(b[0]) - 2 * b[1]).square().sum(), batch, 1e-9
     )
+
+
+def test_a_model_that_was_saved_whole_takes_other_hooks_in_another_process(tmp_path):
+    """Hooks have numbers that each process counts for itself, and those of ours are in the file."""
+    model = nn.Sequential(nn.Linear(4, 3))
+    run = loghook.init(tmp_path / "log", rank=2)
+    run.watch(model)
+    torch.save(model, tmp_path / "model.pt")
+    script = """
+        import sys, torch
+        model = torch.load(sys.argv[1], weights_only=False)
+        seen = []
+        model[0].register_forward_hook(lambda module, args, y: seen.append(y))
+        model(torch.zeros(2, 4))
+        assert len(seen) == 1
+    """
+    subprocess.run([sys.executable, "-c", textwrap.dedent(script), tmp_path / "model.pt"], check=True)
+
+
+def test_inputs_made_in_inference_mode(tmp_path):
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).double().requires_grad_(False)
+    with torch.inference_mode():
+        x = torch.randn(4, 8).double()
+    run = loghook.init(tmp_path, rank=3, dtype="float64")
+    run.watch(model)
+    with run(data_id=list(range(4))):
+        model(x).square().sum().backward()
+    run.finalize()
+    loss = lambda m, b: m(b).square().sum()  # noqa: E731
+    assert_rows_exact(loghook.load(tmp_path), model.requires_grad_(True), loss, x.clone(), 1e-9)
 
 
 def test_keywords_in_any_order(tmp_path):

@@ -259,16 +259,6 @@ def test_scores_carry_their_provenance_and_come_back_from_disk(logged, tmp_path)
     assert "ekfac" in repr(scores)
 
 
-def test_scores_of_more_ids_than_a_header_takes(tmp_path):
-    """safetensors refuses headers above 100 MB, which a few million ids of usual length fill."""
-    ids = [f"{i:0100d}" for i in range(1_100_000)]
-    made = loghook.Scores(
-        values=np.zeros((1, len(ids)), np.float32), query_ids=["q"], data_ids=ids, method="dot", fingerprint="", log=""
-    )
-    made.save(tmp_path / "s.safetensors")
-    assert loghook.Scores.load(tmp_path / "s.safetensors").data_ids == ids
-
-
 def test_scores_that_were_saved_with_their_ids_in_the_header(logged, tmp_path):
     log, query, _ = logged
     scores = log.influence(query, "dot")

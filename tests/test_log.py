@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 import warnings
 
@@ -328,5 +329,32 @@ def test_the_writer_takes_no_threads_from_the_loop(tmp_path, dtype):
         assert torch.get_num_threads() == 2
         run.finalize()
         run.close()
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_writers_that_start_at_once_leave_threads_as_they_were(tmp_path):
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        left, ready = [], threading.Barrier(12)
+
+        def log(i):
+            torch.get_num_threads()  # what a thread has it has from its first look
+            ready.wait()
+            model = nn.Linear(4, 3)
+            run = loghook.init(tmp_path / str(i), rank=2)
+            run.watch(model)
+            with run(data_id=[0, 1]):
+                model(torch.randn(2, 4)).square().sum().backward()
+            left.append(torch.get_num_threads())
+            run.close()
+
+        threads = [threading.Thread(target=log, args=(i,)) for i in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert left == [2] * 12
     finally:
         torch.set_num_threads(before)

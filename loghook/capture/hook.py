@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from loghook.capture.experts import ExpertProjection
 from loghook.capture.layers import Layer, Slots
@@ -30,11 +31,17 @@ class Hook:
         return self._call(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Hook, (_nothing,)
+        return _inert, (RemovableHandle.next_id,)
+
+
+def _inert(taken: int) -> Hook:
+    """Make the hook of a module that nobody watches, in a process that has yet to learn which ids hooks have."""
+    RemovableHandle.next_id = max(RemovableHandle.next_id, taken)
+    return Hook(_nothing)
 
 
 def _nothing(*_: Any) -> None:
-    """Stand in for the hook of a module that nobody watches."""
+    """Do nothing."""
 
 
 def make_hook(layer: Layer) -> Hook:
@@ -57,7 +64,9 @@ def make_hook(layer: Layer) -> Hook:
                 f"layer {layer.name!r} takes {type(x).__name__} and returns {type(y).__name__}: exclude it, as loghook "
                 "watches modules from one tensor to one tensor."
             )
-        early, slots.early = slots.early, None
+        early = slots.early
+        if early is not None:
+            slots.early = None
         if early is not None and early[0] is x and early[1] == x._version:
             projected = early[2]
         else:
@@ -122,8 +131,8 @@ def make_early_hook(layer: Layer) -> Hook:
             return
         x = args[0]
         if plain and isinstance(x, Tensor) and x.device == slots.samples.device and _shareable(layer, slots, x):
-            if x.is_nested or x.dim() < 2 or (slots.documents is None and len(x) != slots.size):
-                return  # the other hook says what is wrong
+            if x.is_nested or x.is_inference() or x.dim() < 2 or (slots.documents is None and len(x) != slots.size):
+                return  # the other hook takes it, or says what is wrong; inference tensors have no version
             slots.early = x, x._version, _project(layer, slots, module, x.detach())
 
     return Hook(hook)

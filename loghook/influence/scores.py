@@ -203,7 +203,7 @@ class Scores:
         """
         with loading(path, "scores") as (header, tensors):
             header = {"weights": None, "fidelity": None} | header  # files from before there were these
-            if "data_ids" not in header:  # in those from before they are in the header
+            if "data_ids" not in header:  # files from before have them there
                 header["data_ids"] = json.loads(tensors["data_ids"].numpy().tobytes())
             if set(header) != {"data_ids", *_HEADER}:
                 raise ValueError(f"its header has {sorted(header)}")

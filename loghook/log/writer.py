@@ -33,6 +33,10 @@ from loghook.log.records import encode_record
 QUEUE = 8  # blocks under way between the loop and the disk
 GRACE = 30.0  # seconds that a process which was told to end waits for the commit
 CLOSE = {"close": True}
+# OpenMP keeps a team of threads for each that asks, and once teams have more threads than there are cores, none waits
+# for work awake any more: every operation of a training loop would first have to wake its own. Writers ask for none.
+_TEAMS = "backend: OpenMP" in torch.__config__.parallel_info()
+_starting = threading.Lock()  # while a writer's thread starts, the number that is set for new threads is its own
 
 
 @dataclass(frozen=True)
@@ -85,11 +89,16 @@ class Writer:
             self._room.put(None)
         self._rejected: queue.SimpleQueue[NotFiniteError] = queue.SimpleQueue()
         self._broken: Exception | None = None  # an operating system error: nothing is written after it
-        threads, alone = torch.get_num_threads(), threading.Event()
-        self._thread = threading.Thread(target=self._work, args=(alone,), name="loghook-writer", daemon=True)
-        self._thread.start()
-        alone.wait()
-        torch.set_num_threads(threads)  # for the threads that come after that one
+        self._thread = threading.Thread(target=self._work, name="loghook-writer", daemon=True)
+        self._alone = threading.Event()
+        with _starting:
+            threads = torch.get_num_threads()
+            try:
+                self._thread.start()
+                self._alone.wait()
+            finally:
+                if _TEAMS:
+                    torch.set_num_threads(threads)  # for the threads that come after that one
         rescue.guard(self)
 
     def put(self, item: Batch | dict[str, Any]) -> None:
@@ -143,13 +152,11 @@ class Writer:
 
     # Everything below runs in the thread, but for recovery.
 
-    def _work(self, alone: threading.Event) -> None:
-        # OpenMP keeps a team of threads for each that asks, and once teams have more threads than there are cores, none
-        # waits for work awake any more: every operation of the training loop would first have to wake its own.
-        if "backend: OpenMP" in torch.__config__.parallel_info():  # others have one team for the process
+    def _work(self) -> None:
+        if _TEAMS:
             torch.get_num_threads()  # the first look takes what is set for all
             torch.set_num_threads(1)
-        alone.set()
+        self._alone.set()
         while True:
             item: Batch | dict[str, Any] | None = None
             with contextlib.suppress(queue.Empty):  # none for so long: time for a commit

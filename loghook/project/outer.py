@@ -23,7 +23,7 @@ def project_input(x: Tensor, matrix_kI: Tensor | None, bias: bool) -> Tensor:
         bias: whether a constant 1 is appended to the inputs, so that the bias is the last column of the row.
 
     Returns:
-        (..., k_in) in the dtype of ``x``.
+        (..., k_in) in the dtype of ``x``, or in that of autocast.
     """
     if matrix_kI is None:
         return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1) if bias else x
