@@ -4,6 +4,7 @@ import collections
 import contextlib
 import subprocess
 import sys
+import tempfile
 import textwrap
 
 import pytest
@@ -277,6 +278,42 @@ def test_sequence_first_inputs():
         return model(batch.transpose(0, 1)).pow(3).sum()
 
     check_against_oracle(layer_in_model(layer), loss, x, torch.float64, rank=2, batch_dim=1)
+
+
+def test_a_head_on_pooled_tokens_of_a_sequence_first_model(tmp_path):
+    """As many samples as features: with the axes exchanged nothing would complain."""
+
+    class Pooled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(5, 5), nn.Linear(5, 3)
+
+        def forward(self, x):
+            return self.head(torch.tanh(self.body(x)).mean(0))
+
+    torch.manual_seed(0)
+    model, x = Pooled().double(), torch.randn(5, 6, 5).double()  # (batch, tokens, features)
+    loss = lambda m, batch: m(batch.transpose(0, 1)).pow(3).sum()  # noqa: E731
+    check_against_oracle(model, loss, x, torch.float64, rank=4, batch_dim=1)
+
+
+def test_a_layer_that_is_named_is_logged_whatever_leaves_it_out():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.lm_head = nn.Linear(4, 4), nn.Linear(4, 9)
+
+        def forward(self, x):
+            return self.lm_head(self.body(x))
+
+    def watched(**patterns):
+        asker = loghook.fit(tempfile.mkdtemp())
+        asker.watch(Model(), **patterns)
+        return asker.layers
+
+    assert watched() == ("body",)
+    assert watched(include=["*", "lm_head"]) == watched(include=["*", "*lm_head"]) == ("body", "lm_head")
+    assert watched(include=["*", "lm*"]) == ("body",) and watched(include="lm_head") == ("lm_head",)
 
 
 def test_layer_that_does_not_run_in_a_batch_gets_zero_rows():

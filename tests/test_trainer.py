@@ -387,6 +387,23 @@ def test_a_loss_function_of_ones_own(folder, function, scale):
     assert worst(log, reference("num_items", log), np.argsort(log.data_ids)) <= 1e-5
 
 
+class Weighted(Trainer):
+    """Classes that count for more or less than others."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+        return F.cross_entropy(logits, inputs["labels"], weight=torch.tensor([0.2, 1.0, 5.0]))
+
+
+class OwnMeans(Trainer):
+    """Each sequence's own mean, and the mean of these."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits, labels = model(input_ids=inputs["input_ids"]).logits[:, :-1], inputs["labels"][:, 1:]
+        losses = F.cross_entropy(logits.transpose(1, 2), labels, ignore_index=-100, reduction="none")
+        return (losses.sum(1) / (labels != -100).sum(1)).mean()
+
+
 class Passes(Trainer):
     """A subclass with a data loader of its own that forgets the ids."""
 
@@ -395,19 +412,22 @@ class Passes(Trainer):
 
 
 def test_errors_leave_the_trainer_as_it_was(folder):
-    auxiliary = Auxiliary(LlamaConfig(**CONFIG))
+    auxiliary, certain = Auxiliary(LlamaConfig(**CONFIG)), make_model("num_items")
+    certain.lm_head.weight.data *= 30  # where all labels are equally likely, all means are equal
     floats = [{**s, "labels": float(s["labels"])} for s in samples("ignores")]
     cases = [
         (ConfigError, r"id_column='key' is no column .* \(it has 'input_ids', 'labels'", {}, {"id_column": "key"}),
         (UnsupportedError, "the loss of Auxiliary is neither", {"model": auxiliary}, {}),
         (UnsupportedError, "is neither", {"function": mean_of_sums}, {}),
+        (UnsupportedError, "is neither", {"subclass": Weighted, "kind": "ignores"}, {}),
+        (UnsupportedError, "is neither", {"subclass": OwnMeans, "model": certain}, {}),
         (UnsupportedError, r"LlamaForSequenceClassification trains on torch.float32 labels", {"data": floats}, {}),
         (BatchError, r"the batch has no 'id' \(it has 'input_ids'", {"subclass": Passes, "max_steps": 1}, {}),
         (BatchError, "data_id holds float", {"data": [{**s, "id": 0.5} for s in samples("num_items")]}, {}),
     ]
     for number, (error, message, options, arguments) in enumerate(cases):
         function = options.pop("function", None)
-        kind = "ignores" if options.get("data") is floats else "num_items"
+        kind = options.pop("kind", "ignores" if options.get("data") is floats else "num_items")
         trainer = make_trainer(folder, kind, **options)
         trainer.compute_loss_func = function
         keys = set(vars(trainer))

@@ -170,7 +170,7 @@ def _batch_first(layer: Layer, slots: Slots, x: Tensor) -> Tensor:
     x = x.detach().to(slots.samples.device)  # accelerate's hooks move inputs after this hook was given them
     if layer.spec.flattened:
         x = _unflatten(layer, slots, x)
-    elif layer.spec.batch_dim:
+    elif layer.spec.batch_dim and (x.dim() > 2 or not layer.spec.channels):  # (B, features) has no axis of tokens
         x = x.movedim(layer.spec.batch_dim, 0)
     if slots.documents is None and not isinstance(layer.module, ExpertProjection) and len(x) != slots.size:
         raise BatchError(

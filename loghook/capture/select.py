@@ -109,7 +109,7 @@ def select(
             reasons[name] = (
                 "an embedding is watched only where a pattern names it" if not found.default else "not included"
             )
-        elif matches(name, watch.exclude):
+        elif _left_out(name, wanted, watch.exclude):
             reasons[name] = "excluded"
         else:
             chosen[name] = (module, found)
@@ -126,6 +126,12 @@ def _named_by(name: str, module: nn.Module, pattern: str) -> bool:
     """Whether a pattern names a module; an expert's projection also answers to the name of the whole."""
     owner = name.rsplit(".", 2)[0] if isinstance(module, ExpertProjection) else name
     return fnmatchcase(name, pattern) or fnmatchcase(owner, pattern)
+
+
+def _left_out(name: str, wanted: Sequence[str], exclude: str | Sequence[str]) -> bool:
+    """Whether a layer is excluded; what is left out by default is not where a pattern of ``wanted`` names it."""
+    named = exclude == ("*lm_head",) and any(pattern.endswith("lm_head") for pattern in wanted)
+    return matches(name, exclude) and not named
 
 
 def _overrides_forward(module: nn.Module) -> bool:

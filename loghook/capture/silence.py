@@ -14,8 +14,8 @@ def nothing_delivered(layers: Sequence[Layer]) -> str:
             "if the model was compiled before watch(), call watch() first."
         )
     return (
-        "no backward pass reached a watched layer in this block: call loss.backward() inside it, on a loss that "
-        "depends on the model's output."
+        "no backward pass reached a watched layer in this block: call loss.backward() inside it, without inputs= (and "
+        "not torch.autograd.grad), on a loss that depends on the model's output."
     )
 
 
@@ -29,9 +29,9 @@ def partly_delivered(missing: Sequence[Layer], quiet: bool, total: int) -> str:
         )
     elif not any(layer.fired for layer in missing):
         cause = (
-            "its forward never ran here: a branch not taken, an adapter that is merged or disabled, a model compiled "
-            "before watch(), or a fused kernel that reads the weight without calling the module (fused losses do that "
-            "to lm_head)"
+            "its forward never ran here: a branch not taken, an adapter that is merged or disabled, a module that was "
+            "put in its place, a model compiled before watch(), or a fused kernel that reads the weight without "
+            "calling the module (fused losses do that to lm_head)"
         )
     elif all(layer.fired for layer in missing):
         cause = (

@@ -133,7 +133,7 @@ def output_gradient(dims: tuple[int, int], g: Tensor, x: Tensor) -> Tensor:
     channel_dim, batch_dim = dims
     if g.dim() == 3 and not batch_dim and channel_dim == -1 and g.shape[:2] == x.shape[:2]:
         return g  # as it is nearly always
-    g_BSO = as_tokens(g.movedim(batch_dim, 0) if batch_dim else g, channel_dim)
+    g_BSO = as_tokens(g.movedim(batch_dim, 0) if batch_dim and g.dim() > 2 else g, channel_dim)
     return g_BSO.reshape(*x.shape[:2], g_BSO.shape[-1])  # batch and tokens may share an axis in the module
 
 

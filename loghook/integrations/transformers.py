@@ -14,6 +14,7 @@ from loghook.capture.segments import from_cu_seqlens, from_position_ids
 from loghook.errors import BatchError, ConfigError, UnsupportedError
 
 IGNORED = -100  # the label that transformers' losses leave out
+TOLERANCE = 1e-5  # by which losses may differ that are taken for equal: less than an auxiliary loss adds
 
 Count = Callable[[Mapping[str, Any], Any], Any]
 
@@ -143,12 +144,18 @@ def _find_count(trainer: Any, inputs: Mapping[str, Any], items: Any) -> Count:
             "with log_training(..., scale=lambda batch, num_items: n), n times the loss being a sum over samples."
         )
 
+    tolerance = TOLERANCE
+
     def loss(labels: Tensor, items: Any) -> float:
-        return float(trainer.compute_loss(trainer.model, {**inputs, "labels": labels}, num_items_in_batch=items))
+        nonlocal tolerance
+        value = trainer.compute_loss(trainer.model, {**inputs, "labels": labels}, num_items_in_batch=items)
+        tolerance = max(TOLERANCE, torch.finfo(value.dtype).eps)  # a loss may be in half precision
+        return float(value)
 
     none = torch.full_like(labels, IGNORED)
     first = none.clone()
     first[..., 0] = 0
+    parts = _in_parts(labels)
     training = trainer.model.training
     devices = [labels.device] if labels.device.type == "cuda" else []
     trainer.model.eval()
@@ -157,12 +164,16 @@ def _find_count(trainer: Any, inputs: Mapping[str, Any], items: Any) -> Count:
             known = items is None
             if not known:
                 whole, half = loss(torch.zeros_like(labels), items), loss(torch.zeros_like(labels), 2 * items)
-                if math.isclose(whole, 2 * half, rel_tol=1e-3):
+                if math.isclose(whole, 2 * half, rel_tol=tolerance):
                     return lambda _, items: items
-                known = math.isclose(whole, half, rel_tol=1e-3)
+                known = math.isclose(whole, half, rel_tol=tolerance)
             if known and math.isnan(loss(none, items)):
                 shift = int(labels.dim() > 1 and math.isnan(loss(first, items)))
-                return lambda inputs, _: (inputs["labels"][..., shift:] != IGNORED).sum()
+                counts = [int((part[..., shift:] != IGNORED).sum()) for part in parts]
+                sums = [n * loss(part, items) if n else 0.0 for part, n in zip(parts, counts, strict=True)]
+                # A mean with weights, or of samples' own means, is no sum of what its parts are.
+                if math.isclose(sums[0], sums[1] + sums[2], rel_tol=tolerance):
+                    return lambda inputs, _: (inputs["labels"][..., shift:] != IGNORED).sum()
     except IndexError:
         pass  # a loss to which -100 is a class like others
     finally:
@@ -172,6 +183,16 @@ def _find_count(trainer: Any, inputs: Mapping[str, Any], items: Any) -> Count:
         f"a micro-batch that are not {IGNORED} (an auxiliary loss, a weighted mean?). If it is a sum over samples "
         "divided by n, pass log_training(..., scale=lambda batch, num_items: n)."
     )
+
+
+def _in_parts(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Labels of several classes where there are some, and two parts of them that differ in classes and in samples."""
+    counted = labels != IGNORED
+    place = (counted.flatten().cumsum(0) - 1).view(labels.shape)
+    row = torch.arange(len(labels), device=labels.device).view(-1, *[1] * (labels.dim() - 1))
+    mixed = torch.where(place % 3 == 2, labels, place % 3).where(counted, IGNORED)
+    one = place % (3 + row) == 0
+    return mixed, mixed.where(one, IGNORED), mixed.where(~one, IGNORED)
 
 
 def _refuse(trainer: Any) -> None:
