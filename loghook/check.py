@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from loghook.capture.coverage import describe_coverage
 from loghook.capture.models import mixing_modules, unwrap
 from loghook.capture.probe import LossFunction, Probe
-from loghook.capture.select import Watch
+from loghook.capture.select import HEAD, Watch
 from loghook.capture.silence import nothing_delivered
 from loghook.errors import BatchError, DeliveryError, UnsupportedError
 
@@ -77,7 +77,7 @@ def check(
     batch: Any,
     *,
     include: str | Sequence[str] = "*",
-    exclude: str | Sequence[str] = "*lm_head",
+    exclude: str | Sequence[str] = HEAD,
     flattened: str | Sequence[str] = (),
     batch_dim: int = 0,
     segments: Tensor | Callable[[Any], Tensor] | None = None,

@@ -189,12 +189,13 @@ def plan(
     exclude: Annotated[list[str] | None, typer.Option(help="The same for layers left out.")] = None,
 ) -> None:
     """Say what logging a transformers model would cost, from its configuration: disk, memory, arithmetic."""
+    from loghook.capture.select import HEAD
     from loghook.integrations.plan import plan_config
 
     typer.echo(
         plan_config(
             model, samples=samples, tokens=tokens, rank=rank, dtype=dtype, projection=projection, batch=batch,
-            disk=disk, include=include or "*", exclude=exclude or "*lm_head",
+            disk=disk, include=include or "*", exclude=exclude or HEAD,
         )
     )  # fmt: skip
 

@@ -297,7 +297,7 @@ def test_a_head_on_pooled_tokens_of_a_sequence_first_model(tmp_path):
     check_against_oracle(model, loss, x, torch.float64, rank=4, batch_dim=1)
 
 
-def test_a_layer_that_is_named_is_logged_whatever_leaves_it_out():
+def test_the_head_is_left_out_by_default_unless_a_pattern_names_it():
     class Model(nn.Module):
         def __init__(self):
             super().__init__()

@@ -51,7 +51,7 @@ def make_hook(layer: Layer) -> Hook:
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
         slots = OPEN.get(key)
-        if slots is None or module is not layer.module:  # a deep copy of the model has the same hooks
+        if slots is None or module is not layer.module:  # a shallow copy has the same hooks
             return None
         if not torch.is_grad_enabled():
             # A reentrant checkpoint's first forward has no graph; its recomputation comes here again with one.
@@ -64,11 +64,8 @@ def make_hook(layer: Layer) -> Hook:
                 f"layer {layer.name!r} takes {type(x).__name__} and returns {type(y).__name__}: exclude it, as loghook "
                 "watches modules from one tensor to one tensor."
             )
-        early = slots.early
-        if early is not None:
-            slots.early = None
-        if early is not None and early[0] is x and early[1] == x._version:
-            projected = early[2]
+        if slots.early is not None and slots.early[0] is x and slots.early[1] == x._version:
+            projected = slots.early[2]
         else:
             x = _batch_first(layer, slots, x)
             projected = _project(layer, slots, module, x)
@@ -85,7 +82,7 @@ def make_hook(layer: Layer) -> Hook:
             same = tokens.shape[:2] == projected.shape[:2]  # not so for patches, which have positions of their own
             activations = sum_tokens(tokens, weight if same else _token_weight(slots, tokens), documents)
         if not torch.compiler.is_compiling():
-            layer.fired, layer.computes_in = True, y.dtype
+            layer.fired, layer.computes_in, slots.early = True, y.dtype, None
             if torch._C._current_graph_task_id() != -1:  # inside a backward pass: a checkpoint recomputes
                 slots.recomputed += 1
             else:
@@ -130,10 +127,10 @@ def make_early_hook(layer: Layer) -> Hook:
         if slots is None or module is not layer.module or not args or not torch.is_grad_enabled():
             return
         x = args[0]
-        if plain and isinstance(x, Tensor) and x.device == slots.samples.device and _shareable(layer, slots, x):
-            if x.is_nested or x.is_inference() or x.dim() < 2 or (slots.documents is None and len(x) != slots.size):
-                return  # the other hook takes it, or says what is wrong; inference tensors have no version
-            slots.early = x, x._version, _project(layer, slots, module, x.detach())
+        # Tensors of inference mode have no version; the other hook takes them.
+        known = plain and isinstance(x, Tensor) and x.device == slots.samples.device and not x.is_inference()
+        if known and _shareable(layer, slots, x):
+            slots.early = x, x._version, _project(layer, slots, module, _batch_first(layer, slots, x))
 
     return Hook(hook)
 

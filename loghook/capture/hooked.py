@@ -51,7 +51,7 @@ class Hooked:
 
     def _hook(
         self, model: nn.Module, watch: Watch, optimizer: Any = None, gradient: str = "plain", check_rank: bool = False,
-        settle: Callable[[list[Layer]], None] = lambda layers: None,
+        settle: Callable[[list[Layer]], None] | None = None,
     ) -> dict[str, Any]:  # fmt: skip
         """Select and hook layers of a model; returns the coverage record. An error leaves nothing behind.
 
@@ -73,7 +73,8 @@ class Hooked:
                 f"rank={self._rank} exceeds the width of every watched layer (largest: {widest:,}), so it would reduce "
                 "nothing: choose a smaller rank, or projection='none'."
             )
-        settle(layers)
+        if settle is not None:
+            settle(layers)
         bind(model, layers, optimizer, gradient)
         if not self._watches(model):
             self._models.append(weakref.ref(unwrap(model)))

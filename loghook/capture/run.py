@@ -4,6 +4,7 @@ import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -13,11 +14,10 @@ from loghook.capture.batch import Blocks, Given, Ids, check_ids
 from loghook.capture.config import Config
 from loghook.capture.coverage import describe_coverage
 from loghook.capture.hooked import Hooked
-from loghook.capture.layers import Layer
 from loghook.capture.pack import pack
 from loghook.capture.passes import Gathering, Pass
 from loghook.capture.plan import Plan, parse_size
-from loghook.capture.select import FUSED_EXPERTS, Watch
+from loghook.capture.select import FUSED_EXPERTS, HEAD, Watch
 from loghook.capture.session import Session
 from loghook.capture.sums import decompose, fit_sides
 from loghook.capture.whole import Covariance
@@ -60,7 +60,7 @@ class Run(Blocks, Hooked):
         self,
         model: nn.Module,
         include: str | Sequence[str] = "*",
-        exclude: str | Sequence[str] = "*lm_head",
+        exclude: str | Sequence[str] = HEAD,
         *,
         bias: bool = True,
         may_sleep: str | Sequence[str] = (),
@@ -104,11 +104,9 @@ class Run(Blocks, Hooked):
         manifest = self._session.manifest
         if manifest is not None:
             check_same(manifest, self._config, ARGUMENTS)
-
-        def settle(layers: list[Layer]) -> None:
-            if manifest is not None and manifest.fitted is not None:
-                self._project_with(load_sides(self.path, manifest.fitted), manifest.fitted, layers)
-
+        settle = None
+        if manifest is not None and manifest.fitted is not None:
+            settle = partial(self._project_with, load_sides(self.path, manifest.fitted), manifest.fitted)
         coverage = self._hook(model, arguments, optimizer, self._gradient, check_rank=True, settle=settle)
         for key in ("covered", "total", "not_covered"):
             self._coverage[key] += coverage[key]

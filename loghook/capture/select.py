@@ -16,6 +16,7 @@ from loghook.errors import ConfigError
 from loghook.log.format import LayerSpec, listed
 from loghook.project.projection import Side, draw_side, shared_input_name
 
+HEAD = "*lm_head"  # what is left out by default: wide, and often bypassed by fused losses
 FUSED_EXPERTS = "fused experts are watched only where a pattern such as '*experts*' names them"
 _TRUSTED = {"torch", "torchao", "bitsandbytes", "transformers", "peft", "loghook"}
 
@@ -130,7 +131,7 @@ def _named_by(name: str, module: nn.Module, pattern: str) -> bool:
 
 def _left_out(name: str, wanted: Sequence[str], exclude: str | Sequence[str]) -> bool:
     """Whether a layer is excluded; what is left out by default is not where a pattern of ``wanted`` names it."""
-    named = exclude == ("*lm_head",) and any(pattern.endswith("lm_head") for pattern in wanted)
+    named = exclude == (HEAD,) and any(pattern.endswith(HEAD.lstrip("*")) for pattern in wanted)
     return matches(name, exclude) and not named
 
 

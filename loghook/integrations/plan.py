@@ -7,14 +7,14 @@ import torch
 
 from loghook.capture.config import Config
 from loghook.capture.plan import Plan, parse_size
-from loghook.capture.select import Watch, select
+from loghook.capture.select import HEAD, Watch, select
 from loghook.errors import ConfigError
 
 
 def plan_config(
     model: str | Path, *, samples: int, tokens: int, rank: int = 64, dtype: str = "float32",
     projection: str = "random", batch: int = 1, disk: str | float | None = None,
-    include: str | Sequence[str] = "*", exclude: str | Sequence[str] = "*lm_head",
+    include: str | Sequence[str] = "*", exclude: str | Sequence[str] = HEAD,
 ) -> Plan:  # fmt: skip
     """Plan for a transformers model on the meta device: no weights are read or made.
 

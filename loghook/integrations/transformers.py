@@ -144,13 +144,8 @@ def _find_count(trainer: Any, inputs: Mapping[str, Any], items: Any) -> Count:
             "with log_training(..., scale=lambda batch, num_items: n), n times the loss being a sum over samples."
         )
 
-    tolerance = TOLERANCE
-
-    def loss(labels: Tensor, items: Any) -> float:
-        nonlocal tolerance
-        value = trainer.compute_loss(trainer.model, {**inputs, "labels": labels}, num_items_in_batch=items)
-        tolerance = max(TOLERANCE, torch.finfo(value.dtype).eps)  # a loss may be in half precision
-        return float(value)
+    def loss(labels: Tensor, items: Any) -> Tensor:
+        return trainer.compute_loss(trainer.model, {**inputs, "labels": labels}, num_items_in_batch=items)
 
     none = torch.full_like(labels, IGNORED)
     first = none.clone()
@@ -164,13 +159,15 @@ def _find_count(trainer: Any, inputs: Mapping[str, Any], items: Any) -> Count:
             known = items is None
             if not known:
                 whole, half = loss(torch.zeros_like(labels), items), loss(torch.zeros_like(labels), 2 * items)
-                if math.isclose(whole, 2 * half, rel_tol=tolerance):
+                if math.isclose(whole, 2 * half, rel_tol=TOLERANCE):
                     return lambda _, items: items
-                known = math.isclose(whole, half, rel_tol=tolerance)
+                known = math.isclose(whole, half, rel_tol=TOLERANCE)
             if known and math.isnan(loss(none, items)):
                 shift = int(labels.dim() > 1 and math.isnan(loss(first, items)))
                 counts = [int((part[..., shift:] != IGNORED).sum()) for part in parts]
-                sums = [n * loss(part, items) if n else 0.0 for part, n in zip(parts, counts, strict=True)]
+                means = [loss(part, items) for part in parts]
+                sums = [n * float(mean) if n else 0.0 for n, mean in zip(counts, means, strict=True)]
+                tolerance = max(TOLERANCE, torch.finfo(means[0].dtype).eps)  # a loss may be in half precision
                 # A mean with weights, or of samples' own means, is no sum of what its parts are.
                 if math.isclose(sums[0], sums[1] + sums[2], rel_tol=tolerance):
                     return lambda inputs, _: (inputs["labels"][..., shift:] != IGNORED).sum()

@@ -13,7 +13,7 @@ from loghook.capture.coverage import describe_coverage
 from loghook.capture.hooked import Hooked
 from loghook.capture.layers import Layer
 from loghook.capture.passes import Gathering, Pass
-from loghook.capture.select import Watch
+from loghook.capture.select import HEAD, Watch
 from loghook.capture.sums import decompose
 from loghook.capture.whole import Covariance, Eigenvalues
 from loghook.errors import ConfigError, LogExistsError, StateError
@@ -65,7 +65,7 @@ class Factors(Blocks, Hooked):
         self,
         model: nn.Module,
         include: str | Sequence[str] = "*",
-        exclude: str | Sequence[str] = "*lm_head",
+        exclude: str | Sequence[str] = HEAD,
         *,
         bias: bool = True,
         may_sleep: str | Sequence[str] = (),
