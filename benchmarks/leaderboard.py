@@ -33,6 +33,7 @@ from torch import nn
 
 import loghook
 from loghook.evaluate import controls
+from loghook.evaluate.judges import mrr
 from loghook.evaluate.lds import interval
 from loghook.evaluate.replay import replay
 
@@ -155,31 +156,63 @@ def rows(task: Any, model: nn.Module, folder: str, names: Iterable[str], seed: i
 
 
 def tuned(task: Any, model: nn.Module, folder: str, rank: int) -> Iterator[Scored]:
-    """What `loghook.tune` chooses from 600 samples and 20 queries within a rank's bytes, logged and scored."""
+    """What `loghook.tune` chooses within a rank's bytes, logged and scored: by fidelity, and by known answers.
+
+    It sees 600 samples and 20 queries. Where facts are planted, each half of the queries is scored with what is chosen
+    by the right answers to the other half.
+    """
     start, peak = time.perf_counter(), Peak()
     one = Whole(task, model, "empirical", f"{folder}-factors")
-    limit = sum(4 * min(rank, spec.in_features + spec.bias) * min(rank, spec.out_features) for spec in one.fit.specs)
-    ids = np.sort(np.random.default_rng(0).choice(task.n_train, 600, replace=False)).tolist()
-    places = np.sort(np.random.default_rng(1).choice(task.n_query, 20, replace=False)).tolist()
-    with silent(), loghook.frozen(model):
-        choice = loghook.tune(
-            one.fit,
-            lambda: zip([ids[i : i + 100] for i in range(0, 600, 100)], task.batches("train", ids, 100), strict=True),
-            lambda: [(places, *task.batches("query", places, 20))],
-            lambda batch: task.loss(model, batch),
-            outputs=lambda batch: task.outputs(model, batch),
-            output_loss=task.loss_from_outputs,
-            bytes_per_sample=limit,
-            ranks=(16, 32, 64, 128),
-            dtypes=("float32", "int8", "int1"),
-            mask=lambda batch: batch.get("mask"),
-        )
-    print(choice, file=sys.stderr)
+    fitted = time.perf_counter() - start
+    label = f"tuned within the bytes of rank {rank}"
+    places = np.sort(np.random.default_rng(1).choice(task.n_query, 20, replace=False))
+    ids = np.sort(np.random.default_rng(0).choice(task.n_train, 600, replace=False))
+    yield _chosen(task, model, folder, one, rank, ids, [(places, np.arange(task.n_query))], label, peak, fitted)
+    if task.relevant is not None:
+        halves = np.array_split(np.random.default_rng(0).permutation(task.n_query), 2)
+        answers = np.unique([i for relevant in task.relevant for i in relevant])
+        others = np.random.default_rng(0).permutation(np.setdiff1d(np.arange(task.n_train), answers))
+        ids = np.sort(np.concatenate([answers, others[: max(0, 600 - len(answers))]]))
+        pairs = [(np.sort(choose), report) for choose, report in (halves, halves[::-1])]
+        label += ", by known answers"
+        yield _chosen(task, model, folder, one, rank, ids, pairs, label, Peak(), fitted, known=True)
     one.fit.close()
-    log, query, _ = logged(task, model, folder, choice.watch, **choice.arguments)
-    values = log.influence(query, **choice.best.scoring).values
-    label, chosen = f"tuned within the bytes of rank {rank}", " ".join(str(choice.best).split())
-    yield Scored(label, values, time.perf_counter() - start, log.codec.row_bytes, peak.mb, chosen)
+
+
+def _chosen(
+    task: Any, model: nn.Module, folder: str, one: Whole, rank: int, ids: np.ndarray,
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]], label: str, peak: Peak, fitted: float, known: bool = False,
+) -> Scored:  # fmt: skip
+    """Scores of queries by what others, the first of each pair, choose."""
+    start, values, notes = time.perf_counter(), np.zeros((task.n_query, task.n_train)), []
+    limit = sum(4 * min(rank, spec.in_features + spec.bias) * min(rank, spec.out_features) for spec in one.fit.specs)
+    size = 0.0
+    for number, (choose, report) in enumerate(pairs):
+        by: dict[str, Any]
+        if known:
+            relevant = [np.searchsorted(ids, task.relevant[place]) for place in choose]
+            by = {"judge": lambda scores, relevant=relevant: mrr(scores, relevant).mean}
+        else:
+            by = {"outputs": lambda batch: task.outputs(model, batch), "output_loss": task.loss_from_outputs}
+        parts = np.split(ids, range(100, len(ids), 100))
+        with silent(), loghook.frozen(model):
+            choice = loghook.tune(
+                one.fit,
+                lambda: zip((p.tolist() for p in parts), task.batches("train", ids.tolist(), 100), strict=True),  # noqa: B023
+                lambda: [(choose.tolist(), *task.batches("query", choose.tolist(), len(choose)))],  # noqa: B023
+                lambda batch: task.loss(model, batch),
+                bytes_per_sample=limit,
+                ranks=(16, 32, 64, 128),
+                dtypes=("float32", "int8", "int1"),
+                mask=lambda batch: batch.get("mask"),
+                **by,
+            )
+        print(choice, file=sys.stderr)
+        log, query, _ = logged(task, model, f"{folder}-{number}", choice.watch, **choice.arguments)
+        values[report] = log.influence(query, **choice.best.scoring).values[report]
+        size += log.codec.row_bytes / len(pairs)
+        notes.append(" ".join(str(choice.best).split()))
+    return Scored(label, values, fitted + time.perf_counter() - start, size, peak.mb, "; ".join(notes))
 
 
 def whole(

@@ -136,6 +136,34 @@ def test_layers_that_say_little_are_left_out(tmp_path):
     assert correlation(log.influence(query, "dot").values, whole.values) == pytest.approx(alone[first], abs=1e-4)
 
 
+def test_known_answers_choose_the_layers_of_the_reference(tmp_path):
+    model, x, fit, samples, queries = setting()
+    scoring = fit.score(fit_query(fit, model, x), per_layer=True)
+    for ids, batch in samples():
+        with scoring(data_id=ids):
+            loss(model, batch).backward()
+    whole = scoring.scores()
+    truth = whole.by_layer[1]  # as if the scores of k_proj alone were right, which no reference of all layers can say
+    options = {"ranks": (4, 8), "dtypes": ("float32",), "projections": [{"projection": "random"}]}
+    tuned = loghook.tune(
+        fit, samples, queries, lambda b: loss(model, b), judge=lambda scores: correlation(scores, truth), **options
+    )
+    assert tuned.best.layers == ("k_proj",)
+    assert tuned.reference == "ekfac (whole gradients), damping 0.1, of k_proj, judged 1.000"
+    plain = loghook.tune(fit, samples, queries, lambda b: loss(model, b), **options)
+    assert len(plain.best.layers) > 1 and plain.reference == "ekfac (whole gradients), damping 0.1"
+    # Projection, rank and scoring are chosen by fidelity to what was liked, and the log keeps that figure.
+    log, asked = logged(tmp_path / "log", model, x, tuned, samples)
+    scores = log.influence(asked, **tuned.best.scoring)
+    assert scores.fidelity == pytest.approx(correlation(scores.values, truth), abs=1e-3)
+    # A judge that likes several groups together gets their sum.
+    both = whole.by_layer[[0, 2]].sum(0)
+    tuned = loghook.tune(
+        fit, samples, queries, lambda b: loss(model, b), judge=lambda scores: correlation(scores, both), **options
+    )
+    assert sorted(tuned.best.layers) == ["out", "q_proj"] and "judged 1.000" in tuned.reference
+
+
 def fit_query(fit, model, x):
     with fit.query(data_id=["a", "b", "c"]) as query:
         loss(model, x[60:63]).backward()
@@ -187,6 +215,8 @@ def test_what_cannot_work_is_refused_before_anything_is_computed():
     refused("smallest row to be tried takes", bytes_per_sample=3, ranks=(4,))
     refused("'int1' takes a whitened projection", projections=[{"projection": "random"}], dtypes=["int1"])
     refused("widest layer's 13", ranks=(500,))
+    refused("no choice of", judge=np.mean, subsets=False, ranks=(4,))
+    refused("all layers together", judge=np.mean, outputs=model, output_loss=lambda y, b: y.sum(), ranks=(4,))
     refused("pass a function", walk=list(samples()), ranks=(4,))
     refused(
         "must be the same sum",

@@ -86,7 +86,8 @@ def stochastic(system: Damped, g: Tensor, iterations: int, step: float, momentum
     """
     batches, largest = system.matrix.batches, 1.0
     start = torch.randn(1, g.shape[1], generator=torch.Generator().manual_seed(0)).to(g)
-    for batch in batches[:iterations]:  # those that there will be a step for
+    steps = batches[:iterations]  # those that there will be a step for
+    for batch in tqdm(steps, "largest stable step", unit=" batches", delay=2, leave=False, disable=None):
         v = start
         for _ in range(POWER_STEPS):
             v = system.precondition(system.times(v / v.norm(), [batch]))

@@ -25,6 +25,7 @@ from loghook.capture.run import Run
 from loghook.errors import ConfigError
 from loghook.influence.engine import influence
 from loghook.influence.fidelity import pearson
+from loghook.influence.scores import Scores
 from loghook.log import maintain
 from loghook.log.format import LayerSpec, Layout
 from loghook.log.query import Query
@@ -39,6 +40,7 @@ SLACK = 0.005  # fidelities that differ by less are taken for equal, and the sma
 # Of the refined reference. Of 0.1, 1, 3 and 10 the one by which no choice was clearly worse on any shipped truth.
 DAMPING = 1.0
 Batches = Callable[[], Iterable[tuple[Ids, Any]]]
+Judge = Callable[[np.ndarray], float]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +106,7 @@ def tune(
     *,
     outputs: Outputs | None = None,
     output_loss: OutputLoss | None = None,
+    judge: Judge | None = None,
     bytes_per_sample: float | None = None,
     subsets: bool = True,
     projections: Sequence[dict[str, Any]] = PROJECTIONS,
@@ -125,6 +128,9 @@ def tune(
         outputs: with ``output_loss``, as in ``Fit.refine``: the reference is then the refined questions, whose
             curvature is taken from the samples, instead of EK-FAC. It costs more, and is nearer to retraining.
         output_loss: see ``outputs``.
+        judge: what is known of the answers: scores (Q, N), in the order of the walks, -> a number, more is better, like
+            ``lambda scores: evaluate.mrr(scores, relevant).mean``. The reference is then made of the groups of layers
+            (see ``subsets``) whose EK-FAC scores it likes best. Report on other queries than it saw.
         bytes_per_sample: the most that a stored row may take; None for no limit.
         subsets: whether groups of layers may be left out. A group is what differs in numbers only, such as
             ``model.layers.*.mlp.down_proj``; they are added one by one, the one that helps most first.
@@ -139,7 +145,7 @@ def tune(
         The measured candidates and the choice: the smallest row whose fidelity is within 0.005 of the best.
 
     Raises:
-        ConfigError: if nothing fits the budget, or the two losses differ.
+        ConfigError: if nothing fits the budget, the two losses differ, or ``judge`` has nothing to choose.
     """
     for name, walk in (("samples", samples), ("queries", queries)):
         if not callable(walk):
@@ -150,18 +156,27 @@ def tune(
     refined = {"damping": DAMPING} | given
     if (outputs is None) != (output_loss is None):
         raise ConfigError("the refined reference takes both outputs= and output_loss=: pass the two, or neither.")
+    if judge is not None and not subsets:
+        raise ConfigError("judge= chooses layers, which subsets=False leaves no choice of: pass one of the two.")
+    if judge is not None and outputs is not None:
+        raise ConfigError(
+            "judge= chooses among the layers' scores, and refined questions belong to all layers together: pass "
+            "judge=, or outputs= and output_loss=."
+        )
     if outputs is not None and output_loss is not None:
         _check_losses(samples, loss, outputs, output_loss)
     print(f"loghook tries {len(tried)} projections and ranks in {', '.join(dtypes)}, scored in {len(methods)} ways")
     asked = _asked([fit], queries, loss)[0]
     if outputs is not None and output_loss is not None:
         asked = fit.refine(asked, (batch for _, batch in samples()), outputs, output_loss, **refined)
-    scoring = fit.score(asked, **given if asked.direction is None else {})
+    scoring = fit.score(asked, per_layer=judge is not None, **given if asked.direction is None else {})
     found: list[Candidate] = []
     with tempfile.TemporaryDirectory(prefix="loghook-tune-") as folder:
         logs = _small_logs(fit, scoring, [init for init, _ in tried], Path(folder), samples, queries, loss, mask)
         reference = scoring.scores()
-        wanted = reference.values
+        wanted, liked = reference.values, ""
+        if judge is not None:
+            wanted, liked = _liked(judge, reference)
         bar = tqdm(logs, "tuning", unit=" logs", delay=2, leave=False, disable=None)
         for (init, path, query), (_, fits) in zip(bar, tried, strict=True):
             for dtype in fits:
@@ -180,7 +195,7 @@ def tune(
         best=next(one for one in found if one.fidelity >= top - SLACK),
         samples=wanted.shape[1],
         queries=len(asked),
-        reference=reference.method + (f", damping {reference.damping:g}" if reference.damping else ""),
+        reference=reference.method + (f", damping {reference.damping:g}" if reference.damping else "") + liked,
         factors=str(fit.path),
         watched=fit.watched,
     )
@@ -260,12 +275,11 @@ def _measured(
     everything = list(range(len(grouped)))
     for how in methods:
         scores = influence(log, query, per_layer=True, **how)
-        assert scores.by_layer is not None
-        place = {name: i for i, name in enumerate(log.layers)}
-        parts = [scores.by_layer[[place[name] for name in names]].sum(0) for names in grouped]
+        parts = list(_by_group(scores).values())
         # Norms are over all layers, so that normalised scores do not add up to those of some.
         if subsets and scores.normalize is None:
-            found = _grown(parts, wanted, lambda chosen: size(chosen) <= limit)
+            grown = _grown(parts, lambda values: _like(values, wanted), lambda chosen: size(chosen) <= limit)
+            found = ((chosen, fidelity) for chosen, _, fidelity in grown)
         else:
             found = ((c, _like(scores.values, wanted)) for c in (everything,) if size(c) <= limit)
         for chosen, fidelity in found:
@@ -277,16 +291,34 @@ def _measured(
     yield from best.values()
 
 
+def _liked(judge: Judge, reference: Scores) -> tuple[np.ndarray, str]:
+    """Scores (Q, N) of the groups of layers that a judge likes best, added up, and what to say of them."""
+    parts = _by_group(reference)
+    chosen, scores, liked = max(_grown(list(parts.values()), judge), key=lambda one: one[2])
+    kinds = ", ".join(list(parts)[i].rpartition(".")[2] for i in chosen)
+    return scores, f", of {kinds}, judged {liked:.3f}"
+
+
+def _by_group(scores: Scores) -> dict[str, np.ndarray]:
+    """Scores (Q, N) of each group of layers."""
+    assert scores.by_layer is not None
+    place = {name: i for i, name in enumerate(scores.layers)}
+    return {
+        pattern: scores.by_layer[[place[name] for name in names]].sum(0)
+        for pattern, names in groups(scores.layers).items()
+    }
+
+
 def _grown(
-    parts: Sequence[np.ndarray], wanted: np.ndarray, fits: Callable[[list[int]], bool]
-) -> Iterator[tuple[list[int], float]]:
-    """Add up scores (Q, N) of groups, the one that helps most of those that fit: the groups so far, their fidelity."""
+    parts: Sequence[np.ndarray], judge: Judge, fits: Callable[[list[int]], bool] = lambda chosen: True
+) -> Iterator[tuple[list[int], np.ndarray, float]]:
+    """Add up scores (Q, N) of groups, the one that helps most of those that fit: groups so far, scores, judgement."""
     chosen: list[int] = []
-    total = np.zeros_like(wanted)
+    total = np.zeros_like(parts[0])
     while rest := [i for i in range(len(parts)) if i not in chosen and fits([*chosen, i])]:
-        fidelity, best = max((_like(total + parts[i], wanted), i) for i in rest)
+        liked, best = max((float(judge(total + parts[i])), i) for i in rest)
         chosen, total = [*chosen, best], total + parts[best]
-        yield chosen, fidelity
+        yield chosen, total, liked
 
 
 def _like(values: np.ndarray, wanted: np.ndarray) -> float:
