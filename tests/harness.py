@@ -53,7 +53,7 @@ def whole(side: Side) -> Tensor | None:
 
 
 def assert_rows_exact(log: loghook.Log, model: nn.Module, loss_fn: Loss, batch: Any, tolerance: float) -> None:
-    gradients = one_sample_gradients(model, loss_fn, batch, log.layers)
+    gradients = {n: g.cpu() for n, g in one_sample_gradients(model, loss_fn, batch, log.layers).items()}
     for name in log.layers:
         p_out, p_in = sides(log, name)
         expected = project(gradients[name], whole(p_out), whole(p_in))

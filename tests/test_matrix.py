@@ -539,28 +539,29 @@ def test_model_moved_by_hand_between_devices(other, swapped):
     proven(model)
 
 
-def fitted(model, data):
-    """A log of whitened rows, EK-FAC's scores of whole gradients."""
+def fitted(model, data, scale=1.0):
+    """A log of whitened rows, EK-FAC's scores of whole gradients; of a loss that is divided by `scale`."""
     run, fit = new_run(model, projection="whitened"), loghook.fit(tempfile.mkdtemp(prefix="loghook-matrix-"))
     with contextlib.redirect_stdout(None):
         fit.watch(model)
     for each in (run, fit):
         for _ in each.passes():
             for ids in batches():
-                with each(data_id=ids):
-                    loss_of(model, data[ids]).backward()
-    with fit.query(data_id=[0, 1]) as query:
-        loss_of(model, data[:2]).backward()
+                with each(data_id=ids, scale=scale):
+                    (loss_of(model, data[ids]) / float(scale)).backward()
+    with fit.query(data_id=[0, 1], scale=scale) as query:
+        (loss_of(model, data[:2]) / float(scale)).backward()
     scoring = fit.score(query)
     for ids in batches():
-        with scoring(data_id=ids):
-            loss_of(model, data[ids]).backward()
+        with scoring(data_id=ids, scale=scale):
+            (loss_of(model, data[ids]) / float(scale)).backward()
     return finished(run), torch.from_numpy(scoring.scores().values)
 
 
 def test_fitted_on_two_devices(other):
     (expected, scores), data = fitted(Net(), make_data()), make_data()
-    log, others = fitted(Spread().place("cpu", other), data)
+    scale = torch.tensor(4.0, device=other)  # as Trainer counts items: layers elsewhere cannot be multiplied by it
+    log, others = fitted(Spread().place("cpu", other), data, scale)
     assert_same(log, expected, 1e-3)  # of float32 sums, where the CPU adds in float64
     assert relative_error(others, scores) <= 1e-3
 

@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 from torch import Tensor
@@ -63,14 +63,18 @@ class Block:
         elif keep is not None:
             counted = keep[:, None]
         zeros: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        scales: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+        moved = _Moved()
+
+        def count(mask: Tensor) -> Tensor:
+            mask = mask[:, None] if mask.dim() == 1 else mask
+            return mask if counted is None else mask * moved.to(counted, mask.device)
+
+        given = {id(mask): count(mask) for mask in masks.values()}
         for layer in self._layers:
-            mask = masks.get(layer.name)
-            if mask is not None:
-                mask = mask[:, None] if mask.dim() == 1 else mask
-                mask = mask if counted is None else mask * counted.to(mask.device)
-            elif documents is not None:
-                mask = counted
+            mask = given[id(masks[layer.name])] if layer.name in masks else None if documents is None else counted
             spec, (device, dtype) = layer.spec, layer.device_and_dtype()
+            there = device, dtype
             layer.place(device)
             layer.fired = False
             job = self._job
@@ -80,17 +84,18 @@ class Block:
             shape = (self._size, spec.k_out, spec.k_in) if job is None else job.shape(layer, self._size)
 
             # Nobody reads a leaf, so that one stored value serves for all of them.
-            if (device, dtype) not in zeros:
-                zeros[device, dtype] = torch.zeros((), device=device, dtype=dtype)
-                self._pending[device, dtype] = Pending(dtype, self._moments) if job is None else Together()
-            zero = zeros[device, dtype]
+            if there not in zeros:
+                zeros[there] = torch.zeros((), device=device, dtype=dtype)
+                if self._updates:
+                    scales[there] = _filled(self._scale, device, dtype)
+                self._pending[there] = Pending(dtype, self._moments) if job is None else Together()
+            zero = zeros[there]
 
             update: tuple[Tensor | None, ...] = ()
             parts_add_up = True
             if self._updates:
                 assert layer.moments is not None
-                scale = torch.as_tensor(self._scale, device=device, dtype=dtype)
-                update = (sides[0].matrix, *layer.moments.read(layer, device, dtype), scale)
+                update = (sides[0].matrix, *layer.moments.read(layer, device, dtype), scales[there])
                 sides, parts_add_up = (Side(sides[0].width, None), sides[1]), layer.moments.linear
 
             def leaf(*shape: int, zero: Tensor = zero) -> Tensor:
@@ -117,12 +122,12 @@ class Block:
                 output_side=sides[1].to(device),
                 job=job,
                 update=update,
-                documents=None if documents is None else documents.to(device),
-                mask=None if mask is None else mask.to(device, dtype),
-                keep=None if keep is None else keep.to(device, dtype),
-                kept=None if kept is None else kept.to(device, dtype),
+                documents=None if documents is None else documents.moved(partial(moved.to, device=device)),
+                mask=None if mask is None else moved.to(mask, *there),
+                keep=None if keep is None else moved.to(keep, *there),
+                kept=None if kept is None else moved.to(kept, *there),
                 shared=shared,
-                pending=self._pending[device, dtype] if later else None,
+                pending=self._pending[there] if later else None,
             )
             leaves.rows.register_post_accumulate_grad_hook(_calling(slots, Slots.count))
             if slots.pending is not None and leaves.calls is not None:
@@ -163,7 +168,8 @@ class Block:
             results = {}
             for layer, s in zip(self._layers, slots, strict=True):
                 if s.deliveries:
-                    results[layer.name] = self._job.finish(layer, _sum(s.rows, s.leaves.rows), self._scale)
+                    found = _sum(s.rows, s.leaves.rows)
+                    results[layer.name] = self._job.finish(layer, found, self._scale_on(found.device))
                     s.clear()
             return Captured(torch.empty(0), None, asleep, results)
         return self._pack(slots, asleep)
@@ -196,8 +202,14 @@ class Block:
                 "torch.compile here, or exclude the layer."
             )
 
+    def _scale_on(self, device: torch.device) -> float | Tensor:
+        """The scale for what is on a device: a number of the CPU may multiply there, one of another device may not."""
+        scale = self._scale
+        return scale if not isinstance(scale, Tensor) or scale.device.type == "cpu" else scale.to(device)
+
     def _pack(self, slots: Sequence[Slots], asleep: list[str]) -> Captured:
-        device, scale = slots[0].leaves.rows.device, self._scale
+        device = slots[0].leaves.rows.device
+        scale = self._scale_on(device)
         rows = torch.cat([_sum(s.rows, s.leaves.rows).flatten(1).to(device) for s in slots], 1)
         rows = _scaled(rows, [layer.gain for layer in self._layers], [layer.spec.width for layer in self._layers])
         unscaled = isinstance(scale, float) and scale == 1.0
@@ -205,10 +217,9 @@ class Block:
             rows *= scale
         means: dict[str, list[Tensor]] = {"activations": [], "output_gradients": []}
         for layer, s in zip(self._layers, slots, strict=True):
-            for kind, leaf, factor in (
-                ("activations", s.leaves.activations, 1.0), ("output_gradients", s.leaves.outputs, scale)
-            ):  # fmt: skip
+            for kind, leaf in (("activations", s.leaves.activations), ("output_gradients", s.leaves.outputs)):
                 if leaf is not None:
+                    factor = 1.0 if kind == "activations" else self._scale_on(leaf.device)
                     total, tokens = _delivered(leaf).split([leaf.shape[1] - 1, 1], 1)
                     mean = getattr(layer.spec, kind) == "mean"
                     value = total / torch.where(tokens > 0, tokens, 1) if mean else total
@@ -229,6 +240,25 @@ class Block:
         for s in slots:  # the user may keep the loss, and with it the graph and its leaves
             s.clear()
         return Captured(rows, moments, asleep)
+
+
+class _Moved:
+    """Tensors that a block's layers share, brought once to each of their devices, for which a device may be waited."""
+
+    def __init__(self) -> None:
+        self._made: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
+
+    def to(self, t: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+        """Return the tensor there; it is kept as well, so that its id stays its own."""
+        key = id(t), device, dtype or t.dtype
+        if key not in self._made:
+            self._made[key] = t, t.to(device, dtype or t.dtype)
+        return self._made[key][1]
+
+
+def _filled(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A number on a device, which is filled there: to copy it from here would wait for what the device has to do."""
+    return value.to(device, dtype) if isinstance(value, Tensor) else torch.full((), value, device=device, dtype=dtype)
 
 
 def _narrow(layer: Layer) -> torch.dtype | None:

@@ -117,6 +117,7 @@ class Slots:
     def clear(self) -> None:
         """Let go of what was delivered."""
         self.offers, self.early, self.rows, self.moments = [], None, None, None
+        self.shared.source = self.shared.key = self.shared.projected = None
         self.leaves.clear()
 
 

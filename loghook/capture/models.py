@@ -1,5 +1,6 @@
 """What a user's model is made of, under whatever wraps it, and what is refused by name."""
 
+import itertools
 from collections.abc import Iterator
 
 import torch
@@ -53,7 +54,11 @@ def parameters_digest(model: nn.Module) -> str | None:
             flat = plain.reshape(-1)
             step = max(1, flat.numel() // 8)
             values.append(flat[::step][:8].to(torch.float64))
-    return checksum(torch.cat([v.cpu() for v in values]).numpy().tobytes()) if values else None
+    if not values:
+        return None
+    # A device is waited for once, and not for each parameter.
+    parts = [torch.cat(list(part)).cpu() for _, part in itertools.groupby(values, lambda v: v.device)]
+    return checksum(torch.cat(parts).numpy().tobytes())
 
 
 def _plain(t: Tensor) -> Iterator[Tensor]:
@@ -77,6 +82,12 @@ def refuse(model: nn.Module) -> None:
             raise UnsupportedError(
                 "nn.DataParallel replicates modules in every forward, so hooks see pieces of a batch in no fixed "
                 "order: use DistributedDataParallel (one process per device), or pass model.module."
+            )
+        offload = getattr(getattr(module, "cpu_offload", None), "offload_params", False)
+        if offload and getattr(module, "compute_device", torch.device("cpu")).type != "cpu":
+            raise UnsupportedError(
+                "FSDP1 with offloaded parameters does not say where a layer computes: use FSDP2 (fully_shard with "
+                "CPUOffloadPolicy), or no offloading."
             )
     sharded = [m for m in model.modules() if type(m).__name__.startswith("FSDP")]
     for name, parameter in model.named_parameters():

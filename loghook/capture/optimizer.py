@@ -56,9 +56,11 @@ class Moments:
 
     def _numbers(self, group: dict[str, Any], step: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
         (beta1, beta2), eps = group["betas"], group["eps"]
+        values = (1 - beta1, 1 - beta2, eps) if self.gradient == "adam" else (math.log(beta2), eps)
+        # Filled there: to copy them there would wait for all that the device has yet to do.
+        numbers = torch.stack([torch.full((), value, device=device, dtype=dtype) for value in values])
         if self.gradient == "adam":
-            return torch.tensor([1 - beta1, 1 - beta2, eps], device=device, dtype=dtype)
-        numbers = torch.tensor([math.log(beta2), eps], device=device, dtype=dtype)
+            return numbers
         numbers[0].mul_(step).expm1_().neg_()  # 1 - beta2^step, with a step that may lie on the device
         return numbers
 

@@ -43,7 +43,7 @@ def pack(
     if rows.device.type == "cuda":
         with torch.cuda.device(rows.device):  # an event is of the current device's stream, and the copy of this one's
             rows, moments = _to_pinned(rows), None if moments is None else _to_pinned(moments)
-            ready = torch.cuda.Event()
+            ready = torch.cuda.Event(blocking=True)  # the writer waits asleep, and takes no core from the loop
             ready.record()
     elif rows.device.type != "cpu":
         rows, moments = rows.cpu(), None if moments is None else moments.cpu()
@@ -55,4 +55,4 @@ def pack(
 
 def _to_pinned(t: Tensor) -> Tensor:
     """Start copying to page-locked memory on the current stream, without waiting."""
-    return torch.empty(t.shape, dtype=t.dtype, pin_memory=True).copy_(t, non_blocking=True)
+    return torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=True).copy_(t, non_blocking=True)

@@ -4,6 +4,7 @@
 functions here make that from what packed batches carry.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,9 +57,9 @@ class Documents:
     number_BS: Tensor  # (B, S) place in ``data_id`` of each token's document; -1 for none
     index_DL: Tensor  # (D, L) places of each document's tokens among B * S; B * S for padding
 
-    def to(self, device: torch.device) -> "Documents":
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "Documents":
         """Move to where a layer computes."""
-        return Documents(self.number_BS.to(device), self.index_DL.to(device))
+        return Documents(move(self.number_BS), move(self.index_DL))
 
     def check(self, layer: str, shape: tuple[int, int]) -> None:
         """Raise unless a layer has the tokens that the segments speak of."""
@@ -96,15 +97,18 @@ def arrange(segments: Any, size: int) -> Documents:
 def list_tokens(number_N: Tensor, size: int) -> Tensor:
     """List the tokens of each of ``size`` documents: (size, L) places in ``number_N``, its length for padding.
 
+    It is listed on the CPU, so that a device is waited for once.
+
     Args:
         number_N: (N,) document of each token, -1 for none.
         size: number of documents; one without tokens gets padding only.
     """
+    device, number_N = number_N.device, number_N.cpu()
     order = torch.argsort(number_N, stable=True)
     order = order[int((number_N < 0).sum()) :]
     document = number_N[order]
     counts = torch.bincount(document, minlength=size)
     index = number_N.new_full((size, max(1, int(counts.max()))), len(number_N))
     starts = counts.cumsum(0) - counts
-    index[document, torch.arange(len(order), device=order.device) - starts[document]] = order
-    return index
+    index[document, torch.arange(len(order), device="cpu") - starts[document]] = order
+    return index.to(device)

@@ -58,8 +58,10 @@ class Scoring(Blocks):
         with self._fit._capture(len(ids), given, job=self._job) as captured:
             yield
         results = captured[0].results
-        zero = torch.zeros(self._job.shape(self._fit._layers[0], len(ids)))
-        parts = torch.stack([results.get(name, zero).float().cpu() for name in self._fit.layers])  # (L, B, Q), and own
+        there, _ = self._fit._layers[0].device_and_dtype()
+        zero = torch.zeros(self._job.shape(self._fit._layers[0], len(ids)), device=there)
+        found = [results.get(name, zero).to(there, torch.float32) for name in self._fit.layers]
+        parts = torch.stack(found).cpu()  # (L, B, Q), and own
         total = parts if self._per_layer else parts.sum(0, keepdim=True)
         if not bool(torch.isfinite(total).all()):
             raise not_finite(ids, total.sum(0))
