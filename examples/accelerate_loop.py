@@ -33,7 +33,8 @@ def make_samples(count):
 
 
 def collate(samples):
-    return {"id": torch.tensor([s["id"] for s in samples]), "tokens": torch.stack([s["tokens"] for s in samples])}
+    # Ids are a list: as a tensor they would go to the device, which each block would then wait for.
+    return {"id": [s["id"] for s in samples], "tokens": torch.stack([s["tokens"] for s in samples])}
 
 
 def main():

@@ -22,6 +22,7 @@ from loghook.log import maintain
 from loghook.log.fitted import load_sides
 from loghook.log.query import Query, find_columns
 from loghook.log.reader import Reader
+from loghook.processes import on_cpu
 from loghook.project.projection import FITTED, draw_side, shared_input_name
 from loghook.whole.fit import Fit
 
@@ -180,6 +181,7 @@ class Log(Reader):
         curvature = Curvature(method=method, damping=damping, damping_abs=damping_abs)
         return engine.self_influence(self, curvature, layers)
 
+    @on_cpu
     def projection(self, layer: str) -> tuple[np.ndarray | None, np.ndarray | None]:
         """What a layer's gradients G were multiplied by: rows are ``P_out @ G @ P_in.T``.
 
@@ -227,6 +229,7 @@ class Log(Reader):
         maintain.compress(self.path, path, dtype)
         return compare(self, Reader(path), queries=queries, seed=seed)
 
+    @on_cpu
     def index(self, dimensions: int = 1024, factory: str = "HNSW32", *, sample: int = 2048, seed: int = 0) -> Index:
         """Index the rows, reduced to few dimensions, so that a question need not scan the log; needs the faiss extra.
 
@@ -244,6 +247,7 @@ class Log(Reader):
         """
         return indexes.build(self, dimensions, factory, sample, seed)
 
+    @on_cpu
     def load_index(self, path: str | Path) -> Index:
         """Read an index of this log that ``Index.save`` wrote.
 

@@ -15,6 +15,7 @@ from loghook.capture.silence import nothing_delivered
 from loghook.errors import BatchError, DeliveryError, UnsupportedError
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}
+_TF32 = 1e-2  # of float32 where a GPU rounds the factors of its products to 10 bits
 # What mixes samples, or documents, in a model and in a loss.
 _SUSPECTS = {
     "sample": ("batch statistics, padding that leaks, an attention kernel", "a contrastive term, in-batch negatives"),
@@ -151,6 +152,8 @@ def _examine(probe: Probe, report: CheckReport) -> None:
             probe.together()
     # The narrowest dtype that a layer computed in decides what is rounding, also under autocast inside loss_fn.
     report.tolerance = max(_TOLERANCE.get(layer.computes_in or torch.float64, 3e-2) for layer in probe.watched)
+    if report.tolerance == _TOLERANCE[torch.float32] and _computes_in_tf32(probe.model):
+        report.tolerance = _TF32
     if len(silent) == len(probe.watched):
         report.problems.append(nothing_delivered(probe.watched))
         return
@@ -191,6 +194,15 @@ def _examine(probe: Probe, report: CheckReport) -> None:
         report.errors = rescaled
     else:
         report.problems.append(_influence_message(probe, wrong))
+
+
+def _computes_in_tf32(model: nn.Module) -> bool:
+    """Whether a GPU may compute this model in TF32, as it does convolutions unless it is told otherwise."""
+    if not any(p.is_cuda for p in model.parameters()):
+        return False
+    convolves = any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
+    conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
+    return "tf32" in (torch.backends.cuda.matmul.fp32_precision, conv.fp32_precision if convolves else None)
 
 
 def _factors(together: list[Tensor], alone: list[Tensor]) -> Tensor:

@@ -1,15 +1,20 @@
 """Which of several processes this is, on what it runs, and what all of them found together."""
 
+import functools
 import importlib.metadata
 import os
 import platform
 import time
 import uuid
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
 def process_rank() -> int:
@@ -72,6 +77,19 @@ def combine(part: Tensor) -> Tensor:
 def gather(part: Tensor, dim: int) -> Tensor:
     """Join the processes' parts along an axis on which they may differ in length, in the order of ranks."""
     return torch.cat(everyone(part), dim)
+
+
+def on_cpu(function: Callable[P, R]) -> Callable[P, R]:
+    """Let what a function makes lie on the CPU, where logs are, also after ``torch.set_default_device``."""
+
+    @functools.wraps(function)
+    def call(*args: P.args, **kwargs: P.kwargs) -> R:
+        if torch.get_default_device().type == "cpu":
+            return function(*args, **kwargs)
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return call
 
 
 def provenance() -> dict[str, Any]:

@@ -595,6 +595,32 @@ def test_siblings_with_inputs_of_their_own(other):
     assert_same(logged(Siblings().to(other), loss_of, make_data(other)), expected, 1e-4)
 
 
+def test_another_default_device(tmp_path):
+    """What loghook makes lies where the layers compute or, of a log, on the CPU; on "meta" nothing has a value."""
+
+    def everything(model, data, folder):
+        rows, whole_scores = fitted(model, data)
+        log = logged(model, loss_of, data)
+        asker = log.attach(model)
+        with asker.query(data_id=[0, 1]) as query:
+            loss_of(model, data[:2]).backward()
+        found = [log.rows("first")[:], whole_scores.numpy(), log.self_influence(method="kfac")]
+        for method in ("cosine", "fisher", "ekfac", "shampoo"):
+            found += [log.influence(query, method).values, log.influence(query, method, top=3).values]
+        found.append(log.index(dimensions=4, factory="Flat").search(query, top=3).values)
+        for dtype in ("int8", "int1", "lowrank1"):
+            log.compress(folder / dtype, dtype)
+            found.append(loghook.load(folder / dtype).influence(query, "ekfac").values)
+        return [rows.rows("first")[:], *found]
+
+    model, data = Net(), make_data()
+    expected = everything(model, data, tmp_path / "here")
+    with torch.device("meta"):
+        found = everything(model, data, tmp_path / "there")
+    for a, b in zip(found, expected, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max())
+
+
 # The table
 
 

@@ -438,6 +438,18 @@ def test_errors_leave_the_trainer_as_it_was(folder):
         assert not trainer.model.training or trainer.is_in_train
 
 
+def test_rows_that_need_a_scale_each_are_refused_without_one(folder):
+    trainer = make_trainer(folder)
+    trainer.create_optimizer()
+    trainer.train()
+    run = loghook.init(folder / "adam", rank=4, gradient="adam")
+    run.watch(trainer.model, exclude=["*lm_head", "embed"], optimizer=trainer.optimizer.optimizer)
+    with pytest.raises(ConfigError, match="is not linear"), log_training(trainer, run):
+        pass
+    with log_training(trainer, run, scale=lambda batch, num_items: torch.ones(len(batch["labels"]))):
+        pass
+
+
 def test_data_parallel_is_refused(folder, monkeypatch):
     trainer = make_trainer(folder)
     monkeypatch.setattr(type(trainer.args), "n_gpu", 2)

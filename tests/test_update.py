@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import warnings
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 
 import loghook
 from loghook.cli import app
-from loghook.errors import ConfigError, MismatchError, StateError, UnsupportedError
+from loghook.errors import BatchError, CheckpointWarning, ConfigError, MismatchError, StateError, UnsupportedError
 from loghook.evaluate import trust
 from loghook.log import maintain
 from loghook.project import outer
@@ -129,6 +130,53 @@ def test_rows_of_every_adam_against_autograd(tmp_path, kind, adam):
     else:
         asked = expected(kind, model, optimizer, log, x[:3])
     assert_rows(query, asked)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("packed", [False, True])
+def test_each_row_may_have_a_scale_of_its_own(tmp_path, kind, packed):
+    """As rows need that are gradients of each sample's own mean, of a loss that is a mean over all tokens."""
+    model, x = make(), data(4)
+    optimizer = trained(model, x)
+    scale = torch.tensor([0.5, 3.0, -2.0, 10.0])
+    batch, segments = (x.flatten(0, 1)[None], torch.arange(4).repeat_interleave(4)[None]) if packed else (x, None)
+    run = loghook.init(tmp_path / "run", rank=4, dtype="float64", gradient=kind)
+    run.watch(model, optimizer=optimizer, output_gradients="sum")
+    with run(data_id=range(4), scale=scale, segments=segments):
+        loss_fn(model, batch).backward()
+    with run.query(data_id=range(4), scale=scale, segments=segments) as query:
+        loss_fn(model, batch).backward()
+    run.finalize()
+    log, factors = loghook.load(run.path), scale[:, None, None].double()
+    assert_rows(log, expected(kind, model, optimizer, log, x, scale=factors))
+    plain = {name: factors * G for name, G in one_sample_gradients(model, loss_fn, x, log.layers).items()}
+    asked = {n: project(G, *(whole(side) for side in sides(log, n))) for n, G in plain.items()}
+    assert_rows(query, asked if kind == "adam" else expected(kind, model, optimizer, log, x, scale=factors))
+    outputs = model(x)
+    per_sample = torch.autograd.grad(loss_fn(lambda _: outputs, x), outputs)[0].sum(1) * scale[:, None]
+    assert relative_error(torch.from_numpy(log.rows("4", "output_gradients")[:].copy()), per_sample) <= 1e-9
+    with (
+        pytest.raises(BatchError, match=r"scale has shape \(4,\) in a block of 3 ids"),
+        run.query([1, 2, 3], scale=scale),
+    ):
+        pass
+
+
+def test_a_scale_for_each_row_does_not_go_with_statistics(tmp_path):
+    model, x = make(), data(4)
+    run = loghook.init(tmp_path / "run", rank=4)
+    run.watch(model)
+    scale = torch.tensor([0.5, 3.0, -2.0, 10.0])
+    with pytest.raises(BatchError, match="statistics are sums over all samples"), run(data_id=range(4), scale=scale):
+        loss_fn(model, x).backward()
+    with pytest.raises(BatchError, match="finite and not 0 for each"), run.query(range(4), scale=torch.zeros(4)):
+        pass
+    fit = loghook.fit(tmp_path / "factors")
+    fit.watch(model)
+    for _ in fit.passes():
+        with pytest.raises(BatchError, match="statistics are sums"), fit(data_id=range(4), scale=scale):
+            loss_fn(model, x).backward()
+        break
 
 
 def layers_of_all_kinds():
@@ -405,6 +453,31 @@ def test_stopped_runs_go_on_and_rows_are_compressed(tmp_path, dtype):
         assert relative_error(torch.from_numpy(got), torch.from_numpy(want)) < 2e-2
     small = exact.compress(tmp_path / "small", "int8", queries=4)
     assert loghook.load(tmp_path / "small").manifest.gradient == "adam" and small.pearson["dot"] > 0.99
+
+
+def test_a_pass_that_goes_on_with_other_moments_warns(tmp_path):
+    model, x = make().requires_grad_(True), data(8)
+    early, late = trained(model, x, steps=2), trained(model, x, steps=9, lr=0.0)
+
+    def attempt(optimizer, stop):
+        run = loghook.init(tmp_path / "run", rank=3, gradient="adam", resume=True)
+        run.watch(model, optimizer=optimizer)
+        with loghook.frozen(model):
+            for _ in run.passes():
+                for n, ids in enumerate(torch.arange(8).split(4)):
+                    if n < stop:
+                        with run(data_id=ids):
+                            loss_fn(model, x[ids]).backward()
+                if stop == 1:
+                    break
+        run.close()
+
+    attempt(early, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attempt(early, 1)
+    with pytest.warns(CheckpointWarning, match="or moments of the optimizer, than it goes on with"):
+        attempt(late, 2)
 
 
 def test_attached_models(tmp_path):

@@ -46,7 +46,8 @@ class Blocks:
                 layers see other tokens than others do (encoder and decoder), a dict {fnmatch pattern of names: mask};
                 the first pattern that fits a layer is its own, and one that none fits counts all tokens.
             scale: what rows are multiplied by: n if the loss is a mean over n items, so that a row is the gradient
-                of its own summed loss.
+                of its own summed loss. Rows of ``gradient="adam"`` or ``"normalized"``, and questions, may have one
+                each: (B,).
             scaler: the GradScaler that scaled the loss; its scale is divided out and, in a logging block, rows that
                 are not finite are flagged and left out instead of raising.
             segments: (B, S) integers, for packed batches: each token's place in ``data_id``, -1 for none. A row is
@@ -101,12 +102,25 @@ def check_masks(mask: Any, size: int, layers: Sequence[str]) -> dict[str, Tensor
     return {name: masks[patterns[0]] for name, patterns in found.items() if patterns}
 
 
-def check_scale(scale: Any) -> float | Tensor:
-    """Return the scale as a finite number other than 0, or as a 0-d tensor that is still on a device."""
+def check_scale(scale: Any, size: int | None = None) -> float | Tensor:
+    """Return the scale as a finite number other than 0, or as a tensor that is still on a device.
+
+    Of ``size`` rows each may have its own: (size,). Without a size that cannot be.
+    """
     if isinstance(scale, Tensor):
-        if scale.dim() != 0:
-            raise BatchError(f"scale is a tensor of shape {tuple(scale.shape)}: pass a number or a 0-d tensor.")
+        if scale.dim() and size is None:
+            raise BatchError(
+                f"scale is a tensor of shape {tuple(scale.shape)}, where statistics are sums over all samples: pass a "
+                "number or a 0-d tensor. One for each sample goes with rows of gradient='adam' or 'normalized', and "
+                "with questions."
+            )
+        if scale.dim() and scale.shape != (size,):
+            raise BatchError(f"scale has shape {tuple(scale.shape)} in a block of {size} ids: pass a number, or (B,).")
         if scale.device.type != "cpu":  # reading it would wait for the device; rows that are not finite show later
+            return scale.detach()
+        if scale.dim():
+            if not bool((scale.isfinite() & (scale != 0)).all()):
+                raise BatchError("scale must be finite and not 0 for each sample.")
             return scale.detach()
     try:
         value = float(scale)
@@ -117,7 +131,7 @@ def check_scale(scale: Any) -> float | Tensor:
     return value
 
 
-def unscaled(scale: float | Tensor, scaler: Any) -> float | Tensor:
-    """What rows are multiplied by: ``scale``, with a GradScaler's own scale divided out."""
-    factor = check_scale(scale)
+def unscaled(scale: float | Tensor, scaler: Any, size: int | None) -> float | Tensor:
+    """What rows are multiplied by: ``scale`` (see ``check_scale``), with a GradScaler's own scale divided out."""
+    factor = check_scale(scale, size)
     return factor if scaler is None else factor / check_scale(scaler.get_scale())

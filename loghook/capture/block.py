@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.parametrize import is_parametrized
@@ -203,9 +204,11 @@ class Block:
             )
 
     def _scale_on(self, device: torch.device) -> float | Tensor:
-        """The scale for what is on a device: a number of the CPU may multiply there, one of another device may not."""
+        """The scale of rows on a device: a number of the CPU may multiply there, nothing else of another device may."""
         scale = self._scale
-        return scale if not isinstance(scale, Tensor) or scale.device.type == "cpu" else scale.to(device)
+        if not isinstance(scale, Tensor) or (scale.device.type == "cpu" and not scale.dim()):
+            return scale
+        return (scale[:, None] if scale.dim() else scale).to(device)
 
     def _pack(self, slots: Sequence[Slots], asleep: list[str]) -> Captured:
         device = slots[0].leaves.rows.device
@@ -222,7 +225,7 @@ class Block:
                     factor = 1.0 if kind == "activations" else self._scale_on(leaf.device)
                     total, tokens = _delivered(leaf).split([leaf.shape[1] - 1, 1], 1)
                     mean = getattr(layer.spec, kind) == "mean"
-                    value = total / torch.where(tokens > 0, tokens, 1) if mean else total
+                    value = total / tokens.masked_fill(tokens <= 0, 1) if mean else total
                     means[kind].append((value * factor).to(device))
         if any(means.values()):
             rows = torch.cat([rows, *means["activations"], *means["output_gradients"]], 1)
@@ -257,8 +260,13 @@ class _Moved:
 
 
 def _filled(value: float | Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
-    """A number on a device, which is filled there: to copy it from here would wait for what the device has to do."""
-    return value.to(device, dtype) if isinstance(value, Tensor) else torch.full((), value, device=device, dtype=dtype)
+    """A number on a device, or one for each sample, (B, 1, 1).
+
+    A number is filled there: to copy it from here would wait for what the device has to do.
+    """
+    if not isinstance(value, Tensor):
+        return torch.full((), value, device=device, dtype=dtype)
+    return (value[:, None, None] if value.dim() else value).to(device, dtype)
 
 
 def _narrow(layer: Layer) -> torch.dtype | None:
@@ -295,7 +303,7 @@ def _scaled(values: Tensor, gains: Sequence[float], sizes: Sequence[int]) -> Ten
 @lru_cache(maxsize=16)
 def _spread(values: tuple[float, ...], sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
     """Repeat each value as often as its size says: (sum of sizes,); kept for the next block."""
-    return torch.tensor(values, dtype=dtype).repeat_interleave(torch.tensor(sizes)).to(device)
+    return torch.from_numpy(np.repeat(values, sizes)).to(device, dtype)
 
 
 def _calling(slots: Slots, method: Callable[[Slots], None]) -> Callable[[Tensor], None]:

@@ -14,7 +14,7 @@ from loghook.capture.block import Block, Captured
 from loghook.capture.experts import ExpertProjection, watched
 from loghook.capture.hook import make_early_hook, make_hook
 from loghook.capture.layers import Layer
-from loghook.capture.models import mixing_modules, parameters_digest, refuse, unwrap
+from loghook.capture.models import mixing_modules, parameters_digest, refuse, unwrap, values_digest
 from loghook.capture.optimizer import bind
 from loghook.capture.segments import arrange
 from loghook.capture.select import Rank, Watch, rank_of, select
@@ -118,6 +118,11 @@ class Hooked:
         digests = [parameters_digest(model) for ref in self._models if (model := ref()) is not None]
         return None if None in digests else "".join(d[:16] for d in digests if d)
 
+    def digests(self) -> dict[str, str | None]:
+        """Digests of the values that a log begins with: of parameters, and of moments where rows are made with them."""
+        held = [t for layer in self._layers if layer.moments is not None for t in layer.moments.held()]
+        return {"first": self.digest()} | ({"moments": values_digest(held)} if held else {})
+
     @contextmanager
     def _capture(
         self, size: int, given: Given, *, keep: np.ndarray | None = None, logs: bool = False, job: Job | None = None
@@ -141,10 +146,11 @@ class Hooked:
                 )
         documents = None if given.segments is None else arrange(given.segments, size)
         masks = check_masks(given.mask, size if documents is None else len(documents.number_BS), self._names)
-        factor = unscaled(given.scale, given.scaler)
+        updates = (self._gradient if logs else self._asked) != "plain"
+        sums = job is not None or (logs and not updates)  # over samples, of which each must count alike
+        factor = unscaled(given.scale, given.scaler, None if sums else size)
         if job is None:
             self._require_projection()
-        updates = (self._gradient if logs else self._asked) != "plain"
         block = Block(self._layers, size, factor, logs, updates, job)
         captured: list[Captured] = []
         self._open = True

@@ -1,7 +1,7 @@
 """What a user's model is made of, under whatever wraps it, and what is refused by name."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -45,15 +45,19 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def parameters_digest(model: nn.Module) -> str | None:
     """Digest of a few values of every parameter: tells checkpoints apart; None where they are sharded."""
+    parameters = list(unwrap(model).parameters())
+    if any(type(p).__name__ == "DTensor" or in_flat_parameter(p) or p.is_meta for p in parameters):
+        return None
+    return values_digest(plain for p in parameters for plain in _plain(p.detach()))
+
+
+def values_digest(tensors: Iterable[Tensor]) -> str | None:
+    """Digest of a few values of each tensor; None where there are none."""
     values = []
-    for parameter in unwrap(model).parameters():
-        sharded = type(parameter).__name__ == "DTensor" or in_flat_parameter(parameter)
-        if sharded or parameter.is_meta:
-            return None
-        for plain in _plain(parameter.detach()):
-            flat = plain.reshape(-1)
-            step = max(1, flat.numel() // 8)
-            values.append(flat[::step][:8].to(torch.float64))
+    for t in tensors:
+        flat = t.reshape(-1)
+        step = max(1, flat.numel() // 8)
+        values.append(flat[::step][:8].to(torch.float64))
     if not values:
         return None
     # A device is waited for once, and not for each parameter.

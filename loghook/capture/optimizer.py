@@ -27,6 +27,11 @@ class Moments:
         """Whether what is made of a sum of gradients is the sum of what is made of each."""
         return self.gradient == "normalized"
 
+    def held(self) -> list[Tensor]:
+        """The moments themselves."""
+        states = [self.optimizer.state.get(parameter, {}) for parameter, _ in self.parameters]
+        return [state[key] for state in states for key in ("exp_avg", "exp_avg_sq") if key in state]
+
     def read(self, layer: Layer, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, Tensor, Tensor]:
         """Return what ``update_rows`` takes of them, arranged as the layer's gradient: mean, square and numbers."""
         kept: dict[str, list[Tensor]] = {key: [] for key in ("exp_avg", "exp_avg_sq")[self.linear :]}

@@ -50,7 +50,7 @@ class Run(Blocks, Hooked):
         self._rehearsal: Plan | None = None  # a plan that measures blocks, which then write nothing
         self._id_type = ""
         self._closed = False
-        self._elsewhere: str | None = None  # digest of parameters that are not those which the run began with
+        self._elsewhere: dict[str, str | None] | None = None  # digests of values that the run did not begin with
 
     @property
     def _writer(self) -> Writer | None:
@@ -179,7 +179,7 @@ class Run(Blocks, Hooked):
                     with self._session.heeding():
                         self._writer.settle()  # a pass that misses rows is not over
                         self._writer.put({"pass_end": index})
-                if self._elsewhere is not None and self._elsewhere == self.digest():
+                if self._elsewhere is not None and self._elsewhere == self.digests():
                     self._warn_of_other_values()  # training would have moved them on
                 done.add(index)
             finally:
@@ -325,26 +325,27 @@ class Run(Blocks, Hooked):
                 run_id=old.run_id if old else shared_run_id(), projection=self._projection, rank=self._rank,
                 seed=self._seed, dtype=self._config.dtype, layers=tuple(layer.spec for layer in self._layers),
                 coverage=self._coverage, id_type=id_type, on_repeat=self._config.on_repeat, world_size=world_size(),
-                provenance=provenance(), parameters={"first": self.digest()}, fitted=self._fitted,
+                provenance=provenance(), parameters=self.digests(), fitted=self._fitted,
                 fidelity=self._config.fidelity, gradient=self._gradient,
                 no_statistics=None if self._gradient == "plain" else f"its rows are of gradient={self._gradient!r}",
             )  # fmt: skip
         assert fresh is not None
         writer = self._session.open(fresh)
-        was, now = old and old.parameters.get("first"), fresh.parameters.get("first")
-        if self._pass is not None and was and now and was != now:
+        now, was = fresh.parameters, old.parameters if old else {}
+        if self._pass is not None and any(was.get(key) and now.get(key) not in (None, was[key]) for key in now):
             if any(p.requires_grad for ref in self._models if (model := ref()) for p in model.parameters()):
-                self._elsewhere = now  # right in training, which moves parameters; the end of the pass shows it
+                self._elsewhere = now  # right in training, which moves them; the end of the pass shows it
             else:
                 self._warn_of_other_values()
         return writer
 
     def _warn_of_other_values(self) -> None:
         self._elsewhere = None
+        moments = "" if self._gradient == "plain" else ", or moments of the optimizer,"
         warnings.warn(
-            f"{self.path} was begun with other parameter values than it goes on with, and nothing trains them here, "
-            "but the rows of one pass should be gradients at one point: load the checkpoint that the run began with; "
-            "if you mean these values, start again with overwrite=True.",
+            f"{self.path} was begun with other parameter values{moments} than it goes on with, and nothing trains them "
+            "here, but the rows of one pass should be gradients at one point: load the checkpoint that the run began "
+            "with; if you mean these values, start again with overwrite=True.",
             CheckpointWarning,
             stacklevel=2,
         )

@@ -42,7 +42,7 @@ def from_cu_seqlens(cu_seqlens: Tensor, shape: tuple[int, int] | None = None) ->
     shape = shape or (1, total)
     places = torch.arange(shape[0] * shape[1], device=cu_seqlens.device)
     numbers = torch.searchsorted(cu_seqlens[1:].contiguous(), places, right=True)
-    return torch.where(places < total, numbers, -1).view(shape)
+    return numbers.masked_fill(places >= total, -1).view(shape)
 
 
 def per_token(batch: int, tokens: int) -> Tensor:

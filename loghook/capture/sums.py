@@ -35,7 +35,7 @@ class Sums:
             for name, shape in shapes.items():
                 total = self.totals.get(name)
                 self.totals[name] = combine(
-                    torch.zeros(*shape, dtype=torch.float64) if total is None else total.double().cpu()
+                    torch.zeros(*shape, dtype=torch.float64, device="cpu") if total is None else total.double().cpu()
                 )
             self.samples = int(combine(torch.tensor(self.samples)))
         if not self.samples:
@@ -72,32 +72,36 @@ def decompose(layers: Sequence[Layer], sums: Sums) -> dict[str, tuple[Factor, Fa
     """Eigendecompose every layer's mean second moments; each process takes its share of the layers.
 
     Layers that read the same input, and so have equal sums, share the decomposition. A layer of which no token was
-    counted has zero factors.
+    counted has zero factors. Factors lie on the CPU, and the sums are let go of on the way: those of a large model
+    would fill a device. For the same reason processes exchange a layer each at a time.
     """
     rank, world = share()
     inputs: dict[tuple[int, torch.device], list[tuple[Tensor, Factor]]] = {}
-    mine: dict[str, tuple[Factor, Factor]] = {}
-    for layer in layers[rank::world]:
-        w_in, w_out = widths(layer)
-        total = sums.totals.get(layer.name)
-        if total is None:
-            total = torch.zeros(square_size(w_in) + square_size(w_out) + 1, dtype=torch.float64)
-        flat_in, flat_out, tokens = split(layer, total)
-        flat_in, flat_out = flat_in / max(tokens, 1.0), flat_out / max(tokens, 1.0)
-        same = inputs.setdefault((w_in, flat_in.device), [])
-        factor = next((found for flat, found in same if torch.equal(flat, flat_in)), None)
-        if factor is None:
-            factor = Factor.of(flat_in, w_in)
-            same[:] = [*same, (flat_in, factor)][-2:]  # siblings come one after the other
-        mine[layer.name] = (factor, Factor.of(flat_out, w_out))
-    parts = everyone({name: _cpu(pair) for name, pair in mine.items()})
-    found = {name: pair for part in parts for name, pair in part.items()}
-    return {layer.name: found[layer.name] for layer in layers}
+    found: dict[str, tuple[Factor, Factor]] = {}
+    for start in range(0, len(layers), world):
+        mine: dict[str, tuple[Factor, Factor]] = {}
+        for place, layer in enumerate(layers[start : start + world]):
+            w_in, w_out = widths(layer)
+            total = sums.totals.pop(layer.name, None)
+            if place != rank:
+                continue
+            if total is None:
+                total = torch.zeros(square_size(w_in) + square_size(w_out) + 1, dtype=torch.float64, device="cpu")
+            flat_in, flat_out, tokens = split(layer, total.to(layer.device_and_dtype()[0]))
+            flat_in, flat_out = flat_in / max(tokens, 1.0), flat_out / max(tokens, 1.0)
+            same = inputs.setdefault((w_in, flat_in.device), [])
+            factor = next((known for flat, known in same if torch.equal(flat, flat_in)), None)
+            if factor is None:
+                factor = _on_cpu(Factor.of(flat_in, w_in))
+                same[:] = [*same, (flat_in, factor)][-2:]  # siblings come one after the other
+            mine[layer.name] = factor, _on_cpu(Factor.of(flat_out, w_out))
+        for part in everyone(mine):
+            found.update(part)
+    return found
 
 
-def _cpu(pair: tuple[Factor, Factor]) -> tuple[Factor, Factor]:
-    first, second = (Factor(f.values.cpu(), [v.cpu() for v in f.vectors]) for f in pair)
-    return first, second
+def _on_cpu(factor: Factor) -> Factor:
+    return Factor(factor.values.cpu(), [v.cpu() for v in factor.vectors])
 
 
 def _trace(flat: Tensor, width: int) -> float:

@@ -15,6 +15,7 @@ from loghook.influence import engine
 from loghook.log.format import LayerSpec
 from loghook.log.query import Query
 from loghook.log.reader import Reader
+from loghook.processes import on_cpu
 
 DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
@@ -53,6 +54,7 @@ class Sweep:
         return "\n".join(lines)
 
 
+@on_cpu
 def sweep(
     log: Reader,
     query: Query | None = None,

@@ -18,7 +18,7 @@ from loghook.influence.precondition import Curvature, progress
 from loghook.influence.scores import Scores
 from loghook.log.query import Query
 from loghook.log.reader import Reader
-from loghook.processes import combine
+from loghook.processes import combine, on_cpu
 
 Array = NDArray[np.float64]
 DRAWS = 200  # of another seed's scores, for the probabilities
@@ -71,6 +71,7 @@ class Trust:
         return "\n".join(lines)
 
 
+@on_cpu
 def trust(
     log: Reader,
     query: Query,

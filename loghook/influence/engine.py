@@ -18,7 +18,7 @@ from loghook.log.format import LayerSpec, checksum, listed
 from loghook.log.kept import kept_name, load_kept, save_kept
 from loghook.log.query import Query, require_query
 from loghook.log.reader import Reader
-from loghook.processes import combine, gather, share
+from loghook.processes import combine, gather, on_cpu, share
 
 NORMALIZE = (None, "unit", "relatif")
 # (reader, prepared, chosen layers, top, per_layer) -> values, places, scores by layer
@@ -42,6 +42,7 @@ class Prepared:
     query_dtype: str | None
 
 
+@on_cpu
 def influence(
     reader: Reader,
     query: Query,
@@ -120,6 +121,7 @@ def _fidelity(
     return float(tuned["pearson"]) if scoring == {"method": method, "damping": damping} else None
 
 
+@on_cpu
 def self_influence(reader: Reader, curvature: Curvature, layers: Sequence[str] | None) -> np.ndarray:
     """Return <H^-1 G, G> for each row of a log, summed over layers: (rows,) float32; kept with the log."""
     _warn_unfinished(reader)

@@ -10,6 +10,7 @@ from loghook.influence.engine import influence
 from loghook.influence.precondition import working_dtype
 from loghook.log.query import Query
 from loghook.log.reader import Reader
+from loghook.processes import on_cpu
 
 TOP = 10
 
@@ -59,6 +60,7 @@ def check_sample(reader: Reader, queries: int) -> None:
         )
 
 
+@on_cpu
 def compare(source: Reader, compressed: Reader, *, queries: int, seed: int) -> Fidelity:
     """Ask both logs the same rows of the source: with "dot", and with "ekfac" where there are statistics."""
     places, query = as_questions(source, queries, seed)

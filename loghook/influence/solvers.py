@@ -14,7 +14,7 @@ from loghook.statistics.factors import Eigenbasis
 
 def nonzero(sizes: Tensor) -> Tensor:
     """Sizes to divide by: 1 for 0, so that what is nothing stays 0 and is not nan."""
-    return torch.where(sizes > 0, sizes, 1)
+    return sizes.masked_fill(~(sizes > 0), 1)
 
 
 class Solver(Protocol):

@@ -36,13 +36,21 @@ def log_training(
         id_column: the training set's column with the ids; the model never sees it.
         mask: the batch's entry that says which tokens count in the statistics, or None for all.
         scale: for a loss that is no sum or mean over ``labels``: called with the batch and ``num_items_in_batch``,
-            returns what ``trainer.compute_loss`` must be multiplied by to be a sum over the batch's samples.
+            returns what ``trainer.compute_loss`` must be multiplied by to be a sum over the batch's samples; for
+            ``gradient="adam"``, to be each sample's loss as if it were the batch: a number or (B,).
 
     Raises:
-        ConfigError: the training set has no such column, or its batches come through accelerate's dispatcher.
+        ConfigError: the training set has no such column, its batches come through accelerate's dispatcher, or rows
+            are of ``gradient="adam"`` and there is no ``scale``.
         UnsupportedError: a loss that no rule explains, or a way of parallel training without exact rows.
     """
     _refuse(trainer)
+    if scale is None and run._gradient == "adam":
+        raise ConfigError(
+            "gradient='adam' is not linear: each sample needs a scale of its own, that of its loss as if it were the "
+            "batch. Pass log_training(..., scale=lambda batch, num_items: a number or a (B,) tensor), for instance "
+            "num_items over the sample's own number of labels, or log a checkpoint in a pass of its own."
+        )
     load, step, count = trainer.get_train_dataloader, trainer.training_step, scale
 
     def get_train_dataloader() -> Any:
@@ -151,7 +159,7 @@ def _find_count(trainer: Any, inputs: Mapping[str, Any], items: Any) -> Count:
     first = none.clone()
     first[..., 0] = 0
     parts = _in_parts(labels)
-    training = trainer.model.training
+    training, cause = trainer.model.training, None
     devices = [labels.device] if labels.device.type == "cuda" else []
     trainer.model.eval()
     try:
@@ -171,15 +179,17 @@ def _find_count(trainer: Any, inputs: Mapping[str, Any], items: Any) -> Count:
                 # A mean with weights, or of samples' own means, is no sum of what its parts are.
                 if math.isclose(sums[0], sums[1] + sums[2], rel_tol=tolerance):
                     return lambda inputs, _: (inputs["labels"][..., shift:] != IGNORED).sum()
-    except IndexError:
-        pass  # a loss to which -100 is a class like others
+    except (IndexError, RuntimeError) as error:  # a loss to which -100 is a class like others; a GPU is lost with it
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        cause = error
     finally:
         trainer.model.train(training)
     raise UnsupportedError(
         f"the loss of {name} is neither a sum over labels divided by num_items_in_batch nor a mean over the labels of "
         f"a micro-batch that are not {IGNORED} (an auxiliary loss, a weighted mean?). If it is a sum over samples "
-        "divided by n, pass log_training(..., scale=lambda batch, num_items: n)."
-    )
+        "divided by n, pass log_training(..., scale=lambda batch, num_items: n), which spares it trial labels."
+    ) from cause
 
 
 def _in_parts(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -31,6 +31,7 @@ from loghook.log.moments import load_moments
 from loghook.log.reader import Reader
 from loghook.log.records import Commits, all_commits, check_record, decode_records, encode_record, read_commits
 from loghook.log.rewrite import Changed, Keep, clean, copy_log, entry, ids_of, read_rows, rewrite, shard_of
+from loghook.processes import on_cpu
 
 
 def repair(path: str | Path) -> Changed:
@@ -131,6 +132,7 @@ def merge(out: str | Path, runs: Sequence[str | Path]) -> Changed:
     return merged
 
 
+@on_cpu
 def compress(source: str | Path, out: str | Path, dtype: str) -> Changed:
     """Write a finished run again with another dtype, usually one of fewer bits; the old one stays.
 

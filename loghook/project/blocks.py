@@ -77,7 +77,7 @@ class Factor:
         """(M + damping * mean eigenvalue)^exponent, (width, width); the identity where M is zero."""
         mean = float(self.values.mean())
         if mean <= 0:
-            return torch.eye(len(self.values), dtype=torch.float64)
+            return torch.eye(len(self.values), dtype=torch.float64, device="cpu")
         scaled = (self.values + damping * mean) ** exponent
         parts = zip(cut(len(self.values)), self.vectors, strict=True)
         return torch.block_diag(*[(v * scaled[part]) @ v.T for part, v in parts])

@@ -76,7 +76,7 @@ def draw_side(kind: str, *, seed: int, name: str, side: str, width: int, rank: i
     if kind == "none" or width <= rank:
         return Side(width, None)
     if kind in FITTED:
-        return Side(width, torch.zeros(rank, width))
+        return Side(width, torch.zeros(rank, width, device="cpu"))
     return Side(width, *_hadamard(f"{seed}/{name}/{side}/{width}", width, rank))
 
 

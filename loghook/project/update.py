@@ -34,7 +34,7 @@ def update_rows(
         mean_OI: the optimiser's first moment, for ``adam``; None for ``normalized``.
         square_OI: its second moment.
         numbers_nI: what the formula takes besides, for each column.
-        scale: what gradients are multiplied by first.
+        scale: what gradients are multiplied by first: a number, or (B, 1, 1).
 
     Returns:
         (B, k_out, k_in) in the dtype of ``x``.

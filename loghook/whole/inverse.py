@@ -54,7 +54,7 @@ def unroll(
     for name, eigenvalues in store.eigenvalues().items():
         basis, values = bases[name], eigenvalues.double()
         rotated = basis.rotate(rows[:, columns[name]].unflatten(1, values.shape))
-        moved = torch.where(values > 0, -torch.expm1(-time * values) / values, time)
+        moved = torch.where(values > 0, -torch.expm1(-time * values) / values, torch.full_like(values, time))
         direction[:, columns[name]] = basis.rotate_back(rotated * moved.to(rows.dtype)).flatten(1)
         carried[:, columns[name]] = basis.rotate_back(rotated * torch.exp(-time * values).to(rows.dtype)).flatten(1)
     return direction, carried

@@ -136,7 +136,8 @@ def _norms(query: Query, solvers: Mapping[str, Diagonal | Identity]) -> Tensor:
     """Roots of <q, H^-1 q>: (Q,) float32."""
     columns = query.layout.kinds["gradients"]
     own = sum(solver.quadratic(query.matrix[:, columns[name]]).double() for name, solver in solvers.items())
-    return torch.as_tensor(own).clamp(min=0).sqrt().float()
+    assert isinstance(own, Tensor)
+    return own.clamp(min=0).sqrt().float()
 
 
 def low_rank(matrices_QOI: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
