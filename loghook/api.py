@@ -57,7 +57,7 @@ def init(
         seed: of the random projection.
         dtype: how rows are stored: "float64", "float32", "bfloat16" or "float16"; "int8", "int4" or "int1", whole
             numbers of so many bits with a scale for each layer and row; or "lowrank1", "lowrank2", "lowrank4" or
-            "lowrank8", the best approximation of so many outer products. "int1" wants whitened rows, and warns.
+            "lowrank8", the best approximation of so many outer products. "int1" keeps most of whitened rows.
         resume: go on with an interrupted run at ``path``, or start one if there is none.
         overwrite: delete what is there.
         on_repeat: what happens to a data_id that comes again: "first" keeps the first row, "all" keeps every row,

@@ -172,7 +172,7 @@ def test_mislabelled_digits(tmp_path: Path) -> None:
 
 
 def checkpoints_of_a_training(folder: Path) -> tuple[dict, list[tuple[Path, float]]]:
-    """Names that the methods page's code takes, and a plain and a full checkpoint of each of two moments."""
+    """Names that the methods page's code takes, and a checkpoint of each of two moments."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 2))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.1)
@@ -184,15 +184,13 @@ def checkpoints_of_a_training(folder: Path) -> tuple[dict, list[tuple[Path, floa
         names["summed_loss"](model, batch).backward()
         optimizer.step()
         torch.save(model.state_dict(), file)
-        full = {"model": model.state_dict(), "optimizer": optimizer.state_dict()}
-        torch.save(full, file.with_suffix(".full.pt"))
     return names, files
 
 
 def test_methods_of_the_methods_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     names, files = checkpoints_of_a_training(tmp_path)
-    tracin, trackstar, less, source = (
+    tracin, trackstar, source = (
         code.replace("rank=64", "rank=2") for code in blocks((ROOT / "docs" / "methods.md").read_text(), "python")
     )
     exec(tracin, names | {"checkpoints": files}, names)
@@ -201,10 +199,6 @@ def test_methods_of_the_methods_page(tmp_path: Path, monkeypatch: pytest.MonkeyP
     exec(trackstar, names)
     assert names["trackstar"].method == "fisher (normalized)" and names["trackstar"].normalize == "unit"
     assert abs(names["trackstar"].values).max() <= 1 + 1e-6
-    exec(less, names | {"checkpoints": [(file.with_suffix(".full.pt"), rate) for file, rate in files]}, names)
-    expected = 0.1 * names["parts"][0].values + 0.02 * names["parts"][1].values
-    torch.testing.assert_close(torch.from_numpy(names["less"].values), torch.from_numpy(expected))
-    assert names["less"].method == "ensemble of 2: cosine (adam)"
     names |= {"groups": [[file] for file, _ in files], "times": (0.1, 0.02)}
     names |= {"load": lambda model, file: model.load_state_dict(torch.load(file))}
     names |= {"loss_with_labels_of": lambda current, model, batch: names["summed_loss"](model, batch)}

@@ -46,7 +46,10 @@ def from_cu_seqlens(cu_seqlens: Tensor, shape: tuple[int, int] | None = None) ->
 
 
 def per_token(batch: int, tokens: int) -> Tensor:
-    """Every token its own row: (batch, tokens) int64 that counts through, row after row."""
+    """Every token its own row: (batch, tokens) int64 that counts through, row after row.
+
+    A row is what the weights did at its token, for the loss of all tokens; not the gradient of the token's own loss.
+    """
     return torch.arange(batch * tokens).view(batch, tokens)
 
 
