@@ -373,6 +373,12 @@ def test_checkpointed_and_compiled(device, kind, frozen, fresh_compiler):
     log = logged(model, loss_of, data, call=call, frozen=frozen)
     assert compiles() <= 2
     assert_same(log, reference(1, device))
+    masked = new_run(model)
+    with loghook.frozen(model) if frozen else contextlib.nullcontext():
+        for ids in batches():
+            with masked(data_id=ids, mask=torch.ones(len(ids), 3, device=device)):
+                loss_of(call, data[ids]).backward()
+    assert_same(finished(masked), reference(1, device))
     if kind == "non_reentrant" and not frozen:  # once: it compiles the model anew, for two samples and for one
         proven(call, data=data[:2])
 

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -266,6 +267,119 @@ def test_packed_samples_whose_bounds_are_not_known_are_refused(folder):
     trainer.data_collator = DataCollatorWithFlattening(return_position_ids=False)
     with pytest.raises(BatchError, match=r"joined 2 samples into 1 rows .* position_ids, seq_idx or cu_seq_lens_q"):
         train(trainer, folder / "joined")
+
+
+class Bare(Trainer):
+    """A trainer without a collator of the tests' own; it brings one."""
+
+    def __init__(self, *args, **options):
+        super().__init__(*args, **{**options, "data_collator": self.collate})
+
+
+class Pairs(Bare):
+    """As TRL's DPOTrainer does it: both halves of a pair go through the model in one call, one half after the other."""
+
+    @staticmethod
+    def collate(features):
+        rows = [f[half] for half in ("chosen", "rejected") for f in features]
+        length = max(map(len, rows))
+        return {"input_ids": torch.tensor([row + [0] * (length - len(row)) for row in rows])}
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return self.pair_losses(model, inputs["input_ids"]).mean()
+
+    @staticmethod
+    def pair_losses(model, tokens):
+        logits = model(input_ids=tokens, attention_mask=(tokens != 0).long()).logits[:, :-1]
+        losses = F.cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+        chosen, rejected = (losses.view(len(tokens), -1) * (tokens[:, 1:] != 0)).sum(1).chunk(2)
+        return -F.logsigmoid(rejected - chosen)
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_pairs_that_are_two_rows_of_a_batch(folder, accumulated):
+    data = [{"id": s["id"], "chosen": s["input_ids"], "rejected": s["input_ids"][::-1]} for s in samples("num_items")]
+    options = {"remove_unused_columns": False, "gradient_accumulation_steps": accumulated, "subclass": Pairs}
+    trainer = make_trainer(folder, data=data, **options)
+
+    def pair(batch):
+        rows, tokens = batch["input_ids"].shape
+        return torch.arange(rows // 2).repeat(2)[:, None].expand(rows, tokens)
+
+    log = train(
+        trainer, folder / f"pairs-{accumulated}", scale=lambda b, n: len(b["input_ids"]) // 2, segments=pair, mask=None
+    )
+    assert sorted(log.data_ids) == list(range(SAMPLES))
+    order = np.argsort(log.data_ids)
+    alone = [Pairs.collate([entry])["input_ids"] for entry in data]
+    for name in log.layers:
+        p_out, p_in = (whole(side) for side in sides(log, name))
+        weight = trainer.model.get_submodule(name).weight
+        G = torch.stack(
+            [torch.autograd.grad(Pairs.pair_losses(trainer.model, t).sum(), weight)[0] for t in alone]
+        )  # fmt: skip
+        rows = torch.from_numpy(np.array(log.rows(name)[:])[order])
+        assert relative_error(rows, project(G, p_out, p_in), sizes=G.flatten(1).norm(dim=1)) <= 1e-5
+    trainer = make_trainer(folder, data=data, **options)
+    with pytest.raises(BatchError, match="segments= where a sample is several rows"):
+        train(trainer, folder / f"unpaired-{accumulated}", scale=lambda b, n: 1, mask=None)
+
+
+class Packs(Bare):
+    """Entries that were packed beforehand, as TRL packs them: each brings the ids of its documents."""
+
+    padding = 0
+
+    @classmethod
+    def collate(cls, features):
+        joined = {
+            name: [*chain(*(f[name] for f in features)), *[value] * cls.padding]
+            for name, value in (("input_ids", 0), ("labels", -100), ("position_ids", 0))
+        }
+        return {name: torch.tensor(values)[None] for name, values in joined.items()}
+
+
+def test_entries_packed_beforehand_bring_the_ids_of_their_documents(folder, monkeypatch):
+    def pack(several):
+        return {
+            "id": [s["id"] for s in several],
+            "input_ids": [*chain(*(s["input_ids"] for s in several))],
+            "labels": [*chain(*([-100, *s["labels"][1:]] for s in several))],
+            "position_ids": [*chain(*(range(len(s["input_ids"])) for s in several))],
+        }
+
+    all_samples = samples("num_items")
+    data = [pack(all_samples[i : i + 3]) for i in range(0, SAMPLES, 3)]
+    trainer = make_trainer(folder, data=data, subclass=Packs)
+    log = train(trainer, folder / "packs")
+    assert sorted(log.data_ids) == list(range(SAMPLES))
+    assert worst(log, reference("num_items", log), np.argsort(log.data_ids)) <= 1e-5
+    monkeypatch.setattr(Packs, "padding", 2)
+    trainer = make_trainer(folder, data=data, subclass=Packs)
+    with pytest.raises(BatchError, match=r"[56] ids came with [78] packed documents: .*pad_to_multiple_of"):
+        train(trainer, folder / "filled")
+
+
+def test_trial_labels_leave_no_trace_in_a_trainers_metrics(folder):
+    class Counting(Trainer):
+        _metrics: dict
+
+        def compute_loss(self, model, inputs, *args, **options):
+            self._metrics["train" if model.training else "eval"].append(float(inputs["labels"].sum()))
+            return super().compute_loss(model, inputs, *args, **options)
+
+    trainer = make_trainer(folder, subclass=Counting)
+    trainer._metrics = {"train": [], "eval": []}
+    train(trainer, folder / "metrics")
+    assert len(trainer._metrics["train"]) == -(-SAMPLES // 2) and not trainer._metrics["eval"]
+
+
+def test_smoothing_under_the_compiler_is_refused_where_labels_are_counted_here(folder):
+    """transformers then smooths labels unshifted, where the probe, of the model itself, sees them shifted."""
+    trainer = make_trainer(folder, "smooth_mean")
+    trainer.args.torch_compile = True
+    with pytest.raises(UnsupportedError, match="neither a sum over labels"):
+        train(trainer, folder / "smoothed")
 
 
 def test_a_gradient_scaler_is_undone(folder):

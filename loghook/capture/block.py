@@ -155,8 +155,13 @@ class Block:
                 "backward pass, or add the losses and call backward() once. Nothing of this batch was written."
             )
         for mask in {id(mask): mask for mask in masks.values() if mask.dim() > 1 and mask.shape[1] > 1}.values():
-            served = [(layer, s) for layer, s in zip(self._layers, slots, strict=True) if masks.get(layer.name) is mask]
-            if any(layer.fired for layer, _ in served) and not any(s.masked for _, s in served):
+            served = [
+                (layer, s)
+                for layer, s in zip(self._layers, slots, strict=True)
+                if masks.get(layer.name) is mask and s.deliveries
+            ]
+            # Compiled layers leave no word of what they saw.
+            if served and all(layer.fired and not s.masked for layer, s in served):
                 raise BatchError(
                     f"mask of shape {tuple(mask.shape)} fits no layer that it is for: none has {mask.shape[1]} tokens "
                     "a sample. Pass the mask with the shape (batch, tokens) that the watched layers see, or none."

@@ -172,8 +172,9 @@ def _batch_first(layer: Layer, slots: Slots, x: Tensor) -> Tensor:
     if slots.documents is None and not isinstance(layer.module, ExpertProjection) and len(x) != slots.size:
         raise BatchError(
             f"{len(x)} samples, {slots.size} ids: layer {layer.name!r} got an input of shape {tuple(x.shape)}, and "
-            "its first axis must be the batch. Pass one id for each sample. If that axis is another: batch_dim=1 "
-            "is for sequence-first models, flattened= for batch and tokens on one axis; or exclude the layer."
+            "its first axis must be the batch. Pass one id for each sample, or segments= where a sample is several "
+            "rows (pairs). If that axis is another: batch_dim=1 is for sequence-first models, flattened= for batch and "
+            "tokens on one axis; or exclude the layer."
         )
     return x
 
@@ -212,13 +213,19 @@ def _token_weight(slots: Slots, tokens: Tensor) -> Tensor | None:
         return None
     B, S = tokens.shape[:2]
     if slots.mask is not None and slots.mask.shape[1] == S:
-        slots.masked = True
+        _fits(slots)
         return slots.mask
     if slots.mask is not None and slots.mask.shape[1] == 1:
         return slots.mask.expand(B, S)
     if slots.mask is not None and S == 1:
         return slots.mask.amax(1, keepdim=True)
     return None if slots.keep is None else slots.keep[:, None].expand(B, S)
+
+
+def _fits(slots: Slots) -> None:
+    """Remember that the mask fitted; inside a compiled checkpoint nothing may be changed."""
+    if not torch.compiler.is_compiling():
+        slots.masked = True
 
 
 def _routed_tokens(layer: Layer, slots: Slots, module: ExpertProjection) -> tuple[Tensor, Tensor | None]:
@@ -237,6 +244,6 @@ def _routed_tokens(layer: Layer, slots: Slots, module: ExpertProjection) -> tupl
     if mask is not None and slots.documents is None and mask.shape[1] == 1:  # of samples
         return list_tokens(number_N, size), mask[number_N, 0].unsqueeze(0)
     if mask is not None and mask.numel() == module.total:
-        slots.masked = True
+        _fits(slots)
         return list_tokens(number_N, size), mask.flatten()[token_N].unsqueeze(0)
     return list_tokens(number_N, size), None if slots.keep is None else slots.keep[number_N].unsqueeze(0)

@@ -15,7 +15,8 @@ def nothing_delivered(layers: Sequence[Layer]) -> str:
         )
     return (
         "no backward pass reached a watched layer in this block: call loss.backward() inside it, without inputs= (and "
-        "not torch.autograd.grad), on a loss that depends on the model's output."
+        "not torch.autograd.grad), on a loss that depends on the model's output. Where a framework calls it, as "
+        "Lightning does after training_step, docs/trainer.md says how."
     )
 
 

@@ -5,7 +5,7 @@ Ilyas et al. 2022, "Datamodels" (the idea); Park et al. 2023, "TRAK", section 2 
 Shapes: Q queries, N training samples, m subsets of them.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -20,7 +20,7 @@ class Estimate:
     mean: float  # mean over queries of ``per_query``
     low: float  # lower end of its bootstrap interval over queries
     high: float  # upper end
-    per_query: NDArray[np.float64]  # (Q,) float64
+    per_query: NDArray[np.float64] = field(repr=False)  # (Q,) float64
 
 
 class Lds(Estimate):

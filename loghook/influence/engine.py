@@ -129,7 +129,7 @@ def self_influence(reader: Reader, curvature: Curvature, layers: Sequence[str] |
 
 
 def _warn_unfinished(reader: Reader) -> None:
-    """Warn once for each open log; the line that is shown is that of the caller's caller."""
+    """Warn once for each open log; the line that is shown is that which called ``on_cpu``'s function."""
     if reader.finished or reader.warned:
         return
     reader.warned = True
@@ -137,7 +137,7 @@ def _warn_unfinished(reader: Reader) -> None:
         f"{reader.path} is not finished: only the {len(reader):,} rows so far are scored. To have all, let its run "
         "come to finalize(), with resume=True if it was interrupted, and load it again.",
         UnfinishedWarning,
-        stacklevel=4,
+        stacklevel=5,
     )
 
 

@@ -1,5 +1,6 @@
 """``log_training``: transformers' ``Trainer`` logs each micro-batch that it trains on, and stays as it was."""
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,13 @@ Count = Callable[[Mapping[str, Any], Any], Any]
 
 @contextmanager
 def log_training(
-    trainer: Any, run: Run, *, id_column: str = "id", mask: str | None = "attention_mask", scale: Count | None = None
+    trainer: Any,
+    run: Run,
+    *,
+    id_column: str = "id",
+    mask: str | None = "attention_mask",
+    scale: Count | None = None,
+    segments: Callable[[Mapping[str, Any]], Tensor] | None = None,
 ) -> Iterator[None]:
     """Log every sample that ``trainer.train()`` trains on inside this context, one block for each micro-batch.
 
@@ -33,11 +40,15 @@ def log_training(
     Args:
         trainer: a ``transformers.Trainer``, or a subclass of it.
         run: a run that watches the trainer's model.
-        id_column: the training set's column with the ids; the model never sees it.
+        id_column: the training set's column with the ids; the model never sees it. An entry that was packed beforehand
+            may bring a list of them, one for each document.
         mask: the batch's entry that says which tokens count in the statistics, or None for all.
         scale: for a loss that is no sum or mean over ``labels``: called with the batch and ``num_items_in_batch``,
             returns what ``trainer.compute_loss`` must be multiplied by to be a sum over the batch's samples; for
             ``gradient="adam"``, to be each sample's loss as if it were the batch: a number or (B,).
+
+        segments: batch -> (B, S) as ``run(..., segments=)`` takes it, where a row of the model's batch is no sample:
+            pairs that go through it one after the other (DPO), packs without position ids.
 
     Raises:
         ConfigError: the training set has no such column, its batches come through accelerate's dispatcher, or rows
@@ -79,7 +90,7 @@ def log_training(
             mask=inputs.get(mask) if mask else None,
             scale=count(inputs, num_items_in_batch) * _divided_by(trainer, num_items_in_batch),
             scaler=trainer.accelerator.scaler,
-            segments=_documents(inputs, len(data_id)),
+            segments=_documents(inputs, len(data_id)) if segments is None else segments(inputs),
         ):
             return step(model, inputs, num_items_in_batch)
 
@@ -102,7 +113,8 @@ class _Collate:
                 "for each sample, or name another with id_column=."
             )
         batch = self._collate([{k: v for k, v in feature.items() if k != column} for feature in features])
-        values = [feature[column] for feature in features]
+        entries = [feature[column] for feature in features]
+        values = [value for entry in entries for value in (entry if isinstance(entry, list) else [entry])]
         # Plain values stay on the CPU when the batch moves to a device, so that nobody waits for them.
         batch[column] = [value.item() if hasattr(value, "item") else value for value in values]
         return batch
@@ -113,17 +125,27 @@ def _documents(inputs: Mapping[str, Any], size: int) -> Tensor | None:
     tokens = inputs.get("input_ids")
     if not isinstance(tokens, Tensor) or tokens.dim() != 2 or len(tokens) >= size:
         return None
-    for name in ("cu_seq_lens_q", "cu_seqlens"):
-        if inputs.get(name) is not None:
-            return from_cu_seqlens(inputs[name], (tokens.shape[0], tokens.shape[1]))
-    if inputs.get("seq_idx") is not None:
-        return inputs["seq_idx"]
-    if inputs.get("position_ids") is not None:
-        return from_position_ids(inputs["position_ids"])
-    raise BatchError(
-        f"the collator joined {size} samples into {len(tokens)} rows and does not say where each begins: let it return "
-        "position_ids, seq_idx or cu_seq_lens_q, as transformers' DataCollatorWithFlattening can, or pad instead."
-    )
+    bounds = next((inputs[name] for name in ("cu_seq_lens_q", "cu_seqlens") if inputs.get(name) is not None), None)
+    if bounds is not None:
+        numbers = from_cu_seqlens(bounds, (tokens.shape[0], tokens.shape[1]))
+    elif inputs.get("seq_idx") is not None:
+        numbers = inputs["seq_idx"]
+    elif inputs.get("position_ids") is not None:
+        numbers = from_position_ids(inputs["position_ids"])
+    else:
+        raise BatchError(
+            f"the collator joined {size} samples into {len(tokens)} rows and does not say where each begins: let it "
+            "return position_ids, seq_idx or cu_seq_lens_q, as transformers' DataCollatorWithFlattening can, or pad "
+            "instead."
+        )
+    found = int(numbers.max()) + 1
+    if found != size:
+        raise BatchError(
+            f"{size} ids came with {found} packed documents: an entry that was packed beforehand brings a list with an "
+            "id for each of its documents, and tokens that fill a row up count as documents where their position is 0 "
+            "(pad_to_multiple_of). Or pass log_training(..., segments=)."
+        )
+    return numbers
 
 
 def _divided_by(trainer: Any, items: Any) -> float:
@@ -161,15 +183,19 @@ def _find_count(trainer: Any, inputs: Mapping[str, Any], items: Any) -> Count:
     parts = _in_parts(labels)
     training, cause = trainer.model.training, None
     devices = [labels.device] if labels.device.type == "cuda" else []
+    # TRL's trainers count what goes through their loss; trial labels are none of it.
+    kept = {name: copy.deepcopy(vars(trainer)[name]) for name in ("_metrics",) if name in vars(trainer)}
     trainer.model.eval()
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices):
+        with _replaced(trainer, **kept), torch.no_grad(), torch.random.fork_rng(devices):
             known = items is None
             if not known:
                 whole, half = loss(torch.zeros_like(labels), items), loss(torch.zeros_like(labels), 2 * items)
                 if math.isclose(whole, 2 * half, rel_tol=TOLERANCE):
                     return lambda _, items: items
                 known = math.isclose(whole, half, rel_tol=TOLERANCE)
+            # transformers does not see a causal model under the compiler's wrapper, and smooths labels unshifted.
+            known &= trainer.label_smoother is None or not trainer.args.torch_compile
             if known and math.isnan(loss(none, items)):
                 shift = int(labels.dim() > 1 and math.isnan(loss(first, items)))
                 counts = [int((part[..., shift:] != IGNORED).sum()) for part in parts]
