@@ -1,6 +1,7 @@
 """``loghook.check`` finds and names what makes rows wrong."""
 
 import contextlib
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import loghook
+from loghook.check import _computes_in_tf32
 from loghook.errors import BatchError
 
 
@@ -299,3 +301,13 @@ def test_a_batch_keeps_its_type(batch):
     encoded = BatchEncoding({"x": batch[0], "labels": batch[1]})
     loss = lambda m, b: F.cross_entropy(m(b.x), b.labels, reduction="sum")  # noqa: E731
     assert loghook.check(mlp(), loss, encoded)
+
+
+@pytest.mark.parametrize(
+    ("layer", "on_gpu", "expected"),
+    [(nn.Conv1d(2, 2, 1), True, True), (nn.Conv1d(2, 2, 1), False, False), (nn.Linear(2, 2), True, False)],
+)
+def test_convolutions_on_a_gpu_are_judged_by_tf32(layer, on_gpu, expected):
+    """As PyTorch computes them unless it is told otherwise; a stub stands for a model on a GPU."""
+    model = SimpleNamespace(parameters=lambda: [SimpleNamespace(is_cuda=on_gpu)], modules=lambda: [layer])
+    assert _computes_in_tf32(model) == expected

@@ -21,6 +21,7 @@ import time
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -1034,6 +1035,15 @@ def test_scoring_a_log_that_is_not_finished_warns_once_where_it_is_called(
             use(opened), use(opened)
         assert len(caught) == 1 and caught[0].filename == __file__
         assert all(word in str(caught[0].message) for word in (str(path), "2 rows so far", "finalize", "resume=True"))
+
+
+def test_offloaded_fsdp1_is_refused(path: Path) -> None:
+    """By what its wrapper says of itself: nothing here computes on a GPU."""
+    model = Net()
+    model.cpu_offload, model.compute_device = SimpleNamespace(offload_params=True), torch.device("cuda", 0)
+    with pytest.raises(UnsupportedError) as error:
+        loghook.init(path / "fsdp1").watch(model)
+    says(error, "FSDP1 with offloaded parameters", "FSDP2")
 
 
 def test_blocks_do_not_nest_and_the_outer_one_goes_on(run: loghook.Run, model: Net) -> None:

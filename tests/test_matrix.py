@@ -614,9 +614,22 @@ def test_another_default_device(tmp_path):
         for method in ("cosine", "fisher", "ekfac", "shampoo"):
             found += [log.influence(query, method).values, log.influence(query, method, top=3).values]
         found.append(log.index(dimensions=4, factory="Flat").search(query, top=3).values)
+        fit = loghook.fit(folder / "fit")
+        fit.watch(model)
+        for _ in fit.passes():
+            with fit(data_id=range(SAMPLES)):
+                loss_of(model, data).backward()
+        with fit.query(data_id=[0, 1]) as whole:
+            loss_of(model, data[:2]).backward()
+        own = fit.self_influence()
+        with own(data_id=range(SAMPLES)):
+            loss_of(model, data).backward()
+        refined = fit.refine(whole, [data], model, lambda y, _: y.pow(2).sum(), solver="astra", iterations=3)
+        found += [own.scores().values, refined.matrix.numpy()]
         for dtype in ("int8", "int1", "lowrank1"):
             log.compress(folder / dtype, dtype)
-            found.append(loghook.load(folder / dtype).influence(query, "ekfac").values)
+            small = loghook.load(folder / dtype)
+            found += [small.influence(query, "ekfac").values, small.rows("first")[:], small.rows("first")[1]]
         return [rows.rows("first")[:], *found]
 
     model, data = Net(), make_data()

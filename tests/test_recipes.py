@@ -17,9 +17,11 @@ OWN_MEAN, LESS, LABELS, DOMAINS, SHAPLEY, SPANS = blocks((ROOT / "docs" / "recip
 
 
 def token_losses(model, batch):
-    logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
-    losses = F.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="none")
-    return F.pad(losses.view(len(logits), -1) * batch["attention_mask"][:, 1:], (1, 0))
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits[:, :-1]
+    counted = F.pad(batch["attention_mask"][:, 1:], (1, 0)).bool()
+    labels = batch["input_ids"].masked_fill(~counted, -100)[:, 1:]
+    losses = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="none")
+    return F.pad(losses.view(labels.shape), (1, 0)), counted
 
 
 @pytest.fixture
@@ -28,7 +30,10 @@ def names(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     sizes = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2}
-    model = LlamaForCausalLM(LlamaConfig(vocab_size=100, max_position_embeddings=12, **sizes)).eval().double()
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=100, max_position_embeddings=12, attn_implementation="eager", **sizes)
+    )
+    model = model.eval().double()
     loader = [make_batch(list(range(4 * i, 4 * i + 4))) for i in range(3)]
     found = {"model": model, "loader": loader, "token_losses": token_losses}
     found |= {"loghook": loghook, "np": np, "torch": torch}
@@ -134,7 +139,7 @@ def test_parts_of_an_answer(names):
     run = names["run"] = loghook.init("runs/spans", projection="none", dtype="float64")
     run.watch(model)
     exec(SPANS, names)
-    losses = token_losses(model, names["text"])[0]
+    losses = token_losses(model, names["text"])[0][0]
     for place, (start, stop) in enumerate(names["spans"].values()):
         for name, gradient in alone(model, losses[start:stop].sum()).items():
             torch.testing.assert_close(torch.from_numpy(names["query"].rows(name)[place]), gradient)

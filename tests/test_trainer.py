@@ -560,8 +560,21 @@ def test_rows_that_need_a_scale_each_are_refused_without_one(folder):
     run.watch(trainer.model, exclude=["*lm_head", "embed"], optimizer=trainer.optimizer.optimizer)
     with pytest.raises(ConfigError, match="is not linear"), log_training(trainer, run):
         pass
-    with log_training(trainer, run, scale=lambda batch, num_items: torch.ones(len(batch["labels"]))):
-        pass
+    run.close()
+    rows = []
+    for name, of in (("number", lambda n: 3.0), ("each", lambda n: torch.full((n,), 3.0))):
+        trainer = make_trainer(folder)
+        trainer.train()
+        torch.manual_seed(0)
+        run = loghook.init(folder / name, projection="none", gradient="normalized")
+        run.watch(trainer.model, exclude=["*lm_head", "embed"], optimizer=trainer.optimizer.optimizer)
+        with log_training(trainer, run, scale=lambda batch, num_items, of=of: of(len(batch["labels"]))):
+            trainer.train()
+        run.finalize()
+        log = loghook.load(run.path)
+        rows.append([log.rows(layer)[:] for layer in log.layers])
+    for a, b in zip(*rows, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_data_parallel_is_refused(folder, monkeypatch):

@@ -176,7 +176,19 @@ def test_a_scale_for_each_row_does_not_go_with_statistics(tmp_path):
     for _ in fit.passes():
         with pytest.raises(BatchError, match="statistics are sums"), fit(data_id=range(4), scale=scale):
             loss_fn(model, x).backward()
-        break
+        with fit(data_id=range(4)):
+            loss_fn(model, x).backward()
+    with fit.query(data_id=["q"]) as query:
+        loss_fn(model, x[:1]).backward()
+    found = []
+    for options in ({}, {"scale": scale}):  # a sample's score has its own scale, and a norm takes the size out
+        for normalize in (None, "unit"):
+            scoring = fit.score(query, normalize=normalize)
+            with scoring(data_id=range(4), **options):
+                loss_fn(model, x).backward()
+            found.append(scoring.scores().values)
+    np.testing.assert_allclose(found[2], found[0] * scale.numpy(), rtol=1e-5)
+    np.testing.assert_allclose(found[3], found[1] * np.sign(scale.numpy()), rtol=1e-5)
 
 
 def layers_of_all_kinds():

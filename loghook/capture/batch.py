@@ -44,10 +44,11 @@ class Blocks:
             data_id: one int or str for each sample of the batch: a list, an array or a 1-D tensor.
             mask: (B, S), which tokens count in the statistics and in activation means; never changes a row. Where
                 layers see other tokens than others do (encoder and decoder), a dict {fnmatch pattern of names: mask};
-                the first pattern that fits a layer is its own, and one that none fits counts all tokens.
+                the first pattern that fits a layer is its own, and one that none fits counts all tokens. Whether it has
+                as many tokens as the layers is checked where none of them is compiled.
             scale: what rows are multiplied by: n if the loss is a mean over n items, so that a row is the gradient
-                of its own summed loss. Rows of ``gradient="adam"`` or ``"normalized"``, and questions, may have one
-                each: (B,).
+                of its own summed loss. Rows of ``gradient="adam"`` or ``"normalized"``, and samples that are scored,
+                may have one each: (B,).
             scaler: the GradScaler that scaled the loss; its scale is divided out and, in a logging block, rows that
                 are not finite are flagged and left out instead of raising.
             segments: (B, S) integers, for packed batches: each token's place in ``data_id``, -1 for none. A row is
@@ -111,8 +112,8 @@ def check_scale(scale: Any, size: int | None = None) -> float | Tensor:
         if scale.dim() and size is None:
             raise BatchError(
                 f"scale is a tensor of shape {tuple(scale.shape)}, where statistics are sums over all samples: pass a "
-                "number or a 0-d tensor. One for each sample goes with rows of gradient='adam' or 'normalized', and "
-                "with questions."
+                "number or a 0-d tensor. One for each sample goes with rows of gradient='adam' or 'normalized', with "
+                "questions and in scoring passes."
             )
         if scale.dim() and scale.shape != (size,):
             raise BatchError(f"scale has shape {tuple(scale.shape)} in a block of {size} ids: pass a number, or (B,).")

@@ -175,7 +175,7 @@ class Block:
             for layer, s in zip(self._layers, slots, strict=True):
                 if s.deliveries:
                     found = _sum(s.rows, s.leaves.rows)
-                    results[layer.name] = self._job.finish(layer, found, self._scale_on(found.device))
+                    results[layer.name] = self._job.finish(layer, found, self._scale_of(found))
                     s.clear()
             return Captured(torch.empty(0), None, asleep, results)
         return self._pack(slots, asleep)
@@ -208,18 +208,18 @@ class Block:
                 "torch.compile here, or exclude the layer."
             )
 
-    def _scale_on(self, device: torch.device) -> float | Tensor:
-        """The scale of rows on a device: a number of the CPU may multiply there, nothing else of another device may."""
+    def _scale_of(self, rows: Tensor) -> float | Tensor:
+        """The scale for rows: a number of the CPU may multiply them anywhere, nothing else of another device may."""
         scale = self._scale
         if not isinstance(scale, Tensor) or (scale.device.type == "cpu" and not scale.dim()):
             return scale
-        return (scale[:, None] if scale.dim() else scale).to(device)
+        return scale[:, None].to(rows) if scale.dim() else scale.to(rows.device)
 
     def _pack(self, slots: Sequence[Slots], asleep: list[str]) -> Captured:
         device = slots[0].leaves.rows.device
-        scale = self._scale_on(device)
         rows = torch.cat([_sum(s.rows, s.leaves.rows).flatten(1).to(device) for s in slots], 1)
         rows = _scaled(rows, [layer.gain for layer in self._layers], [layer.spec.width for layer in self._layers])
+        scale = self._scale_of(rows)
         unscaled = isinstance(scale, float) and scale == 1.0
         if not unscaled and not self._updates:  # updates have it in them
             rows *= scale
@@ -227,7 +227,7 @@ class Block:
         for layer, s in zip(self._layers, slots, strict=True):
             for kind, leaf in (("activations", s.leaves.activations), ("output_gradients", s.leaves.outputs)):
                 if leaf is not None:
-                    factor = 1.0 if kind == "activations" else self._scale_on(leaf.device)
+                    factor = 1.0 if kind == "activations" else self._scale_of(leaf)
                     total, tokens = _delivered(leaf).split([leaf.shape[1] - 1, 1], 1)
                     mean = getattr(layer.spec, kind) == "mean"
                     value = total / tokens.masked_fill(tokens <= 0, 1) if mean else total

@@ -147,7 +147,7 @@ class Hooked:
         documents = None if given.segments is None else arrange(given.segments, size)
         masks = check_masks(given.mask, size if documents is None else len(documents.number_BS), self._names)
         updates = (self._gradient if logs else self._asked) != "plain"
-        sums = job is not None or (logs and not updates)  # over samples, of which each must count alike
+        sums = job.sums if job is not None else logs and not updates  # over samples, of which each must count alike
         factor = unscaled(given.scale, given.scaler, None if sums else size)
         if job is None:
             self._require_projection()
@@ -189,7 +189,7 @@ class Hooked:
         Args:
             data_id: one int or str for each sample of the batch.
             mask: (B, S), or a dict of them by layer, which tokens count in activation means; never changes a gradient.
-            scale: what rows are multiplied by: n if the loss is a mean over n items.
+            scale: what rows are multiplied by: n if the loss is a mean over n items; or (B,), one for each.
             segments: (B, S), each token's place in ``data_id``, where a question is not a sample; see ``Run``.
 
         Yields:

@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -61,13 +62,17 @@ class Moments:
 
     def _numbers(self, group: dict[str, Any], step: Any, device: torch.device, dtype: torch.dtype) -> Tensor:
         (beta1, beta2), eps = group["betas"], group["eps"]
-        values = (1 - beta1, 1 - beta2, eps) if self.gradient == "adam" else (math.log(beta2), eps)
-        # Filled there: to copy them there would wait for all that the device has yet to do.
-        numbers = torch.stack([torch.full((), value, device=device, dtype=dtype) for value in values])
         if self.gradient == "adam":
-            return numbers
+            return _constants((1 - float(beta1), 1 - float(beta2), float(eps)), device, dtype)
+        numbers = _constants((math.log(beta2), float(eps)), device, dtype).clone()
         numbers[0].mul_(step).expm1_().neg_()  # 1 - beta2^step, with a step that may lie on the device
         return numbers
+
+
+@lru_cache(maxsize=64)
+def _constants(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Numbers on a device, kept there: to bring them waits for all that the device has yet to do."""
+    return torch.tensor(values, device=device, dtype=dtype)
 
 
 def bind(model: nn.Module, layers: Sequence[Layer], optimizer: Any, gradient: str) -> None:

@@ -152,6 +152,7 @@ class Job:
 
     kind: ClassVar[str]  # which of them it is, as ``WholeTap`` takes it
     at_once = False  # whether what it makes of a layer's gradient is no sum over the layer's calls
+    sums = True  # whether it adds samples up
 
     def shape(self, layer: Layer, size: int) -> tuple[int, ...]:
         """Shape of what the layer delivers in a block of ``size`` rows."""
@@ -221,7 +222,7 @@ class Eigenvalues(Job):
 class Products(Job):
     """Inner products of each sample's gradient with queries and, on request, with itself."""
 
-    kind = "products"
+    kind, sums = "products", False
     queries: Mapping[str, tuple[Tensor, Tensor | None]]  # {layer: (left, right)}, see ``_products``
     count: int  # how many queries there are, Q
     inverse: Mapping[str, Tensor] | None = None  # {layer: inverse eigenvalues (O, I)}: each sample's own is wanted too

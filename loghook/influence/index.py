@@ -40,7 +40,6 @@ class Index:
         self._faiss.train(rows.numpy())
         self._faiss.add(rows.numpy())
 
-    @on_cpu
     def search(
         self, query: Query, top: int = TOP, method: str = "ekfac", *, candidates: int = CANDIDATES, **options: Any
     ) -> Scores:

@@ -46,7 +46,6 @@ def log_training(
         scale: for a loss that is no sum or mean over ``labels``: called with the batch and ``num_items_in_batch``,
             returns what ``trainer.compute_loss`` must be multiplied by to be a sum over the batch's samples; for
             ``gradient="adam"``, to be each sample's loss as if it were the batch: a number or (B,).
-
         segments: batch -> (B, S) as ``run(..., segments=)`` takes it, where a row of the model's batch is no sample:
             pairs that go through it one after the other (DPO), packs without position ids.
 
@@ -113,10 +112,9 @@ class _Collate:
                 "for each sample, or name another with id_column=."
             )
         batch = self._collate([{k: v for k, v in feature.items() if k != column} for feature in features])
-        entries = [feature[column] for feature in features]
-        values = [value for entry in entries for value in (entry if isinstance(entry, list) else [entry])]
         # Plain values stay on the CPU when the batch moves to a device, so that nobody waits for them.
-        batch[column] = [value.item() if hasattr(value, "item") else value for value in values]
+        entries = [entry.tolist() if hasattr(entry := feature[column], "tolist") else entry for feature in features]
+        batch[column] = [one for entry in entries for one in (entry if isinstance(entry, list) else [entry])]
         return batch
 
 
@@ -181,41 +179,52 @@ def _find_count(trainer: Any, inputs: Mapping[str, Any], items: Any) -> Count:
     first = none.clone()
     first[..., 0] = 0
     parts = _in_parts(labels)
-    training, cause = trainer.model.training, None
-    devices = [labels.device] if labels.device.type == "cuda" else []
-    # TRL's trainers count what goes through their loss; trial labels are none of it.
-    kept = {name: copy.deepcopy(vars(trainer)[name]) for name in ("_metrics",) if name in vars(trainer)}
-    trainer.model.eval()
-    try:
-        with _replaced(trainer, **kept), torch.no_grad(), torch.random.fork_rng(devices):
+    cause = None
+    with _trials(trainer, labels.device):
+        loss(labels, items)  # what fails here would fail in training as well
+        try:
             known = items is None
             if not known:
                 whole, half = loss(torch.zeros_like(labels), items), loss(torch.zeros_like(labels), 2 * items)
                 if math.isclose(whole, 2 * half, rel_tol=TOLERANCE):
                     return lambda _, items: items
                 known = math.isclose(whole, half, rel_tol=TOLERANCE)
-            # transformers does not see a causal model under the compiler's wrapper, and smooths labels unshifted.
-            known &= trainer.label_smoother is None or not trainer.args.torch_compile
             if known and math.isnan(loss(none, items)):
                 shift = int(labels.dim() > 1 and math.isnan(loss(first, items)))
+                # transformers does not see a causal model under the compiler's wrapper, and smooths labels unshifted.
+                unlike = shift and trainer.label_smoother is not None and trainer.args.torch_compile
                 counts = [int((part[..., shift:] != IGNORED).sum()) for part in parts]
                 means = [loss(part, items) for part in parts]
                 sums = [n * float(mean) if n else 0.0 for n, mean in zip(counts, means, strict=True)]
                 tolerance = max(TOLERANCE, torch.finfo(means[0].dtype).eps)  # a loss may be in half precision
                 # A mean with weights, or of samples' own means, is no sum of what its parts are.
-                if math.isclose(sums[0], sums[1] + sums[2], rel_tol=tolerance):
+                if math.isclose(sums[0], sums[1] + sums[2], rel_tol=tolerance) and not unlike:
                     return lambda inputs, _: (inputs["labels"][..., shift:] != IGNORED).sum()
-    except (IndexError, RuntimeError) as error:  # a loss to which -100 is a class like others; a GPU is lost with it
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        cause = error
-    finally:
-        trainer.model.train(training)
+        except (IndexError, RuntimeError) as error:  # a loss to which -100 is a class like others
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            cause = error
     raise UnsupportedError(
         f"the loss of {name} is neither a sum over labels divided by num_items_in_batch nor a mean over the labels of "
-        f"a micro-batch that are not {IGNORED} (an auxiliary loss, a weighted mean?). If it is a sum over samples "
-        "divided by n, pass log_training(..., scale=lambda batch, num_items: n), which spares it trial labels."
+        f"a micro-batch that are not {IGNORED} (an auxiliary loss, a weighted mean, smoothing with torch_compile?). If "
+        "it is a sum over samples divided by n, pass log_training(..., scale=lambda batch, num_items: n), which spares "
+        "it trial labels."
     ) from cause
+
+
+@contextmanager
+def _trials(trainer: Any, device: torch.device) -> Iterator[None]:
+    """Let a trainer's loss be tried: in eval mode, without gradients, no trace left in random numbers or metrics."""
+    training = trainer.model.training
+    # TRL's trainers keep what goes through their loss.
+    kept = {name: copy.deepcopy(vars(trainer)[name]) for name in ("_metrics",) if name in vars(trainer)}
+    trainer.model.eval()
+    try:
+        devices = [device] if device.type == "cuda" else []
+        with _replaced(trainer, **kept), torch.no_grad(), torch.random.fork_rng(devices):
+            yield
+    finally:
+        trainer.model.train(training)
 
 
 def _in_parts(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -199,7 +199,7 @@ class Reader:
     def gather(self, index: np.ndarray, columns: slice = slice(None)) -> Tensor:
         """Copy rows out by their place in the log: (len(index), width), or some columns that contain whole layers."""
         physical = index if self._keep is None else np.flatnonzero(self._keep)[index]
-        out = torch.empty(0, 0, dtype=self.dtype)
+        out = torch.empty(0, 0, dtype=self.dtype, device="cpu")
         for shard in self._shards:
             inside = (physical >= shard.first) & (physical < shard.first + shard.rows)
             if not inside.any():
@@ -215,7 +215,7 @@ class Reader:
         return out if len(out) else self._empty(0, columns)
 
     def _empty(self, rows: int, columns: slice) -> Tensor:
-        return torch.empty(rows, len(range(self.codec.width)[columns]), dtype=self.dtype)
+        return torch.empty(rows, len(range(self.codec.width)[columns]), dtype=self.dtype, device="cpu")
 
     def _touched(self, shard: Shard) -> Tensor:
         """A shard's rows, mapped; only so many stay so, as each map holds a descriptor."""

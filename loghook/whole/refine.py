@@ -85,7 +85,7 @@ def stochastic(system: Damped, g: Tensor, iterations: int, step: float, momentum
     Starts from EK-FAC's own answer; the step falls linearly to zero over the last half.
     """
     batches, largest = system.matrix.batches, 1.0
-    start = torch.randn(1, g.shape[1], generator=torch.Generator().manual_seed(0)).to(g)
+    start = torch.randn(1, g.shape[1], generator=torch.Generator().manual_seed(0), device="cpu").to(g)
     steps = batches[:iterations]  # those that there will be a step for
     for batch in tqdm(steps, "largest stable step", unit=" batches", delay=2, leave=False, disable=None):
         v = start

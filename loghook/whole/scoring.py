@@ -112,7 +112,7 @@ def _job(
     columns = fit._layout.kinds["gradients"]
     for layer in fit._layers:
         solver, shape = solvers[layer.name], (layer.spec.k_out, layer.spec.k_in)
-        rows = torch.empty(0, layer.spec.width) if query is None else query.matrix[:, columns[layer.name]]
+        rows = torch.empty(0, layer.spec.width, device="cpu") if query is None else query.matrix[:, columns[layer.name]]
         device, dtype = layer.device_and_dtype()
         if own and isinstance(solver, Diagonal):  # gradients are squared in the eigenbasis: questions go there too
             matrices, inverse[layer.name] = solver.rotated(rows), solver.inverse.to(device, dtype)

@@ -129,7 +129,7 @@ def tune(
             curvature is taken from the samples, instead of EK-FAC. It costs more, and is nearer to retraining.
         output_loss: see ``outputs``.
         judge: what is known of the answers: scores (Q, N), in the order of the walks, -> a number, more is better, like
-            ``lambda scores: evaluate.mrr(scores, relevant).mean``. The reference is then made of the groups of layers
+            ``lambda scores: judges.mrr(scores, relevant).mean``. The reference is then made of the groups of layers
             (see ``subsets``) whose EK-FAC scores it likes best. Report on other queries than it saw.
         bytes_per_sample: the most that a stored row may take; None for no limit.
         subsets: whether groups of layers may be left out. A group is what differs in numbers only, such as

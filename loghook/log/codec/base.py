@@ -124,7 +124,7 @@ class LayerCodec(Codec):
     def encode(self, rows: Tensor) -> Tensor:
         """Code every layer of every row by itself, from float32."""
         values = rows.float()
-        stored = torch.zeros(len(values), self.columns, dtype=torch.uint8)
+        stored = torch.zeros(len(values), self.columns, dtype=torch.uint8, device=values.device)
         for chunk, part in self._chunks(len(values), range(len(self._shapes))):
             self._write(values[chunk, part.columns].unflatten(1, (-1, part.width)), stored[chunk], part)
         stored[:, self._rest].view(torch.float32)[:] = values[:, self._value_ends[-1] :]
@@ -133,7 +133,7 @@ class LayerCodec(Codec):
     def decode(self, stored: Tensor, columns: slice = slice(None)) -> Tensor:
         """Return float32 rows (n, width), or some columns of them that contain whole layers."""
         start, stop, _ = columns.indices(self.width)
-        out = torch.empty(len(stored), stop - start)
+        out = torch.empty(len(stored), stop - start, device=stored.device)
         first, last = np.searchsorted(self._value_ends, [start, stop])
         for chunk, part in self._chunks(len(out), range(first, min(last, len(self._shapes)))):
             place = slice(part.columns.start - start, part.columns.stop - start)

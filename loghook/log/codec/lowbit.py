@@ -108,7 +108,7 @@ def _flips(width: int) -> Tensor:
 def _signs(values: Tensor) -> tuple[np.ndarray, np.ndarray]:
     """As ``_quantise``, of values that are rotated first."""
     size = values.abs().amax(-1)  # the sum of the largest floats would be none
-    y = rotate(values / torch.where(size > 0, size, 1)[..., None]).numpy()
+    y = rotate(values / size.masked_fill(size <= 0, 1)[..., None]).numpy()
     s = np.abs(y).mean(-1, dtype=np.float64).astype(np.float32) * size.numpy()
     return np.where(s < TINY, np.float32(0), s), np.packbits(y > 0, axis=-1, bitorder="little")
 

@@ -73,8 +73,8 @@ def best_factors(x: Tensor, c: int) -> tuple[Tensor, Tensor]:
         alone: the start is always the same.
     """
     size = x.abs().amax((1, 2), keepdim=True)
-    size = torch.where(size < TINY, 0, size)
-    x = x / torch.where(size > 0, size, 1)  # squares neither overflow nor vanish
+    size = size.masked_fill(size < TINY, 0)
+    x = x / size.masked_fill(size <= 0, 1)  # squares neither overflow nor vanish
     basis = _start(x.shape[2], min(c + MORE, *x.shape[1:]))
     for _ in range(STEPS):
         basis = torch.linalg.qr(x.mT @ (x @ basis)).Q
@@ -85,4 +85,4 @@ def best_factors(x: Tensor, c: int) -> tuple[Tensor, Tensor]:
 
 @cache
 def _start(width: int, vectors: int) -> Tensor:
-    return torch.randn(width, vectors, generator=torch.Generator().manual_seed(0))
+    return torch.randn(width, vectors, generator=torch.Generator().manual_seed(0), device="cpu")
