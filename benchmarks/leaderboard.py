@@ -167,7 +167,7 @@ def tuned(task: Any, model: nn.Module, folder: str, rank: int) -> Iterator[Score
     label = f"tuned within the bytes of rank {rank}"
     places = np.sort(np.random.default_rng(1).choice(task.n_query, 20, replace=False))
     ids = np.sort(np.random.default_rng(0).choice(task.n_train, 600, replace=False))
-    yield _chosen(task, model, folder, one, rank, ids, [(places, np.arange(task.n_query))], label, peak, fitted)
+    yield from _chosen(task, model, folder, one, rank, ids, [(places, np.arange(task.n_query))], label, peak, fitted)
     if task.relevant is not None:
         halves = np.array_split(np.random.default_rng(0).permutation(task.n_query), 2)
         answers = np.unique([i for relevant in task.relevant for i in relevant])
@@ -175,14 +175,14 @@ def tuned(task: Any, model: nn.Module, folder: str, rank: int) -> Iterator[Score
         ids = np.sort(np.concatenate([answers, others[: max(0, 600 - len(answers))]]))
         pairs = [(np.sort(choose), report) for choose, report in (halves, halves[::-1])]
         label += ", by known answers"
-        yield _chosen(task, model, folder, one, rank, ids, pairs, label, Peak(), fitted, known=True)
+        yield from _chosen(task, model, folder, one, rank, ids, pairs, label, Peak(), fitted, known=True)
     one.fit.close()
 
 
 def _chosen(
     task: Any, model: nn.Module, folder: str, one: Whole, rank: int, ids: np.ndarray,
     pairs: Sequence[tuple[np.ndarray, np.ndarray]], label: str, peak: Peak, fitted: float, known: bool = False,
-) -> Scored:  # fmt: skip
+) -> Iterator[Scored]:  # fmt: skip
     """Scores of queries by what others, the first of each pair, choose."""
     start, values, notes = time.perf_counter(), np.zeros((task.n_query, task.n_train)), []
     limit = sum(4 * min(rank, spec.in_features + spec.bias) * min(rank, spec.out_features) for spec in one.fit.specs)
@@ -212,7 +212,10 @@ def _chosen(
         values[report] = log.influence(query, **choice.best.scoring).values[report]
         size += log.codec.row_bytes / len(pairs)
         notes.append(" ".join(str(choice.best).split()))
-    return Scored(label, values, fitted + time.perf_counter() - start, size, peak.mb, "; ".join(notes))
+    took = fitted + time.perf_counter() - start
+    yield Scored(label, values, took, size, peak.mb, "; ".join(notes))
+    if task.flipped is not None:
+        yield Scored(f"{label}, on itself", log.self_influence(**choice.best.scoring), took, size, peak.mb)
 
 
 def whole(
