@@ -203,9 +203,8 @@ def top_operators(floor: Callable[[], None], log: Callable[[], None], count: int
         events = seen.key_averages()
         operators = [e for e in events if e.device_type == DeviceType.CPU]
         kernels = [e for e in events if e.device_type != DeviceType.CPU and not e.is_user_annotation]
-        return {e.key: (e.self_device_time_total / 1e3, e.self_cpu_time_total / 1e3, e.count) for e in operators}, sum(
-            e.self_device_time_total for e in kernels
-        ) / 1e3
+        times = {e.key: (e.self_device_time_total / 1e3, e.self_cpu_time_total / 1e3, e.count) for e in operators}
+        return times, sum(e.self_device_time_total for e in kernels) / 1e3
 
     log()
     (before, device_before), (after, device_after) = table(floor), table(log)

@@ -247,7 +247,6 @@ class Log(Reader):
         """
         return indexes.build(self, dimensions, factory, sample, seed)
 
-    @on_cpu
     def load_index(self, path: str | Path) -> Index:
         """Read an index of this log that ``Index.save`` wrote.
 

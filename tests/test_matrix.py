@@ -613,7 +613,10 @@ def test_another_default_device(tmp_path):
         found = [log.rows("first")[:], whole_scores.numpy(), log.self_influence(method="kfac")]
         for method in ("cosine", "fisher", "ekfac", "shampoo"):
             found += [log.influence(query, method).values, log.influence(query, method, top=3).values]
-        found.append(log.index(dimensions=4, factory="Flat").search(query, top=3).values)
+        folder.mkdir()
+        log.index(dimensions=4, factory="Flat").save(folder / "index")
+        index = log.load_index(folder / "index")
+        found += [index.search(query, top=3).values, np.array(index.recall(2, top=3))]
         fit = loghook.fit(folder / "fit")
         fit.watch(model)
         for _ in fit.passes():

@@ -99,11 +99,7 @@ def test_the_choice_reproduces_whole_scores_within_the_budget(tmp_path):
 
 def test_layers_that_say_little_are_left_out(tmp_path):
     model, x, fit, samples, queries = setting()
-    scoring = fit.score(fit_query(fit, model, x), per_layer=True)
-    for ids, batch in samples():
-        with scoring(data_id=ids):
-            loss(model, batch).backward()
-    whole = scoring.scores()
+    whole = whole_scores(fit, model, x, samples)
     tuned = loghook.tune(
         fit, samples, queries, lambda b: loss(model, b), projections=[{"projection": "random"}], ranks=(8,),
         dtypes=("float32",), methods=[{"method": "dot"}, {"method": "cosine"}],
@@ -138,11 +134,7 @@ def test_layers_that_say_little_are_left_out(tmp_path):
 
 def test_known_answers_choose_the_layers_of_the_reference(tmp_path):
     model, x, fit, samples, queries = setting()
-    scoring = fit.score(fit_query(fit, model, x), per_layer=True)
-    for ids, batch in samples():
-        with scoring(data_id=ids):
-            loss(model, batch).backward()
-    whole = scoring.scores()
+    whole = whole_scores(fit, model, x, samples)
     truth = whole.by_layer[1]  # as if the scores of k_proj alone were right, which no reference of all layers can say
     options = {"ranks": (4, 8), "dtypes": ("float32",), "projections": [{"projection": "random"}]}
     tuned = loghook.tune(
@@ -162,6 +154,14 @@ def test_known_answers_choose_the_layers_of_the_reference(tmp_path):
         fit, samples, queries, lambda b: loss(model, b), judge=lambda scores: correlation(scores, both), **options
     )
     assert sorted(tuned.best.layers) == ["out", "q_proj"] and "judged 1.000" in tuned.reference
+
+
+def whole_scores(fit, model, x, samples):
+    scoring = fit.score(fit_query(fit, model, x), per_layer=True)
+    for ids, batch in samples():
+        with scoring(data_id=ids):
+            loss(model, batch).backward()
+    return scoring.scores()
 
 
 def fit_query(fit, model, x):

@@ -341,11 +341,10 @@ class Run(Blocks, Hooked):
 
     def _warn_of_other_values(self) -> None:
         self._elsewhere = None
-        moments = "" if self._gradient == "plain" else ", or moments of the optimizer,"
         warnings.warn(
-            f"{self.path} was begun with other parameter values{moments} than it goes on with, and nothing trains them "
-            "here, but the rows of one pass should be gradients at one point: load the checkpoint that the run began "
-            "with; if you mean these values, start again with overwrite=True.",
+            f"{self.path} was begun with other parameter values than it goes on with (or moments of the optimizer), "
+            "and nothing trains them here, but the rows of one pass should be gradients at one point: load the "
+            "checkpoint that the run began with; if you mean these values, start again with overwrite=True.",
             CheckpointWarning,
             stacklevel=2,
         )

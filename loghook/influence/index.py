@@ -15,7 +15,7 @@ from loghook.influence.scores import Scores
 from loghook.log.kinds import loading, save_tensors
 from loghook.log.query import Query
 from loghook.log.reader import Reader
-from loghook.processes import combine, on_cpu, share
+from loghook.processes import combine, share
 
 CANDIDATES = 200  # that are scored for each question, unless another number is asked for
 OPTIONS = ("damping", "damping_abs", "layers")  # of ``Log.influence``; rows in an index have no norms
@@ -70,7 +70,6 @@ class Index:
 
         return influence(self._reader, query, method=method, top=top, scan=scan, **options)
 
-    @on_cpu
     def recall(
         self, query: Query | int, top: int = TOP, method: str = "ekfac", *, candidates: int = CANDIDATES, **options: Any
     ) -> float:
