@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import ast
+import inspect
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+import loghook
+import loghook.evaluate
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "loghook").rglob("*.py"))
@@ -143,3 +147,18 @@ def test_the_house_is_not_empty() -> None:
     assert {room for room in BEHIND_THE_WALL if any(is_in(file, room) for file in FILES)} >= {
         "log", "statistics", "influence", "project",
     }  # fmt: skip
+
+
+def test_every_public_name_and_method_says_what_it_does() -> None:
+    silent = []
+    for module in (loghook, loghook.evaluate):
+        for name in module.__all__:
+            thing = getattr(module, name)
+            parts = {name: thing}
+            if inspect.isclass(thing):
+                parts |= {f"{name}.{part}": value for part, value in inspect.getmembers(thing) if part[0] != "_"}
+            for part, value in parts.items():
+                ours = getattr(getattr(value, "fget", value), "__module__", "") or ""
+                if ours.startswith("loghook") and callable(getattr(value, "fget", value)) and not value.__doc__:
+                    silent.append(f"{module.__name__}.{part}")
+    assert not silent, "\n".join(silent)
