@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import loghook
 from loghook.cli import app
-from loghook.errors import CheckpointWarning, CorruptLogError
+from loghook.errors import CheckpointWarning, CorruptLogError, LogLockedError
 from loghook.log import reader
 from tests.test_influence import data, loss_fn, make_log, make_model
 
@@ -358,3 +358,29 @@ def test_writers_that_start_at_once_leave_threads_as_they_were(tmp_path):
         assert left == [2] * 12
     finally:
         torch.set_num_threads(before)
+
+
+def test_committed_rows_outlive_their_manifest(tmp_path):
+    """A copy that lacks loghook.json can be mended; deleting its rows on resume could not."""
+    make_unfinished(tmp_path)
+    (tmp_path / "notes.tmp").write_text("the user's own")
+    kept = (tmp_path / "loghook.json").read_bytes()
+    (tmp_path / "loghook.json").unlink()
+    for again in ({"resume": True}, {}):
+        with pytest.raises(loghook.LoghookError, match=r"restore it from a copy|holds a run already"):
+            loghook.init(tmp_path, rank=4, dtype="float64", **again)
+    (tmp_path / "loghook.json").write_bytes(kept)
+    assert loghook.load(tmp_path).data_ids == [100, 101]
+    loghook.init(tmp_path, rank=4, dtype="float64", overwrite=True).close()
+    assert (tmp_path / "notes.tmp").exists() and not list(tmp_path.glob("rows-*"))
+
+
+def test_a_cell_that_is_run_again_is_told_to_close_the_run(tmp_path):
+    first = loghook.init(tmp_path, rank=4, dtype="float64")
+    first.watch(model := make_model())
+    with first(data_id=[0, 1]):
+        loss_fn(model, data(2)).backward()
+    with pytest.raises(LogLockedError, match=r"by this process: run.finalize\(\) or run.close\(\)"):
+        loghook.init(tmp_path, rank=4, dtype="float64", overwrite=True)
+    first.close()
+    loghook.init(tmp_path, rank=4, dtype="float64", overwrite=True).close()

@@ -12,7 +12,15 @@ from typer.testing import CliRunner
 
 import loghook
 from loghook.cli import app
-from loghook.errors import ConfigError, CorruptLogError, LogExistsError, LogLockedError, MismatchError, StateError
+from loghook.errors import (
+    CheckpointWarning,
+    ConfigError,
+    CorruptLogError,
+    LogExistsError,
+    LogLockedError,
+    MismatchError,
+    StateError,
+)
 from loghook.log import maintain, reader
 from tests import dense
 from tests.test_influence import data, loss_fn, make_log, make_model
@@ -270,3 +278,28 @@ def test_commands(path, tmp_path):
 
 
 PARTS = (("a", list(range(20))), ("b", list(range(20, 40))))
+
+
+def test_merged_logs_of_two_checkpoints_say_so_now_and_later(tmp_path):
+    paths = []
+    for name, shift in (("a", 0.0), ("b", 0.1)):
+        model, x = make_model(), data(4)
+        next(model.parameters()).data.add_(shift)
+        run = loghook.init(tmp_path / name, rank=4, dtype="float64")
+        run.watch(model)
+        for _ in run.passes():
+            with run(data_id=[f"{name}{i}" for i in range(4)]):
+                loss_fn(model, x).backward()
+        run.finalize()
+        with run.query(data_id=["q"]) as query:
+            loss_fn(model, x[:1]).backward()
+        run.close()
+        paths.append(tmp_path / name)
+        query.save(tmp_path / f"{name}.query")
+    assert any("different parameter values" in note for note in maintain.merge(tmp_path / "ab", paths).notes)
+    for name in "ab":
+        with pytest.warns(CheckpointWarning):
+            loghook.load(tmp_path / "ab").influence(loghook.Query.load(tmp_path / f"{name}.query"), method="dot")
+    with pytest.warns(CheckpointWarning, match="different parameter values"):
+        both = loghook.Query.load(tmp_path / "a.query") + loghook.Query.load(tmp_path / "b.query")
+    assert len(both) == 2

@@ -277,4 +277,11 @@ def test_a_product_keeps_nothing_of_the_graphs_that_it_went_through():
 
     fit.refine(query, [(x, y)], outputs, loss_of, iterations=1)
     gc.collect()
-    assert len(seen) == 1 and seen[0]() is None
+    assert seen and all(reference() is None for reference in seen)
+
+
+def test_a_mean_loss_is_refused():
+    model, (x, y) = make(), data()
+    fit, query = fitted(model, x, y)
+    with pytest.raises(ConfigError, match="sum over the batch"):
+        fit.refine(query, [(x, y)], outputs_of(model), lambda outputs, batch: loss_of(outputs, batch) / len(outputs))

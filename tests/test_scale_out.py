@@ -85,3 +85,23 @@ def test_accelerate_launch_scores_like_the_plain_command(logged):
     score = ("loghook", "score", folder / "run", folder / "q.safetensors", "--top", 3)
     launched = call("accelerate.commands.launch", "--cpu", "--num_processes", 1, "-m", *score)
     assert launched == call(*score) and len(launched.split()) == 3 + 2 * 3 * 3
+
+
+EACH_ITS_OWN = """
+import sys, torch, loghook
+torch.distributed.init_process_group("gloo")
+folder = sys.argv[1]
+query = loghook.Query.load(f"{folder}/q.safetensors")
+rank = torch.distributed.get_rank()
+try:
+    loghook.load(f"{folder}/run").influence(query.with_rows(query.matrix * (1 + rank), ""), "dot")
+except loghook.LoghookError as error:
+    print("REFUSED" if "ask different questions" in str(error) else error)
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_processes_that_ask_different_questions_are_told(logged):
+    folder, _, _ = logged
+    (folder / "each.py").write_text(EACH_ITS_OWN)
+    assert torchrun(folder / "each.py", folder).count("REFUSED") == 2

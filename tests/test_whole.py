@@ -14,6 +14,7 @@ from loghook.errors import (
     ConfigError,
     CorruptLogError,
     LogExistsError,
+    LogLockedError,
     MismatchError,
     StateError,
     UnsupportedError,
@@ -426,3 +427,38 @@ def test_norms_with_groups_scale_low_rank_and_no_gradient():
     refined = query.with_rows(query.matrix, "cg")
     with pytest.raises(ConfigError, match="without normalize"):
         fit.score(refined, normalize="relatif")
+
+
+def test_a_second_pass_at_other_parameters_warns(tmp_path):
+    model, x = make(), data(8)
+    fit = loghook.fit(tmp_path)
+    quietly(fit, model)
+    for _ in fit.passes():
+        with fit(data_id=range(8)):
+            loss_fn(model, x).backward()
+        break  # killed between the passes: the first is not committed unless it ended
+    for stop in ("covariance", "eigenvalues"):
+        fit = loghook.fit(tmp_path, resume=True)
+        quietly(fit, model)
+        passes = fit.passes()
+        assert next(passes).kind == stop
+        with (
+            pytest.warns(CheckpointWarning, match="eigenvalues") if stop == "eigenvalues" else contextlib.nullcontext()
+        ):
+            with fit(data_id=range(8)):
+                loss_fn(model, x).backward()
+        next(passes, None)
+        passes.close()
+        with torch.no_grad():
+            next(model.parameters()).add_(0.1)
+
+
+def test_factors_that_are_being_fitted_are_not_overwritten(tmp_path):
+    model, x = make(), data(8)
+    fit = loghook.fit(tmp_path)
+    quietly(fit, model)
+    for _ in fit.passes():
+        with fit(data_id=range(8)):
+            loss_fn(model, x).backward()
+        with pytest.raises(LogLockedError):
+            loghook.fit(tmp_path, overwrite=True)

@@ -18,7 +18,12 @@ from loghook.project.projection import Side, draw_side, shared_input_name
 
 HEAD = "*lm_head"  # what is left out by default: wide, and often bypassed by fused losses
 FUSED_EXPERTS = "fused experts are watched only where a pattern such as '*experts*' names them"
-_TRUSTED = {"torch", "torchao", "bitsandbytes", "transformers", "peft", "loghook"}
+# Subclasses whose own forward is still x W^T + b, of weights that are stored or multiplied in another way.
+_FAITHFUL = {
+    "bitsandbytes.Linear4bit", "bitsandbytes.Linear8bitLt", "torchao.Float8Linear", "transformers.FalconLinear",
+    "transformers.FP8Linear", "transformers.FbgemmFp8Linear", "transformers.CompressedTensorsFP8Linear",
+    "transformers.MetalLinear", "loghook.ExpertProjection",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -136,14 +141,11 @@ def _left_out(name: str, wanted: Sequence[str], exclude: str | Sequence[str]) ->
 
 
 def _overrides_forward(module: nn.Module) -> bool:
-    """Whether a subclass of a known layer computes something of its own, so that the base's adapter may not fit it.
-
-    Libraries that store a linear layer's weight in another way keep what it computes, and are trusted.
-    """
-    known = registered_type(module)
-    if known is None or type(module).forward is known.forward:
+    """Whether a subclass of a known layer computes something of its own, so that the base's adapter may not fit it."""
+    known, kind = registered_type(module), type(module)
+    if known is None or kind.forward is known.forward:
         return False
-    return type(module).__module__.partition(".")[0] not in _TRUSTED
+    return f"{kind.__module__.partition('.')[0]}.{kind.__name__}" not in _FAITHFUL
 
 
 def _draw(

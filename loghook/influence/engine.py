@@ -16,7 +16,7 @@ from loghook.influence.scores import Scores
 from loghook.influence.solvers import Solver, nonzero
 from loghook.log.format import LayerSpec, checksum, listed
 from loghook.log.kept import kept_name, load_kept, save_kept
-from loghook.log.query import Query, require_query
+from loghook.log.query import Query, require_one_query, require_query
 from loghook.log.reader import Reader
 from loghook.processes import combine, gather, on_cpu, share
 
@@ -72,6 +72,7 @@ def influence(
             f"{reader.codec.name}: leave it out, or make a log of signs with log.compress(path, 'int1')."
         )
     check_match(reader, query)
+    require_one_query(query, reader.path)
     if not len(reader):
         raise ConfigError(f"{reader.path} holds no rows yet: log some first.")
     normalize = normalize or ("unit" if method == "cosine" else None)

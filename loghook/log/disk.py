@@ -70,12 +70,14 @@ def lock(file: Path) -> Any:
     except OSError as error:
         handle.seek(0)
         written, owner = handle.read(), "an unknown process"
+        remedy = "wait until it ends, or write to another path"
         handle.close()
         with suppress(ValueError, KeyError, TypeError):  # it may be being written
-            owner = "process {process} on {host}".format(**json.loads(written))
-        raise LogLockedError(
-            f"{file.parent} is written by {owner}: wait until it ends, or write to another path."
-        ) from error
+            one = json.loads(written)
+            owner = "process {process} on {host}".format(**one)
+            if (one["process"], one["host"]) == (os.getpid(), socket.gethostname()):
+                owner, remedy = "this process", "run.finalize() or run.close() ends the run that an earlier call began"
+        raise LogLockedError(f"{file.parent} is written by {owner}: {remedy}.") from error
     handle.truncate(0)
     handle.write(json.dumps({"process": os.getpid(), "host": socket.gethostname()}))
     handle.flush()

@@ -32,10 +32,15 @@ def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
         raise LogExistsError(f"{path} is a file: choose another path for the run.")
     if factors := holds_factors(path):
         raise LogExistsError(f"{factors}: choose another path for the run.")
-    old = [] if not path.exists() else [p for p in path.iterdir() if p.name == MANIFEST or _is_ours(p)]
+    old = [] if not path.exists() else [p for p in path.iterdir() if _is_ours(p)]
     if old and not resume and not overwrite:
         raise LogExistsError(f"{path} holds a run already: pass resume=True, overwrite=True or another path.")
-    # Files without a manifest are of a run that was killed before its first block was done: nothing refers to them.
+    committed = any(p.name.startswith("commits-") and p.stat().st_size for p in old)
+    if committed and not overwrite and not (path / MANIFEST).exists():
+        raise CorruptLogError(
+            f"{path} holds committed rows, but {MANIFEST} is gone: restore it from a copy, or pass overwrite=True."
+        )
+    # Other files without a manifest are of a run that was killed before its first block was done.
     if overwrite or (old and not (path / MANIFEST).exists()):
         locks = [lock(file) for file in old if file.name.startswith("lock-")]  # nobody may be writing what goes away
         for file in old:
@@ -48,8 +53,8 @@ def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
 
 
 def _is_ours(file: Path) -> bool:
-    kinds = ("rows-*.safetensors", "statistics-*.safetensors", "commits-*.jsonl", "lock-*", "*.tmp", PROJECTION, KEPT)
-    return any(file.match(kind) for kind in kinds)
+    kinds = ("rows-*.safetensors", "statistics-*.safetensors", "commits-*.jsonl", "lock-*", MANIFEST, PROJECTION, KEPT)
+    return any(file.match(kind) or file.match(f"{kind}.tmp") for kind in kinds)
 
 
 def check_same(old: Manifest, new: Any, names: Sequence[str] = (*ARGUMENTS, "id_type", "layers", "fitted")) -> None:

@@ -33,6 +33,8 @@ from loghook.log.records import Commits, all_commits, check_record, decode_recor
 from loghook.log.rewrite import Changed, Keep, clean, copy_log, entry, ids_of, read_rows, rewrite, shard_of
 from loghook.processes import on_cpu
 
+SEVERAL = "several"  # in place of a digest of parameter values, where rows are gradients at different ones
+
 
 def repair(path: str | Path) -> Changed:
     """Drop what is damaged, keep what is good, and seal again what was sealed.
@@ -123,7 +125,14 @@ def merge(out: str | Path, runs: Sequence[str | Path]) -> Changed:
             if getattr(manifest, name) != getattr(first, name):
                 raise MismatchError(f"{path} and {paths[0]} differ in {name}: only runs that agree can be merged.")
     done = entry("merge", runs=[_origin(m) for m in manifests])
-    merged = _build(out, list(zip(paths, manifests, strict=True)), first.dtype, [done])
+    values = {m.parameters.get("last") or m.parameters.get("first") for m in manifests} - {None}
+    parameters: dict[str, str | None] = {"last": SEVERAL} if len(values) > 1 else first.parameters
+    merged = _build(out, list(zip(paths, manifests, strict=True)), first.dtype, [done], parameters)
+    if len(values) > 1:
+        merged.notes.append(
+            "the runs ended with different parameter values: their rows are gradients at different points, and no "
+            "question fits all of them."
+        )
     if first.no_statistics is None and (clashing := Reader(out).repeats - sum(Reader(path).repeats for path in paths)):
         merged.notes.append(
             f"{clashing:,} rows have ids that another run has too: readers leave them out, but the statistics, which "
@@ -145,7 +154,7 @@ def compress(source: str | Path, out: str | Path, dtype: str) -> Changed:
         raise ConfigError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
     path, manifest = Path(source), Manifest.load(Path(source))
     done = entry("compress", runs=[_origin(manifest)], dtype=manifest.dtype)
-    return _build(Path(out), [(path, manifest)], dtype, [done])
+    return _build(Path(out), [(path, manifest)], dtype, [done], manifest.parameters)
 
 
 def _origin(manifest: Manifest) -> dict[str, Any]:
@@ -154,7 +163,10 @@ def _origin(manifest: Manifest) -> dict[str, Any]:
     return {"run_id": manifest.run_id, "rows": rows, "history": manifest.history}
 
 
-def _build(out: Path, runs: Sequence[tuple[Path, Manifest]], dtype: str, history: list[dict[str, Any]]) -> Changed:
+def _build(
+    out: Path, runs: Sequence[tuple[Path, Manifest]], dtype: str, history: list[dict[str, Any]],
+    parameters: dict[str, str | None],
+) -> Changed:  # fmt: skip
     """Write a new run of finished ones, all of it or nothing."""
     if out.exists():
         raise LogExistsError(f"{out} exists: choose another path for the new run.")
@@ -166,7 +178,8 @@ def _build(out: Path, runs: Sequence[tuple[Path, Manifest]], dtype: str, history
     run_id, reasons = uuid.uuid4().hex, [m.no_statistics for m in manifests if m.no_statistics]
     target = dataclasses.replace(
         first, run_id=run_id, world_size=sum(m.world_size for m in manifests), generation=0, sealed=None, dtype=dtype,
-        no_statistics=reasons[0] if reasons else None, history=history, version=VERSION,
+        no_statistics=reasons[0] if reasons else None, history=history, parameters=parameters,
+        version=VERSION,
     )  # fmt: skip
     with writing(building):
         building.mkdir(parents=True)

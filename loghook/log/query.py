@@ -1,5 +1,6 @@
 """Rows held in memory: what questions are made of."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,9 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loghook.errors import ConfigError, MismatchError, StateError
+from loghook.errors import CheckpointWarning, ConfigError, MismatchError, StateError
 from loghook.log.format import LayerSpec, Layout, Made, listed
 from loghook.log.kinds import loading, save_tensors
+from loghook.processes import everyone
 
 
 class Query:
@@ -103,6 +105,13 @@ class Query:
         ids: list[Any] = [i for query in queries for i in query.data_ids]
         rows = torch.cat([query.matrix for query in queries])
         same = all(query.parameters == first.parameters for query in queries)
+        if not same:
+            warnings.warn(
+                "these queries were made with different parameter values (another checkpoint, or a step between them): "
+                "joined they belong to none, and scoring cannot tell whether they fit a log.",
+                CheckpointWarning,
+                stacklevel=2,
+            )
         return Query(ids).fill(rows, first.made, first.parameters if same else None, first.direction)
 
     def with_rows(self, rows: Tensor, direction: str) -> "Query":
@@ -150,6 +159,18 @@ def require_query(query: Any) -> None:
             f"{type(query).__name__} is no query: write `with run.query(data_id=...) as query:` around forward and "
             "backward of the questions, and pass that `query` after the block."
         )
+
+
+def require_one_query(query: Query, what: object) -> None:
+    """Raise unless all processes ask the same questions: each scores a share of ``what`` for the answers of all."""
+    norms = query.matrix.norm(dim=1).tolist()
+    for ids, others in everyone((query.data_ids, norms)):
+        # Equal questions may differ in rounding from process to process.
+        if ids != query.data_ids or not np.allclose(others, norms, rtol=1e-2):
+            raise MismatchError(
+                f"the processes ask different questions of {what}, of which each scores a share for all: save every "
+                "process's query, join them with Query.concat and ask that on all, or ask in a process of its own."
+            )
 
 
 def find_columns(layout: Layout, layer: str, kind: str) -> tuple[LayerSpec, slice]:

@@ -1,5 +1,6 @@
 """``Factors``: EK-FAC on whole gradients (George et al. 2018; Grosse et al. 2023), fitted through a user's own loop."""
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +17,7 @@ from loghook.capture.passes import Gathering, Pass
 from loghook.capture.select import HEAD, Watch
 from loghook.capture.sums import decompose
 from loghook.capture.whole import Covariance, Eigenvalues
-from loghook.errors import ConfigError, LogExistsError, StateError
+from loghook.errors import CheckpointWarning, ConfigError, LogExistsError, StateError
 from loghook.influence.precondition import Curvature
 from loghook.influence.solvers import Diagonal
 from loghook.log.disk import lock, writing
@@ -54,7 +55,8 @@ class Factors(Blocks, Hooked):
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
             if overwrite and process_rank() == 0:
-                (path / FACTORS).unlink(missing_ok=True)  # or a later resume would take the old ones for these
+                with lock(path / "lock-00000"):  # nobody may be fitting what goes away
+                    (path / FACTORS).unlink(missing_ok=True)  # or a later resume would take the old ones for these
         self._pass: Pass | None = None
         self._began_with: str | None = None  # digest of sampled parameter values when the pass began
         self._bases: dict[str, Eigenbasis] = {}
@@ -164,6 +166,14 @@ class Factors(Blocks, Hooked):
         gathering = self._pass._gathering
         if not gathering.sums.samples:
             self._began_with = self.digest()
+            before = self._require_store().parameters
+            if before and self._began_with and before != self._began_with:
+                warnings.warn(
+                    f"{self.path} has covariances of other parameter values than eigenvalues are now gathered with: "
+                    "load those first, or fit again with overwrite=True.",
+                    CheckpointWarning,
+                    stacklevel=2,
+                )
         with gathering.block(check_ids(data_id), given):
             yield
 

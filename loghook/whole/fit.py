@@ -16,7 +16,7 @@ from loghook.log.query import Query, require_query
 from loghook.whole.factors import Factors
 from loghook.whole.gauss_newton import GaussNewton, OutputLoss, Outputs
 from loghook.whole.inverse import solvers, unroll
-from loghook.whole.refine import Damped, listed, solve
+from loghook.whole.refine import Damped, listed, require_sum, solve
 from loghook.whole.scoring import Scoring
 
 
@@ -120,6 +120,7 @@ class Fit(Factors):
         bases = {name: basis.to(g) for name, basis in self._eigenbases().items()}
         preconditioner = solvers(self._require_store(), bases, Curvature(method="ekfac", damping_abs=amount))
         matrix = GaussNewton(self._layers, self._layout, listed(batches), outputs, loss)
+        require_sum(matrix)
         u, residuals = solve(
             Damped(matrix, amount, preconditioner), g, solver=solver, iterations=iterations, tolerance=tolerance,
             step=step, momentum=momentum,

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from loghook.capture.alone import samples
 from loghook.errors import ConfigError
 from loghook.influence.solvers import Diagonal, nonzero
 from loghook.whole.gauss_newton import GaussNewton
@@ -112,6 +113,28 @@ def solve(
     if solver == "cg":
         return conjugate_gradients(system, g, iterations, tolerance)
     return stochastic(system, g, iterations, step, momentum)
+
+
+def require_sum(matrix: GaussNewton) -> None:
+    """Raise if the loss of a batch is not the sum of its samples' losses, where samples can be told apart."""
+    batch = matrix.batches[0]
+    with torch.no_grad():
+        y = matrix.outputs(batch)
+        try:
+            parts = samples(batch)
+            whole = float(matrix.loss(y, batch))
+            alone = (
+                sum(float(matrix.loss(y[i : i + 1], one)) for i, one in enumerate(parts))
+                if len(parts) == len(y)
+                else whole
+            )
+        except Exception:  # a loss need not work on one sample
+            return
+    if abs(whole - alone) > 1e-3 * abs(alone):
+        raise ConfigError(
+            f"the loss of a batch is {whole:.6g}, and that of its samples together {alone:.6g}: loss(outputs, batch) "
+            "must be a sum over the batch."
+        )
 
 
 def listed(batches: Iterable[Any]) -> list[Any]:

@@ -15,7 +15,7 @@ from loghook.influence.precondition import Curvature
 from loghook.influence.scores import Scores
 from loghook.influence.solvers import Diagonal, Identity, nonzero
 from loghook.log.finite import not_finite
-from loghook.log.query import Query
+from loghook.log.query import Query, require_one_query
 from loghook.processes import everyone, share
 from loghook.whole.inverse import rotations
 
@@ -70,6 +70,8 @@ class Scoring(Blocks):
 
     def scores(self) -> Scores:
         """Return the scores of all samples so far, of all processes: the same on each of them."""
+        if self._query is not None:
+            require_one_query(self._query, "the samples")
         values = torch.cat(self._parts, 1) if self._parts else None
         ids: list[Any] = list(self._seen)
         if share()[1] > 1:
