@@ -868,3 +868,66 @@ def test_an_open_block_is_left_before_anything_else(tmp_path, call):
         model(torch.randn(1, 4)).sum().backward()
     run.finalize()
     assert loghook.load(tmp_path).data_ids == [1]
+
+
+def test_libraries_own_subclasses_are_vouched_for_by_name(tmp_path, capsys):
+    from transformers import BitConfig, BitForImageClassification
+    from transformers.models.falcon.modeling_falcon import FalconLinear
+
+    sizes = {"num_channels": 3, "embedding_size": 16, "hidden_sizes": [16, 32], "depths": [1, 1], "num_groups": 4}
+    run = loghook.init(tmp_path / "bit", rank=2)
+    run.watch(BitForImageClassification(BitConfig(**sizes, num_labels=5)))
+    assert run.layers == ("classifier.1",)  # its convolutions standardise their weights
+    assert "WeightStandardizedConv2d overrides forward" in capsys.readouterr().out
+    run = loghook.init(tmp_path / "falcon", rank=2)
+    run.watch(nn.Sequential(FalconLinear(4, 3)))
+    assert run.layers == ("0",)
+
+
+def test_a_call_on_something_else_than_the_batch_counts_only_where_it_gets_a_gradient(tmp_path):
+    """DoRA multiplies an adapter's matrices by calling its layers on an identity, and detaches the result."""
+
+    class Adapted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 2, bias=False), nn.Linear(2, 3, bias=False)
+            self.detached = True
+
+        def forward(self, x):
+            product = self.b(self.a(torch.eye(5, dtype=x.dtype)))
+            norm = product.norm(dim=0)
+            return self.b(self.a(x)) / (norm.detach() if self.detached else norm)
+
+    torch.manual_seed(0)
+    model, x = Adapted().double(), torch.randn(4, 5, dtype=torch.float64)
+    loss = lambda m, b: m(b).square().sum()  # noqa: E731
+    run = loghook.init(tmp_path, rank=2, dtype="float64")
+    run.watch(model)
+    with run(data_id=[0, 1, 2, 3]):
+        loss(model, x).backward()
+    model.detached = False
+    with pytest.raises(BatchError, match="5 samples, 4 ids"), run(data_id=[4, 5, 6, 7]):
+        loss(model, x).backward()
+    run.finalize()
+    model.detached = True
+    assert_rows_exact(loghook.load(tmp_path), model, loss, x, 1e-9)
+
+
+def test_convolutions_over_batch_and_time_on_one_axis(tmp_path):
+    class OverTime(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c, self.o = nn.Conv2d(3, 4, 3, groups=1), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.o(self.c(x.flatten(0, 1)).mean((2, 3)).unflatten(0, x.shape[:2]).tanh().mean(1))
+
+    torch.manual_seed(0)
+    model, x = OverTime().double(), torch.randn(4, 5, 3, 6, 6, dtype=torch.float64)
+    loss = lambda m, b: m(b).square().sum()  # noqa: E731
+    run = loghook.init(tmp_path, rank=3, dtype="float64")
+    run.watch(model, flattened="c")
+    with run(data_id=[0, 1, 2, 3]):
+        loss(model, x).backward()
+    run.finalize()
+    assert_rows_exact(loghook.load(tmp_path), model, loss, x, 1e-9)

@@ -3,6 +3,7 @@
 import contextlib
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -11,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import loghook
 from loghook.check import _computes_in_tf32
-from loghook.errors import BatchError
+from loghook.errors import BatchError, ConfigError
 
 
 def mlp(*middle):
@@ -311,3 +312,108 @@ def test_convolutions_on_a_gpu_are_judged_by_tf32(layer, on_gpu, expected):
     """As PyTorch computes them unless it is told otherwise; a stub stands for a model on a GPU."""
     model = SimpleNamespace(parameters=lambda: [SimpleNamespace(is_cuda=on_gpu)], modules=lambda: [layer])
     assert _computes_in_tf32(model) == expected
+
+
+def memorised(steps=250):
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(
+        LlamaConfig(vocab_size=200, hidden_size=64, intermediate_size=128, num_hidden_layers=4, num_attention_heads=4)
+    ).eval()
+    batch = {"input_ids": torch.randint(3, 200, (8, 16))}
+    optimizer = torch.optim.Adam(model.parameters(), 3e-3)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        (next_token(model, batch) / 120).backward()
+        optimizer.step()
+    return model, batch
+
+
+def next_token(model, batch):
+    logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
+    return F.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="sum")
+
+
+def test_gradients_that_rounding_moves_are_no_fault():
+    """Of what a model has learnt by heart little gradient is left, which hardly any digit of float32 determines."""
+    model, batch = memorised()
+    report = loghook.check(model, next_token, batch)
+    assert report and max(report.errors.values()) > 1e-4, str(report)
+
+    def mixed(model, batch):
+        logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
+        logits = logits + 1e-2 * (logits.sum() - logits.sum((1, 2), keepdim=True)).tanh()[..., :1] * logits.sin()
+        return F.cross_entropy(logits.flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="sum")
+
+    assert "samples influence each other" in only_problem(loghook.check(model, mixed, batch))
+
+
+def test_a_layer_that_computes_something_else_is_blamed_itself(batch):
+    model = mlp()
+    inner = model[2]
+    inner.forward = lambda x: F.linear(x, inner.weight * 2, inner.bias)
+    problem = only_problem(loghook.check(model, classes, batch))
+    assert "'2'" in problem and "influence each other" not in problem and "adapter" in problem
+
+
+def test_nothing_of_the_model_moves(batch):
+    class Noted(nn.InstanceNorm1d):
+        def forward(self, x):
+            return super().forward(x[:, None])[:, 0]
+
+    model = mlp(Noted(1, affine=True, track_running_stats=True))
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(lambda p: p.data.sub_(0.1 * p.grad))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    report = loghook.check(model, classes, batch)
+    assert report, str(report)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    model(batch[0]).sum().backward()
+    assert not torch.equal(model[0].weight, before["0.weight"])  # the optimiser in the hooks is back at work
+
+
+def test_sparse_gradients_of_an_embedding_are_compared():
+    class Bag(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.e, self.o = nn.Embedding(30, 16, sparse=True), nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.o(self.e(x).mean(1))
+
+    report = loghook.check(Bag(), classes, (torch.randint(30, (4, 5)), torch.randint(4, (4,))), include=["*", "e"])
+    assert report and set(report.errors) == {"e", "o"}
+
+
+def test_layers_may_sleep_here_as_in_watch(batch):
+    class Heads(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b, self.aux = nn.Linear(12, 16), nn.Linear(16, 4), nn.Linear(16, 4)
+
+        def forward(self, x):
+            return self.b(self.a(x).relu())
+
+    assert "may_sleep" in only_problem(loghook.check(Heads(), classes, batch))
+    assert loghook.check(Heads(), classes, batch, may_sleep="aux")
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_lengths_are_cut_with_their_samples(kind):
+    class Means(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(12, 16), nn.Linear(16, 4)
+
+        def forward(self, x, lengths):
+            return self.b(torch.stack([h[:n].mean(0) for h, n in zip(self.a(x).relu(), lengths, strict=True)]))
+
+    def loss(model, batch):
+        return F.cross_entropy(model(batch["x"], batch["lengths"]), batch["y"], reduction="sum")
+
+    batch = {"x": torch.randn(4, 5, 12), "lengths": kind([3, 5, 2, 4]), "y": torch.randint(4, (4,))}
+    assert loghook.check(Means(), loss, batch)
+
+
+def test_a_scale_that_is_no_function_is_told_apart(batch):
+    with pytest.raises(ConfigError, match="function"):
+        loghook.check(mlp(), classes, batch, scale=8)

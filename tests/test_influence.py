@@ -352,3 +352,18 @@ def test_ties_keep_the_order_of_the_log(tmp_path, monkeypatch):
     full, best = log.influence(query, "dot"), log.influence(query, "dot", top=4)
     assert not full.values.any()
     assert [r.data_id for r in best.top(4)[0]] == [r.data_id for r in full.top(4)[0]] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_scores_do_not_follow_the_default_dtype(tmp_path, dtype):
+    log, query, _ = make_log(tmp_path)
+    expected = {method: log.influence(query, method).values for method in ("dot", "ekfac")}
+    torch.set_default_dtype(dtype)
+    try:
+        again = loghook.load(tmp_path)
+        for method, values in expected.items():
+            np.testing.assert_array_equal(again.influence(query, method).values, values)
+            assert again.influence(query, method, top=3).values.dtype == np.float32
+        assert again.self_influence().dtype == np.float32
+    finally:
+        torch.set_default_dtype(torch.float32)
