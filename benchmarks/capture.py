@@ -8,6 +8,7 @@ operations (multiplications and additions of matrix products), below which only 
 On a machine that others use, `--threads 1 --clock cpu` counts the processor time of all threads, the writer's too.
 """
 
+import contextlib
 import subprocess
 import sys
 import tempfile
@@ -65,10 +66,7 @@ class Bench:
         run = self.init(model, rank=32) if log else None
 
         def case() -> None:
-            if run is not None:
-                with run(data_id=self.ids):
-                    summed_loss(model, self.data).backward()
-            else:
+            with run(data_id=self.ids) if run else contextlib.nullcontext():
                 summed_loss(model, self.data).backward()
             optimizer.step()
             optimizer.zero_grad()

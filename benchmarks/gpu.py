@@ -119,10 +119,7 @@ class Bench:
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0)
 
         def case() -> None:
-            if log:
-                with self.run(data_id=list(itertools.islice(self.ids, batch))):
-                    summed_loss(self.model, data).backward()
-            else:
+            with self.run(data_id=list(itertools.islice(self.ids, batch))) if log else contextlib.nullcontext():
                 summed_loss(self.model, data).backward()
             optimizer.step()
             optimizer.zero_grad()
