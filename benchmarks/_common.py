@@ -1,14 +1,16 @@
 """What the benchmark scripts share: a model, alternating timings, the machine's name, JSON."""
 
 import argparse
+import contextlib
 import importlib
+import io
 import json
 import os
 import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,12 @@ def summed_loss(model: torch.nn.Module, tokens_BS: Tensor) -> Tensor:
     return torch.nn.functional.cross_entropy(logits.flatten(0, 1).float(), tokens_BS[:, 1:].flatten(), reduction="sum")
 
 
+@contextlib.contextmanager
+def silent() -> Iterator[None]:
+    with contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
 def alternate(
     cases: dict[str, Callable[[], Any]], repeats: int, clock: Callable[[], float] = time.perf_counter
 ) -> dict[str, list[float]]:
@@ -58,6 +66,10 @@ def alternate(
             cases[name]()
             times[name].append(clock() - start)
     return times
+
+
+def medians(times: dict[str, list[float]]) -> dict[str, float]:
+    return {name: statistics.median_high(values) for name, values in times.items()}
 
 
 def ratio(times: dict[str, list[float]], over: str, under: str) -> dict[str, float]:
@@ -92,6 +104,21 @@ def read_all(folder: Path) -> None:
                 pass
 
 
+class Peak:
+    """The most memory that this process has held since it was made; without one, since it began. Linux keeps count."""
+
+    def __init__(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")
+
+    @staticmethod
+    def bytes() -> int:
+        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+
+    @property
+    def mb(self) -> float:
+        return self.bytes() / 2**20
+
+
 def machine() -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
@@ -110,11 +137,19 @@ def parser(description: str) -> argparse.ArgumentParser:
     return made
 
 
-def keep(name: str, result: dict[str, Any]) -> None:
-    """Keep a benchmark's result as JSON, with the machine that gave it."""
+def setting(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in names}
+
+
+def write(name: str, result: dict[str, Any]) -> None:
+    """Write a benchmark's result as JSON, with the machine that gave it."""
     RESULTS.mkdir(exist_ok=True)
     result = {"benchmark": name, "machine": machine()} | result
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+def keep(name: str, result: dict[str, Any]) -> None:
+    write(name, result)
     print(f"  written to {RESULTS.name}/{name}.json")
 
 

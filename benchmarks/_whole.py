@@ -3,26 +3,19 @@
 Shapes: N training samples, Q queries.
 """
 
-import contextlib
 import copy
-import io
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from _common import silent
 from torch import nn
 
 import loghook
 
 State = dict[str, torch.Tensor]
-
-
-@contextlib.contextmanager
-def silent() -> Iterator[None]:
-    with contextlib.redirect_stdout(io.StringIO()):
-        yield
 
 
 def walk(

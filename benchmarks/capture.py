@@ -9,7 +9,6 @@ On a machine that others use, `--threads 1 --clock cpu` counts the processor tim
 """
 
 import contextlib
-import io
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import alternate, llama, parser, ratio, report, summed_loss
+from _common import Peak, alternate, llama, medians, parser, ratio, report, setting, silent, summed_loss
 from torch.utils.flop_counter import FlopCounterMode
 
 import loghook
@@ -67,10 +66,7 @@ class Bench:
         run = self.init(model, rank=32) if log else None
 
         def case() -> None:
-            if run is not None:
-                with run(data_id=self.ids):
-                    summed_loss(model, self.data).backward()
-            else:
+            with run(data_id=self.ids) if run else contextlib.nullcontext():
                 summed_loss(model, self.data).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -80,7 +76,7 @@ class Bench:
     def init(self, model: torch.nn.Module, **init: Any) -> loghook.Run:
         run = loghook.init(tempfile.mkdtemp(dir=self.folder), overwrite=True, **init)
         optimizer = self.stepped(model) if "gradient" in init else None
-        with contextlib.redirect_stdout(io.StringIO()):
+        with silent():
             run.watch(model, optimizer=optimizer)
         self.runs.append(run)
         return run
@@ -99,7 +95,7 @@ class Bench:
         if not path.exists():
             model = llama(hidden, self.layers)
             run = loghook.init(path, rank=rank, projection="whitened")
-            with contextlib.redirect_stdout(io.StringIO()):
+            with silent():
                 run.watch(model)
             with loghook.frozen(model):
                 for _ in run.passes():
@@ -180,12 +176,11 @@ def main() -> None:
         bench = Bench(a.layers, a.batch, a.tokens, a.compile, Path(folder))
         if a.peak:
             case = bench.cases()[a.peak]()
-            Path("/proc/self/clear_refs").write_text("5")  # forget the peak of building the model
+            peak = Peak()  # without that of building the model
             for _ in range(3):
                 case()
             bench.close()
-            status = Path("/proc/self/status").read_text()
-            print(next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM")))
+            print(peak.bytes())
             return
         runs = {name: make() for name, make in bench.cases().items()}
         counts = {name: operations(case) for name, case in runs.items() if "compiled" not in name}
@@ -202,7 +197,7 @@ def main() -> None:
         targets[COMPILED] = (1.0, "<=")
         del times["eager"], times["compiled"]
     if not a.no_memory:
-        shape = [f"--{key}={getattr(a, key)}" for key in ("layers", "batch", "tokens", "threads")]
+        shape = [f"--{key}={value}" for key, value in setting(a, "layers", "batch", "tokens", "threads").items()]
         logged, frozen = (peak_memory(shape, case) for case in ("log, wide", "frozen, wide"))
         ratios[MEMORY] = dict.fromkeys(("median", "low", "high", "fastest"), logged / frozen)
         targets[MEMORY] = (1.10, "<=")
@@ -212,8 +207,8 @@ def main() -> None:
     report(
         f"capture_{a.batch * a.tokens}_tokens" + "_cpu" * (a.clock == "cpu"),
         {
-            "setting": {key: getattr(a, key) for key in ("layers", "batch", "tokens", "compile", "clock", "repeats")},
-            "seconds": {name: sorted(values)[len(values) // 2] for name, values in times.items()},
+            "setting": setting(a, "layers", "batch", "tokens", "compile", "clock", "repeats"),
+            "seconds": medians(times),
             "operations": counts,
             "arithmetic": arithmetic,
             "ratios": ratios,

@@ -20,7 +20,6 @@ Shapes: E models trained at once, N training digits, Q test digits, m halves.
 
 import argparse
 import contextlib
-import io
 import itertools
 import json
 import tempfile
@@ -34,7 +33,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 import torch
-from _common import RESULTS, machine
+from _common import RESULTS, setting, silent, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -203,7 +202,7 @@ def logged(
     """Log all training digits in a frozen pass and ask the test digits; rank None keeps whole gradients."""
     projection = {"projection": "none"} if rank is None else {"rank": rank}
     with tempfile.TemporaryDirectory() as folder, loghook.init(f"{folder}/log", seed=seed, **projection) as run:
-        with contextlib.redirect_stdout(io.StringIO()):
+        with silent():
             run.watch(model, activations="sum")
         with loghook.frozen(model):
             for ids in torch.arange(len(data.x)).split(200):
@@ -295,7 +294,7 @@ def main() -> None:
         made.add_argument(f"--{field}", type=type(value), default=value, help=f"of the recipe (default: {value})")
     a = made.parse_args()
     torch.set_num_threads(a.threads)
-    data, recipe = digits(), Recipe(**{field: getattr(a, field) for field in asdict(Recipe())})
+    data, recipe = digits(), Recipe(**setting(a, *asdict(Recipe())))
     if a.retrain:
         truth = retrain(data, recipe)
         if a.save:
@@ -314,8 +313,6 @@ def main() -> None:
         train_loss = float(np.mean([F.cross_entropy(model(data.x), data.y) for model in trained]))
         right = [(model(data.query_x).argmax(1) == data.query_y).float().mean() for model in trained]
     result = {
-        "benchmark": "digits",
-        "machine": machine(),
         "truth": truth.about,
         "model": {"train_loss": train_loss, "test_accuracy": float(np.mean(right)), "models": a.models},
         "seconds": round(seconds, 1),
@@ -330,8 +327,7 @@ def main() -> None:
             f"{each:<18}{row['lds_5_models']:>6.3f}{row['lds_5_models_even'] or float('nan'):>6.3f}"
         )
     if a.save:
-        RESULTS.mkdir(exist_ok=True)
-        (RESULTS / "digits.json").write_text(json.dumps(result, indent=1) + "\n")
+        write("digits", result)
         print(f"written to {RESULTS.name}/digits.json")
 
 

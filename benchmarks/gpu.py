@@ -10,7 +10,6 @@ JSON, which is written anew after each part. Needs torch, transformers and what 
 
 import argparse
 import contextlib
-import io
 import itertools
 import json
 import shutil
@@ -21,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import alternate, machine, ratio, summed_loss
+from _common import alternate, machine, medians, ratio, setting, silent, summed_loss
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -39,37 +38,17 @@ def configs(tiny: bool) -> dict[str, Any]:
 
     small = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
     small |= {"num_attention_heads": 4, "num_key_value_heads": 2}
+    llama = {
+        "vocab_size": 128_256, "hidden_size": 4096, "intermediate_size": 14_336, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "max_position_embeddings": 8192,
+    }  # fmt: skip
+    qwen = {
+        "vocab_size": 151_936, "hidden_size": 1536, "intermediate_size": 8960, "num_hidden_layers": 28,
+        "num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True,
+    }  # fmt: skip
     return {
-        "llama-3-8b": LlamaConfig(
-            **(
-                small
-                if tiny
-                else {
-                    "vocab_size": 128_256,
-                    "hidden_size": 4096,
-                    "intermediate_size": 14_336,
-                    "num_hidden_layers": 32,
-                    "num_attention_heads": 32,
-                    "num_key_value_heads": 8,
-                    "max_position_embeddings": 8192,
-                }
-            )
-        ),
-        "qwen2.5-1.5b": Qwen2Config(
-            **(
-                small
-                if tiny
-                else {
-                    "vocab_size": 151_936,
-                    "hidden_size": 1536,
-                    "intermediate_size": 8960,
-                    "num_hidden_layers": 28,
-                    "num_attention_heads": 12,
-                    "num_key_value_heads": 2,
-                    "tie_word_embeddings": True,
-                }
-            )
-        ),
+        "llama-3-8b": LlamaConfig(**(small if tiny else llama)),
+        "qwen2.5-1.5b": Qwen2Config(**(small if tiny else qwen)),
         "gpt2": GPT2Config(**({"vocab_size": 256, "n_embd": 32, "n_layer": 2, "n_head": 4} if tiny else {})),
     }
 
@@ -108,7 +87,7 @@ class Bench:
         self.vocabulary = model.config.vocab_size
         self.ids = itertools.count()
         self.run = loghook.init(folder, rank=rank, dtype=dtype, overwrite=True)
-        with contextlib.redirect_stdout(io.StringIO()):
+        with silent():
             self.run.watch(model)
 
     def data(self, batch: int) -> torch.Tensor:
@@ -140,10 +119,7 @@ class Bench:
         optimizer = torch.optim.SGD(self.model.parameters(), lr=0.0)
 
         def case() -> None:
-            if log:
-                with self.run(data_id=list(itertools.islice(self.ids, batch))):
-                    summed_loss(self.model, data).backward()
-            else:
+            with self.run(data_id=list(itertools.islice(self.ids, batch))) if log else contextlib.nullcontext():
                 summed_loss(self.model, data).backward()
             optimizer.step()
             optimizer.zero_grad()
@@ -171,7 +147,7 @@ def compare(cases: dict[str, Callable[[], None]], over: str, under: str, tokens:
     times = alternate({name: several(case, count) for name, case in cases.items()}, repeats)
     found["overhead"] = ratio(times, over, under)
     for name, case in cases.items():
-        median = sorted(times[name])[len(times[name]) // 2] / count
+        median = medians(times)[name] / count
         with FlopCounterMode(display=False) as counter:
             case()
         finish()
@@ -256,9 +232,9 @@ def score(path: Path, query: loghook.Query, repeats: int) -> dict[str, Any]:
     )
     found: dict[str, Any] = {"rows": len(log), "questions": len(query), "values": rows.shape[1]}
     found["operations_per_pair"] = 2 * rows.shape[1]
-    for name, seconds in times.items():
+    for name, seconds in medians(times).items():
         count = len(log) if "CPU" in name else len(rows)
-        found[name] = count * len(query) / sorted(seconds)[len(seconds) // 2]
+        found[name] = count * len(query) / seconds
     product = (questions @ there.T).float().cpu()
     ours = torch.from_numpy(values[:, : len(rows)])
     found["agreement"] = float(torch.nn.functional.cosine_similarity(product.flatten(), ours.flatten(), 0))
@@ -409,7 +385,7 @@ def main(argv: list[str] | None = None) -> None:
     if a.tiny:
         a.batches, a.train_batch, a.tokens, a.rank = [1, 2], 2, 8, 4
     work = Work(a.seconds, a.out)
-    work.result["setting"] = {key: getattr(a, key) for key in ("batches", "train_batch", "tokens", "rank", "dtype")}
+    work.result["setting"] = setting(a, "batches", "train_batch", "tokens", "rank", "dtype")
     for name in a.models:
         folder = Path(tempfile.mkdtemp(dir=a.scratch))
         try:

@@ -6,8 +6,6 @@ ten best that are found. A search reads its candidates' rows from the log, so th
 """
 
 import argparse
-import contextlib
-import io
 import itertools
 import statistics
 import tempfile
@@ -18,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import alternate, parser, ratio, report
+from _common import alternate, parser, ratio, report, setting, silent
 
 import loghook
 
@@ -51,7 +49,7 @@ class Samples:
 
 def make_log(folder: Path, model: torch.nn.Module, samples: Samples, rows: int) -> loghook.Log:
     run = loghook.init(folder, projection="none", dtype="bfloat16")
-    with contextlib.redirect_stdout(io.StringIO()), loghook.frozen(model):
+    with silent(), loghook.frozen(model):
         run.watch(model)
         for start in range(0, rows, 250):
             with run(data_id=list(range(start, min(start + 250, rows)))):
@@ -63,7 +61,7 @@ def make_log(folder: Path, model: torch.nn.Module, samples: Samples, rows: int) 
 def measure(log: loghook.Log, query: dict[int, loghook.Query], a: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for dimensions, factory in itertools.product(a.dimensions, a.factories):
         start = time.perf_counter()
-        with contextlib.redirect_stdout(io.StringIO()):
+        with silent():
             index = log.index(dimensions, factory)
         place = {"rows": len(log), "factory": factory, "dimensions": len(index.basis)}
         place |= {"built": time.perf_counter() - start, "bytes": index.basis.nbytes + index.rows.nbytes}
@@ -113,8 +111,8 @@ def main() -> None:
         for m in measured
         for n in a.questions
     }
-    setting = {key: getattr(a, key) for key in ("rows", "layers", "side", "topics")}
-    report("index", {"setting": setting, "measured": measured, "ratios": ratios}, save=a.save, targets={})
+    about = setting(a, "rows", "layers", "side", "topics")
+    report("index", {"setting": about, "measured": measured, "ratios": ratios}, save=a.save, targets={})
 
 
 if __name__ == "__main__":

@@ -9,9 +9,9 @@ import tempfile
 
 import numpy as np
 import torch
-from _common import keep, truth
+from _common import keep, silent, truth
 from _judge import judge, measure
-from _whole import Whole, silent, walk
+from _whole import Whole, walk
 
 import loghook
 

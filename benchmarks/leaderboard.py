@@ -15,7 +15,6 @@ import argparse
 import dataclasses
 import json
 import math
-import re
 import sys
 import tempfile
 import time
@@ -25,9 +24,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from _common import RESULTS, machine, truth
+from _common import RESULTS, Peak, machine, silent, truth
 from _judge import among, held_out, judge, like, measure
-from _whole import State, Whole, ask, silent, source, walk
+from _whole import State, Whole, ask, source, walk
 from base import FIRST_SEED
 from torch import nn
 
@@ -54,18 +53,6 @@ class Scored(NamedTuple):
     bytes: float  # a sample
     peak_mb: float = math.nan  # of the whole process
     reason: str = ""  # why there are no scores
-
-
-class Peak:
-    """The most memory that this process has held since it was made, in MB; Linux keeps count."""
-
-    def __init__(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")
-
-    @property
-    def mb(self) -> float:
-        status = Path("/proc/self/status").read_text()
-        return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024  # type: ignore[index]
 
 
 def logged(
@@ -275,10 +262,8 @@ def replayed(task: Any, seed: int) -> Iterator[Scored]:
         return
     training = task.training(FIRST_SEED + seed)
     for root in ROOTS:
-        peak, one = (
-            Peak(),
-            dataclasses.replace(training, optimizer=dataclasses.replace(training.optimizer, eps_root=root)),
-        )
+        peak = Peak()
+        one = dataclasses.replace(training, optimizer=dataclasses.replace(training.optimizer, eps_root=root))
         one.run()  # the first one warms up
         start = time.perf_counter()
         one.run()
@@ -329,15 +314,13 @@ def peers(task: Any, model: nn.Module, folder: str, names: Sequence[str]) -> Ite
     for name, options in PEERS:
         if names and name not in names:
             continue
+        label = f"{name}, {options['method']}" + (f" rank {options['rank']}" if "rank" in options else "")
         if not known:
-            rank = f" rank {options['rank']}" if "rank" in options else ""
             reason = "models are exchanged with peers as MLPs or Llamas"
-            yield Scored(f"{name}, {options['method']}{rank}", None, math.nan, math.nan, reason=reason)
+            yield Scored(label, None, math.nan, math.nan, reason=reason)
             continue
         outcome = driver.run(name, Path(folder), exchange.Options(batch=100, query_batch=50, **options))
-        rank = f" rank {options['rank']}" if "rank" in options else ""
         kept, most = (outcome.about.get(key, math.nan) for key in ("bytes_per_sample", "peak_mb"))
-        label = f"{name}, {options['method']}{rank}"
         yield Scored(label, outcome.scores, outcome.seconds, kept, most, outcome.reason)
 
 
@@ -392,13 +375,8 @@ def markdown(task: Any, rows: list[dict[str, Any]]) -> str:
             lines.append(f"| {row['method']} | cannot run: {row['reason'][-80:]} | | | | | | |")
             continue
         cells = [row["method"], f"{row['lds']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"]
-        for key, form in (
-            ("pearson", ".3f"),
-            ("recall", ".2f"),
-            ("seconds", ".1f"),
-            ("bytes", ",.0f"),
-            ("peak_mb", ",.0f"),
-        ):
+        forms = {"pearson": ".3f", "recall": ".2f", "seconds": ".1f", "bytes": ",.0f", "peak_mb": ",.0f"}
+        for key, form in forms.items():
             value = row.get(key, math.nan)
             cells.append(
                 "" if math.isnan(value) or (key in ("seconds", "bytes") and not value) else format(value, form)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import alternate, drop_from_cache, parser, ratio, read_all, report
+from _common import alternate, drop_from_cache, medians, parser, ratio, read_all, report, setting
 from score import first, write_log
 
 import loghook
@@ -50,7 +50,7 @@ def main() -> None:
 
     def measure(cases: dict[str, Callable[[], Any]], pairs: list[tuple[str, str]], n: int) -> None:
         times = alternate(cases, a.repeats)
-        seconds.update({case: sorted(values)[len(values) // 2] for case, values in times.items()})
+        seconds.update(medians(times))
         rows.update(dict.fromkeys(cases, n))
         ratios.update({f"{over} / {under}": ratio(times, over, under) for over, under in pairs})
 
@@ -98,7 +98,7 @@ def main() -> None:
     report(
         "lowbit",
         {
-            "setting": {key: getattr(a, key) for key in ("rows", "disk_rows", "layers", "width", "many")},
+            "setting": setting(a, "rows", "disk_rows", "layers", "width", "many"),
             "bytes_a_row": size, "seconds": seconds, "ratios": ratios,
             "floors": {"read_bytes_a_second": rate, "integer_products_seconds": floors},
         },

@@ -7,14 +7,13 @@ all rows took.
 """
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
 import torch
-from _common import RESULTS, machine, truth
+from _common import truth, write
 from leaderboard import Scored, judged, logged, show, whole
 
 import loghook
@@ -61,8 +60,7 @@ def main() -> None:
         task, tables[name] = measure(name, a.dtypes, LOGS[name])
         show(task, tables[name])
     if a.save:
-        result = {"benchmark": "lowrank", "machine": machine(), "tasks": tables}
-        (RESULTS / "lowrank.json").write_text(json.dumps(result, indent=1) + "\n")
+        write("lowrank", {"tasks": tables})
 
 
 if __name__ == "__main__":

@@ -4,16 +4,16 @@
 """
 
 import argparse
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import digits
 import torch
-from _common import RESULTS, llama, machine
+from _common import llama, write
 from peers import driver, reference
-from peers.exchange import Options, read, write
+from peers.exchange import Options, read
+from peers.exchange import write as hand_over
 
 from loghook.evaluate.lds import lds
 
@@ -36,7 +36,7 @@ def digits_folder(folder: Path, hidden: int = 128, sampled: bool = True) -> Path
     if sampled:
         with torch.no_grad():
             labels = torch.distributions.Categorical(logits=model(data.x)).sample()
-    write(folder, model, {"x": data.x, "y": data.y}, {"x": data.query_x, "y": data.query_y}, labels)
+    hand_over(folder, model, {"x": data.x, "y": data.y}, {"x": data.query_x, "y": data.query_y}, labels)
     return folder
 
 
@@ -53,7 +53,7 @@ def llama_folder(
             drawn = torch.distributions.Categorical(logits=model(ids[:samples]).logits[:, :-1]).sample()
         labels = torch.cat([ids[:samples, :1], drawn], 1)
     sides = [{"input_ids": part, "labels": part.clone()} for part in (ids[:samples], ids[samples:])]
-    write(folder, model, *sides, labels)
+    hand_over(folder, model, *sides, labels)
     return folder
 
 
@@ -107,7 +107,7 @@ def main() -> None:
     a = made.parse_args()
     torch.set_num_threads(a.threads)
     torch.manual_seed(0)
-    result: dict[str, Any] = {"benchmark": "peers_check", "machine": machine()}
+    result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name, folder, batch in (
             ("digits", digits_folder(Path(scratch) / "digits"), 200),
@@ -119,7 +119,7 @@ def main() -> None:
         print("\ndigits, one model, Fisher matrix from the training labels")
         result["digits"] = judge(digits_folder(Path(scratch) / "empirical", sampled=False), a.threads)
     if a.save:
-        (RESULTS / "peers_check.json").write_text(json.dumps(result, indent=1) + "\n")
+        write("peers_check", result)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from _common import parser, ratio, report
+from _common import parser, ratio, report, setting
 from peers import driver
 from peers.exchange import Options
 from peers_check import llama_folder
@@ -78,14 +78,11 @@ def main() -> None:
     if pair[0] is not None and pair[1] is not None:
         agreement = float(torch.corrcoef(torch.stack([torch.from_numpy(s).flatten() for s in pair]))[0, 1])
         print(f"  EK-FAC scores, ours and Kronfluence's: correlation {agreement:.6f}")
-    setting = {
-        k: getattr(a, k)
-        for k in ("hidden", "layers", "samples", "queries", "tokens", "batch", "rank", "turns", "clock")
-    }
+    about = setting(a, "hidden", "layers", "samples", "queries", "tokens", "batch", "rank", "turns", "clock", "repeats")
     report(
         "peers_logging",
         {
-            "setting": setting | {"repeats": a.repeats, "cores": os.cpu_count()},
+            "setting": about | {"cores": os.cpu_count()},
             "seconds": times,
             "facts": facts,
             "reasons": reasons,

@@ -8,12 +8,11 @@ five seeds of the same model show.
 """
 
 import itertools
-import json
 from typing import Any
 
 import numpy as np
 import torch
-from _common import RESULTS, machine
+from _common import write
 from digits import Recipe, digits, load, logged, models
 from tqdm import tqdm
 
@@ -103,8 +102,7 @@ def main() -> None:
             f"rank {row['rank']:<4}{row['method']:<8}{row['damping']:<6g}{row['correlation']:.3f} ({r})  "
             f"{row['top_10']:.1f} ({ten})"
         )
-    result = {"benchmark": "reliability", "machine": machine(), "dampings": dampings, "seeds": seeds}
-    (RESULTS / "reliability.json").write_text(json.dumps(result, indent=1) + "\n")
+    write("reliability", {"dampings": dampings, "seeds": seeds})
 
 
 if __name__ == "__main__":

@@ -7,13 +7,12 @@ processor time.
 """
 
 import dataclasses
-import json
 import time
 from typing import Any
 
 import numpy as np
 import torch
-from _common import RESULTS, machine, parser, truth
+from _common import parser, truth, write
 from base import FIRST_SEED
 
 from loghook.evaluate.lds import lds, random_subsets
@@ -68,8 +67,7 @@ def main() -> None:
             f"{row['replay_seconds']:.1f} s for {len(values)} queries, {row['training_seconds']:.2f} s a training"
         )
     if a.save:
-        result = {"benchmark": "replay", "machine": machine(), "subsets": a.subsets, "rows": rows}
-        (RESULTS / "replay.json").write_text(json.dumps(result, indent=1) + "\n")
+        write("replay", {"subsets": a.subsets, "rows": rows})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import alternate, drop_from_cache, parser, ratio, read_all, report
+from _common import Peak, alternate, drop_from_cache, medians, parser, ratio, read_all, report, setting
 
 import loghook
 from loghook.log.reader import BLOCK_BYTES
@@ -80,9 +80,7 @@ def scan_from_disk(folder: Path, question_file: Path, threads: int, repeats: int
         drop_from_cache(folder)
         read_all(folder)
 
-    times = alternate({"read": read} | {f"{n} questions": lambda n=n: scan(n) for n in FEW}, repeats)
-    status = Path("/proc/self/status").read_text()
-    return times, 1024 * int(status.split("VmHWM:")[1].split()[0])
+    return alternate({"read": read} | {f"{n} questions": lambda n=n: scan(n) for n in FEW}, repeats), Peak.bytes()
 
 
 def from_disk(a: Any) -> None:
@@ -94,15 +92,15 @@ def from_disk(a: Any) -> None:
         with multiprocessing.get_context("spawn").Pool(1) as pool:
             times, peak = pool.apply(scan_from_disk, (folder, question_file, a.threads, a.repeats))
     ratios = {f"read / scan, {n} questions": ratio(times, "read", f"{n} questions") for n in FEW}
-    rates = {case: size / sorted(values)[len(values) // 2] for case, values in times.items()}
+    rates = {case: size / seconds for case, seconds in medians(times).items()}
     print("\n" + ", ".join(f"{case} {rate / 1e9:.2f} GB/s" for case, rate in rates.items()))
     print(f"{size / 1e9:.2f} GB, {rows:,} rows; peak of resident memory {peak / 1e9:.3f} GB")
     targets: dict[str, tuple[float, str]] = dict.fromkeys(ratios, (0.8, ">="))
     ratios["peak of resident memory in GB"] = dict.fromkeys(("median", "low", "high"), peak / 1e9)
-    setting = {"rows": rows, "dtype": "bfloat16", "top": 10, "layers": a.layers, "width": a.width}
+    about = {"rows": rows, "dtype": "bfloat16", "top": 10, "layers": a.layers, "width": a.width}
     report(
         "score_disk",
-        {"setting": setting, "log_bytes": size, "bytes_per_second": rates, "seconds": times, "ratios": ratios},
+        {"setting": about, "log_bytes": size, "bytes_per_second": rates, "seconds": times, "ratios": ratios},
         save=a.save,
         targets=targets | {"peak of resident memory in GB": (1, "<=")},
         require=a.require,
@@ -149,12 +147,12 @@ def main() -> None:
     ratios = {
         f"{case} / matrix product": ratio(times, case, "matrix product") for case in times if case != "matrix product"
     }
-    seconds = {name: sorted(values)[len(values) // 2] for name, values in times.items()}
+    seconds = medians(times)
     pairs = a.rows * a.queries / seconds["dot"]
     flops = 2 * a.rows * a.queries * a.layers * a.width / seconds["matrix product"]
     print(f"\n{pairs:,.0f} pairs/s; {2 * a.layers * a.width:,} operations a pair; floor {flops / 1e9:.0f} GFLOP/s")
     result = {
-        "setting": {key: getattr(a, key) for key in ("rows", "layers", "width", "queries")},
+        "setting": setting(a, "rows", "layers", "width", "queries"),
         "seconds": seconds,
         "ratios": ratios,
         "pairs_per_second": pairs,

@@ -5,13 +5,11 @@ have the size that those of a trained one have. Bytes on disk, records and shard
 1,953,125 sequences of 512 tokens; LogIX's published log of as many tokens takes 3.5 TB.
 """
 
-import contextlib
-import io
 import tempfile
 import time
 
 import torch
-from _common import keep, parser, summed_loss
+from _common import keep, parser, silent, summed_loss
 
 import loghook
 
@@ -43,7 +41,7 @@ def main() -> None:
     seconds = {}
     with tempfile.TemporaryDirectory() as folder, loghook.frozen(model):
         run = loghook.init(f"{folder}/log", rank=16 if a.tiny else a.rank, projection="whitened", dtype=a.dtype)
-        with contextlib.redirect_stdout(io.StringIO()):
+        with silent():
             run.watch(model)
         plan = run.plan(samples=SEQUENCES, tokens=TOKENS)
         for current in run.passes():

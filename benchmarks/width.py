@@ -6,9 +6,6 @@ those of whole EK-FAC (relative damping 0.1), question by question; the best dam
 """
 
 import argparse
-import contextlib
-import io
-import json
 import math
 import tempfile
 import time
@@ -17,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _common import RESULTS, llama, machine, summed_loss
+from _common import llama, setting, silent, summed_loss, write
 
 import loghook
 
@@ -47,7 +44,7 @@ def measure(hidden: int, tokens: torch.Tensor, a: argparse.Namespace) -> list[di
     model = trained(hidden, tokens[: a.samples], a.steps)
     batches = [(list(range(i, i + 20)), tokens[i : i + 20]) for i in range(0, a.samples, 20)]
     questions = [(list(range(a.queries)), tokens[-a.queries :])]
-    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), loghook.frozen(model):
+    with tempfile.TemporaryDirectory() as folder, silent(), loghook.frozen(model):
         fit = loghook.fit(folder)
         fit.watch(model)
         for _ in fit.passes():
@@ -126,10 +123,8 @@ def main() -> None:
         for fidelity in (0.8, 0.9):
             ranks = [f"{needed(rows, kind, hidden, fidelity):.0f}" for hidden in a.hidden]
             print(f"rank for a fidelity of {fidelity}, {kind}: {', '.join(ranks)} at hidden {a.hidden}")
-    about = {"samples": a.samples, "queries": a.queries, "steps": a.steps}
     if a.save:
-        result = {"benchmark": "width", "machine": machine(), "about": about, "rows": rows}
-        (RESULTS / "width.json").write_text(json.dumps(result, indent=1) + "\n")
+        write("width", {"about": setting(a, "samples", "queries", "steps"), "rows": rows})
     if a.figure:
         draw(rows, a.figure)
 

@@ -70,7 +70,6 @@ def init(
             ``watch(..., optimizer=)``, and the methods kfac and ekfac have no meaning for them.
 
     Raises:
-        ConfigError: an argument that cannot work.
         LogExistsError: a run is there already and neither ``resume`` nor ``overwrite`` was given, or there are factors.
     """
     config = Config(
@@ -149,7 +148,6 @@ class Log(Reader):
 
         Raises:
             MismatchError: if the query was made with other layers or another projection.
-            ConfigError: an argument that cannot work.
 
         Warns:
             UnfinishedWarning: once for an open log, if its run is not finished, so that rows may be missing.
@@ -190,7 +188,6 @@ class Log(Reader):
             one; float64. None for a side that is kept whole.
 
         Raises:
-            ConfigError: for a layer that the log does not have.
             StateError: if the projection is not fitted yet.
         """
         spec, _ = find_columns(self.layout, layer, "gradients")
@@ -220,7 +217,6 @@ class Log(Reader):
             seed: of the draw.
 
         Raises:
-            ConfigError: an argument that cannot work, or fewer rows than a comparison needs.
             LogExistsError: if ``path`` exists.
             StateError: if this log is not finished.
             NotFiniteError: for rows that the dtype cannot hold.
@@ -241,9 +237,6 @@ class Log(Reader):
             factory: of the faiss index, of inner products.
             sample: how many rows, drawn at random, the dimensions are found from; they are held in memory.
             seed: of the draw.
-
-        Raises:
-            ConfigError: an argument that cannot work, or faiss is missing.
         """
         return indexes.build(self, dimensions, factory, sample, seed)
 

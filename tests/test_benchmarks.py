@@ -184,8 +184,8 @@ def test_index_benchmark_compares_searches_with_scans(
 
 
 def test_low_rank_benchmark_judges_every_dtype(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lowrank = load("lowrank")
-    monkeypatch.setattr(lowrank, "RESULTS", tmp_path)
+    lowrank, _ = load("lowrank"), load("digits_mlp")  # which finds its truth in RESULTS
+    monkeypatch.setattr(load("_common"), "RESULTS", tmp_path)
     monkeypatch.setattr(lowrank, "LOGS", {"digits_mlp": ({"projection": "random", "rank": 64},)})
     monkeypatch.setattr(lowrank, "whole", lambda *_: ())  # the reference takes longer than all the rest
     arguments = "--tasks digits_mlp --dtypes float32 lowrank1 --save"
@@ -202,8 +202,8 @@ def test_replay_benchmark_answers_both_questions(
 ) -> None:
     pytest.importorskip("sklearn")
     module = load("replay")
-    monkeypatch.setattr(module, "RESULTS", tmp_path)
     monkeypatch.setattr(load("digits_mlp"), "RECIPE", load("digits").Recipe(epochs=1))
+    monkeypatch.setattr(load("_common"), "RESULTS", tmp_path)
     arguments = "--threads 1 --roots 1e-3 1e-16 --subsets 6 --queries 3 --save"
     monkeypatch.setattr("sys.argv", ["replay", *arguments.split()])
     module.main()

@@ -25,7 +25,7 @@ from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from loghook.demo.retrain import one_thread
+from loghook.demo.train import one_thread
 from loghook.evaluate.lds import random_subsets
 from loghook.evaluate.replay import Training
 from loghook.evaluate.retrain import Train, retrain

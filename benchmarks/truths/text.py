@@ -19,10 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from loghook.demo.config import DemoConfig
-from loghook.demo.retrain import one_thread
 from loghook.demo.text import decode, language_reference, library_source, train_tokenizer
 from loghook.demo.train import fit as fit_batches
-from loghook.demo.train import shuffled, small_llama
+from loghook.demo.train import one_thread, shuffled, small_llama
 
 DATA, TRUTH = HERE / "text_data.safetensors", HERE / "text.safetensors"
 TOPICS = ("specialnames", "compound", "types", "formatstrings", "string-methods", "debugger")  # fine-tuned on

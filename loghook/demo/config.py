@@ -1,10 +1,10 @@
-"""What a demo is made of: every knob in one place, checked at birth."""
+"""What a demo is made of: every knob in one place."""
 
 import hashlib
 import json
 import os
 import platform
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from loghook.errors import ConfigError
@@ -14,10 +14,7 @@ _PRETRAINING = (
     "vocabulary", "hidden", "layers", "heads", "intermediate", "corpus_bytes", "batch_size",
     "pretrain_steps", "pretrain_tokens", "pretrain_lr", "seed",
 )  # fmt: skip
-_COUNTS = (
-    "rank", "vocabulary", "hidden", "layers", "heads", "intermediate", "corpus_bytes", "pretrain_steps",
-    "passages", "batch_size", "groups", "group_size", "random_removals", "show", "new_tokens", "resamples",
-)  # fmt: skip
+_LEAST = {"workers": 0, "seed": 0, "lds_subsets": 0, "hold_out": 2, "chunk_tokens": 8, "pretrain_tokens": 8}  # else 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,18 +66,16 @@ class DemoConfig:
     resamples: int = 4000  # of the bootstrap
 
     def __post_init__(self) -> None:
-        """Refuse what cannot work, before anything is trained."""
         object.__setattr__(self, "out", Path(self.out))
         if isinstance(self.prompts, str):
             raise ConfigError(f"prompts={self.prompts!r} is one string: pass a tuple of them, even for one.")
         object.__setattr__(self, "prompts", tuple(self.prompts))
         if not all(map(str.strip, self.prompts)):
             raise ConfigError(f"a prompt of {self.prompts} is empty: give a few words for the model to continue.")
-        least = dict.fromkeys(_COUNTS, 1) | dict.fromkeys(("workers", "seed", "lds_subsets"), 0)
-        for name, n in (least | {"hold_out": 2, "chunk_tokens": 8, "pretrain_tokens": 8}).items():
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < n:
-                raise ConfigError(f"{name}={value!r} must be a whole number of at least {n}.")
+        for name in (field.name for field in fields(self) if field.type is int):
+            value, least = getattr(self, name), _LEAST.get(name, 1)
+            if type(value) is not int or value < least:
+                raise ConfigError(f"{name}={value!r} must be a whole number of at least {least}.")
         if self.hidden % self.heads or (self.hidden // self.heads) % 2:
             raise ConfigError(f"hidden={self.hidden} over heads={self.heads} must be an even width for each head.")
         if not 0 < self.fraction < 0.5:
@@ -103,31 +98,24 @@ class DemoConfig:
 
     @property
     def learning_rate(self) -> float:
-        """Peak learning rate of fine-tuning."""
         if self.finetune_lr is not None:
             return self.finetune_lr
         return 8e-3 if self.model is None else 5e-5
 
     @property
     def watched(self) -> tuple[str, ...]:
-        """Patterns of the layers that are logged."""
         if self.include is not None:
             return self.include
         return ("*o_proj", "*down_proj") if self.model is None else ("*",)
 
     @property
     def processes(self) -> int:
-        """How many fine-tunings run at the same time."""
         if self.device != "cpu":
             return 1
-        return self.workers or min(8, _cores())
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        return self.workers or min(8, cores)
 
     def digest(self) -> str:
         """Names what pre-training depends on: a pre-trained model with this digest need not be made again."""
         values = {name: getattr(self, name) for name in _PRETRAINING} | {"python": platform.python_version()}
         return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()[:16]
-
-
-def _cores() -> int:
-    """Cores this process may use; ``cpu_count`` where the system cannot say."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

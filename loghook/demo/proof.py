@@ -1,39 +1,42 @@
 """The proof: take the strongest proponents away, fine-tune again, and see whether the questions get harder."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
 
-from loghook.demo.config import METHODS, DemoConfig
-from loghook.demo.retrain import Task, measure_all
+from loghook.demo.config import METHODS
+from loghook.demo.train import Task, finetune, mean_losses, one_thread, quiet
 from loghook.evaluate.judges import without_top
-from loghook.evaluate.lds import Estimate, Lds, estimate, lds, random_subsets
+from loghook.evaluate.lds import Estimate, estimate, lds, random_subsets
+from loghook.evaluate.retrain import retrain
+from loghook.log.format import checksum
+
+NAMES = {"ekfac": "EK-FAC", "cosine": "cosine", "dot": "dot product", "bm25": "BM25", "random": "random"}
 
 
-@dataclass(frozen=True)
-class Proof:
-    """What fine-tuning again showed. Methods are ekfac, cosine, dot, bm25, and random where it makes sense."""
+class Proof(NamedTuple):
+    """What fine-tuning again showed, by method: ekfac, cosine, dot, bm25, and random where it makes sense."""
 
     removed: int  # how many passages a removal takes
     full: np.ndarray  # loss of each question after fine-tuning on everything, nats a token
-    losses: dict[str, np.ndarray]  # by method, the loss of each question without its group's strongest proponents
-    rises: dict[str, Estimate]  # by method, the mean rise over the full fine-tuning
-    # by other method, how much more ekfac's removal raises the loss than this one's, question by question
-    leads: dict[str, Estimate]
-    lds: dict[str, Lds]  # by method, the linear datamodelling score; empty if none was asked for
+    losses: dict[str, np.ndarray]  # loss of each question without its group's strongest proponents
+    rises: dict[str, Estimate]  # mean rise over the full fine-tuning
+    leads: dict[str, Estimate]  # how much more ekfac's removal raises the loss than this one's, question by question
+    lds: Mapping[str, Estimate]  # the linear datamodelling score; empty if none was asked for
     subsets: int  # how many random halves it rests on
 
 
-def prove(
-    task: Task, full: np.ndarray, scores: dict[str, np.ndarray], sizes: Sequence[int], config: DemoConfig
-) -> Proof:
+def prove(task: Task, full: np.ndarray, scores: dict[str, np.ndarray], sizes: Sequence[int]) -> Proof:
     """Fine-tune again without each group's strongest proponents, for each method and at random.
 
     The task's queries are the groups' passages, of which each has as many as ``sizes`` says; ``full`` are their losses
     after fine-tuning on everything, and ``scores`` (questions, passages) by method.
     """
+    config = task.config
     n, rng = len(task.train), np.random.default_rng(config.seed)
     removed = max(1, round(config.fraction * n))
     groups = np.split(np.arange(len(full)), np.cumsum(sizes)[:-1])
@@ -62,7 +65,22 @@ def prove(
     )
 
 
-NAMES = {"ekfac": "EK-FAC", "cosine": "cosine", "dot": "dot product", "bm25": "BM25", "random": "random"}
+def measure_all(task: Task, keeps: Sequence[np.ndarray]) -> np.ndarray:
+    """Losses of the queries after fine-tuning on each choice of passages, several at a time: (choices, queries).
+
+    A run that is broken off goes on where it was.
+    """
+    workers, what = task.config.processes, task._replace(config=replace(task.config, workers=0))
+    results = task.config.out / f"again-{checksum(repr(what).encode() + np.packbits(keeps).tobytes())[:16]}"
+    train, seeds = partial(_measure, task), [task.config.seed]
+    measured = retrain(train, keeps, seeds, results, workers=0 if workers == 1 else workers)[:, 0]
+    shutil.rmtree(results)
+    return measured
+
+
+def _measure(task: Task, keep: np.ndarray, _: int) -> list[float]:
+    with one_thread(task.config.device), quiet():  # so the numbers do not depend on how many run at once
+        return mean_losses(finetune(task, keep.tolist()), task.queries, task.config.batch_size)
 
 
 def story(proof: Proof) -> list[str]:

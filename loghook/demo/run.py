@@ -1,41 +1,51 @@
-"""The demo from end to end: pre-train, fine-tune, log, attribute, prove, show."""
+"""The demo from end to end: pre-train, fine-tune, log, attribute, prove, show.
+
+``log_passages``, ``ask`` and ``score`` are the part that is loghook, and what a user would copy.
+"""
 
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from itertools import cycle, islice
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.console import Console
 from tqdm import tqdm
 
 import loghook
-from loghook.demo import huggingface
-from loghook.demo.attribute import Question, ask, log_passages, score
-from loghook.demo.config import DemoConfig
+from loghook.demo.config import METHODS, DemoConfig
+from loghook.demo.page import Report, make_bars, make_card, print_cards, print_proof, render
 from loghook.demo.proof import Proof, prove, story
-from loghook.demo.retrain import Task, finetune, one_thread, quiet
-from loghook.demo.show import make_bars, make_cards, print_cards, print_proof
 from loghook.demo.text import (
     Passage,
+    Question,
     Split,
     decode,
     language_reference,
-    library_source,
+    load_documents,
+    load_tokenizer,
     split,
     start_tokens,
     tokenize,
-    train_tokenizer,
 )
-from loghook.demo.train import fit, generate, mean_losses, small_llama
-from loghook.views.report import Report, write
+from loghook.demo.train import (
+    Task,
+    collate,
+    finetune,
+    generate,
+    mean_losses,
+    one_thread,
+    pretrained,
+    quiet,
+    sequence_losses,
+)
+from loghook.evaluate.controls import bm25
+from loghook.log.disk import write_atomically
 
 
-@dataclass(frozen=True)
-class DemoResult:
+class DemoResult(NamedTuple):
     """What ``run_demo`` found."""
 
     page: Path  # the HTML page
@@ -75,9 +85,9 @@ def run_demo(config: DemoConfig | None = None, *, console: Console | None = None
     config.out.mkdir(parents=True, exist_ok=True)
     with quiet(), one_thread(config.device):
         with clock("text and base model"):
-            base = config.model or _own_base(config)
-            tokenizer = huggingface.load_tokenizer(base)
-            documents = huggingface.load_documents(config.dataset, config) if config.dataset else language_reference()
+            base = config.model or pretrained(config)
+            tokenizer = load_tokenizer(base)
+            documents = load_documents(config.dataset, config) if config.dataset else language_reference()
             parts = split(documents, tokenizer, config)
         passages, queries = parts.train, parts.queries
         console.print(f"{len(passages)} passages to fine-tune on, {len(queries)} held out to ask about: "
@@ -94,55 +104,70 @@ def run_demo(config: DemoConfig | None = None, *, console: Console | None = None
             scores = score(log, ask(model, questions, log, config), questions, passages, config.damping)
         # Of the held-out passages a group's first is shown, then all that was generated.
         shown = [i for i, q in enumerate(questions) if q.kind != "held out" or i % config.group_size == 0]
-        cards = make_cards([questions[i] for i in shown], passages, scores["ekfac"][shown], config.show)
+        cards = [make_card(questions[i], passages, scores["ekfac"][i], config.show) for i in shown]
         print_cards(cards, console)
         proof = None
         if config.prove:
             with clock("proof"):
                 held = {method: values[: len(queries)] for method, values in scores.items()}
-                proof = prove(task, full, held, [len(group) for _, group in parts.groups], config)
+                proof = prove(task, full, held, [len(group) for _, group in parts.groups])
 
     report = Report(
-        title="loghook: which training data made the model say this?",
         lead=f"A language model was fine-tuned on {len(passages)} passages. Each left one row in the log; EK-FAC "
         "influence ranks them for each text below.",
-        story=tuple(story(proof)) if proof else (),
-        bars=make_bars(proof, len(queries), len(parts.groups)) if proof else (),
+        story=story(proof) if proof else (),
+        bars=make_bars(proof, len(parts.groups)) if proof else (),
         cards=cards,
-        facts=tuple((name, str(value)) for name, value in asdict(config).items() if name != "out")
-        + tuple((f"seconds: {stage}", f"{value:.1f}") for stage, value in seconds.items()),
+        facts={name: value for name, value in asdict(config).items() if name != "out"}
+        | {f"seconds: {stage}": f"{value:.1f}" for stage, value in seconds.items()},
     )
-    page = write(report, config.out / "index.html")
+    page = config.out / "index.html"
+    write_atomically(page, render(report).encode())
     print_proof(report, console)
     console.print(f"\npage: {page}\nlog:  {log.path}", markup=False)
     return DemoResult(page, config.out / "log", report, scores, questions, passages, proof, seconds)
 
 
-def _own_base(config: DemoConfig) -> str:
-    """Folder of the small model, pre-trained now or by an earlier run with the same settings."""
-    folder = config.out / f"base-{config.digest()}"
-    if folder.exists():
-        return str(folder)
-    library = library_source(config.corpus_bytes)
-    tokenizer = train_tokenizer([*library, *(d.text for d in language_reference())], config.vocabulary)
-    start, stream = start_tokens(tokenizer), []
-    for text in tqdm(library, "reading", unit="module"):
-        stream += [*start, *tokenize(tokenizer, text)[0]]
-    size = config.pretrain_tokens
-    sequences = [stream[k : k + size] for k in range(0, len(stream) - size + 1, size)]
-    order = np.random.default_rng(config.seed).permutation(len(sequences))
-    endless = (sequences[i] for i in cycle(order))
-    batches = iter(lambda: list(islice(endless, config.batch_size)), [])
-    model: Any = small_llama(config).to(config.device)
-    steps = fit(model, batches, config.pretrain_steps, config.pretrain_lr)
-    with tqdm(steps, "pre-training", total=config.pretrain_steps, unit="step") as bar:
-        for loss in bar:
-            bar.set_postfix(loss=f"{loss:.2f}", refresh=False)
-    unfinished = folder.with_name(folder.name + ".tmp")
-    tokenizer.save_pretrained(unfinished)
-    model.save_pretrained(unfinished)
-    unfinished.rename(folder)  # a folder of this name is whole
-    return str(folder)
+def log_passages(model: Any, passages: Sequence[Passage], path: Path, config: DemoConfig) -> None:
+    """Log a row for each passage, in a frozen pass: no weight gradient is computed."""
+    run = loghook.init(path, rank=config.rank, seed=config.seed, overwrite=True)
+    run.watch(model, include=config.watched)
+    batches = [passages[k : k + config.batch_size] for k in range(0, len(passages), config.batch_size)]
+    with loghook.frozen(model):
+        for step in run.passes():
+            for batch in tqdm(batches, f"logging ({step.kind})", unit="batch"):
+                ids_BS, mask_BS = collate([passage.tokens for passage in batch], config.device)
+                with run(data_id=[passage.data_id for passage in batch], mask=mask_BS):
+                    sequence_losses(model, ids_BS, mask_BS).sum().backward()
+    run.finalize()
+    run.close()
+
+
+def ask(model: Any, questions: Sequence[Question], log: loghook.Log, config: DemoConfig) -> loghook.Query:
+    """Rows of the questions, through the same hooks."""
+    asker, queries = log.attach(model), []
+    with loghook.frozen(model):
+        for k in tqdm(range(0, len(questions), config.batch_size), "asking", unit="batch"):
+            batch = questions[k : k + config.batch_size]
+            ids_BS, mask_BS = collate([question.tokens for question in batch], config.device)
+            counts_BS = mask_BS.clone()
+            for row, question in zip(counts_BS, batch, strict=True):
+                row[: question.given] = 0
+            with asker.query(data_id=[question.data_id for question in batch], mask=mask_BS) as query:
+                sequence_losses(model, ids_BS, counts_BS).sum().backward()
+            queries.append(query)
+    asker.close()
+    return loghook.Query.concat(queries)
+
+
+def score(
+    log: loghook.Log, query: loghook.Query, questions: Sequence[Question], passages: Sequence[Passage], damping: float
+) -> dict[str, np.ndarray]:
+    """Score every passage for every question with every method: (questions, passages), in the passages' order."""
+    place = {data_id: i for i, data_id in enumerate(log.data_ids)}
+    order = [place[passage.data_id] for passage in passages]
+    scores = {m: log.influence(query, m, damping=damping).values[:, order] for m in METHODS if m != "bm25"}
+    return scores | {"bm25": bm25([question.text for question in questions], [passage.text for passage in passages])}
 
 
 def _questions(model: Any, tokenizer: Any, parts: Split, config: DemoConfig) -> list[Question]:

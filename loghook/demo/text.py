@@ -1,27 +1,29 @@
-"""The text: what every CPython carries, cut into passages, some of them held out."""
+"""The text: a dataset or what every CPython carries, cut into passages, some of them held out."""
 
 import importlib.util
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from loghook.demo.config import DemoConfig
 from loghook.errors import ConfigError
 
+MODELS = "a public causal language model's name while online, or a folder of save_pretrained with its tokenizer"
+_TEXT = ("text", "content", "document", "passage", "sentence")
+_TOPIC = ("topic", "title", "category", "label", "source")
+_FILES = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet", ".txt": "text"}
 
-@dataclass(frozen=True)
-class Document:
-    """A text and its topic; several documents may share one."""
 
-    topic: str
+class Document(NamedTuple):
+    topic: str  # several documents may share one
     text: str
 
 
-@dataclass(frozen=True)
-class Passage:
+class Passage(NamedTuple):
     """A piece of a document, as the model is trained on it."""
 
     data_id: str  # "topic#number", what the log knows it by
@@ -30,8 +32,7 @@ class Passage:
     tokens: tuple[int, ...]  # its ids, with the start token in front where the tokenizer has one
 
 
-@dataclass(frozen=True)
-class Split:
+class Split(NamedTuple):
     """Passages to fine-tune on, and groups of held-out ones to ask about: (topic, passages)."""
 
     train: tuple[Passage, ...]
@@ -41,6 +42,23 @@ class Split:
     def queries(self) -> tuple[Passage, ...]:
         """Every group's passages, one group after the other."""
         return tuple(passage for _, passages in self.groups for passage in passages)
+
+
+class Question(NamedTuple):
+    """Something the model says, whose loss is attributed."""
+
+    data_id: str  # what the query is called
+    kind: str  # "held out", "generated" or "prompt"
+    title: str  # a line above it
+    text: str  # all of it
+    tokens: tuple[int, ...]  # its ids
+    before: str = ""  # the text in front that counts for nothing
+    given: int = 1  # how many of the ids at the front are context only and count for nothing
+
+    @property
+    def counted(self) -> str:
+        """The text without what is in front."""
+        return self.text.removeprefix(self.before).rstrip("\n")
 
 
 def library_source(limit: int) -> list[str]:
@@ -53,8 +71,8 @@ def library_source(limit: int) -> list[str]:
             break
     if not texts:
         raise ConfigError(
-            f"{folder} holds no .py files, and the demo pre-trains on them: use a Python that comes with its library's "
-            "source, or pass a model and a dataset."
+            f"{folder} holds no .py files to pre-train on: use a Python with its library's source, or pass a model "
+            "and a dataset."
         )
     return texts
 
@@ -66,6 +84,48 @@ def language_reference() -> list[Document]:
     from pydoc_data.topics import topics
 
     return [Document(topic, text) for topic, text in sorted(topics.items())]
+
+
+def load_documents(name: str, config: DemoConfig) -> Iterator[Document]:
+    """A dataset's texts; their topics are those of a column named like one, else the block of records they are in."""
+    try:
+        import datasets
+    except ImportError as error:
+        raise ConfigError(
+            f"dataset={name!r} needs the datasets library: pip install 'loghook[hub]', or leave the dataset out to "
+            "take Python's own reference."
+        ) from error
+    kind = _FILES.get(Path(name).suffix)
+    with loading(f"dataset={name!r}", f"a dataset with a train split while online, or a {', '.join(_FILES)} file"):
+        records = datasets.load_dataset(kind or name, data_files=name if kind else None, split="train", streaming=True)
+        first = next(iter(records), None)
+    if first is None:
+        raise ConfigError(f"dataset={name!r} is empty: give one with a train split that holds text.")
+    text = next((column for column in _TEXT if isinstance(first.get(column), str)), None)
+    if text is None:
+        raise ConfigError(f"dataset={name!r} has columns {sorted(first)}: one of {', '.join(_TEXT)} must hold text.")
+    topic = next((column for column in _TOPIC if isinstance(first.get(column), str | int) and column != text), None)
+    block = max(config.hold_out * config.group_size, round(config.fraction * config.passages))
+    for i, record in enumerate(islice(records, config.passages * config.hold_out)):
+        about = str(record[topic]) if topic else f"records from {i // block * block}"
+        yield Document(about, record[text] or "")
+
+
+def load_tokenizer(model: str) -> Any:
+    from transformers import AutoTokenizer
+
+    with loading(f"model={model!r}", MODELS):
+        return AutoTokenizer.from_pretrained(model)
+
+
+@contextmanager
+def loading(what: str, remedy: str) -> Iterator[None]:
+    """Make one line of whatever the libraries let out: their own errors and their file systems' and connections'."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
+        raise ConfigError(f"{what} cannot be loaded ({reason}): give {remedy}.") from error
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> Any:
@@ -88,8 +148,8 @@ def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[int]]:
     """Ids of a text, without special tokens, and where each begins in it."""
     if not tokenizer.is_fast:
         raise ConfigError(
-            f"{type(tokenizer).__name__} is no fast tokenizer, and passages are cut at tokens' places in the text: "
-            "choose a model with a tokenizer.json."
+            f"{type(tokenizer).__name__} does not tell where tokens begin, and passages are cut there: choose a model "
+            "with a fast tokenizer (tokenizer.json)."
         )
     encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
     return encoded["input_ids"], [begin for begin, _ in encoded["offset_mapping"]]
@@ -102,10 +162,7 @@ def start_tokens(tokenizer: Any) -> tuple[int, ...]:
 
 
 def cut(document: Document, tokenizer: Any, length: int) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Cut a document into pieces of at most ``length`` tokens, at the end of a line where one is near.
-
-    Nothing is lost and nothing is repeated: the texts, joined, are the document's.
-    """
+    """Pieces of at most ``length`` tokens, cut at the end of a line where one is near; joined they are the document."""
     ids, begins = tokenize(tokenizer, document.text)
     text, first, begin = document.text, 0, 0
     while first < len(ids):
@@ -146,19 +203,18 @@ def split(documents: Iterable[Document], tokenizer: Any, config: DemoConfig) -> 
     removed = config.fraction * len(train)
     if removed < 1:
         raise ConfigError(
-            f"the text gives {len(train)} passages, and fraction={config.fraction} of them is none: give more text, a "
-            "larger fraction or a smaller chunk_tokens."
+            f"fraction={config.fraction} of {len(train)} passages is none: give more text, a larger fraction or a "
+            "smaller chunk_tokens."
         )
     large = [topic for topic in held if len(held[topic]) >= config.group_size]
     large.sort(key=lambda topic: (abs(count[topic] - removed), topic))
     if len(large) < config.groups:
         raise ConfigError(
-            f"{len(large)} topics have group_size={config.group_size} held-out passages, and groups={config.groups} of "
-            "them are asked about: give more text, fewer groups, a smaller group_size or a smaller chunk_tokens."
+            f"{len(large)} topics have group_size={config.group_size} held-out passages and groups={config.groups} are "
+            "needed: give more text, fewer groups, a smaller group_size or a smaller chunk_tokens."
         )
     return Split(tuple(train), tuple((t, tuple(held[t][: config.group_size])) for t in large[: config.groups]))
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:
-    """Text of some ids, without special tokens."""
     return tokenizer.decode(list(ids), skip_special_tokens=True)

@@ -1,14 +1,36 @@
-"""Training as a user would write it: a model, sequences of ids, an optimiser and a loop. Nothing here knows loghook."""
+"""Training as a user would write it: a model, sequences of ids, an optimiser and a loop. Nothing here logs."""
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Any
+from contextlib import contextmanager
+from itertools import cycle, islice
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from tqdm import tqdm
 
 from loghook.demo.config import DemoConfig
+from loghook.demo.text import (
+    MODELS,
+    language_reference,
+    library_source,
+    loading,
+    start_tokens,
+    tokenize,
+    train_tokenizer,
+)
 
 Sequences = Sequence[Sequence[int]]
+
+
+class Task(NamedTuple):
+    """All that a fine-tuning needs but the passages to keep."""
+
+    base: str  # folder or name of the model it starts from
+    train: Sequences  # ids of the passages
+    queries: Sequences  # ids of the passages whose loss is wanted
+    config: DemoConfig  # steps, rates and seed
 
 
 def small_llama(config: DemoConfig) -> nn.Module:
@@ -22,6 +44,54 @@ def small_llama(config: DemoConfig) -> nn.Module:
         max_position_embeddings=512, tie_word_embeddings=True, pad_token_id=0, bos_token_id=1, eos_token_id=None,
     )  # fmt: skip
     return LlamaForCausalLM(sizes)
+
+
+def pretrained(config: DemoConfig) -> str:
+    """Folder of the small model, pre-trained now or by an earlier run with the same settings."""
+    folder = config.out / f"base-{config.digest()}"
+    if folder.exists():
+        return str(folder)
+    library = library_source(config.corpus_bytes)
+    tokenizer = train_tokenizer([*library, *(d.text for d in language_reference())], config.vocabulary)
+    start, stream = start_tokens(tokenizer), []
+    for text in tqdm(library, "reading", unit="module"):
+        stream += [*start, *tokenize(tokenizer, text)[0]]
+    size = config.pretrain_tokens
+    sequences = [stream[k : k + size] for k in range(0, len(stream) - size + 1, size)]
+    order = np.random.default_rng(config.seed).permutation(len(sequences))
+    endless = (sequences[i] for i in cycle(order))
+    batches = iter(lambda: list(islice(endless, config.batch_size)), [])
+    model: Any = small_llama(config).to(config.device)
+    steps = fit(model, batches, config.pretrain_steps, config.pretrain_lr)
+    with tqdm(steps, "pre-training", total=config.pretrain_steps, unit="step") as bar:
+        for loss in bar:
+            bar.set_postfix(loss=f"{loss:.2f}", refresh=False)
+    unfinished = folder.with_name(folder.name + ".tmp")
+    tokenizer.save_pretrained(unfinished)
+    model.save_pretrained(unfinished)
+    unfinished.rename(folder)  # a folder of this name is whole
+    return str(folder)
+
+
+def load_model(name: str, device: str) -> Any:
+    """A causal language model in float32."""
+    from transformers import AutoModelForCausalLM
+
+    with loading(f"model={name!r}", MODELS):
+        model: Any = AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
+    return model.to(device)
+
+
+def finetune(task: Task, keep: Sequence[bool], progress: str | None = None) -> nn.Module:
+    """Fine-tune the base on the kept passages; with ``progress``, under a bar of that name."""
+    config = task.config
+    torch.manual_seed(config.seed)
+    model = load_model(task.base, config.device)
+    batches = shuffled(task.train, keep, config.epochs, config.batch_size, config.seed)
+    losses = fit(model, batches, len(batches), config.learning_rate)
+    for _ in tqdm(losses, progress, total=len(batches), unit="step", disable=progress is None):
+        pass
+    return model
 
 
 def collate(sequences: Sequences, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor]:
@@ -68,10 +138,7 @@ def fit(model: nn.Module, batches: Iterable[Sequences], steps: int, learning_rat
 def shuffled(
     sequences: Sequences, keep: Sequence[bool], epochs: float, size: int, seed: int
 ) -> list[list[Sequence[int]]]:
-    """Batches of an epoch or several, in an order that depends on the seed alone.
-
-    What ``keep`` leaves out is passed over, so that a removal changes nothing else.
-    """
+    """Batches in an order that depends on the seed alone: what ``keep`` leaves out is passed over, the rest stays."""
     generator = torch.Generator().manual_seed(seed)
     order: list[int] = []
     while len(order) < epochs * len(sequences):
@@ -101,3 +168,28 @@ def generate(model: Any, start: Sequence[int], new_tokens: int, seed: int) -> li
         top = torch.topk(logits_V, min(40, len(logits_V)))
         ids.append(int(top.indices[torch.multinomial(torch.softmax(top.values / 0.5, 0), 1, generator=generator)]))
     return ids
+
+
+@contextmanager
+def one_thread(device: str) -> Iterator[None]:
+    """Compute on one CPU thread: sums come in one order, and small matrices are no faster on more."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if device == "cpu" else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the bars of loading and saving weights off the screen."""
+    from transformers.utils import logging
+
+    enabled = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if enabled:
+            logging.enable_progress_bar()
