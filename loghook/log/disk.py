@@ -16,7 +16,7 @@ from loghook.errors import LoghookError, LogLockedError, WriteError
 
 
 def checksum(data: bytes | memoryview) -> str:
-    """Return the 128-bit XXH3 of some bytes as 32 hexadecimal digits."""
+    """128-bit XXH3, as 32 hexadecimal digits."""
     return xxhash.xxh3_128_hexdigest(data)
 
 
@@ -58,7 +58,6 @@ def write_flushed(file: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)

@@ -40,7 +40,7 @@ class LayerSpec:
 
     @property
     def width(self) -> int:
-        """Values of this layer's gradient in a row."""
+        """Values of its gradient in a row."""
         return self.k_in * self.k_out
 
 
@@ -86,7 +86,6 @@ class Layout:
         self.moments_width = end
 
     def codec(self, dtype: str) -> Codec:
-        """Return how such rows are stored in a dtype of ``DTYPES``."""
         return make_codec(dtype, [(s.k_out, s.k_in) for s in self.layers], self.width - self.gradient_width)
 
 
@@ -150,21 +149,18 @@ class Manifest:
 
     @property
     def codec(self) -> Codec:
-        """How rows lie in a shard."""
         return Layout(self.layers).codec(self.dtype)
 
     @property
     def made(self) -> Made:
-        """What the rows were made with."""
         return Made(self.layers, self.projection, self.seed, self.fitted, self.gradient)
 
     @property
     def fingerprint(self) -> str:
-        """Digest of what makes rows comparable: layers, k's and the projection; not the storage dtype."""
+        """Of what makes rows comparable: layers, k's and the projection; not the storage dtype."""
         return self.made.fingerprint
 
     def save(self, path: Path) -> None:
-        """Replace the run's manifest atomically."""
         write_atomically(path / MANIFEST, self.encode())
 
     def encode(self) -> bytes:
@@ -189,12 +185,10 @@ class Manifest:
             body = parse_object(data)
             if body["format"] != "loghook":
                 raise ValueError("its format is not 'loghook'")
-            if type(body["version"]) is not int or body["version"] < 1:
-                raise ValueError(f"its version is {body['version']!r:.100}")
             if body["version"] != VERSION:
                 raise VersionError(
-                    f"{file} has version {body['version']} of the format, and this loghook reads version {VERSION}: "
-                    "upgrade loghook or, if the log is older, log the data again."
+                    f"{file} is of version {body['version']!r:.20} of the format, and this loghook reads version "
+                    f"{VERSION}: upgrade loghook or, if the log is older, log the data again."
                 )
             fields = {k: v for k, v in body.items() if k not in ("format", "fingerprint", "checksum")}
             fields["layers"] = tuple(LayerSpec(**layer) for layer in body["layers"])

@@ -210,7 +210,7 @@ def _build(out: Path, runs: Sequence[tuple[Path, Manifest]], dtype: str, history
 def _locked(path: Path, manifest: Manifest) -> Iterator[None]:
     with writing(path), ExitStack() as held:
         for rank in range(manifest.world_size):
-            held.callback(lock(path / f"lock-{rank:05d}").close)
+            held.enter_context(lock(path / f"lock-{rank:05d}"))
         yield
 
 

@@ -1,8 +1,7 @@
 """The reader: committed rows of every rank, mapped read-only, verified on first touch."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -111,11 +110,9 @@ class Reader:
         return self.codec.dtype
 
     def __len__(self) -> int:
-        """Number of rows."""
         return len(self.data_ids)
 
     def __repr__(self) -> str:
-        """Say what the run holds, and whether it is finished."""
         m = self.manifest
         rows = f"{len(self):,} rows, finished" if self.finished else f"not finished: {len(self):,} rows so far"
         kind = "whole gradients" if m.projection == "none" else f"{m.projection} projection, rank {m.rank}"
@@ -235,27 +232,14 @@ class Reader:
         Returns:
             One line for each problem, with the file and what to do; empty if all is well.
         """
-        problems: list[str] = []
-
-        @contextmanager
-        def noted() -> Iterator[None]:
-            try:
-                yield
-            except CorruptLogError as error:
-                problems.append(str(error))
-
-        for shard in tqdm(self._shards, "verifying", unit=" shards", delay=2, leave=False, disable=None):
-            with noted():
-                for _ in shard.verify():
-                    pass
+        shards = tqdm(self._shards, "verifying", unit=" shards", delay=2, leave=False, disable=None)
+        problems = [line for shard in shards for line in _problems(list, shard.verify())]
         if self.manifest.fitted is not None:
-            with noted():
-                load_sides(self.path, self.manifest.fitted)
+            problems += _problems(load_sides, self.path, self.manifest.fitted)
         if self.finished:
             problems += self._strays()
             for entry in self._snapshots:
-                with noted():
-                    load_moments(self.path, entry, self.layout.moments_width)
+                problems += _problems(load_moments, self.path, entry, self.layout.moments_width)
         return problems
 
     def _strays(self) -> list[str]:
@@ -310,6 +294,14 @@ class Reader:
         shard = self._shards[-1]
         shard.rows += record["rows"]
         shard.parts.append((record["start"], record["rows"], record["checksum"]))
+
+
+def _problems(check: Callable[..., object], *arguments: Any) -> list[str]:
+    try:
+        check(*arguments)
+    except CorruptLogError as error:
+        return [str(error)]
+    return []
 
 
 def _first_of_each(ids: Sequence[Any], keys: np.ndarray, *, outside_too: bool) -> np.ndarray:

@@ -92,10 +92,9 @@ def not_finite(ids: Sequence[int | str], rows: Tensor, *, late: bool = False) ->
 
 
 class Writer:
-    """Appends to one rank's shards and commit log."""
+    """Appends to one rank's shards and commit log, which it recovers first."""
 
     def __init__(self, path: Path, manifest: Manifest, rank: int, *, shard_bytes: int, commit_seconds: float) -> None:
-        """Open the rank's files, cut off a torn tail, and start the thread."""
         self._path, self._run_id, self._rank, self._codec = path, manifest.run_id, rank, manifest.codec
         self.dtype = self._codec.dtype  # of the rows that it takes
         self._capacity = max(1, shard_bytes // self._codec.row_bytes)
@@ -182,7 +181,6 @@ class Writer:
                     self.unlock()
 
     def unlock(self) -> None:
-        """Let others write; called after ``close``."""
         self._lock.close()
 
     # Everything below runs in the thread, but for recovery.
