@@ -78,7 +78,7 @@ def read_commits(path: Path, manifest: Manifest, rank: int, damage: list[str] | 
                 raise ValueError("is missing")
             check_record(record, manifest, rank)
             if "shard" in record:
-                if record["shard"] < max(ends, default=0):
+                if record["shard"] < next(reversed(ends), 0):
                     raise ValueError(f"goes back to shard {record['shard']}")
                 if record["start"] != ends.get(record["shard"], 0):
                     raise ValueError(f"leaves a gap at row {ends.get(record['shard'], 0)} of shard {record['shard']}")
