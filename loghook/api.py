@@ -19,7 +19,7 @@ from loghook.influence.index import Index
 from loghook.influence.precondition import Curvature
 from loghook.influence.scores import Scores
 from loghook.log import maintain
-from loghook.log.fitted import load_sides
+from loghook.log.files import load_sides
 from loghook.log.query import Query, find_columns
 from loghook.log.reader import Reader
 from loghook.processes import on_cpu

@@ -35,7 +35,6 @@ class NotFiniteError(LoghookError, ValueError):
     """
 
     def __init__(self, message: str, ids: Sequence[int | str]) -> None:
-        """Say which samples are to be logged again."""
         super().__init__(message)
         self.ids = list(ids)
 
@@ -57,7 +56,7 @@ class CorruptLogError(LoghookError):
 
 
 class VersionError(LoghookError):
-    """A log written by a later version of the format."""
+    """A log or factors written in another version of their format."""
 
 
 class MismatchError(LoghookError, ValueError):

@@ -1,5 +1,6 @@
 """Which of several processes this is, on what it runs, and what all of them found together."""
 
+import contextlib
 import functools
 import importlib.metadata
 import os
@@ -17,18 +18,23 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+def _joined() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def share() -> tuple[int, int]:
+    """Rank and number of the processes that work together; (0, 1) without torch.distributed."""
+    return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if _joined() else (0, 1)
+
+
 def process_rank() -> int:
     """Rank of this process, also before torch.distributed is initialised."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank()
-    return int(os.environ.get("RANK", 0))
+    return share()[0] if _joined() else int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
     """Number of processes, also before torch.distributed is initialised."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_world_size()
-    return int(os.environ.get("WORLD_SIZE", 1))
+    return share()[1] if _joined() else int(os.environ.get("WORLD_SIZE", 1))
 
 
 def shared_run_id() -> str:
@@ -39,20 +45,13 @@ def shared_run_id() -> str:
 def shared(value: Any) -> Any:
     """Return rank 0's value on all ranks; every rank calls it at the same point."""
     box = [value]
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    if _joined():
         torch.distributed.broadcast_object_list(box)
     elif world_size() > 1:
         warnings.warn(
             "several processes without torch.distributed: initialise it before the first block.", stacklevel=2
         )
     return box[0]
-
-
-def share() -> tuple[int, int]:
-    """Rank and number of the processes that work together; (0, 1) without torch.distributed."""
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
-        return torch.distributed.get_rank(), torch.distributed.get_world_size()
-    return 0, 1
 
 
 def everyone(value: Any) -> list[Any]:
@@ -96,10 +95,8 @@ def provenance() -> dict[str, Any]:
     """When and with what a run was made, for people."""
     versions = {}
     for package in ("loghook", "torch", "transformers", "accelerate", "numpy"):
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return {
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "python": platform.python_version(),

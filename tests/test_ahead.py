@@ -10,7 +10,7 @@ import torch
 import loghook
 from loghook.errors import CorruptLogError
 from loghook.log import maintain, shard
-from loghook.log.ahead import ahead
+from loghook.log.reader import ahead
 from tests.test_influence import make_log
 from tests.test_maintain import flip, write
 

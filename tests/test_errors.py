@@ -1271,13 +1271,16 @@ def test_manifest_that_is_no_manifest_is_refused(path: Path, finished: loghook.Q
     says(error, file, "not a valid manifest", "from a copy")
 
 
+@pytest.mark.parametrize("version", [1, 2, 99])
 @pytest.mark.parametrize("opener", [loghook.load, lambda path: loghook.init(path, resume=True)], ids=["load", "resume"])
-def test_format_of_the_future_is_refused(path: Path, finished: loghook.Query, opener: Callable[[Path], Any]) -> None:
+def test_other_versions_of_the_format_are_refused(
+    path: Path, finished: loghook.Query, opener: Callable[[Path], Any], version: int
+) -> None:
     before = (path / "loghook.json").read_text()
-    alter_manifest(path, lambda body: body.update(version=99, unheard_of=1))
+    alter_manifest(path, lambda body: body.update(version=version, unheard_of=1))
     with pytest.raises(VersionError) as error:
         opener(path)
-    says(error, "loghook.json", "version 99", "reads up to 3", "upgrade loghook")
+    says(error, "loghook.json", f"version {version}", "reads version 3", "upgrade loghook", "log the data again")
     (path / "loghook.json").write_text(before)
     assert loghook.load(path).verify() == []
 
@@ -1813,7 +1816,7 @@ def test_importing_loghook_imports_no_heavy_optional_package() -> None:
 def test_a_folder_that_cannot_be_written_is_a_clear_error(path):
     with pytest.raises(loghook.errors.WriteError) as caught:
         loghook.init(path, rank=2)
-    assert path in str(caught.value) and "make room or mend the folder" in str(caught.value)
+    assert path in str(caught.value) and "Make room or mend the folder" in str(caught.value)
 
 
 def test_a_folder_that_becomes_read_only_keeps_what_was_committed(tmp_path, monkeypatch):

@@ -16,7 +16,8 @@ from torch import nn
 import loghook
 from loghook.capture.sums import split
 from loghook.errors import ConfigError, CorruptLogError, MismatchError, NotFiniteError, StateError
-from loghook.log.fitted import load_sides
+from loghook.log import maintain
+from loghook.log.files import load_sides
 from loghook.project import blocks
 from loghook.project.blocks import Factor, cut, second_moment_blocks, take_blocks
 from loghook.project.projection import draw_side, shared_input_name
@@ -360,8 +361,6 @@ def test_an_altered_projection_file_is_found():
 
 
 def test_merged_logs_keep_their_projection(tmp_path):
-    from loghook.log.maintain import merge
-
     model, x = make(), data()
     first, _, _ = fit_and_log(model, x, projection="whitened")
     run = loghook.init(tempfile.mkdtemp(), rank=4, dtype="float64", projection="whitened", fitted=first.path)
@@ -369,12 +368,40 @@ def test_merged_logs_keep_their_projection(tmp_path):
     with run(data_id=[100, 101]):
         loss_fn(model, x[:2]).backward()
     run.finalize()
-    merge(tmp_path / "both", [first.path, run.path])
+    maintain.merge(tmp_path / "both", [first.path, run.path])
     both = loghook.load(tmp_path / "both")
     assert len(both) == 42 and not both.verify()
     with both.attach(model).query(data_id=["q"]) as query:
         loss_fn(model, x[:1]).backward()
     assert both.influence(query).values.shape == (1, 42)
+
+
+class Siblings(nn.Module):
+    """They share an input, and their names are not in the order of the alphabet."""
+
+    def __init__(self):
+        super().__init__()
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(12, 10) for _ in range(3))
+
+    def forward(self, x):
+        return (self.q_proj(x) * self.k_proj(x) * self.v_proj(x)).sum(1)
+
+
+def test_a_projection_of_siblings_stays_the_same_where_it_is_taken_over(tmp_path):
+    model, x, path = Siblings(), torch.randn(40, 12), None
+    for name, ids in (("a", range(40)), ("b", range(40, 80))):
+        run = loghook.init(tmp_path / name, rank=4, projection="pca", fitted=path)
+        quietly(run, model)
+        for _ in run.passes():
+            with run(data_id=list(ids)):
+                model(x).square().sum().backward()
+        run.finalize()
+        path = tmp_path / "a"
+    maintain.merge(tmp_path / "both", [tmp_path / "a", tmp_path / "b"])
+    maintain.compress(tmp_path / "both", tmp_path / "small", "int8")
+    for name in ("both", "small"):
+        log = loghook.load(tmp_path / name)
+        assert len(log) == 80 and not log.verify() and log.fingerprint == loghook.load(path).fingerprint
 
 
 def test_a_batch_that_is_not_finite_is_not_added():

@@ -9,8 +9,8 @@ import safetensors
 
 import loghook
 from loghook.influence import engine
-from loghook.log import kept, maintain
-from loghook.log.kept import KEPT, MOST, load_kept
+from loghook.log import files, maintain
+from loghook.log.files import KEPT, MOST, load_kept
 from tests.test_influence import make_log
 from tests.test_scale_out import torchrun
 
@@ -96,7 +96,7 @@ def test_a_folder_that_cannot_be_written(path, monkeypatch):
     def refuse(*_):
         raise PermissionError("read-only")
 
-    monkeypatch.setattr(kept, "write_atomically", refuse)
+    monkeypatch.setattr(files, "write_atomically", refuse)
     assert loghook.load(path).self_influence("dot").shape == (40,) and not (path / KEPT).exists()
 
 

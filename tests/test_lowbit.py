@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 
 import loghook
 from loghook.cli import app
-from loghook.errors import ConfigError, LogExistsError, NotFiniteError, StateError, VersionError
+from loghook.errors import ConfigError, LogExistsError, NotFiniteError, StateError
 from loghook.influence import products
 from loghook.log import maintain, reader
 from loghook.log.codec import base, make_codec
@@ -128,15 +128,6 @@ def test_signs_of_rotated_values_are_worth_more_where_few_values_are_large(shape
     assert kept > plain + 0.1
     if rows.shape[1] > 1000:
         assert abs(float(kept) - (2 / np.pi) ** 0.5) < 0.01  # as of values that are normally distributed
-
-
-@pytest.mark.parametrize("version", [1, 2])
-def test_logs_of_other_signs_are_refused(tmp_path, low, version):
-    shutil.copytree(low["int1"].path, tmp_path / "old")
-    manifest = tmp_path / "old" / "loghook.json"
-    manifest.write_text(manifest.read_text().replace('"version": 3', f'"version": {version}'))
-    with pytest.raises(VersionError, match="make them anew"):
-        loghook.load(tmp_path / "old")
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from torch import nn
 from loghook.capture.hooked import Hooked
 from loghook.capture.select import Watch
 from loghook.errors import ConfigError, MismatchError
-from loghook.log.fitted import load_sides
+from loghook.log.files import load_sides
 from loghook.log.format import LayerSpec, Manifest
 
 

@@ -21,10 +21,10 @@ from loghook.capture.select import Rank, Watch, rank_of, select
 from loghook.capture.silence import nothing_delivered
 from loghook.capture.whole import Job
 from loghook.errors import ConfigError, DeliveryError, MismatchError, StateError, UnsupportedError
-from loghook.log.finite import not_finite
-from loghook.log.fitted import Sides
+from loghook.log.files import Sides
 from loghook.log.format import Layout, Made
 from loghook.log.query import Query
+from loghook.log.writer import not_finite
 from loghook.project.projection import FITTED
 
 

@@ -7,8 +7,7 @@ import torch
 from torch import Tensor
 
 from loghook.capture.block import Captured
-from loghook.log.finite import finite_rows, not_finite
-from loghook.log.writer import Batch
+from loghook.log.writer import Batch, finite_rows, not_finite
 
 
 def pack(

@@ -23,7 +23,7 @@ from loghook.capture.sums import decompose, fit_sides
 from loghook.capture.whole import Covariance
 from loghook.errors import BatchError, CheckpointWarning, LoghookError, MismatchError, StateError
 from loghook.log.disk import writing
-from loghook.log.fitted import Sides, load_sides, save_sides
+from loghook.log.files import Sides, load_sides, save_sides
 from loghook.log.folder import ARGUMENTS, check_same
 from loghook.log.format import MANIFEST, Manifest
 from loghook.log.writer import Writer

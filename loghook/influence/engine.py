@@ -14,8 +14,8 @@ from loghook.influence.precondition import Curvature, progress, solvers, working
 from loghook.influence.products import products
 from loghook.influence.scores import Scores
 from loghook.influence.solvers import Solver, nonzero
+from loghook.log.files import kept_name, load_kept, save_kept
 from loghook.log.format import LayerSpec, checksum, listed
-from loghook.log.kept import kept_name, load_kept, save_kept
 from loghook.log.query import Query, require_one_query, require_query
 from loghook.log.reader import Reader
 from loghook.processes import combine, gather, on_cpu, share

@@ -12,7 +12,7 @@ from loghook.influence.engine import Prepared, influence
 from loghook.influence.fidelity import TOP, as_questions, compared_methods
 from loghook.influence.precondition import progress
 from loghook.influence.scores import Scores
-from loghook.log.kinds import loading, save_tensors
+from loghook.log.files import loading, save_tensors
 from loghook.log.query import Query
 from loghook.log.reader import Reader
 from loghook.processes import combine, share

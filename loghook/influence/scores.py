@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from loghook.errors import ConfigError, MismatchError
-from loghook.log.kinds import loading, save_tensors
+from loghook.log.files import loading, save_tensors
 
 if TYPE_CHECKING:
     import pandas

@@ -1,4 +1,4 @@
-"""What the operating system has to do for a log: write all or say so, flush, replace atomically, lock."""
+"""What a log needs of the operating system, write all or say so, flush, replace, lock; and how files are checked."""
 
 import fcntl
 import json
@@ -10,7 +10,36 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+import xxhash
+
 from loghook.errors import LoghookError, LogLockedError, WriteError
+
+
+def checksum(data: bytes | memoryview) -> str:
+    """128-bit XXH3, as 32 hexadecimal digits."""
+    return xxhash.xxh3_128_hexdigest(data)
+
+
+def canonical_json(value: Any) -> bytes:
+    """JSON with sorted keys and no spaces, so that equal values have equal checksums."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
+
+
+def parse_object(data: bytes) -> dict[str, Any]:
+    """Parse a JSON object from a file that anybody may have written; ValueError for anything else."""
+    try:
+        value = json.loads(data, object_pairs_hook=_unique)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError("it is no JSON object")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    if len(dict(pairs)) < len(pairs):
+        raise ValueError("it repeats a key")
+    return dict(pairs)
 
 
 def write_atomically(file: Path, data: bytes) -> None:
@@ -22,7 +51,6 @@ def write_atomically(file: Path, data: bytes) -> None:
 
 
 def write_flushed(file: Path, data: bytes) -> None:
-    """Write a small file to the disk."""
     with open(file, "wb") as handle:
         handle.write(data)
         handle.flush()
@@ -30,7 +58,6 @@ def write_flushed(file: Path, data: bytes) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to the disk."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -54,8 +81,8 @@ def writing(path: Path) -> Iterator[None]:
         if isinstance(error, LoghookError):
             raise
         raise WriteError(
-            f"writing to {path} failed ({error}). What was committed is intact: make room or mend the folder, then "
-            "start again with resume=True."
+            f"writing to {path} failed ({error}). What was committed is intact, what came after it is lost. Make room "
+            "or mend the folder, then start again with resume=True."
         ) from error
 
 

@@ -10,18 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import xxhash
-
 from loghook.errors import ConfigError, CorruptLogError, LogExistsError, MismatchError, StateError
-from loghook.log.disk import lock, sync_folder, write_all, writing
-from loghook.log.fitted import PROJECTION
-from loghook.log.format import MANIFEST, SHARD_HEADER, Manifest, shard_header, shard_name
-from loghook.log.kept import KEPT
-from loghook.log.kinds import holds_factors
-from loghook.log.records import REMEDY, Commits, all_commits, read_commits
+from loghook.log.disk import lock, sync_folder, writing
+from loghook.log.files import KEPT, PROJECTION, holds_factors
+from loghook.log.format import MANIFEST, Manifest, shard_name
+from loghook.log.records import REMEDY, Commits, all_commits, read_commits, sum_up
+from loghook.log.shard import SHARD_HEADER, close_shard
 
 ARGUMENTS = ("projection", "rank", "seed", "dtype", "gradient")  # of ``init``, which make rows what they are
 SEAL_TIMEOUT = 600.0  # seconds that rank 0 waits for the others
+_OURS = ("rows-*.safetensors", "statistics-*.safetensors", "commits-*.jsonl", "lock-*", MANIFEST, PROJECTION, KEPT)
 
 
 def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
@@ -32,7 +30,8 @@ def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
         raise LogExistsError(f"{path} is a file: choose another path for the run.")
     if factors := holds_factors(path):
         raise LogExistsError(f"{factors}: choose another path for the run.")
-    old = [] if not path.exists() else [p for p in path.iterdir() if _is_ours(p)]
+    ours = {*_OURS, *(f"{kind}.tmp" for kind in _OURS)}
+    old = [file for file in path.glob("*") if any(file.match(kind) for kind in ours)]
     if old and not resume and not overwrite:
         raise LogExistsError(f"{path} holds a run already: pass resume=True, overwrite=True or another path.")
     committed = any(p.name.startswith("commits-") and p.stat().st_size for p in old)
@@ -50,11 +49,6 @@ def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
             held.close()
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
-
-
-def _is_ours(file: Path) -> bool:
-    kinds = ("rows-*.safetensors", "statistics-*.safetensors", "commits-*.jsonl", "lock-*", MANIFEST, PROJECTION, KEPT)
-    return any(file.match(kind) or file.match(f"{kind}.tmp") for kind in kinds)
 
 
 def check_same(old: Manifest, new: Any, names: Sequence[str] = (*ARGUMENTS, "id_type", "layers", "fitted")) -> None:
@@ -76,24 +70,16 @@ def seal(path: Path, manifest: Manifest, session: str, active: int) -> dict[str,
             recover(path, manifest, rank, snapshots=1)
     deadline = time.monotonic() + SEAL_TIMEOUT
     while True:
-        logs = all_commits(path, manifest)
+        logs = list(all_commits(path, manifest))
         missing = [r for r in range(active) if not (logs[r].records and logs[r].records[-1].get("end") == session)]
         if not missing:
             return sum_up(logs)
         if time.monotonic() > deadline:
             raise StateError(
-                f"ranks {missing} did not finish within {SEAL_TIMEOUT:.0f} s: every rank calls run.finalize(). Their "
-                "committed rows are kept; start again with resume=True."
+                f"ranks {missing} did not finish within {SEAL_TIMEOUT:.0f} s: every rank calls run.finalize(). What "
+                "they committed is kept: start again with resume=True."
             )
         time.sleep(0.1)
-
-
-def sum_up(logs: Sequence[Commits]) -> dict[str, Any]:
-    """Make the seal of some commit logs, in the order of ranks: {"rows", "digest"}."""
-    digest = xxhash.xxh3_128()
-    for log in logs:
-        digest.update(log.data)
-    return {"rows": sum(r.get("rows", 0) for log in logs for r in log.records), "digest": digest.hexdigest()}
 
 
 @dataclass
@@ -138,48 +124,26 @@ def ranks_on_disk(path: Path, manifest: Manifest) -> range:
 
 
 def recover(path: Path, manifest: Manifest, rank: int, *, snapshots: int = 2) -> Commits:
-    """Bring one writer's files to the state of its last record; its lock must be held.
+    """Bring one writer's files to the state of its last record, where they match it; its lock must be held.
 
     Cuts off an unfinished record and uncommitted rows, closes its shards, and deletes shards and snapshots that no
     record names; of the snapshots it keeps the last so many.
-
-    Raises:
-        CorruptLogError: if what is there does not match its records; nothing is changed then.
     """
     log, codec = read_commits(path, manifest, rank), manifest.codec
-    ends = log.shard_ends
-    for index, rows in ends.items():
-        shard = path / shard_name(rank, index)
+    ends = {path / shard_name(rank, index): rows for index, rows in log.shard_ends.items()}
+    for shard, rows in ends.items():
         if not shard.is_file() or shard.stat().st_size < SHARD_HEADER + rows * codec.row_bytes:
             raise CorruptLogError(f"{shard} is missing or shorter than its records say: {REMEDY}.")
-    if log.torn:
+    if log.rest:
         with open(log.file, "r+b") as handle:
             handle.truncate(len(log.data))
             os.fsync(handle.fileno())
-    for index, rows in ends.items():
-        header = shard_header(rows, codec, manifest.run_id)
-        close_shard(path / shard_name(rank, index), header, rows * codec.row_bytes)
-    named = [record["statistics"]["file"] for record in log.rows][-snapshots:]
-    keep = {shard_name(rank, index) for index in ends} | set(named)
+    for shard, rows in ends.items():
+        close_shard(shard, rows, codec, manifest.run_id)
+    keep = {*ends, *(path / record["statistics"]["file"] for record in log.rows[-snapshots:])}
     for kind in ("rows", "statistics"):
         for file in path.glob(f"{kind}-{rank:05d}-*.safetensors"):
-            if file.name not in keep:
+            if file not in keep:
                 file.unlink()
     sync_folder(path)
     return log
-
-
-def close_shard(shard: Path, header: bytes, size: int) -> bool:
-    """Cut a shard to ``size`` bytes of rows and let its header state them; returns whether that was not so already."""
-    if shard.stat().st_size == SHARD_HEADER + size:
-        with open(shard, "rb") as handle:
-            if handle.read(SHARD_HEADER) == header:
-                return False
-    descriptor = os.open(shard, os.O_RDWR)
-    try:
-        os.ftruncate(descriptor, SHARD_HEADER + size)
-        write_all(descriptor, memoryview(header), 0)
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-    return True

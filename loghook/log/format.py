@@ -6,54 +6,17 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
-
-import torch
-import xxhash
+from types import UnionType
+from typing import Any, get_args, get_origin
 
 from loghook.errors import CorruptLogError, VersionError
 from loghook.log.codec import DTYPES, Codec, make_codec
-from loghook.log.disk import write_atomically
-from loghook.log.kinds import no_log
+from loghook.log.disk import canonical_json, checksum, parse_object, write_atomically
+from loghook.log.files import no_log
 from loghook.project.update import GRADIENTS
 
-VERSION = 3  # logs of earlier ones are the same, but for 1-bit rows
+VERSION = 3
 MANIFEST = "loghook.json"
-SAFETENSORS_DTYPES = {
-    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8",
-}  # fmt: skip
-SHARD_HEADER = 512  # bytes before the first row, length prefix included: constant, so that a shard can grow
-
-
-def canonical_json(value: Any) -> bytes:
-    """JSON with sorted keys and no spaces, so that equal values have equal checksums."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":")).encode()
-
-
-def parse_object(data: bytes) -> dict[str, Any]:
-    """Parse a JSON object from a file that anybody may have written.
-
-    Raises:
-        ValueError: for anything but an object; also where it is nested too deeply or repeats a key.
-    """
-    try:
-        value = json.loads(data, object_pairs_hook=_unique)
-    except RecursionError as error:
-        raise ValueError("it is nested too deeply") from error
-    if not isinstance(value, dict):
-        raise ValueError("it is no JSON object")
-    return value
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    if len(dict(pairs)) < len(pairs):
-        raise ValueError("it repeats a key")
-    return dict(pairs)
-
-
-def checksum(data: bytes | memoryview) -> str:
-    """Return the 128-bit XXH3 of some bytes as 32 hexadecimal digits."""
-    return xxhash.xxh3_128_hexdigest(data)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,7 +40,7 @@ class LayerSpec:
 
     @property
     def width(self) -> int:
-        """Values of this layer's gradient in a row."""
+        """Values of its gradient in a row."""
         return self.k_in * self.k_out
 
 
@@ -123,7 +86,6 @@ class Layout:
         self.moments_width = end
 
     def codec(self, dtype: str) -> Codec:
-        """Return how such rows are stored in a dtype of ``DTYPES``."""
         return make_codec(dtype, [(s.k_out, s.k_in) for s in self.layers], self.width - self.gradient_width)
 
 
@@ -187,27 +149,23 @@ class Manifest:
 
     @property
     def codec(self) -> Codec:
-        """How rows lie in a shard."""
         return Layout(self.layers).codec(self.dtype)
 
     @property
     def made(self) -> Made:
-        """What the rows were made with."""
         return Made(self.layers, self.projection, self.seed, self.fitted, self.gradient)
 
     @property
     def fingerprint(self) -> str:
-        """Digest of what makes rows comparable: layers, k's and the projection; not the storage dtype."""
+        """Of what makes rows comparable: layers, k's and the projection; not the storage dtype."""
         return self.made.fingerprint
 
     def save(self, path: Path) -> None:
-        """Replace the run's manifest atomically."""
         write_atomically(path / MANIFEST, self.encode())
 
     def encode(self) -> bytes:
-        """Return the bytes of ``loghook.json``."""
+        """Return the bytes of ``loghook.json``; it has the last fields only where they say something."""
         body = {"format": "loghook", "fingerprint": self.fingerprint} | dataclasses.asdict(self)
-        # As in files that were written before there were these fields.
         for key, absent in (("fitted", None), ("fidelity", None), ("gradient", "plain")):
             if body[key] == absent:
                 del body[key]
@@ -216,13 +174,7 @@ class Manifest:
 
     @classmethod
     def load(cls, path: Path) -> "Manifest":
-        """Read and check a run's manifest.
-
-        Raises:
-            FileNotFoundError: if ``path`` holds no run.
-            VersionError: if a later format wrote it.
-            CorruptLogError: if it is not a manifest, or does not match its own checksum and fingerprint.
-        """
+        """Read and check a run's manifest; FileNotFoundError if ``path`` holds no run."""
         file = path / MANIFEST
         if not file.exists():
             if any(path.glob("rows-*.safetensors")):
@@ -233,19 +185,16 @@ class Manifest:
             body = parse_object(data)
             if body["format"] != "loghook":
                 raise ValueError("its format is not 'loghook'")
-            if type(body["version"]) is not int or body["version"] < 1:
-                raise ValueError(f"its version is {body['version']!r:.100}")
-            if body["version"] > VERSION:
-                raise VersionError(f"{file}: version {body['version']}; this reads up to {VERSION}: upgrade loghook.")
-            if body["version"] < VERSION and body.get("dtype") == "int1":
+            if body["version"] != VERSION:
                 raise VersionError(
-                    f"{file}: 1-bit rows of version {body['version']} are not signs of the same values as now: make "
-                    "them anew, with `loghook compress` from a log of more bits, or by logging."
+                    f"{file} is of version {body['version']!r:.20} of the format, and this loghook reads version "
+                    f"{VERSION}: upgrade loghook or, if the log is older, log the data again."
                 )
             fields = {k: v for k, v in body.items() if k not in ("format", "fingerprint", "checksum")}
             fields["layers"] = tuple(LayerSpec(**layer) for layer in body["layers"])
             manifest = cls(**fields)
-            _check_manifest(manifest)
+            _check_types(manifest, *manifest.layers)
+            _check_values(manifest)
             # Byte for byte: also a space in the wrong place means that something wrote here that is not loghook.
             if manifest.encode() != data:
                 raise ValueError("it does not match its own checksum or fingerprint")
@@ -254,38 +203,39 @@ class Manifest:
         return manifest
 
 
-def _check_manifest(manifest: Manifest) -> None:
-    """Raise ValueError unless every field has its type and a value that the format allows."""
-    things: tuple[Manifest | LayerSpec, ...] = (manifest, *manifest.layers)
+def _check_types(*things: Manifest | LayerSpec) -> None:
+    """Raise ValueError unless every field has the type that it is annotated with; True is no int."""
     for thing in things:
         for entry in dataclasses.fields(thing):
-            value, stated = getattr(thing, entry.name), str(getattr(entry.type, "__name__", entry.type))
-            allowed = [kind.strip().partition("[")[0] for kind in str(entry.type).split("|")]
-            known = "None" if value is None else type(value).__name__
-            if known not in allowed and known != stated:
-                raise ValueError(f"{entry.name} is {value!r:.100}, which is no {stated}")
-    m, coverage = manifest, manifest.coverage
+            kinds = get_args(entry.type) if isinstance(entry.type, UnionType) else (entry.type,)
+            value = getattr(thing, entry.name)
+            if type(value) not in [get_origin(kind) or kind for kind in kinds]:
+                raise ValueError(f"{entry.name} is {value!r:.100}")
+
+
+def _check_values(m: Manifest) -> None:
+    """Raise ValueError unless every field has a value that the format allows."""
     ranks = m.rank.values() if isinstance(m.rank, dict) else [m.rank]
-    sealed = m.sealed is None or (type(m.sealed["rows"]) is int and type(m.sealed["digest"]) is str)
-    counted = type(coverage["covered"]) is type(coverage["total"]) is int
-    rules = (
-        (re.fullmatch("[0-9a-f]{32}", m.run_id), f"run_id {m.run_id!r:.100} is not 32 hexadecimal digits"),
-        (m.dtype in DTYPES, f"dtype {m.dtype!r:.100} is none of {', '.join(DTYPES)}"),
-        (m.id_type in ("int", "str"), f"id_type {m.id_type!r:.100} is neither 'int' nor 'str'"),
-        (m.on_repeat in (None, "first", "all", "error"), f"on_repeat {m.on_repeat!r:.100} is unknown"),
-        (m.gradient in GRADIENTS, f"gradient {m.gradient!r:.100} is none of {', '.join(GRADIENTS)}"),
-        (1 <= m.world_size <= 1_000_000, f"world_size {m.world_size} is out of range"),
-        (0 <= m.generation < 1 << 40, f"generation {m.generation} is out of range"),
-        (sealed, f"its seal is {m.sealed!r:.100}"),
-        (all(type(k) is int for k in ranks), f"its rank is {m.rank!r:.100}"),
-        (counted and type(coverage["not_covered"]) is list, f"its coverage is {coverage!r:.100}"),
-        (all(isinstance(v, str | None) for v in m.parameters.values()), f"its parameters are {m.parameters!r:.100}"),
-        (m.layers and len({x.name for x in m.layers}) == len(m.layers), "it has no layers, or two of the same name"),
-    )
-    for good, wrong in rules:
-        if not good:
-            raise ValueError(wrong)
-    for layer in manifest.layers:
+    coverage = [type(m.coverage[key]) for key in ("covered", "total", "not_covered")]
+    good = {
+        "run_id": re.fullmatch("[0-9a-f]{32}", m.run_id),
+        "dtype": m.dtype in DTYPES,
+        "id_type": m.id_type in ("int", "str"),
+        "on_repeat": m.on_repeat in (None, "first", "all", "error"),
+        "gradient": m.gradient in GRADIENTS,
+        "world_size": 1 <= m.world_size <= 1_000_000,
+        "generation": 0 <= m.generation < 1 << 40,
+        "sealed": m.sealed is None or (type(m.sealed["rows"]) is int and type(m.sealed["digest"]) is str),
+        "rank": all(type(k) is int for k in ranks),
+        "coverage": coverage == [int, int, list],
+        "parameters": all(isinstance(v, str | None) for v in m.parameters.values()),
+    }
+    for key, is_good in good.items():
+        if not is_good:
+            raise ValueError(f"{key} is {getattr(m, key)!r:.100}")
+    if not m.layers or len({layer.name for layer in m.layers}) < len(m.layers):
+        raise ValueError("it has no layers, or two of the same name")
+    for layer in m.layers:
         sizes = (layer.in_features, layer.out_features, layer.groups, layer.k_in, layer.k_out)
         if not all(1 <= n < 1 << 40 for n in sizes) or not 0 <= layer.channels < 1 << 40:
             raise ValueError(f"layer {layer.name!r:.100} has sizes {sizes}")
@@ -294,26 +244,13 @@ def _check_manifest(manifest: Manifest) -> None:
 
 
 def shard_name(rank: int, index: int) -> str:
-    """File name of a writer's shard."""
     return f"rows-{rank:05d}-{index:05d}.safetensors"
 
 
 def commits_name(rank: int, generation: int = 0) -> str:
-    """File name of a writer's commit log; maintenance writes a new generation beside the old one."""
+    """Of a writer; maintenance writes a new generation beside the old one."""
     return f"commits-{rank:05d}.jsonl" if generation == 0 else f"commits-{rank:05d}-{generation:05d}.jsonl"
 
 
 def statistics_name(rank: int, sequence: int) -> str:
-    """File name of the statistics as they were at a commit."""
     return f"statistics-{rank:05d}-{sequence:08d}.safetensors"
-
-
-def shard_header(rows: int, codec: Codec, run_id: str) -> bytes:
-    """Return the padded safetensors header of a shard with so many rows: always SHARD_HEADER bytes."""
-    entry = {
-        "dtype": SAFETENSORS_DTYPES[codec.stored],
-        "shape": [rows, codec.columns],
-        "data_offsets": [0, rows * codec.row_bytes],
-    }
-    text = json.dumps({"__metadata__": {"run_id": run_id}, "rows": entry}).encode()
-    return (SHARD_HEADER - 8).to_bytes(8, "little") + text.ljust(SHARD_HEADER - 8)

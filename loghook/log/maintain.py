@@ -13,27 +13,41 @@ dtype cannot hold.
 import dataclasses
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator, Sequence, Set
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from loghook.errors import ConfigError, CorruptLogError, LogExistsError, MismatchError, StateError
-from loghook.log.codec import DTYPES
-from loghook.log.disk import lock, sync_folder, writing
-from loghook.log.fitted import load_sides, save_sides
-from loghook.log.folder import close_shard, sum_up
-from loghook.log.format import VERSION, Layout, Manifest, checksum, commits_name, parse_object, shard_header, shard_name
-from loghook.log.moments import load_moments
+from loghook.log.codec import DTYPES, Codec
+from loghook.log.disk import checksum, lock, sync_folder, write_atomically, write_flushed, writing
+from loghook.log.files import KEPT, PROJECTION, load_moments, load_sides, save_moments
+from loghook.log.format import Layout, Manifest, commits_name, shard_name, statistics_name
 from loghook.log.reader import Reader
-from loghook.log.records import Commits, all_commits, check_record, decode_records, encode_record, read_commits
-from loghook.log.rewrite import Changed, Keep, clean, copy_log, entry, ids_of, read_rows, rewrite, shard_of
+from loghook.log.records import Commits, all_commits, decode_record, encode_record, read_commits, sum_up
+from loghook.log.shard import SHARD_HEADER, ShardFile, close_shard
+from loghook.log.writer import finite_rows, not_finite
 from loghook.processes import on_cpu
 
 SEVERAL = "several"  # in place of a digest of parameter values, where rows are gradients at different ones
+RECODED = 2**22  # values of rows that are written in another dtype at a time
+GENERATION_STEP = 10**10  # snapshots of maintenance are numbered from here, out of the way of every writer's
+
+
+@dataclass(frozen=True)
+class Changed:
+    """What maintenance did."""
+
+    rows: int  # rows that the log holds now
+    dropped: int  # rows that were left out
+    ids: list[int | str]  # their data_ids, as far as they are known, once each: after ``repair`` the ones to log again
+    notes: list[str]  # what was found, a line each
 
 
 def repair(path: str | Path) -> Changed:
@@ -44,35 +58,31 @@ def repair(path: str | Path) -> Changed:
     """
     path = Path(path)
     manifest = Manifest.load(path)
-    row_bytes = manifest.codec.row_bytes
+    codec = manifest.codec
     notes: list[str] = []
-    lost: list[int | str] = []
     with _locked(path, manifest):
-        logs: list[Commits] = []
-        for rank in range(manifest.world_size):
-            log, missing, note = _good_records(path, manifest, rank)
-            logs.append(log)
-            lost += missing
-            notes += note
-        sealed = manifest.sealed
-        if sealed is not None and not notes and sum_up(logs) != sealed:
+        logs = [read_commits(path, manifest, rank, notes) for rank in range(manifest.world_size)]
+        if manifest.sealed is not None and not notes and sum_up(logs) != manifest.sealed:
             notes.append(f"{path}: the commit logs are not those that were sealed: rows may be missing")
         for log in logs:
             for record in log.rows:
-                if read_rows(path, log, record, row_bytes) is None:
-                    notes.append(f"{shard_of(path, log, record)}: {record['rows']} rows do not match their checksum")
+                if _read_rows(path, log, record, codec) is None:
+                    file = path / shard_name(log.rank, record["shard"])
+                    notes.append(f"{file}: {record['rows']} rows do not match their checksum")
             try:
                 if log.rows and manifest.no_statistics is None:
                     load_moments(path, log.rows[-1]["statistics"], Layout(manifest.layers).moments_width)
             except CorruptLogError as error:
                 notes.append(str(error))
-        if not notes:
-            clean(path, manifest, logs)  # what a killed `delete` or `repair` may have left
-            return Changed(len(ids_of(logs)), 0, [], _mend_headers(path, manifest, logs))
-
-        keep: Keep = lambda record, data: np.full(record["rows"], bool(data))  # noqa: E731
-        reason = "the log was damaged and repaired"
-        return rewrite(path, manifest, logs, keep, "repair", reason, notes=notes, lost=lost, drop_ends=True)
+        if notes:
+            return _rewrite(path, manifest, logs, "repair", "the log was damaged and repaired", notes=notes)
+        _clean(path, logs)  # what a killed `delete` or `repair` may have left
+        for log in logs:
+            for shard, rows in log.shard_ends.items():
+                file = path / shard_name(log.rank, shard)
+                if close_shard(file, rows, codec, manifest.run_id):
+                    notes.append(f"{file}: header and size are those of its rows again, all of which are good")
+        return Changed(len(_ids_of(logs)), 0, [], notes)
 
 
 def delete(path: str | Path, ids: Sequence[int | str], *, keep_statistics: bool = False) -> Changed:
@@ -87,13 +97,12 @@ def delete(path: str | Path, ids: Sequence[int | str], *, keep_statistics: bool 
     path, gone = Path(path), set(ids)
     manifest = Manifest.load(path)
     with _locked(path, manifest):
-        logs = _recovered(path, manifest)
+        logs = list(all_commits(path, manifest))
         unknown = gone - {i for log in logs for r in log.records for i in (*r.get("ids", ()), *r["flagged"])}
         if unknown or not gone:
             raise ConfigError(f"the log {path} holds no rows of {sorted(map(repr, unknown))[:5]}: check the ids.")
-
         reason = manifest.no_statistics if keep_statistics else "rows were deleted, and the statistics with them"
-        return rewrite(path, manifest, logs, _all_but(path, gone), "delete", reason, gone=gone)
+        return _rewrite(path, manifest, logs, "delete", reason, gone=gone)
 
 
 def reopen(path: str | Path) -> None:
@@ -103,8 +112,8 @@ def reopen(path: str | Path) -> None:
     if manifest.sealed is None:
         raise StateError(f"{path} is not finished: go on with loghook.init({str(path)!r}, resume=True).")
     with _locked(path, manifest):
-        logs = _recovered(path, manifest)
-        done = entry("append", rows=manifest.sealed["rows"], records=[len(log.records) for log in logs])
+        records = [len(log.records) for log in all_commits(path, manifest)]
+        done = _entry("append", rows=manifest.sealed["rows"], records=records)
         manifest.sealed, manifest.history = None, [*manifest.history, done]
         manifest.save(path)
 
@@ -124,7 +133,7 @@ def merge(out: str | Path, runs: Sequence[str | Path]) -> Changed:
         for name in ("fingerprint", "layers", "dtype", "id_type", "on_repeat"):
             if getattr(manifest, name) != getattr(first, name):
                 raise MismatchError(f"{path} and {paths[0]} differ in {name}: only runs that agree can be merged.")
-    done = entry("merge", runs=[_origin(m) for m in manifests])
+    done = _entry("merge", runs=[_origin(m) for m in manifests])
     values = {m.parameters.get("last") or m.parameters.get("first") for m in manifests} - {None}
     parameters: dict[str, str | None] = {"last": SEVERAL} if len(values) > 1 else first.parameters
     merged = _build(out, list(zip(paths, manifests, strict=True)), first.dtype, [done], parameters)
@@ -153,8 +162,13 @@ def compress(source: str | Path, out: str | Path, dtype: str) -> Changed:
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
     path, manifest = Path(source), Manifest.load(Path(source))
-    done = entry("compress", runs=[_origin(manifest)], dtype=manifest.dtype)
+    done = _entry("compress", runs=[_origin(manifest)], dtype=manifest.dtype)
     return _build(Path(out), [(path, manifest)], dtype, [done], manifest.parameters)
+
+
+def _entry(what: str, **facts: Any) -> dict[str, Any]:
+    """Make a line of the manifest's history."""
+    return {"what": what, "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())} | facts
 
 
 def _origin(manifest: Manifest) -> dict[str, Any]:
@@ -179,20 +193,20 @@ def _build(
     target = dataclasses.replace(
         first, run_id=run_id, world_size=sum(m.world_size for m in manifests), generation=0, sealed=None, dtype=dtype,
         no_statistics=reasons[0] if reasons else None, history=history, parameters=parameters,
-        version=VERSION,
     )  # fmt: skip
     with writing(building):
         building.mkdir(parents=True)
         try:
             logs: list[Commits] = []
             for path, manifest in runs:
-                for log in _recovered(path, manifest):
-                    copy_log(path, manifest, log, building, target, len(logs), _all_but(path))
+                for log in all_commits(path, manifest):
+                    _copy_log(path, manifest, log, building, target, len(logs))
                     logs.append(read_commits(building, target, len(logs)))
-            if first.on_repeat == "error" and len(ids := ids_of(logs)) > len(set(ids)):
+            if first.on_repeat == "error" and len(ids := _ids_of(logs)) > len(set(ids)):
                 raise MismatchError("ids clash between the runs and on_repeat is 'error': delete them in one first.")
             if first.fitted is not None:
-                save_sides(building, load_sides(runs[0][0], first.fitted))
+                load_sides(runs[0][0], first.fitted)  # which raises if it is damaged
+                write_atomically(building / PROJECTION, (runs[0][0] / PROJECTION).read_bytes())
             target.sealed = sum_up(logs)
             target.save(building)
             os.rename(building, out)
@@ -203,68 +217,139 @@ def _build(
     return Changed(target.sealed["rows"], 0, [], [])
 
 
-def _mend_headers(path: Path, manifest: Manifest, logs: Sequence[Commits]) -> list[str]:
-    """Let every shard end after its rows and its header say so; a note for each that did not."""
-    codec, notes = manifest.codec, []
-    for log in logs:
-        for index, rows in log.shard_ends.items():
-            file = path / shard_name(log.rank, index)
-            header = shard_header(rows, codec, manifest.run_id)
-            if close_shard(file, header, rows * codec.row_bytes):
-                notes.append(f"{file}: header and size are those of its rows again, all of which are good")
-    return notes
-
-
-def _all_but(path: Path, gone: Set[int | str] = frozenset()) -> Keep:
-    def keep(record: dict[str, Any], data: bytes) -> np.ndarray:
-        if not data:
-            raise CorruptLogError(f"{path}: rows do not match their checksum: run `loghook repair` first.")
-        return np.array([i not in gone for i in record["ids"]])
-
-    return keep
-
-
 @contextmanager
 def _locked(path: Path, manifest: Manifest) -> Iterator[None]:
     with writing(path), ExitStack() as held:
         for rank in range(manifest.world_size):
-            held.callback(lock(path / f"lock-{rank:05d}").close)
+            held.enter_context(lock(path / f"lock-{rank:05d}"))
         yield
 
 
-def _recovered(path: Path, manifest: Manifest) -> list[Commits]:
-    logs = all_commits(path, manifest)
-    if manifest.sealed is not None and sum_up(logs) != manifest.sealed:
-        raise CorruptLogError(f"{path}: its commit logs are not those that were sealed: run `loghook repair` first.")
-    return logs
+def _ids_of(logs: Sequence[Commits]) -> list[int | str]:
+    """Ids of all rows, in order, repeats included."""
+    return [i for log in logs for record in log.rows for i in record["ids"]]
 
 
-def _good_records(path: Path, manifest: Manifest, rank: int) -> tuple[Commits, list[int | str], list[str]]:
-    """Read a commit log up to its first damaged line: what is good, ids of what follows, and what was found."""
-    file = path / commits_name(rank, manifest.generation)
-    data = file.read_bytes() if file.is_file() else b""
-    records, size, wrong = decode_records(data)
-    for record in records:
-        try:
-            check_record(record, manifest, rank)
-        except ValueError as error:
-            wrong, records = f"record {record['n']} {error}", records[: record["n"]]
-            size = sum(len(encode_record(r)) for r in records)
-            break
+def _rewrite(
+    path: Path, manifest: Manifest, logs: Sequence[Commits], what: str, reason: str | None, *,
+    notes: Sequence[str] = (), gone: Set[int | str] = frozenset(),
+) -> Changed:  # fmt: skip
+    """Write the next generation of a run beside this one, let it count, and delete what it does not name."""
+    new = dataclasses.replace(manifest, generation=manifest.generation + 1, no_statistics=reason, sealed=None)
+    dropped = [i for log in logs for i in _lost_ids(log, manifest.id_type)]
+    for log in logs:
+        dropped += _copy_log(path, manifest, log, path, new, log.rank, gone=gone, mend=what == "repair")
+    sync_folder(path)
+    written = list(all_commits(path, new))
+    still, seal = set(_ids_of(written)), sum_up(written)
+    new.sealed = seal if manifest.sealed is not None else None
+    new.history = [*manifest.history, _entry(what, rows=seal["rows"], dropped=len(dropped), notes=list(notes))]
+    new.save(path)
+    _clean(path, written)
+    again = [i for i in dict.fromkeys(dropped) if i not in still]
+    return Changed(seal["rows"], len(dropped), again, list(notes))
+
+
+def _lost_ids(log: Commits, id_type: str) -> list[int | str]:
+    """Ids in good lines behind a damaged one: these are out of order and do not count, but say whose rows are lost."""
     lost: list[int | str] = []
-    for line in data[size:].splitlines(keepends=True):
-        # Behind the damage lines are out of order, so that they do not count, but they say whose rows are lost.
-        body = line[42:-1]
-        if line[:42] == b"%08x %s " % (len(body), checksum(body).encode()):
-            found = decode_records(encode_record(_object(body)))[0]
-            lost += [i for r in found for i in r.get("ids", ()) if type(i).__name__ == manifest.id_type]
-    torn = wrong == "torn" and manifest.sealed is None
-    notes = [] if wrong is None or torn else [f"{file}: {wrong}"]
-    return Commits(rank, file, records, data[:size]), lost, notes
+    for line in log.rest.split(b"\n")[:-1]:
+        with suppress(ValueError, TypeError):
+            lost += [i for i in decode_record(line).get("ids", ()) if type(i).__name__ == id_type]
+    return lost
 
 
-def _object(body: bytes) -> dict[str, Any]:
-    try:
-        return parse_object(body) | {"n": 0}
-    except ValueError:
-        return {}
+def _copy_log(
+    path: Path, old: Manifest, log: Commits, out: Path, new: Manifest, rank: int, *,
+    gone: Set[int | str] = frozenset(), mend: bool = False,
+) -> list[int | str]:  # fmt: skip
+    """Write one writer's rows, but for those of ids that are ``gone``, as new shards and a new commit log.
+
+    To ``mend`` is to leave out damaged rows, which are an error otherwise, and the ends of passes, so that a resumed
+    run goes through its data again. Returns the ids of rows left out.
+    """
+    coded, codec, width = old.codec, new.codec, Layout(new.layers).moments_width
+    moments = np.zeros(width)
+    if log.rows and new.no_statistics is None:
+        moments = load_moments(path, log.rows[-1]["statistics"], width)
+    snapshot = out / statistics_name(rank, new.generation * GENERATION_STEP + len(log.records))
+    statistics = save_moments(snapshot, moments, new.run_id) if log.rows else None
+    there = [int(file.stem.rpartition("-")[2]) for file in out.glob(f"rows-{rank:05d}-*.safetensors")]
+    free = max(there, default=-1) + 1
+    # Where rows get smaller, several shards become one of about the same size.
+    shards = {n: free + i * codec.row_bytes // coded.row_bytes for i, n in enumerate(log.shard_ends)}
+    shard, number = None, -1
+    lines: list[bytes] = []
+    dropped: list[int | str] = []
+    for record in log.records:
+        if "pass_end" in record and mend:
+            continue
+        fresh = record | {"n": len(lines), "run": new.run_id}
+        fresh["flagged"] = [i for i in record["flagged"] if i not in gone]
+        if "shard" in record:
+            data = _read_rows(path, log, record, coded)
+            if data is None and not mend:
+                raise CorruptLogError(f"{path}: rows do not match their checksum: run `loghook repair` first.")
+            kept = np.array([data is not None and i not in gone for i in record["ids"]])
+            ids = [i for i, stays in zip(record["ids"], kept, strict=True) if stays]
+            dropped += [i for i, stays in zip(record["ids"], kept, strict=True) if not stays]
+            if data is None or not ids:
+                continue
+            data = _recoded(np.frombuffer(data, np.uint8).reshape(len(kept), -1)[kept], ids, coded, codec)
+            if shard is None or number != shards[record["shard"]]:
+                if shard is not None:
+                    shard.close()
+                number = shards[record["shard"]]
+                shard = ShardFile(out / shard_name(rank, number), codec, new.run_id)
+            ends = np.cumsum([n for *_, n in record["steps"]])
+            steps = zip(record["steps"], ends, strict=True)
+            fresh |= {
+                "shard": number, "start": shard.append(data, len(ids)), "rows": len(ids), "checksum": checksum(data),
+                "ids": ids, "steps": [[p, s, int(kept[end - n : end].sum())] for (p, s, n), end in steps],
+                "statistics": statistics,
+            }  # fmt: skip
+        lines.append(encode_record(fresh))
+    if shard is not None:
+        shard.close()
+    write_flushed(out / commits_name(rank, new.generation), b"".join(lines))
+    return dropped
+
+
+def _read_rows(path: Path, log: Commits, record: dict[str, Any], codec: Codec) -> bytes | None:
+    """Bytes of a record's rows, or None if they are not what was committed."""
+    file, size = path / shard_name(log.rank, record["shard"]), record["rows"] * codec.row_bytes
+    start = SHARD_HEADER + record["start"] * codec.row_bytes
+    if not file.is_file() or file.stat().st_size < start + size:  # before anything of that size is allocated
+        return None
+    with open(file, "rb") as handle:
+        handle.seek(start)
+        data = handle.read(size)
+    return data if checksum(data) == record["checksum"] else None
+
+
+def _recoded(stored: np.ndarray, ids: Sequence[int | str], old: Codec, new: Codec) -> bytes:
+    """Bytes of rows (n, row_bytes) in another dtype, a few at a time."""
+    if old.name == new.name:
+        return stored.tobytes()
+    parts, step = [], max(1, RECODED // old.width)
+    for start in range(0, len(stored), step):
+        chunk = torch.from_numpy(stored[start : start + step]).view(old.stored)
+        rows = old.decode(chunk).to(new.dtype)
+        if not finite_rows(rows).all():
+            raise not_finite(ids[start : start + step], rows)
+        parts.append(new.encode(rows).view(torch.uint8).numpy().tobytes())
+    return b"".join(parts)
+
+
+def _clean(path: Path, logs: Sequence[Commits]) -> None:
+    """Delete what these commit logs do not name."""
+    named = {log.file.name for log in logs}
+    for log in logs:
+        named |= {shard_name(log.rank, shard) for shard in log.shard_ends}
+        named |= {record["statistics"]["file"] for record in log.rows}
+    for kind in ("rows-*.safetensors", "statistics-*.safetensors", "commits-*.jsonl"):
+        for file in path.glob(kind):
+            if file.name not in named:
+                file.unlink()
+    (path / KEPT).unlink(missing_ok=True)  # it speaks of rows that may be gone
+    sync_folder(path)

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from loghook.errors import CheckpointWarning, ConfigError, MismatchError, StateError
+from loghook.log.files import loading, save_tensors
 from loghook.log.format import LayerSpec, Layout, Made, listed
-from loghook.log.kinds import loading, save_tensors
 from loghook.processes import everyone
 
 
@@ -147,9 +147,8 @@ class Query:
             specs = tuple(LayerSpec(**spec) for spec in header["layers"])
             if rows.shape != (len(query), Layout(specs).width):
                 raise ValueError(f"its rows have shape {tuple(rows.shape)}")
-            since = header.get("fitted"), header.get("gradient", "plain")  # files from before have neither
-            made = Made(specs, header["projection"], header["seed"], *since)
-            return query.fill(rows, made, header["parameters"], header.get("direction"))
+            made = Made(specs, header["projection"], header["seed"], header["fitted"], header["gradient"])
+            return query.fill(rows, made, header["parameters"], header["direction"])
 
 
 def require_query(query: Any) -> None:

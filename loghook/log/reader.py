@@ -1,25 +1,24 @@
 """The reader: committed rows of every rank, mapped read-only, verified on first touch."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-import xxhash
 from torch import Tensor
 from tqdm import tqdm
 
 from loghook.errors import CorruptLogError, StateError
-from loghook.log.ahead import ahead
-from loghook.log.fitted import load_sides
+from loghook.log.files import load_moments, load_sides
 from loghook.log.format import Layout, Manifest, commits_name, shard_name
-from loghook.log.moments import load_moments
 from loghook.log.query import find_columns
-from loghook.log.records import REMEDY, read_commits
-from loghook.log.rows import Rows
+from loghook.log.records import all_commits
 from loghook.log.shard import BLOCK_BYTES, Shard
+
+T = TypeVar("T")
 
 MAPPED = 64  # shards that stay mapped while rows are looked at out of order
 TRIES = 10  # how often a log is read anew that grows faster than it is opened
@@ -53,13 +52,6 @@ class Reader:
     """
 
     def __init__(self, path: str | Path) -> None:
-        """Open a run.
-
-        Raises:
-            FileNotFoundError: if there is none.
-            VersionError: if a later format wrote it.
-            CorruptLogError: if its records do not match each other or its seal.
-        """
         self.path = Path(path)
         self.cache: dict[Any, Any] = {}  # what was computed from the rows, for as long as the log is open
         self.warned = False
@@ -80,7 +72,6 @@ class Reader:
         raise gone
 
     def _open(self) -> None:
-        """Read the manifest and all records."""
         self.manifest = Manifest.load(self.path)
         self.layout = Layout(self.manifest.layers)
         self.codec = self.manifest.codec
@@ -119,17 +110,15 @@ class Reader:
         return self.codec.dtype
 
     def __len__(self) -> int:
-        """Number of rows."""
         return len(self.data_ids)
 
     def __repr__(self) -> str:
-        """Say what the run holds, and whether it is finished."""
         m = self.manifest
         rows = f"{len(self):,} rows, finished" if self.finished else f"not finished: {len(self):,} rows so far"
         kind = "whole gradients" if m.projection == "none" else f"{m.projection} projection, rank {m.rank}"
         return f"{type(self).__name__}({str(self.path)!r}, {rows}, {len(self.layers)} layers, {m.dtype}, {kind})"
 
-    def rows(self, layer: str, kind: str = "gradients") -> Rows:
+    def rows(self, layer: str, kind: str = "gradients") -> "Rows":
         """Rows of one layer, read lazily from the memory map.
 
         Args:
@@ -243,24 +232,14 @@ class Reader:
         Returns:
             One line for each problem, with the file and what to do; empty if all is well.
         """
-        problems = []
-        for shard in tqdm(self._shards, "verifying", unit=" shards", delay=2, leave=False, disable=None):
-            try:
-                for _ in shard.verify():
-                    pass
-            except CorruptLogError as error:
-                problems.append(str(error))
+        shards = tqdm(self._shards, "verifying", unit=" shards", delay=2, leave=False, disable=None)
+        problems = [line for shard in shards for line in _problems(list, shard.verify())]
         if self.manifest.fitted is not None:
-            try:
-                load_sides(self.path, self.manifest.fitted)
-            except CorruptLogError as error:
-                problems.append(str(error))
-        problems += self._strays() if self.manifest.sealed else ()
-        for entry in self._snapshots if self.manifest.sealed else ():
-            try:
-                load_moments(self.path, entry, self.layout.moments_width)
-            except CorruptLogError as error:
-                problems.append(str(error))
+            problems += _problems(load_sides, self.path, self.manifest.fitted)
+        if self.finished:
+            problems += self._strays()
+            for entry in self._snapshots:
+                problems += _problems(load_moments, self.path, entry, self.layout.moments_width)
         return problems
 
     def _strays(self) -> list[str]:
@@ -278,49 +257,34 @@ class Reader:
 
     def _read_records(self) -> None:
         ids: list[Any] = []
-        keys: list[tuple[int, int, int, int]] = []
-        digest = xxhash.xxh3_128()
-        m = self.manifest
-        for rank in range(m.world_size):
-            log = read_commits(self.path, m, rank)
-            if log.torn and m.sealed is None:
-                self.torn.append(f"{log.file}: {log.torn} bytes of an unfinished record, ignored")
-            elif log.torn:
-                raise CorruptLogError(f"{log.file}: its last record is torn: {REMEDY}.")
-            digest.update(log.data)
-            snapshot = None
+        steps: list[tuple[int, int, int]] = []  # (pass, step, rank) of each block
+        counts: list[int] = []  # its rows
+        for log in all_commits(self.path, self.manifest):
+            if log.rest:
+                self.torn.append(f"{log.file}: {len(log.rest)} bytes of an unfinished record, ignored")
             for record in log.records:
                 self.flagged += record["flagged"]
                 self.repeats += record["dropped"]
                 self.unmeasured += record["unmeasured"]
                 for name, rows in record["asleep"].items():
                     self.asleep[name] = self.asleep.get(name, 0) + rows
-                if "shard" in record:
-                    self._add(rank, record)
-                    ids += record["ids"]
-                    keys += [(p, s, rank, n) for p, s, n in record["steps"]]
-                    snapshot = record["statistics"]
-            if snapshot is not None:
-                self._snapshots.append(snapshot)
-        sealed = self.manifest.sealed
-        if sealed is not None and (sealed["rows"] != len(ids) or sealed["digest"] != digest.hexdigest()):
-            raise CorruptLogError(
-                f"{self.path}: the commit logs hold {len(ids):,} rows where {sealed['rows']:,} were sealed, or were "
-                "altered: restore them from a copy."
-            )
-        counts = np.array([n for *_, n in keys], dtype=np.int64)
-        columns = np.array([k[:3] for k in keys], dtype=np.int64).reshape(-1, 3)
-        repeated = np.repeat(columns, counts, axis=0)
+            for record in log.rows:
+                self._add(log.rank, record)
+                ids += record["ids"]
+                steps += [(p, s, log.rank) for p, s, _ in record["steps"]]
+                counts += [n for *_, n in record["steps"]]
+            self._snapshots += [record["statistics"] for record in log.rows[-1:]]
+        keys = np.repeat(np.array(steps, dtype=np.int64).reshape(-1, 3), counts, axis=0)
         self._keep: np.ndarray | None = None
         rule = self.manifest.on_repeat
         if rule in (None, "first") and len(set(ids)) < len(ids):
-            self._keep = _first_of_each(ids, repeated, outside_too=rule == "first")
+            self._keep = _first_of_each(ids, keys, outside_too=rule == "first")
             ids = [i for i, kept in zip(ids, self._keep, strict=True) if kept]
             self.repeats += int((~self._keep).sum())
             self._kept_before = np.concatenate([[0], np.cumsum(self._keep)])  # of each row, and of the log's end
-            repeated = repeated[self._keep]
+            keys = keys[self._keep]
         self.data_ids: list[int] | list[str] = ids
-        self.keys = RowKeys(repeated[:, 0], repeated[:, 1], repeated[:, 2])
+        self.keys = RowKeys(*keys.T)
 
     def _add(self, rank: int, record: dict[str, Any]) -> None:
         file = self.path / shard_name(rank, record["shard"])
@@ -328,9 +292,16 @@ class Reader:
             first = self._shards[-1].first + self._shards[-1].rows if self._shards else 0
             self._shards.append(Shard(file, self.manifest, self.codec, first))
         shard = self._shards[-1]
-        part = (record["start"], record["rows"], record["checksum"])
-        shard.rows += part[1]
-        shard.parts.append(part)
+        shard.rows += record["rows"]
+        shard.parts.append((record["start"], record["rows"], record["checksum"]))
+
+
+def _problems(check: Callable[..., object], *arguments: Any) -> list[str]:
+    try:
+        check(*arguments)
+    except CorruptLogError as error:
+        return [str(error)]
+    return []
 
 
 def _first_of_each(ids: Sequence[Any], keys: np.ndarray, *, outside_too: bool) -> np.ndarray:
@@ -348,3 +319,61 @@ def _first_of_each(ids: Sequence[Any], keys: np.ndarray, *, outside_too: bool) -
             seen.add(ids[place])
             keep[place] = True
     return keep
+
+
+def ahead(items: Iterable[T]) -> Iterator[T]:
+    """Iterate over items of which a thread makes one ahead; what it raises is raised here, in its turn.
+
+    A consumer that stops early waits for the item under way, and for no other.
+    """
+    source, end = iter(items), object()
+    with ThreadPoolExecutor(1, "loghook-ahead") as thread:
+        coming = thread.submit(next, source, end)
+        while (item := coming.result()) is not end:
+            coming = thread.submit(next, source, end)
+            yield item  # type: ignore[misc]
+
+
+class Rows:
+    """One layer's rows as a lazy array: indexing reads what it is asked for; the first axis decides what that is."""
+
+    def __init__(self, reader: Reader, columns: slice, shape: tuple[int, ...]) -> None:
+        self._reader, self._columns = reader, columns
+        self.shape = (len(reader), *shape)
+        self.ndim = len(self.shape)
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The numpy dtype that indexing gives."""
+        return self[:0].dtype
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, key: Any) -> np.ndarray:
+        first, *rest = key if isinstance(key, tuple) and key else (key,)
+        if isinstance(first, int | np.integer):
+            place = range(len(self))[first]
+            return self[place : place + 1][0][tuple(rest)]
+        view = None
+        if isinstance(first, slice):
+            span = range(len(self))[first]
+            index = np.arange(span.start, span.stop, span.step)
+            if span and span.step > 0:
+                view = self._reader.view(span[0], span[-1] + 1)
+        else:
+            index = np.arange(len(self))[first]  # numpy's own rules for lists, masks and negative places
+            if first is Ellipsis or index.ndim != 1:
+                return self[:][key]
+        values = self._reader.gather(index, self._columns) if view is None else view[:: span.step, self._columns]
+        array = (values.float() if values.dtype == torch.bfloat16 else values).numpy().reshape(-1, *self.shape[1:])
+        array.flags.writeable = False
+        columns = (slice(None), *rest)
+        return array[columns]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        values = self[:]
+        return np.array(values, dtype=dtype or values.dtype, copy=copy)
+
+    def __repr__(self) -> str:
+        return f"Rows(shape={self.shape}, dtype={self.dtype})"

@@ -2,17 +2,22 @@
 
 import json
 import re
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from loghook.errors import CorruptLogError
-from loghook.log.format import Manifest, checksum, commits_name, parse_object
+import xxhash
 
+from loghook.errors import CorruptLogError
+from loghook.log.disk import checksum, parse_object
+from loghook.log.format import Manifest, commits_name
+
+REMEDY = "restore it from a copy, or run `loghook repair` on the run"
 _COMMON = {"n", "run", "flagged", "dropped", "unmeasured", "asleep"}
 _ROWS = _COMMON | {"shard", "start", "rows", "checksum", "ids", "steps", "statistics"}
 _KINDS = (_ROWS, _COMMON | {"pass_end"}, _COMMON | {"end"})
-_LARGEST = 1 << 53  # beyond it other languages' JSON readers lose digits
+_COUNTS = ("n", "dropped", "unmeasured", "pass_end", "shard", "start", "rows")
 
 
 def encode_record(record: dict[str, Any]) -> bytes:
@@ -21,32 +26,15 @@ def encode_record(record: dict[str, Any]) -> bytes:
     return b"%08x %s %s\n" % (len(body), checksum(body).encode(), body)
 
 
-def decode_records(data: bytes) -> tuple[list[dict[str, Any]], int, str | None]:
-    """Read the lines of a commit log.
-
-    Returns:
-        The records, the number of bytes they take, and what is wrong with the bytes after them: None if nothing
-        follows, "torn" for an incomplete last line, or a description of a damaged line.
-    """
-    records: list[dict[str, Any]] = []
-    position = 0
-    while position < len(data):
-        end = data.find(b"\n", position)
-        if end < 0:
-            return records, position, "torn"
-        line = data[position:end]
-        body = line[42:]
-        if line[:42] != b"%08x %s " % (len(body), checksum(body).encode()):
-            return records, position, f"record {len(records)} is damaged"
-        try:
-            record = parse_object(body)
-        except ValueError as error:
-            return records, position, f"record {len(records)} is not valid ({error})"
-        if record.get("n") != len(records):
-            return records, position, f"record {len(records)} is missing"
-        records.append(record)
-        position = end + 1
-    return records, position, None
+def decode_record(line: bytes) -> dict[str, Any]:
+    """Read a line, without its newline; ValueError, a phrase that follows "record n", if it is damaged."""
+    body = line[42:]
+    if line[:42] != b"%08x %s " % (len(body), checksum(body).encode()):
+        raise ValueError("is damaged")
+    try:
+        return parse_object(body)
+    except ValueError as error:
+        raise ValueError(f"is not valid ({error})") from error
 
 
 @dataclass(frozen=True)
@@ -57,7 +45,7 @@ class Commits:
     file: Path  # where it is
     records: list[dict[str, Any]]  # its records
     data: bytes  # the bytes of these records
-    torn: int = 0  # how many bytes of an unfinished record follow
+    rest: bytes  # what follows them: nothing, an unfinished record, or what is behind a damaged one
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -70,35 +58,65 @@ class Commits:
         return {r["shard"]: r["start"] + r["rows"] for r in self.rows}
 
 
-def read_commits(path: Path, manifest: Manifest, rank: int) -> Commits:
-    """Read and check the commit log of one of a run's writers; one that does not exist is empty."""
+def read_commits(path: Path, manifest: Manifest, rank: int, damage: list[str] | None = None) -> Commits:
+    """Read and check the commit log of one of a run's writers; one that does not exist is empty.
+
+    Damage is an error, or is noted in ``damage``, and then what comes before it counts.
+    """
     file = path / commits_name(rank, manifest.generation)
     try:
         data = file.read_bytes() if file.exists() else b""
     except OSError as error:
         raise CorruptLogError(f"{file} cannot be read ({error}): {REMEDY}.") from error
-    records, size, wrong = decode_records(data)
-    if wrong not in (None, "torn"):
-        raise CorruptLogError(f"{file}: {wrong}: {REMEDY}.")
+    records: list[dict[str, Any]] = []
     ends: dict[int, int] = {}
-    for record in records:
-        try:
+    position = 0
+    try:
+        while (end := data.find(b"\n", position)) >= 0:
+            record = decode_record(data[position:end])
+            if record.get("n") != len(records):
+                raise ValueError("is missing")
             check_record(record, manifest, rank)
             if "shard" in record:
+                if record["shard"] < next(reversed(ends), 0):
+                    raise ValueError(f"goes back to shard {record['shard']}")
                 if record["start"] != ends.get(record["shard"], 0):
                     raise ValueError(f"leaves a gap at row {ends.get(record['shard'], 0)} of shard {record['shard']}")
                 ends[record["shard"]] = record["start"] + record["rows"]
-        except ValueError as error:
-            raise CorruptLogError(f"{file}: record {record['n']} {error}: {REMEDY}.") from error
-    return Commits(rank, file, records, data[:size], len(data) - size)
+            records.append(record)
+            position = end + 1
+        if position < len(data) and manifest.sealed is not None:
+            raise ValueError("is torn")
+    except ValueError as error:
+        wrong = f"{file}: record {len(records)} {error}"
+        if damage is None:
+            raise CorruptLogError(f"{wrong}: {REMEDY}.") from error
+        damage.append(wrong)
+    return Commits(rank, file, records, data[:position], data[position:])
 
 
-REMEDY = "restore it from a copy, or run `loghook repair` on the run"
+def all_commits(path: Path, manifest: Manifest) -> Iterator[Commits]:
+    """Read the commit logs of all of a run's writers, in the order of ranks; in the end they must match its seal."""
+    digest, rows = xxhash.xxh3_128(), 0
+    for rank in range(manifest.world_size):
+        log = read_commits(path, manifest, rank)
+        digest.update(log.data)
+        rows += sum(record["rows"] for record in log.rows)
+        yield log
+    if manifest.sealed not in (None, {"rows": rows, "digest": digest.hexdigest()}):
+        raise CorruptLogError(
+            f"{path}: the commit logs hold {rows:,} rows where {manifest.sealed['rows']:,} were sealed, or were "
+            f"altered: {REMEDY}."
+        )
 
 
-def all_commits(path: Path, manifest: Manifest) -> list[Commits]:
-    """Read the commit logs of all of a run's writers, in the order of ranks."""
-    return [read_commits(path, manifest, rank) for rank in range(manifest.world_size)]
+def sum_up(logs: Iterable[Commits]) -> dict[str, Any]:
+    """Make the seal of some commit logs, in the order of ranks: {"rows", "digest"}."""
+    digest, rows = xxhash.xxh3_128(), 0
+    for log in logs:
+        digest.update(log.data)
+        rows += sum(record["rows"] for record in log.rows)
+    return {"rows": rows, "digest": digest.hexdigest()}
 
 
 def check_record(record: dict[str, Any], manifest: Manifest, rank: int) -> None:
@@ -107,43 +125,34 @@ def check_record(record: dict[str, Any], manifest: Manifest, rank: int) -> None:
         raise ValueError("belongs to another run")
     if set(record) not in _KINDS:
         raise ValueError(f"has other keys than a record has ({', '.join(sorted(record))})")
-    for key in ("dropped", "unmeasured", "pass_end", "shard", "start", "rows"):
-        if key in record and not _count(record[key]):
-            raise ValueError(f"has {key} {record[key]!r}")
-    if not isinstance(record["asleep"], dict) or not all(map(_count, record["asleep"].values())):
-        raise ValueError("has counts of sleeping layers that are no counts")
-    if "end" in record and not isinstance(record["end"], str):
-        raise ValueError(f"has end {record['end']!r}")
-    _check_ids(record["flagged"], manifest.id_type)
-    if "shard" not in record:
-        return
-    _check_ids(record["ids"], manifest.id_type)
-    steps, snapshot = record["steps"], record["statistics"]
-    if not isinstance(steps, list) or not all(
-        isinstance(s, list) and len(s) == 3 and _count(s[0], -1) and _count(s[1]) and _count(s[2]) for s in steps
-    ):
-        raise ValueError("has steps that are no [pass, step, count]")
-    if len(record["ids"]) != record["rows"] or sum(n for *_, n in steps) != record["rows"] or not record["rows"]:
+    good = {key: _is_count(record[key]) for key in _COUNTS if key in record}
+    good["flagged"] = _are_ids(record["flagged"], manifest.id_type)
+    good["asleep"] = isinstance(record["asleep"], dict) and all(map(_is_count, record["asleep"].values()))
+    good["end"] = isinstance(record.get("end", ""), str)
+    if "shard" in record:
+        steps, snapshot = record["steps"], record["statistics"]
+        good["checksum"] = isinstance(record["checksum"], str)
+        good["ids"] = _are_ids(record["ids"], manifest.id_type)
+        good["steps"] = isinstance(steps, list) and all(
+            isinstance(s, list) and len(s) == 3 and _is_count(s[0], -1) and _is_count(s[1]) and _is_count(s[2])
+            for s in steps
+        )
+        good["statistics"] = (
+            isinstance(snapshot, dict)
+            and {key: type(value) for key, value in snapshot.items()} == {"file": str, "checksum": str}
+            # a name of this writer's alone, since old snapshots are deleted
+            and bool(re.fullmatch(rf"statistics-{rank:05d}-\d{{8,18}}\.safetensors", snapshot["file"], re.ASCII))
+        )
+    for key, is_good in good.items():
+        if not is_good:
+            raise ValueError(f"has {key} {record[key]!r:.100}")
+    if "shard" in record and not len(record["ids"]) == record["rows"] == sum(n for *_, n in record["steps"]) > 0:
         raise ValueError("has ids, steps and rows that differ in number")
-    name = rf"statistics-{rank:05d}-\d{{8,18}}\.safetensors"
-    if (
-        not isinstance(snapshot, dict)
-        or set(snapshot) != {"file", "checksum"}
-        or not isinstance(snapshot["file"], str)
-        or not re.fullmatch(name, snapshot["file"], re.ASCII)
-    ):
-        raise ValueError("names statistics that are none of this writer's")
-    if not isinstance(record["checksum"], str) or not isinstance(snapshot["checksum"], str):
-        raise ValueError("has a checksum that is no text")
 
 
-def _count(value: Any, least: int = 0) -> bool:
-    return type(value) is int and least <= value < _LARGEST
+def _is_count(value: Any, least: int = 0) -> bool:
+    return type(value) is int and least <= value < 1 << 53  # beyond it other languages' JSON readers lose digits
 
 
-def _check_ids(ids: Any, id_type: str) -> None:
-    kinds = set(map(type, ids)) if isinstance(ids, list) else {list}
-    if not kinds <= {int, str}:
-        raise ValueError("has ids that are neither int nor str")
-    if any(kind.__name__ != id_type for kind in kinds):
-        raise ValueError(f"has ids that are not {id_type}")
+def _are_ids(value: Any, id_type: str) -> bool:
+    return isinstance(value, list) and set(map(type, value)) <= {{"int": int, "str": str}[id_type]}

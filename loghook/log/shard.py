@@ -1,8 +1,9 @@
-"""``Shard``: the committed rows of one file, mapped read-only and verified on first touch."""
+"""Files of rows: ``ShardFile`` writes one; ``Shard`` is its committed rows, mapped and verified on first touch."""
 
 import errno
 import json
 import mmap
+import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,11 +17,67 @@ from torch import Tensor
 
 from loghook.errors import CorruptLogError
 from loghook.log.codec import Codec
-from loghook.log.format import SHARD_HEADER, Manifest, shard_header
+from loghook.log.disk import write_all
+from loghook.log.format import Manifest
 
+SHARD_HEADER = 512  # bytes before the first row, length prefix included: constant, so that a shard can grow
 BLOCK_BYTES = 32 * 2**20  # what one step of a scan looks at
 READ_BYTES = 2**20  # what is read and checked at a time: it stays in the processor's cache
 REMEDY = "restore it from a copy, or log its samples again"
+_DTYPES = {
+    torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8",
+}  # fmt: skip
+
+
+def shard_header(rows: int, codec: Codec, run_id: str) -> bytes:
+    """Return the safetensors header of a shard with so many rows, padded to SHARD_HEADER bytes."""
+    entry = {
+        "dtype": _DTYPES[codec.stored],
+        "shape": [rows, codec.columns],
+        "data_offsets": [0, rows * codec.row_bytes],
+    }
+    text = json.dumps({"__metadata__": {"run_id": run_id}, "rows": entry}).encode()
+    return (SHARD_HEADER - 8).to_bytes(8, "little") + text.ljust(SHARD_HEADER - 8)
+
+
+class ShardFile:
+    """A shard that grows: its header states no rows until ``close``."""
+
+    def __init__(self, file: Path, codec: Codec, run_id: str, rows: int | None = None) -> None:
+        """Begin a new file, or open one whose first ``rows`` are committed."""
+        self.rows, self._codec, self._run_id = rows or 0, codec, run_id
+        self._file = open(file, "w+b" if rows is None else "r+b", buffering=0)  # noqa: SIM115
+        if rows is None:
+            self._write(shard_header(0, codec, run_id), 0)
+
+    def append(self, data: bytes | memoryview, rows: int) -> int:
+        """Write rows behind the others; returns the place of the first."""
+        self._write(data, SHARD_HEADER + self.rows * self._codec.row_bytes)
+        self.rows += rows
+        return self.rows - rows
+
+    def sync(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Let the file end after its rows and its header state them, on the disk."""
+        with self._file as file:
+            self._write(shard_header(self.rows, self._codec, self._run_id), 0)
+            file.truncate(SHARD_HEADER + self.rows * self._codec.row_bytes)
+            self.sync()
+
+    def _write(self, data: bytes | memoryview, place: int) -> None:
+        write_all(self._file.fileno(), memoryview(data), place)
+
+
+def close_shard(file: Path, rows: int, codec: Codec, run_id: str) -> bool:
+    """Close a shard that may be closed already; returns whether it was not."""
+    if file.stat().st_size == SHARD_HEADER + rows * codec.row_bytes:
+        with open(file, "rb") as handle:
+            if handle.read(SHARD_HEADER) == shard_header(rows, codec, run_id):
+                return False
+    ShardFile(file, codec, run_id, rows).close()
+    return True
 
 
 @dataclass(eq=False)
@@ -38,13 +95,13 @@ class Shard:
     map: mmap.mmap | None = None  # of the file, while rows are looked at
 
     def touch(self) -> Tensor:
-        """Return the rows as they are stored (see ``Codec``), mapped and verified."""
+        """The rows as they are stored (see ``Codec``), mapped and verified."""
         for _ in self.pieces():
             pass
         return self.mapped()
 
     def mapped(self) -> Tensor:
-        """Return the rows as they are stored, a view of the map; only those that ``pieces`` yielded are verified."""
+        """The rows as they are stored, a view of the map; only those that ``pieces`` yielded are verified."""
         if self.map is None:
             with self._opened() as file:
                 self.map = mmap.mmap(file.fileno(), self._place(self.rows), access=mmap.ACCESS_READ)
@@ -57,18 +114,14 @@ class Shard:
         return flat.view(self.rows, self.codec.columns)
 
     def pieces(self) -> Iterator[tuple[int, int]]:
-        """Yield ranges of verified rows, one after the other: each once it is verified."""
+        """Yield ranges of rows, each once it is verified."""
         if self.good:
             yield 0, self.rows
         else:
             yield from self.verify()
 
     def verify(self) -> Iterator[tuple[int, int]]:
-        """Read the file against its size, its header and the checksum of every record.
-
-        Yields:
-            Ranges of rows that are good: whole records, as many as make a block.
-        """
+        """Read the file against its size, header and checksums; yields good ranges, of records that make a block."""
         self.good, first = False, 0
         with self._opened() as file:
             for start, rows, expected in self.parts:
@@ -108,7 +161,6 @@ class Shard:
             self.map.madvise(mmap.MADV_DONTNEED, first, self._place(stop) - first)
 
     def _place(self, row: int) -> int:
-        """Where a row begins in the file."""
         return SHARD_HEADER + row * self.codec.row_bytes
 
     def _header_is_ours(self, header: bytes) -> bool:

@@ -3,17 +3,24 @@
 Order of a commit: rows written and flushed, statistics snapshot written and flushed, then one appended record that
 names both, flushed. A reader trusts records only. One background thread does all of it, off the training loop; a full
 queue blocks the loop, it never drops.
+
+Rows that are complete are also committed when the process is told to end: SIGTERM, Ctrl-C, sys.exit. A signal handler
+runs in the main thread between any two of its instructions, also while that thread holds a lock. So it takes no lock:
+writers are asked through ``queue.SimpleQueue``, whose ``put`` may be called from a signal handler.
 """
 
+import atexit
 import contextlib
 import math
 import os
 import queue
+import signal
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -21,14 +28,13 @@ import torch
 import xxhash
 from torch import Tensor
 
-from loghook.errors import NotFiniteError, WriteError
-from loghook.log import rescue
-from loghook.log.disk import lock, sync_folder, write_all
-from loghook.log.finite import finite_rows, not_finite
+from loghook.errors import NotFiniteError
+from loghook.log.disk import lock, sync_folder, write_all, writing
+from loghook.log.files import load_moments, save_moments
 from loghook.log.folder import recover
-from loghook.log.format import SHARD_HEADER, Layout, Manifest, shard_header, shard_name, statistics_name
-from loghook.log.moments import load_moments, save_moments
+from loghook.log.format import Layout, Manifest, shard_name, statistics_name
 from loghook.log.records import encode_record
+from loghook.log.shard import ShardFile
 
 QUEUE = 8  # blocks under way between the loop and the disk
 GRACE = 30.0  # seconds that a process which was told to end waits for the commit
@@ -55,11 +61,40 @@ class Batch:
     checked: bool = True  # whether the rows are known to be finite; otherwise the writer looks
 
 
+def finite_rows(rows: Tensor) -> Tensor:
+    """Which rows (B, width) hold neither infinities nor not-a-numbers: (B,) bool, on the rows' device.
+
+    A sum is finite only if its terms are, and takes one pass. On the CPU a suspect sum is looked at closely, since it
+    may have overflowed by itself.
+    """
+    finite = torch.isfinite(rows.sum(1, dtype=torch.float64 if rows.dtype == torch.float64 else torch.float32))
+    if rows.device.type == "cpu" and not finite.all():
+        finite = torch.isfinite(rows).all(1)
+    return finite
+
+
+def not_finite(ids: Sequence[int | str], rows: Tensor, *, late: bool = False) -> NotFiniteError:
+    """Return the error for rows (B, width) that must not be written; ``late``: found after their block had ended."""
+    names = [repr(i) for i, good in zip(ids, torch.isfinite(rows).all(1).tolist(), strict=True) if not good]
+    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    found = "nothing of this batch was written"
+    if late:
+        found = (
+            f"nothing of their batch of {len(ids)} was written. This was found in the background: log the samples in "
+            "the error's ids again, and the batch of the block that raises it now, which was not written either"
+        )
+    return NotFiniteError(
+        f"the rows of {len(names)} samples are not finite (data_id {shown}), so {found}. Look at the loss "
+        "of these samples; if the storage dtype is too narrow for them choose bfloat16 or float32; under a GradScaler "
+        "pass run(..., scaler=scaler), which flags such rows and leaves them out.",
+        ids,
+    )
+
+
 class Writer:
-    """Appends to one rank's shards and commit log."""
+    """Appends to one rank's shards and commit log, which it recovers first."""
 
     def __init__(self, path: Path, manifest: Manifest, rank: int, *, shard_bytes: int, commit_seconds: float) -> None:
-        """Open the rank's files, cut off a torn tail, and start the thread."""
         self._path, self._run_id, self._rank, self._codec = path, manifest.run_id, rank, manifest.codec
         self.dtype = self._codec.dtype  # of the rows that it takes
         self._capacity = max(1, shard_bytes // self._codec.row_bytes)
@@ -76,13 +111,12 @@ class Writer:
             self._lock.close()
             raise
         self.records = log.records
-        self._shard: int | None = None  # descriptor of the open shard
+        self._shard: ShardFile | None = None  # the open one
         self._shard_index = max(log.shard_ends, default=-1)
-        self._shard_rows = 0
         self._start_record()
         self._committed_at = time.monotonic()
         # Two queues whose put and get are single operations: a signal handler in the loop's thread can always ask for
-        # a commit (see rescue.py). A block takes a ticket from `_room`, which the thread gives back.
+        # a commit. A block takes a ticket from `_room`, which the thread gives back.
         self._inbox: queue.SimpleQueue[Batch | dict[str, Any]] = queue.SimpleQueue()
         self._room: queue.SimpleQueue[None] = queue.SimpleQueue()
         for _ in range(QUEUE):
@@ -99,7 +133,7 @@ class Writer:
             finally:
                 if _TEAMS:
                     torch.set_num_threads(threads)  # for the threads that come after that one
-        rescue.guard(self)
+        _guard(self)
 
     def put(self, item: Batch | dict[str, Any]) -> None:
         """Queue a block's rows, or a record of the run's own (the end of a pass); raise what went wrong before."""
@@ -138,7 +172,7 @@ class Writer:
             if self._thread.is_alive():
                 self._inbox.put(CLOSE)
                 self._thread.join()
-            rescue.release(self)
+            _release(self)
             self.check()
         finally:
             if not self._thread.is_alive():  # otherwise Ctrl-C came while it works; close() is called again at exit
@@ -147,7 +181,6 @@ class Writer:
                     self.unlock()
 
     def unlock(self) -> None:
-        """Let others write; called after ``close``."""
         self._lock.close()
 
     # Everything below runs in the thread, but for recovery.
@@ -163,23 +196,18 @@ class Writer:
                 item = self._inbox.get(timeout=self._commit_seconds)
             try:
                 if self._broken is None:
-                    self._handle(item)
+                    with writing(self._path):
+                        self._handle(item)
             except NotFiniteError as error:
                 self._rejected.put(error)
             except Exception as error:
-                self._broken = self._explain(error) if isinstance(error, OSError) else error
+                self._broken = error
             if isinstance(item, dict) and "commit" in item:
                 item["commit"].put(None)
             elif item is CLOSE:
                 return
             elif item is not None:
                 self._room.put(None)
-
-    def _explain(self, error: OSError) -> WriteError:
-        return WriteError(
-            f"writing to {self._path} failed ({error}). What was committed is intact; the rows since the last commit "
-            "are lost. Make room or mend the folder, then start again with resume=True."
-        )
 
     def _handle(self, item: Batch | dict[str, Any] | None) -> None:
         if isinstance(item, Batch):
@@ -192,8 +220,7 @@ class Writer:
             self._close_shard()
             self._forget_statistics(keep=1)
         elif item is not None and "commit" not in item:
-            self._append(item | self._counts())
-            self._start_record()
+            self._append(item)
 
     def _write(self, batch: Batch) -> None:
         if batch.ready is not None:
@@ -202,22 +229,21 @@ class Writer:
             raise not_finite(batch.ids, batch.rows, late=True)
         n = len(batch.ids)
         # A batch is never split: its rows, moments and counts are committed together or not at all.
-        if n and (self._shard is None or (self._shard_rows and self._shard_rows + n > self._capacity)):
+        shard = self._shard
+        if n and (shard is None or (shard.rows and shard.rows + n > self._capacity)):
             self._commit()
-            self._open_shard()
-        self._flagged += batch.flagged
-        self._dropped += batch.dropped
-        if not n:
+            shard = self._open_shard()
+        self._counts["flagged"] += batch.flagged
+        self._counts["dropped"] += batch.dropped
+        if not n or shard is None:
             # Its repeats are counted in the next record; so that they are not counted again after a kill, so is it.
             self._steps.append([batch.pass_index, batch.step, 0])
             return
-        self._unmeasured += n if batch.moments is None and self._measures else 0
+        self._counts["unmeasured"] += n if batch.moments is None and self._measures else 0
         for name in batch.asleep:
-            self._asleep[name] = self._asleep.get(name, 0) + n
-        assert self._shard is not None
+            self._counts["asleep"][name] = self._counts["asleep"].get(name, 0) + n
         data = self._codec.encode(batch.rows).view(torch.uint8).numpy().data.cast("B")
-        write_all(self._shard, data, SHARD_HEADER + self._shard_rows * self._codec.row_bytes)
-        self._shard_rows += n
+        shard.append(data, n)
         self._hash.update(data)
         self._ids += batch.ids
         self._steps.append([batch.pass_index, batch.step, n])
@@ -226,38 +252,28 @@ class Writer:
 
     def _commit(self) -> None:
         self._committed_at = time.monotonic()
-        if not self._ids:
+        if self._shard is None or not self._ids:
             return
-        assert self._shard is not None
-        os.fsync(self._shard)
+        self._shard.sync()
         snapshot = self._path / statistics_name(self._rank, len(self.records))
         # One snapshot for each record: a resumed run starts from statistics that match its rows exactly.
         record = {
-            "shard": self._shard_index, "start": self._shard_rows - len(self._ids), "rows": len(self._ids),
+            "shard": self._shard_index, "start": self._shard.rows - len(self._ids), "rows": len(self._ids),
             "checksum": self._hash.hexdigest(), "ids": self._ids, "steps": self._steps,
             "statistics": save_moments(snapshot, self.moments, self._run_id),
         }  # fmt: skip
-        self._append(record | self._counts())
-        self._start_record()
+        self._append(record)
         self._forget_statistics()
-
-    def _counts(self) -> dict[str, Any]:
-        """What every record says of the samples since the last one."""
-        return {
-            "flagged": self._flagged, "dropped": self._dropped, "unmeasured": self._unmeasured, "asleep": self._asleep
-        }  # fmt: skip
 
     def _start_record(self) -> None:
         self._ids: list[int | str] = []
         self._steps: list[list[int]] = []
-        self._flagged: list[int | str] = []
-        self._dropped = 0
-        self._unmeasured = 0
-        self._asleep: dict[str, int] = {}
+        # What every record says of the samples since the last one.
+        self._counts: dict[str, Any] = {"flagged": [], "dropped": 0, "unmeasured": 0, "asleep": {}}
         self._hash = xxhash.xxh3_128()
 
     def _append(self, record: dict[str, Any]) -> None:
-        record = {"n": len(self.records), "run": self._run_id} | record
+        record = {"n": len(self.records), "run": self._run_id} | record | self._counts
         position = self._commits.seek(0, os.SEEK_END)
         try:
             write_all(self._commits.fileno(), memoryview(encode_record(record)), position)
@@ -266,6 +282,7 @@ class Writer:
             os.ftruncate(self._commits.fileno(), position)
             raise
         self.records.append({key: value for key, value in record.items() if key != "ids"})
+        self._start_record()
 
     def _forget_statistics(self, keep: int = 2) -> None:
         """Delete old snapshots; a reader that has just read the previous record still finds its own."""
@@ -273,22 +290,72 @@ class Writer:
         for name in named[-keep - 3 : -keep]:
             (self._path / name).unlink(missing_ok=True)
 
-    def _open_shard(self) -> None:
+    def _open_shard(self) -> ShardFile:
         self._close_shard()
         self._shard_index += 1
-        file = self._path / shard_name(self._rank, self._shard_index)
-        self._shard = os.open(file, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
-        write_all(self._shard, memoryview(shard_header(0, self._codec, self._run_id)), 0)
-        self._shard_rows = 0
+        self._shard = ShardFile(self._path / shard_name(self._rank, self._shard_index), self._codec, self._run_id)
         sync_folder(self._path)
+        return self._shard
 
     def _close_shard(self) -> None:
-        """Make the file a valid safetensors file of the committed rows."""
-        if self._shard is None:
-            return
-        header = shard_header(self._shard_rows, self._codec, self._run_id)
-        write_all(self._shard, memoryview(header), 0)
-        os.ftruncate(self._shard, SHARD_HEADER + self._shard_rows * self._codec.row_bytes)
-        os.fsync(self._shard)
-        os.close(self._shard)
-        self._shard = None
+        if self._shard is not None:
+            self._shard.close()
+            self._shard = None
+
+
+_writers: list[Writer] = []  # a list: it is changed by single operations, which a signal does not split
+_previous: Any = None  # the handler of SIGTERM that was there before ours
+
+
+def _guard(writer: Writer) -> None:
+    """Commit this writer's rows if the process is told to end before ``_release``."""
+    global _previous
+    _writers.append(writer)
+    if threading.current_thread() is not threading.main_thread():
+        return  # only the main thread may install handlers; leaving the interpreter still commits
+    current = signal.getsignal(signal.SIGTERM)
+    # A handler that Python does not know (None) could not be called; one that ignores the signal means it.
+    if current not in (None, signal.SIG_IGN, _terminate):
+        _previous = current
+        signal.signal(signal.SIGTERM, _terminate)
+
+
+def _release(writer: Writer) -> None:
+    """Forget a writer, and with the last one take the handler away."""
+    if writer in _writers:
+        _writers.remove(writer)
+    if not _writers:
+        _restore()
+
+
+def _restore() -> None:
+    """Put back the handler that was there, unless another has taken our place since."""
+    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is _terminate:
+        signal.signal(signal.SIGTERM, _previous)
+
+
+def _terminate(number: int, frame: FrameType | None) -> None:
+    """Commit, then do what would have been done without us."""
+    for writer in list(_writers):
+        writer.commit_now()
+    if callable(_previous):
+        _previous(number, frame)
+        return
+    signal.signal(number, signal.SIG_DFL)
+    os.kill(os.getpid(), number)  # the parent sees a process that ended by this signal
+
+
+@atexit.register
+def _leave() -> None:
+    """Close what is open when the interpreter ends by itself, by an exception or by SystemExit."""
+    for writer in list(_writers):
+        writer.close()
+
+
+def _forked() -> None:
+    """Let a child, such as a loader's worker, die of SIGTERM as it would without us: the threads are not its own."""
+    _writers.clear()
+    _restore()
+
+
+os.register_at_fork(after_in_child=_forked)

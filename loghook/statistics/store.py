@@ -14,8 +14,8 @@ from torch import Tensor
 
 from loghook.errors import CorruptLogError, MismatchError, StateError, VersionError
 from loghook.log.disk import sync_folder, write_atomically
+from loghook.log.files import FACTORS
 from loghook.log.format import LayerSpec, parse_object
-from loghook.log.kinds import FACTORS
 from loghook.project.blocks import Factor, cut
 
 VERSION = 1

@@ -21,8 +21,8 @@ from loghook.errors import CheckpointWarning, ConfigError, LogExistsError, State
 from loghook.influence.precondition import Curvature
 from loghook.influence.solvers import Diagonal
 from loghook.log.disk import lock, writing
+from loghook.log.files import FACTORS
 from loghook.log.format import MANIFEST, LayerSpec, Made
-from loghook.log.kinds import FACTORS
 from loghook.processes import process_rank, shared
 from loghook.statistics.factors import Eigenbasis
 from loghook.statistics.store import FactorStore, pack_factors

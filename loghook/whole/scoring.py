@@ -14,8 +14,8 @@ from loghook.errors import StateError
 from loghook.influence.precondition import Curvature
 from loghook.influence.scores import Scores
 from loghook.influence.solvers import Diagonal, Identity, nonzero
-from loghook.log.finite import not_finite
 from loghook.log.query import Query, require_one_query
+from loghook.log.writer import not_finite
 from loghook.processes import everyone, share
 from loghook.whole.inverse import rotations
 

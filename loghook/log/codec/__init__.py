@@ -1,21 +1,19 @@
-"""How a row lies in a shard: one codec for each kind of dtype, found by ``make_codec``. Pure, on tensors."""
+"""How a row lies in a shard: one codec for each kind of dtype. Pure, on tensors."""
 
 from collections.abc import Sequence
 
-from loghook.log.codec.base import Codec, FloatCodec
-from loghook.log.codec.lowbit import LowBitCodec
-from loghook.log.codec.lowrank import LowRankCodec
+from loghook.log.codec.base import FLOATS, Codec, FloatCodec
+from loghook.log.codec.lowbit import BITS, LowBitCodec
+from loghook.log.codec.lowrank import TERMS, LowRankCodec
 
-KINDS: tuple[type[Codec], ...] = (FloatCodec, LowBitCodec, LowRankCodec)
-DTYPES = tuple(name for kind in KINDS for name in kind.names)
+_CODECS: dict[str, type[Codec]] = {
+    **dict.fromkeys(FLOATS, FloatCodec),
+    **dict.fromkeys(BITS, LowBitCodec),
+    **dict.fromkeys(TERMS, LowRankCodec),
+}
+DTYPES = tuple(_CODECS)
 
 
-def make_codec(name: str, shapes: Sequence[tuple[int, int]], rest: int) -> Codec:
-    """Lay out rows in a dtype of ``DTYPES``.
-
-    Args:
-        name: the dtype.
-        shapes: (k_out, k_in) of each layer's gradient, in row order.
-        rest: how many other values a row has behind the gradients; they are never coded.
-    """
-    return next(kind for kind in KINDS if name in kind.names)(name, shapes, rest)
+def make_codec(dtype: str, shapes: Sequence[tuple[int, int]], rest: int) -> Codec:
+    """Lay out rows of gradients (k_out, k_in) for each layer, and behind them ``rest`` values that are never coded."""
+    return _CODECS[dtype](dtype, shapes, rest)

@@ -17,31 +17,18 @@ TINY = float(np.finfo(np.float32).tiny)  # the smallest normal float32
 
 
 class Codec(ABC):
-    """From rows (n, width) to what a shard holds, (n, columns) of ``stored``, and back.
+    """From rows (n, width) to what a shard holds, (n, columns) of ``stored``, and back; see ``make_codec``."""
 
-    Attributes:
-        names: the dtypes of this kind.
-        coded: whether rows have to be decoded, so that they are no views of the shard.
-        name: the dtype.
-        width: values of a row.
-        dtype: of rows once decoded.
-        stored: dtype of a shard's tensor.
-        columns: of a stored row.
-    """
-
-    names: ClassVar[tuple[str, ...]]
-    coded: ClassVar[bool]
-    dtype: torch.dtype
-    stored: torch.dtype
-    columns: int
+    coded: ClassVar[bool]  # whether rows have to be decoded, so that they are no views of the shard
+    dtype: torch.dtype  # of rows once decoded
+    stored: torch.dtype  # of a shard's tensor
+    columns: int  # of a stored row
 
     def __init__(self, name: str, shapes: Sequence[tuple[int, int]], rest: int) -> None:
-        """See ``make_codec``."""
         self.name, self.width = name, sum(map(prod, shapes)) + rest
 
     @property
     def row_bytes(self) -> int:
-        """Bytes of a stored row."""
         return self.columns * self.stored.itemsize
 
     @abstractmethod
@@ -56,21 +43,17 @@ class Codec(ABC):
 class FloatCodec(Codec):
     """Values as they are."""
 
-    names = tuple(FLOATS)
     coded = False
 
     def __init__(self, name: str, shapes: Sequence[tuple[int, int]], rest: int) -> None:
-        """See ``make_codec``."""
         super().__init__(name, shapes, rest)
         self.dtype = self.stored = FLOATS[name]
         self.columns = self.width
 
     def encode(self, rows: Tensor) -> Tensor:
-        """Change the dtype."""
         return rows.to(self.stored).contiguous()
 
     def decode(self, stored: Tensor, columns: slice = slice(None)) -> Tensor:
-        """Return a view."""
         return stored[:, columns]
 
 
@@ -86,12 +69,11 @@ class Alike:
 
     @property
     def width(self) -> int:
-        """Values of each."""
         return prod(self.shape)
 
 
 class LayerCodec(Codec):
-    """Gradients as bytes, layer by layer.
+    """Gradients as bytes, layer by layer; the codes of each take ``sizes`` bytes.
 
     A stored row is ``head`` float32 values for each layer, the values that are no gradients in float32 (floats first:
     they are aligned then, and so is every row), the codes of every layer, and zeros up to a multiple of 4 bytes.
@@ -104,7 +86,6 @@ class LayerCodec(Codec):
     def __init__(
         self, name: str, shapes: Sequence[tuple[int, int]], rest: int, sizes: Sequence[int], head: int = 0
     ) -> None:
-        """Lay out codes that take ``sizes`` bytes; for the others see ``make_codec``."""
         super().__init__(name, shapes, rest)
         self._shapes = list(shapes)
         self._value_ends = np.cumsum([0, *map(prod, shapes)])
@@ -122,7 +103,6 @@ class LayerCodec(Codec):
         """Decode some layers of stored rows into (n, layers, width)."""
 
     def encode(self, rows: Tensor) -> Tensor:
-        """Code every layer of every row by itself, from float32."""
         values = rows.float()
         stored = torch.zeros(len(values), self.columns, dtype=torch.uint8, device=values.device)
         for chunk, part in self._chunks(len(values), range(len(self._shapes))):
@@ -131,7 +111,6 @@ class LayerCodec(Codec):
         return stored
 
     def decode(self, stored: Tensor, columns: slice = slice(None)) -> Tensor:
-        """Return float32 rows (n, width), or some columns of them that contain whole layers."""
         start, stop, _ = columns.indices(self.width)
         out = torch.empty(len(stored), stop - start, device=stored.device)
         first, last = np.searchsorted(self._value_ends, [start, stop])

@@ -32,23 +32,20 @@ MIXED = 4096  # values that the rotation mixes with each other, at most
 class LowBitCodec(LayerCodec):
     """Dtypes int8, int4 and int1: the scales of all layers first, then their codes."""
 
-    names = tuple(BITS)
-
     def __init__(self, name: str, shapes: Sequence[tuple[int, int]], rest: int) -> None:
-        """See ``make_codec``."""
         self.bits = BITS[name]
         super().__init__(name, shapes, rest, [-(-prod(shape) * self.bits // 8) for shape in shapes], head=1)
 
     def scales(self, stored: Tensor) -> Tensor:
-        """Return the scale of every layer: (n, layers) float32."""
+        """(n, layers) float32."""
         return stored[:, self._head].view(torch.float32)
 
     def packed(self, stored: Tensor, part: Alike) -> Tensor:
-        """Return the codes of some layers as they lie: (n, layers, size) uint8, for ``unpack``."""
+        """The codes of some layers as they lie: (n, layers, size) uint8, for ``unpack``."""
         return stored[:, part.codes].unflatten(1, (-1, part.size))
 
     def turned(self, values: Tensor) -> Tensor:
-        """Return a layer's values (..., width) as they are coded; their inner products are the same."""
+        """A layer's values (..., width) as they are coded; their inner products are the same."""
         return rotate(values) if self.bits == 1 else values
 
     def _write(self, values: Tensor, stored: Tensor, part: Alike) -> None:
@@ -134,8 +131,7 @@ def _quantise(x: np.ndarray, bits: int) -> tuple[np.ndarray, np.ndarray]:
 def unpack(packed: np.ndarray, bits: int) -> Tensor:
     """Return the whole numbers u of packed codes (..., size), with ``c = slope * u + shift`` (see ``AFFINE``).
 
-    Returns:
-        (..., at least width) int8; what is beyond the width means nothing.
+    They are (..., at least width) int8; what is beyond the width means nothing.
     """
     if bits == 1:  # flat, since short rows would be unpacked one by one
         values = np.unpackbits(packed.ravel(), bitorder="little").reshape(*packed.shape[:-1], -1)

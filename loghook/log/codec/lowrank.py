@@ -14,28 +14,24 @@ from torch import Tensor
 
 from loghook.log.codec.base import TINY, Alike, LayerCodec
 
+TERMS = {"lowrank1": 1, "lowrank2": 2, "lowrank4": 4, "lowrank8": 8}  # of a layer
 NUMBER = torch.bfloat16
 MORE = 12  # vectors that the iteration carries besides those that are kept
 STEPS = 3  # of the iteration: no spectrum that was tried is more than 1 % off the optimum, gradients are within 0.01 %
 
 
 class LowRankCodec(LayerCodec):
-    """Dtypes lowrank1, lowrank2, lowrank4 and lowrank8: so many terms a layer."""
-
-    names = ("lowrank1", "lowrank2", "lowrank4", "lowrank8")
-
     def __init__(self, name: str, shapes: Sequence[tuple[int, int]], rest: int) -> None:
-        """See ``make_codec``."""
-        self.terms = int(name.removeprefix("lowrank"))
+        self.terms = TERMS[name]
         sizes = [NUMBER.itemsize * (prod(s) if self.whole(s) else self.terms * sum(s)) for s in shapes]
         super().__init__(name, shapes, rest, sizes)
 
     def whole(self, shape: tuple[int, int]) -> bool:
-        """Whether gradients of this shape are stored whole."""
+        """Whether gradients of this shape are stored as they are: factors would not be smaller."""
         return self.terms * sum(shape) >= prod(shape)
 
     def factors(self, stored: Tensor, part: Alike) -> tuple[Tensor, Tensor]:
-        """Return views of the factors of some layers: (n, layers, c, k_out) and (n, layers, c, k_in) bfloat16."""
+        """Views of the factors of some layers: (n, layers, c, k_out) and (n, layers, c, k_in) bfloat16."""
         sides = self._numbers(stored, part).split([self.terms * k for k in part.shape], -1)
         left, right = (side.unflatten(-1, (self.terms, -1)) for side in sides)
         return left, right
@@ -64,13 +60,8 @@ class LowRankCodec(LayerCodec):
 def best_factors(x: Tensor, c: int) -> tuple[Tensor, Tensor]:
     """Find (nearly) the best approximations of rank c by block power iteration (Halko et al. 2011, algorithm 4.4).
 
-    Args:
-        x: matrices (L, k_out, k_in), float32.
-        c: terms, at most min(k_out, k_in).
-
-    Returns:
-        (L, c, k_out), which carry the size, and (L, c, k_in), orthonormal; the strongest term first. They depend on x
-        alone: the start is always the same.
+    Of matrices x (L, k_out, k_in), float32, these are (L, c, k_out), which carry the size, and (L, c, k_in),
+    orthonormal; the strongest term first. They depend on x alone: the start is always the same.
     """
     size = x.abs().amax((1, 2), keepdim=True)
     size = size.masked_fill(size < TINY, 0)

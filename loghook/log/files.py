@@ -1,0 +1,170 @@
+"""Single safetensors files: saved queries, scores and indexes, and what stands beside a run's rows.
+
+Those beside the rows are snapshots of the streamed statistics, one for each commit; a fitted projection, named and
+checksummed by the manifest; and what was computed from the rows of a finished log, which may be deleted at any time.
+"""
+
+import contextlib
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from loghook.errors import ConfigError, CorruptLogError
+from loghook.log.disk import canonical_json, checksum, parse_object, sync_folder, write_atomically, write_flushed
+from loghook.project.projection import Side
+
+FACTORS = "factors.json"
+KEPT = "kept.safetensors"
+MOST = 8  # vectors that are kept; the oldest goes
+PROJECTION = "projection.safetensors"
+Sides = Mapping[str, tuple[Side, Side]]
+_FILES = {  # by a key of the safetensors header
+    "loghook_query": "a saved query: open it with loghook.Query.load",
+    "loghook_scores": "saved scores: open them with loghook.Scores.load",
+    "loghook_index": "a saved index: open it with log.load_index",
+    "loghook_same": "a part of factors: open their folder with loghook.fit(folder, resume=True)",
+    "run_id": "a part of a log: open its folder with loghook.load",
+}
+
+
+def holds_factors(path: Path) -> str | None:
+    """Say so if a folder has factors, and how they are opened."""
+    if not (path / FACTORS).exists():
+        return None
+    return f"{path} holds factors of loghook.fit, which loghook.fit({str(path)!r}, resume=True) opens"
+
+
+def no_log(path: Path) -> str:
+    """Say what a folder without a manifest and without rows is."""
+    if factors := holds_factors(path):
+        return f"{factors}: they are no log."
+    nothing = f"{path} holds no loghook.json, so it is no loghook run"
+    if path.is_dir() and all(file.match("lock-*") for file in path.iterdir()):
+        return (
+            f"{nothing} yet: check the path. If a run was killed here before its first commit, as in the pass that "
+            "fits projection='pca' or 'whitened', start its script again with resume=True."
+        )
+    return f"{nothing}: check the path."
+
+
+def save_tensors(path: str | Path, kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Write a file of a kind: contiguous tensors, and what is said of them as JSON; returns its checksum."""
+    data = safetensors.torch.save(dict(tensors), {f"loghook_{kind}": json.dumps(header)})
+    write_atomically(Path(path), data)
+    return checksum(data)
+
+
+@contextlib.contextmanager
+def loading(path: str | Path, kind: str) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+    """Read what ``save_tensors`` wrote, (header, tensors); what fails in the block means that the file is none."""
+    if Path(path).is_dir():
+        is_one = holds_factors(Path(path)) or f"{path} is a folder, which loghook.load opens if it is a log"
+        raise ConfigError(f"{is_one}: it is no {kind} file.")
+    keys: Mapping[str, str] = {}
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            keys = file.metadata() or {}
+            header = json.loads(keys[f"loghook_{kind}"])
+            yield header, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
+        for key, other in _FILES.items():
+            if key in keys and kind not in key:
+                raise ConfigError(f"{path} is {other}.") from error
+        raise CorruptLogError(f"{path} is no {kind} file ({error}): save it again.") from error
+
+
+@contextlib.contextmanager
+def _reading(file: Path, expected: str) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
+    """Read (metadata, tensors) of a part of a run; what fails in the block means that it is damaged."""
+    try:
+        data = file.read_bytes()
+        if checksum(data) != expected:
+            raise ValueError("it does not match its checksum")
+        yield _parsed(data)
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise CorruptLogError(f"{file} cannot be read ({error}): restore it from a copy.") from error
+
+
+def _parsed(data: bytes) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    header = parse_object(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    return header["__metadata__"], safetensors.torch.load(data)
+
+
+def save_moments(file: Path, moments: np.ndarray, run_id: str) -> dict[str, str]:
+    """Write and flush a snapshot; returns what its record says of it: {"file", "checksum"}."""
+    data = safetensors.torch.save({"moments": torch.from_numpy(moments)}, {"run_id": run_id})
+    write_flushed(file, data)
+    sync_folder(file.parent)
+    return {"file": file.name, "checksum": checksum(data)}
+
+
+def load_moments(path: Path, entry: dict[str, str], width: int) -> np.ndarray:
+    """Read and check a statistics snapshot that a record names: (width,) float64."""
+    with _reading(path / Path(entry["file"]).name, entry["checksum"]) as (_, tensors):
+        moments = tensors["moments"].numpy()
+        if moments.shape != (width,):
+            raise ValueError(f"it holds {moments.shape} values where the layers need ({width},)")
+        return moments
+
+
+def save_sides(folder: Path, sides: Sides) -> str:
+    """Write {layer: (input side, output side)}; equal matrices are stored once. Returns the file's checksum."""
+    tensors: dict[str, Tensor] = {}
+    places: dict[str, list[list[object]]] = {}
+    known: dict[str, str] = {}
+    for layer, pair in sides.items():
+        places[layer] = []
+        for kind, side in zip(("in", "out"), pair, strict=True):
+            key = None
+            if side.matrix is not None:
+                values = side.matrix.float().contiguous()
+                key = known.setdefault(checksum(values.numpy().tobytes()), f"{layer}/{kind}")
+                tensors.setdefault(key, values)
+            places[layer].append([key, side.width, side.gain])
+    return save_tensors(folder / PROJECTION, "projection", places, tensors)
+
+
+def load_sides(folder: Path, expected: str) -> dict[str, tuple[Side, Side]]:
+    """Read what ``save_sides`` wrote; layers whose matrix is stored once share the ``Side``."""
+    known: dict[tuple[object, ...], Side] = {}
+
+    def side(key: str | None, width: int, gain: float) -> Side:
+        fresh = Side(int(width), None if key is None else tensors[key].float(), float(gain))
+        return fresh if key is None else known.setdefault((key, width, gain), fresh)
+
+    with _reading(folder / PROJECTION, expected) as (metadata, tensors):
+        places = json.loads(metadata["loghook_projection"])
+        return {str(layer): (side(*one), side(*other)) for layer, (one, other) in places.items()}
+
+
+def load_kept(path: Path, seal: str) -> dict[str, np.ndarray]:
+    """Read the vectors that belong to a seal, {name: vector}, the oldest first; nothing where anything is wrong."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError):
+        metadata, found = _parsed((path / KEPT).read_bytes())
+        stated = parse_object(metadata["loghook_kept"].encode())
+        if stated["seal"] == seal:
+            vectors = {name: found[name].numpy() for name in stated["checksums"]}
+            return {k: v for k, v in vectors.items() if checksum(v.tobytes()) == stated["checksums"][k]}
+    return {}
+
+
+def save_kept(path: Path, seal: str, name: str, values: np.ndarray) -> None:
+    """Add a vector to those of this seal; where the folder cannot be written nothing is kept."""
+    found = load_kept(path, seal)
+    found.pop(name, None)
+    found = dict([*found.items(), (name, np.ascontiguousarray(values))][-MOST:])
+    stated = {"seal": seal, "checksums": {key: checksum(vector.tobytes()) for key, vector in found.items()}}
+    with contextlib.suppress(OSError):
+        save_tensors(path / KEPT, "kept", stated, {key: torch.from_numpy(vector) for key, vector in found.items()})
+
+
+def kept_name(**facts: object) -> str:
+    """Name a vector by all that it depends on besides the rows."""
+    return canonical_json(facts).decode()
