@@ -89,6 +89,10 @@ def writing(path: Path) -> Iterator[None]:
 _locks: "weakref.WeakSet[IO[str]]" = weakref.WeakSet()
 
 
+def lock_name(rank: int) -> str:
+    return f"lock-{rank:05d}"
+
+
 def lock(file: Path) -> Any:
     """Take a rank's lock for as long as the returned handle is open; the system frees it if the process dies."""
     handle = open(file, "a+")  # noqa: SIM115

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from loghook.errors import ConfigError, CorruptLogError, LogExistsError, MismatchError, StateError
-from loghook.log.disk import lock, sync_folder, writing
+from loghook.log.disk import lock, lock_name, sync_folder, writing
 from loghook.log.files import KEPT, PROJECTION, holds_factors
 from loghook.log.format import MANIFEST, Manifest, shard_name
 from loghook.log.records import REMEDY, Commits, all_commits, read_commits, sum_up
@@ -66,7 +66,7 @@ def seal(path: Path, manifest: Manifest, session: str, active: int) -> dict[str,
     A resumed run may count more ranks than write now, and the end that an interrupted run came to does not count.
     """
     for rank in range(active, manifest.world_size):
-        with lock(path / f"lock-{rank:05d}"):  # one that does not write now
+        with lock(path / lock_name(rank)):  # one that does not write now
             recover(path, manifest, rank, snapshots=1)
     deadline = time.monotonic() + SEAL_TIMEOUT
     while True:

@@ -26,7 +26,7 @@ import torch
 
 from loghook.errors import ConfigError, CorruptLogError, LogExistsError, MismatchError, StateError
 from loghook.log.codec import DTYPES, Codec
-from loghook.log.disk import checksum, lock, sync_folder, write_atomically, write_flushed, writing
+from loghook.log.disk import checksum, lock, lock_name, sync_folder, write_atomically, write_flushed, writing
 from loghook.log.files import KEPT, PROJECTION, load_moments, load_sides, save_moments
 from loghook.log.format import Layout, Manifest, commits_name, shard_name, statistics_name
 from loghook.log.reader import Reader
@@ -221,7 +221,7 @@ def _build(
 def _locked(path: Path, manifest: Manifest) -> Iterator[None]:
     with writing(path), ExitStack() as held:
         for rank in range(manifest.world_size):
-            held.enter_context(lock(path / f"lock-{rank:05d}"))
+            held.enter_context(lock(path / lock_name(rank)))
         yield
 
 

@@ -28,8 +28,8 @@ import torch
 import xxhash
 from torch import Tensor
 
-from loghook.errors import NotFiniteError
-from loghook.log.disk import lock, sync_folder, write_all, writing
+from loghook.errors import NotFiniteError, WriteError
+from loghook.log.disk import lock, lock_name, sync_folder, write_all, writing
 from loghook.log.files import load_moments, save_moments
 from loghook.log.folder import recover
 from loghook.log.format import Layout, Manifest, shard_name, statistics_name
@@ -99,7 +99,7 @@ class Writer:
         self.dtype = self._codec.dtype  # of the rows that it takes
         self._capacity = max(1, shard_bytes // self._codec.row_bytes)
         self._commit_seconds, self._measures = commit_seconds, manifest.no_statistics is None
-        self._lock = lock(path / f"lock-{rank:05d}")
+        self._lock = lock(path / lock_name(rank))
         self.moments = np.zeros(Layout(manifest.layers).moments_width)
         try:
             log = recover(path, manifest, rank)
@@ -210,6 +210,13 @@ class Writer:
                 self._room.put(None)
 
     def _handle(self, item: Batch | dict[str, Any] | None) -> None:
+        if not self._there():
+            if item is CLOSE and not self._ids:
+                return  # nothing is lost
+            raise WriteError(
+                f"{self._path} was deleted, or replaced by another run, while this one wrote there: what it logged is "
+                "gone. Call run.close(), and log again."
+            )
         if isinstance(item, Batch):
             self._write(item)
             if time.monotonic() - self._committed_at > self._commit_seconds:
@@ -221,6 +228,14 @@ class Writer:
             self._forget_statistics(keep=1)
         elif item is not None and "commit" not in item:
             self._append(item)
+
+    def _there(self) -> bool:
+        """Whether the folder is still the one that was opened: in another nothing may be written, or deleted."""
+        try:
+            found = os.stat(self._path / lock_name(self._rank))
+        except OSError:
+            return False
+        return os.path.samestat(found, os.fstat(self._lock.fileno()))
 
     def _write(self, batch: Batch) -> None:
         if batch.ready is not None:
@@ -303,25 +318,26 @@ class Writer:
             self._shard = None
 
 
+_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # a scheduler's, and that of a terminal which is closed
 _writers: list[Writer] = []  # a list: it is changed by single operations, which a signal does not split
-_previous: Any = None  # the handler of SIGTERM that was there before ours
+_previous: dict[int, Any] = {}  # the handlers that were there before ours
 
 
 def _guard(writer: Writer) -> None:
     """Commit this writer's rows if the process is told to end before ``_release``."""
-    global _previous
     _writers.append(writer)
     if threading.current_thread() is not threading.main_thread():
         return  # only the main thread may install handlers; leaving the interpreter still commits
-    current = signal.getsignal(signal.SIGTERM)
-    # A handler that Python does not know (None) could not be called; one that ignores the signal means it.
-    if current not in (None, signal.SIG_IGN, _terminate):
-        _previous = current
-        signal.signal(signal.SIGTERM, _terminate)
+    for number in _SIGNALS:
+        current = signal.getsignal(number)
+        # A handler that Python does not know (None) could not be called; one that ignores the signal means it.
+        if current not in (None, signal.SIG_IGN, _terminate):
+            _previous[number] = current
+            signal.signal(number, _terminate)
 
 
 def _release(writer: Writer) -> None:
-    """Forget a writer, and with the last one take the handler away."""
+    """Forget a writer, and with the last one take the handlers away."""
     if writer in _writers:
         _writers.remove(writer)
     if not _writers:
@@ -329,17 +345,20 @@ def _release(writer: Writer) -> None:
 
 
 def _restore() -> None:
-    """Put back the handler that was there, unless another has taken our place since."""
-    if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) is _terminate:
-        signal.signal(signal.SIGTERM, _previous)
+    """Put back the handlers that were there, unless another has taken our place since."""
+    if threading.current_thread() is threading.main_thread():
+        for number in _SIGNALS:
+            if signal.getsignal(number) is _terminate:
+                signal.signal(number, _previous[number])
 
 
 def _terminate(number: int, frame: FrameType | None) -> None:
     """Commit, then do what would have been done without us."""
     for writer in list(_writers):
         writer.commit_now()
-    if callable(_previous):
-        _previous(number, frame)
+    previous = _previous[number]
+    if callable(previous):
+        previous(number, frame)
         return
     signal.signal(number, signal.SIG_DFL)
     os.kill(os.getpid(), number)  # the parent sees a process that ended by this signal
@@ -353,7 +372,7 @@ def _leave() -> None:
 
 
 def _forked() -> None:
-    """Let a child, such as a loader's worker, die of SIGTERM as it would without us: the threads are not its own."""
+    """Let a child, such as a loader's worker, die of a signal as it would without us: the threads are not its own."""
     _writers.clear()
     _restore()
 

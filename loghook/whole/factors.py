@@ -20,7 +20,7 @@ from loghook.capture.whole import Covariance, Eigenvalues
 from loghook.errors import CheckpointWarning, ConfigError, LogExistsError, StateError
 from loghook.influence.precondition import Curvature
 from loghook.influence.solvers import Diagonal
-from loghook.log.disk import lock, writing
+from loghook.log.disk import lock, lock_name, writing
 from loghook.log.files import FACTORS
 from loghook.log.format import MANIFEST, LayerSpec, Made
 from loghook.processes import process_rank, shared
@@ -55,7 +55,7 @@ class Factors(Blocks, Hooked):
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
             if overwrite and process_rank() == 0:
-                with lock(path / "lock-00000"):  # nobody may be fitting what goes away
+                with lock(path / lock_name(0)):  # nobody may be fitting what goes away
                     (path / FACTORS).unlink(missing_ok=True)  # or a later resume would take the old ones for these
         self._pass: Pass | None = None
         self._began_with: str | None = None  # digest of sampled parameter values when the pass began
@@ -118,7 +118,7 @@ class Factors(Blocks, Hooked):
         them each data_id counts once. All ranks go through it together; their sums are brought together at its end.
         """
         store = self._require_store()
-        held = lock(self.path / f"lock-{process_rank():05d}")
+        held = lock(self.path / lock_name(process_rank()))
         try:
             for index, kind in enumerate(PASSES):
                 if shared(store.done(kind)):
