@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loghook.capture.coverage import describe_coverage
-from loghook.capture.models import mixing_modules, unwrap
+from loghook.capture.block import nothing_delivered
+from loghook.capture.models import describe_coverage, mixing_modules, unwrap
 from loghook.capture.probe import LossFunction, Probe
 from loghook.capture.select import HEAD, Watch
-from loghook.capture.silence import nothing_delivered
 from loghook.errors import BatchError, DeliveryError, UnsupportedError
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import loghook
-from loghook.capture.coverage import by_reason
+from loghook.capture.models import by_reason
 from loghook.errors import ConfigError, LoghookError
 from loghook.log import maintain
 

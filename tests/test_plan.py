@@ -129,7 +129,7 @@ def test_memory_is_of_what_there_is(tmp_path):
         for _ in zip(run.passes(), range(1), strict=False):
             block(run, model, [0])
             assert memory["second moments, in the fitting pass"] == 12 * sum(
-                len(t) - 1 for t in run._pass._gathering.sums.totals.values()
+                len(t) - 1 for t in run._pass._gathering.totals.values()
             )
 
 

@@ -9,8 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from loghook.capture.config import Config
-from loghook.capture.coverage import describe_coverage
 from loghook.capture.layers import Layer
+from loghook.capture.models import describe_coverage
 from loghook.errors import ConfigError
 from loghook.log.codec import DTYPES
 from loghook.log.format import LayerSpec, Layout

@@ -43,7 +43,8 @@ class Probe(Hooked):
             raise BatchError(
                 f"check got a batch of one {self.unit}: pass at least two, so that they can be told apart."
             )
-        self.coverage = self._hook(model, watch)
+        layers, self.coverage = self._select(model, watch)
+        self._hook(model, layers)
 
     @property
     def watched(self) -> list[Layer]:

@@ -15,7 +15,7 @@ from loghook.errors import CorruptLogError, VersionError
 from loghook.log.codec import DTYPES, Codec, make_codec
 from loghook.log.disk import write_atomically
 from loghook.log.kinds import no_log
-from loghook.project.update import GRADIENTS
+from loghook.project.outer import GRADIENTS
 
 VERSION = 3  # logs of earlier ones are the same, but for 1-bit rows
 MANIFEST = "loghook.json"
