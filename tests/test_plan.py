@@ -12,10 +12,9 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 import loghook
-from loghook.capture.plan import parse_size
+from loghook.capture.plan import parse_size, plan_config
 from loghook.cli import app
 from loghook.errors import ConfigError, StateError
-from loghook.integrations.plan import plan_config
 
 PAGE = (Path(__file__).parents[1] / "docs" / "choosing.md").read_text()
 LLAMA_3_8B = LlamaConfig(
