@@ -132,31 +132,27 @@ class Block:
             if slots.pending is not None and leaves.calls is not None:
                 leaves.calls.register_post_accumulate_grad_hook(_calling(slots, Slots.accept))
 
-    def close(self) -> list[Slots | None]:
+    def close(self) -> list[tuple[Layer, Slots]]:
         """Make every hook inert again and return what they filled."""
-        return [OPEN.pop(layer.key, None) for layer in self._layers]
+        found = [(layer, OPEN.pop(layer.key, None)) for layer in self._layers]
+        return [(layer, slots) for layer, slots in found if slots is not None]
 
-    def collect(self, opened: Sequence[Slots | None], *, masks: Mapping[str, Tensor]) -> Captured:
+    def collect(self, opened: Sequence[tuple[Layer, Slots]], *, masks: Mapping[str, Tensor]) -> Captured:
         """Check that each layer delivered once into what was ``opened``, and pack the rows; masks as in ``open``."""
-        slots = [one for one in opened if one is not None]
-        silent = [(layer, s) for layer, s in zip(self._layers, slots, strict=True) if not s.deliveries.number]
-        missing = [layer for layer, s in silent if not layer.spec.may_sleep]
-        if missing and len(silent) == len(slots):
+        silent = [(layer, s) for layer, s in opened if not s.deliveries.number]
+        missing = [layer for layer, _ in silent if not layer.spec.may_sleep]
+        if missing and len(silent) == len(opened):
             raise DeliveryError(nothing_delivered(self._layers))
         if missing:
             quiet = all(s.deliveries.quiet for layer, s in silent if not layer.spec.may_sleep)
-            raise DeliveryError(_partly_delivered(missing, quiet, len(slots)))
-        if slots[0].shared.restarted or any(s.deliveries.too_many for s in slots):
+            raise DeliveryError(_partly_delivered(missing, quiet, len(opened)))
+        if any(s.shared.restarted or s.deliveries.too_many for _, s in opened):
             raise DeliveryError(
                 "two backward passes ran in this block, so rows would add up two losses: open one block for each "
                 "backward pass, or add the losses and call backward() once. Nothing of this batch was written."
             )
         for mask in {id(mask): mask for mask in masks.values() if mask.dim() > 1 and mask.shape[1] > 1}.values():
-            served = [
-                (layer, s)
-                for layer, s in zip(self._layers, slots, strict=True)
-                if masks.get(layer.name) is mask and s.deliveries.number
-            ]
+            served = [(x, s) for x, s in opened if masks.get(x.name) is mask and s.deliveries.number]
             # Compiled layers leave no word of what they saw.
             if served and all(layer.fired and not s.masked for layer, s in served):
                 raise BatchError(
@@ -164,30 +160,32 @@ class Block:
                     "a sample. Pass the mask with the shape (batch, tokens) that the watched layers see, or none."
                 )
         asleep = [layer.name for layer, _ in silent]
-        self._require_one_call(slots)
+        self._require_one_call(opened)
         for _, _, pending in self._places.values():
             pending.form()
         if self._job is not None:
             results = {}
-            for layer, s in zip(self._layers, slots, strict=True):
+            for layer, s in opened:
                 if s.deliveries.number:
                     found = _sum(s.rows, s.leaves.rows)
                     results[layer.name] = self._job.finish(layer, found, self._scale_of(found))
                     s.clear()
             return Captured(torch.empty(0), None, asleep, results)
-        return self._pack(slots, asleep)
+        return self._pack(opened, asleep)
 
-    def _require_one_call(self, slots: Sequence[Slots]) -> None:
+    def _require_one_call(self, opened: Sequence[tuple[Layer, Slots]]) -> None:
         """Raise where a gradient came in parts, and what is asked for is no sum of what would be made of the parts."""
         job = self._job
         if not self._updates and (job is None or not job.at_once):
             return
         counts: dict[str, Tensor] = {}
-        for layer, s in zip(self._layers, slots, strict=True):
+        for layer, s in opened:
             calls = None if s.leaves.calls is None else s.leaves.calls.grad
             if calls is not None and s.leaves.rows.grad is not None:
                 # A job counts compiled calls only, so that a device is waited for only where there are any.
-                counts[layer.name] = calls.to(slots[0].leaves.rows.device) + (0 if job is None else s.deliveries.ran)
+                counts[layer.name] = calls.to(opened[0][1].leaves.rows.device) + (
+                    0 if job is None else s.deliveries.ran
+                )
         if not counts:
             return
         found = torch.cat(list(counts.values())).tolist()
@@ -212,7 +210,8 @@ class Block:
             return scale
         return scale[:, None].to(rows) if scale.dim() else scale.to(rows.device)
 
-    def _pack(self, slots: Sequence[Slots], asleep: list[str]) -> Captured:
+    def _pack(self, opened: Sequence[tuple[Layer, Slots]], asleep: list[str]) -> Captured:
+        slots = [s for _, s in opened]
         device = slots[0].leaves.rows.device
         rows = torch.cat([_sum(s.rows, s.leaves.rows).flatten(1).to(device) for s in slots], 1)
         rows = _scaled(rows, [layer.gain for layer in self._layers], [layer.spec.width for layer in self._layers])
@@ -221,7 +220,7 @@ class Block:
         if not unscaled and not self._updates:  # updates have it in them
             rows *= scale
         means: dict[str, list[Tensor]] = {"activations": [], "output_gradients": []}
-        for layer, s in zip(self._layers, slots, strict=True):
+        for layer, s in opened:
             for kind, leaf in (("activations", s.leaves.activations), ("output_gradients", s.leaves.outputs)):
                 if leaf is not None:
                     factor = 1.0 if kind == "activations" else self._scale_of(leaf)

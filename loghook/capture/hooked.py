@@ -122,8 +122,7 @@ class Hooked:
                 "this run was closed and its hooks are removed: go on with loghook.init(path, resume=True), or ask "
                 "questions with loghook.load(path).attach(model)."
             )
-        if not self._layers:
-            raise StateError("nothing is watched yet: call run.watch(model) first.")
+        self._require_watched()
         for name, module in self._mixing:
             if module.training or module.running_mean is None:
                 state = "is in training mode" if module.training else "keeps no running statistics"
@@ -162,6 +161,10 @@ class Hooked:
                 f"projection={self._projection!r} is not fitted yet: go through `for _ in run.passes():`, whose first "
                 "pass fits it; inside training, fit it beforehand and pass init(..., fitted=path of that run)."
             )
+
+    def _require_watched(self) -> None:
+        if not self._layers:
+            raise StateError("nothing is watched yet: call run.watch(model) first.")
 
     def _require_outside(self) -> None:
         if self._open:

@@ -133,8 +133,7 @@ class Run(Blocks, Hooked):
             batch: samples of a block, where none is measured.
             disk: what there is, such as "500 GB", to be told what fits.
         """
-        if not self._layers:
-            raise StateError("nothing is watched yet: call run.watch(model) first.")
+        self._require_watched()
         size = None if disk is None else parse_size(disk)
         return Plan(
             config=self._config, layers=tuple(self._layers), coverage=self._coverage, samples=samples, tokens=tokens,
@@ -147,8 +146,7 @@ class Run(Blocks, Hooked):
         Inside, each data_id is kept once, so that a sampler which repeats samples to fill up a batch does no harm.
         On a resumed run, passes that were completed are skipped.
         """
-        if not self._layers:
-            raise StateError("nothing is watched yet: call run.watch(model) first.")
+        self._require_watched()
         if self._rehearsal is not None:
             raise StateError("a plan is being measured: run a few blocks inside it, without passes().")
         committed = self._session.repeats.committed
@@ -174,9 +172,8 @@ class Run(Blocks, Hooked):
                     self._step = committed.starts.get(index, self._step)
                 yield self._pass
                 if self._session.writer is not None:
-                    with self._session.heeding():
-                        self._session.writer.settle()  # a pass that misses rows is not over
-                        self._session.writer.put({"pass_end": index})
+                    self._session.writer.settle()  # a pass that misses rows is not over
+                    self._session.writer.put({"pass_end": index})
                 if self._elsewhere is not None and self._elsewhere == self.digests():
                     self._warn_of_other_values()  # training would have moved them on
                 done.add(index)
@@ -187,8 +184,7 @@ class Run(Blocks, Hooked):
     def _block(self, data_id: Ids, given: Given) -> Iterator[None]:
         self._require_open()
         if self._session.writer is not None:
-            with self._session.heeding():
-                self._session.writer.check()
+            self._session.writer.check()
         ids = check_ids(data_id)
         if self._rehearsal is not None:
             with self._capture(len(ids), given, logs=True) as captured:
@@ -213,9 +209,8 @@ class Run(Blocks, Hooked):
         writer = self._ready(self._id_type)
         index, flag = self._pass.index if self._pass else -1, given.scaler is not None
         batch = pack(captured[0], ids, keep, dtype=writer.dtype, flag=flag, pass_index=index, step=self._step)
-        with self._session.heeding():
-            # What an interrupted run has committed was counted there.
-            writer.put(dataclasses.replace(batch, dropped=repeats if self._step >= self._fresh_step else 0))
+        # What an interrupted run has committed was counted there.
+        writer.put(dataclasses.replace(batch, dropped=repeats if self._step >= self._fresh_step else 0))
         if self._rule != "all":
             self._session.repeats.met(ids)
         self._step += 1

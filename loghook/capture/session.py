@@ -4,8 +4,7 @@
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from loghook.capture.block import Captured
 from loghook.capture.config import Config
-from loghook.errors import BatchError, LogExistsError, NotFiniteError, StateError, WriteError
+from loghook.errors import BatchError, LogExistsError, StateError, WriteError
 from loghook.log.disk import writing
 from loghook.log.finite import finite_rows, not_finite
 from loghook.log.folder import Committed, check_same, claim, ranks_on_disk, read_back, seal
@@ -96,6 +95,7 @@ class Session:
                 self.path, self.manifest or fresh, process_rank(), shard_bytes=self._config.shard_bytes,
                 commit_seconds=self._config.commit_seconds,
             )  # fmt: skip
+            writer.on_reject = self.repeats.forget
             try:
                 # Under the lock: whoever comes second must not put a manifest of its own in place of the first one's.
                 self.manifest = self._settle(fresh)
@@ -118,15 +118,6 @@ class Session:
             old.save(self.path)
         return old
 
-    @contextmanager
-    def heeding(self) -> Iterator[None]:
-        """Let ids come again whose batches the writer rejects."""
-        try:
-            yield
-        except NotFiniteError as error:
-            self.repeats.forget(error.ids)
-            raise
-
     def close(self) -> None:
         """Commit what was handed over, and let others write."""
         if self.writer is not None:
@@ -138,8 +129,7 @@ class Session:
         writer, manifest = self.writer, self.manifest
         assert writer is not None and manifest is not None
         try:
-            with self.heeding():
-                writer.settle()  # while this rank can still go on, and before the others are told that it ended
+            writer.settle()  # while this rank can still go on, and before the others are told that it ended
         except WriteError:
             self.close()  # which raises it again and lets others write
             raise
