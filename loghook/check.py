@@ -48,7 +48,6 @@ class CheckReport:
     not_compared: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        """Whether nothing is wrong."""
         return not self.problems
 
     def __str__(self) -> str:

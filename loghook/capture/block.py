@@ -21,8 +21,6 @@ from loghook.project.projection import Side
 
 @dataclass
 class Captured:
-    """What a block delivered."""
-
     # (B, width) in float32 or float64, on the device of the first layer; empty where a job took their place
     rows: Tensor
     moments: Tensor | None  # the vector of statistics (see ``Layout``) summed over the block's tokens, or None

@@ -86,7 +86,6 @@ class Hooked:
         return any(ref() is unwrap(model) for ref in self._models)
 
     def _project_with(self, sides: Sides, checksum: str, layers: Sequence[Layer]) -> None:
-        """Give layers a fitted projection."""
         for layer in layers:
             pair = sides.get(layer.name)
             if pair is None or [s.width for s in pair] != [s.width for s in layer.sides]:

@@ -134,7 +134,6 @@ class Slots:
                 self.pending.add(self, brought)
 
     def clear(self) -> None:
-        """Let go of what was delivered."""
         self.offers, self.early, self.rows, self.moments = [], None, None, None
         self.shared.source = self.shared.key = self.shared.projected = None
         self.leaves.clear()

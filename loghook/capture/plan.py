@@ -1,5 +1,6 @@
 """What a run will cost, before it runs: bytes, memory, arithmetic and, from a few blocks that write nothing, time."""
 
+import bisect
 import re
 import time
 from collections.abc import Sequence
@@ -75,12 +76,8 @@ class Plan:
 
     def largest_rank(self, dtype: str | None = None) -> int:
         """The largest rank at which all rows fit on the disk, or 0; a rank above every width keeps whole gradients."""
-        low, high = 0, max(side.width for layer in self.layers for side in layer.sides)
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = self.total_bytes(dtype, middle) <= (self.disk or 0)
-            low, high = (middle, high) if fits else (low, middle - 1)
-        return low
+        widest = max(side.width for layer in self.layers for side in layer.sides)
+        return bisect.bisect_right(range(1, widest + 1), self.disk or 0, key=lambda k: self.total_bytes(dtype, k))
 
     @property
     def memory(self) -> dict[str, int]:
@@ -132,14 +129,12 @@ class Plan:
         return capture, model
 
     def __enter__(self) -> "Plan":
-        """Let blocks of the run be measured instead of written."""
         if self._run is None:
             raise ConfigError("this plan has no run to measure: take the one of run.plan(...).")
         self._run._rehearsal, self._marks = self, [(time.perf_counter(), 0)]
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let blocks write again."""
         self._run._rehearsal = None
         marks = self._marks[1:] if len(self._marks) > 2 else self._marks  # the first block warms up
         if len(marks) > 1:

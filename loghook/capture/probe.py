@@ -22,8 +22,6 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 
 
 class Found(NamedTuple):
-    """What one run through the hooks gave."""
-
     rows: dict[str, Tensor]  # by layer, (B, k_out, k_in) in float64
     inputs: dict[str, Tensor]  # by layer, summed over tokens: (B, channels) in float64
     loss: float
@@ -167,7 +165,6 @@ def batch_size(batch: Any) -> int:
 
 
 def _samples(batch: Any) -> list[Any]:
-    """Each sample as a batch of one."""
     return [_each(batch, itemgetter(slice(i, i + 1))) for i in range(batch_size(batch))]
 
 

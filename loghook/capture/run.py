@@ -259,7 +259,6 @@ class Run(Blocks, Hooked):
             raise StateError(f"this run was closed: go on with loghook.init({str(self.path)!r}, resume=True).")
 
     def __enter__(self) -> "Run":
-        """Use the run as a context manager that closes it."""
         return self
 
     def __exit__(

@@ -61,7 +61,6 @@ def rank_of(name: str, rank: Rank) -> int:
 
 
 def matches(name: str, wanted: Sequence[str]) -> bool:
-    """Whether a whole module name matches one of the patterns."""
     return any(fnmatchcase(name, pattern) for pattern in wanted)
 
 

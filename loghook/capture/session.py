@@ -69,8 +69,6 @@ class Repeats:
 
 
 class Session:
-    """A run's folder as this process writes it."""
-
     def __init__(self, config: Config, *, resume: bool, overwrite: bool) -> None:
         self._config, self.path = config, config.path
         self.resumed = resume and (config.path / MANIFEST).exists()  # there was a run to go on with

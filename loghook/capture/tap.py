@@ -93,8 +93,6 @@ class Tap(torch.autograd.Function):
 
 
 class Tokens(NamedTuple):
-    """What one call of a layer leaves to be formed."""
-
     x_BSk: Tensor  # projected inputs
     g_BSk: Tensor  # projected output gradients
     weight_BS: Tensor | None  # as in ``Tap.forward``

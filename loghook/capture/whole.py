@@ -69,8 +69,6 @@ class WholeTap(torch.autograd.Function):
 
 
 class Call(NamedTuple):
-    """What one of several calls of a layer brings."""
-
     make: Callable[[Tensor, Tensor], Tensor]  # (output gradients, inputs) -> what the job makes of them
     g_BSO: Tensor
     x: Tensor
@@ -163,7 +161,6 @@ class Job:
     def tap(
         self, layer: Layer, slots: Slots, y: Tensor, x: Tensor, weight: Tensor | None, documents: Tensor | None
     ) -> Tensor:
-        """Return the layer's output through the tap."""
         dims, held, leaves = (layer.adapter.channel_dim, layer.spec.batch_dim), self.held(layer, slots), slots.leaves
         to = None if torch.compiler.is_compiling() else slots
         return WholeTap.apply(y, x, self.kind, weight, documents, *dims, leaves.rows, leaves.calls, to, *held)
