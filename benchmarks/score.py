@@ -54,8 +54,8 @@ def write_log(folder: Path, rows: int, layers: int, width: int, dtype: str, quer
         made_up = torch.randn(batch, layers * width)
         for step, start in enumerate(range(1, rows, batch), 1):
             n = min(batch, rows - start)
-            values = made_up[:n].roll(step, 1).to(run._writer._codec.dtype)
-            run._writer.put(Batch(values, list(range(start, start + n)), None, -1, step))
+            values = made_up[:n].roll(step, 1).to(run._session.writer._codec.dtype)
+            run._session.writer.put(Batch(values, list(range(start, start + n)), None, -1, step))
         run.finalize()
     return query
 

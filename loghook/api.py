@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from loghook.capture.asker import Asker
 from loghook.capture.config import Config
+from loghook.capture.hooked import Asker
 from loghook.capture.run import Run
 from loghook.errors import CheckpointWarning, StateError
 from loghook.influence import engine

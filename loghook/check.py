@@ -7,11 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from loghook.capture.coverage import describe_coverage
-from loghook.capture.models import mixing_modules, unwrap
+from loghook.capture.block import nothing_delivered
+from loghook.capture.models import describe_coverage, mixing_modules, unwrap
 from loghook.capture.probe import LossFunction, Probe
 from loghook.capture.select import HEAD, Watch
-from loghook.capture.silence import nothing_delivered
 from loghook.errors import BatchError, DeliveryError, UnsupportedError
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}
@@ -49,11 +48,9 @@ class CheckReport:
     not_compared: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
-        """Whether nothing is wrong."""
         return not self.problems
 
     def __str__(self) -> str:
-        """The report as a table."""
         width = max([len(name) for name in self.errors] + [5])
         lines = [describe_coverage(self.watched, self.coverage)]
         lines.append(f"{'layer':<{width}}  largest relative error (up to {self.tolerance:.0e} is rounding)")
@@ -94,10 +91,10 @@ def check(
         model: the user's model, in the mode (train or eval) in which it will be logged.
         loss_fn: ``loss_fn(model, batch)`` returns the loss that will be logged: a sum over samples.
         batch: a batch of at least two samples: a tensor, or a tuple, list or dict of tensors with the samples first.
-        include: as in ``run.watch``.
-        exclude: as in ``run.watch``.
-        flattened: as in ``run.watch``.
-        batch_dim: as in ``run.watch``.
+        include: as in ``run.watch``, like ``exclude``, ``flattened`` and ``batch_dim``.
+        exclude: patterns left out.
+        flattened: patterns of layers with batch and tokens in one axis.
+        batch_dim: axis of samples.
         segments: for packed batches, (B, S) as in ``run(..., segments=)``, or a function that makes it from the batch.
             A document is then compared with itself in a row of its own, cut out of the batch's tensors: those of
             shape (B, S, ...), and masks of shape (B, heads or 1, S, S).
@@ -112,9 +109,9 @@ def check(
         BatchError: if the batch has fewer than two samples or documents, its tensors differ in length, or a document
             cannot be cut out of one of them.
     """
-    loss_fn = loss_fn if scale is None else _summed(loss_fn, scale)
+    summed = loss_fn if scale is None else lambda model, batch: loss_fn(model, batch) * scale(batch)
     watch = Watch(include, exclude, may_sleep="*", flattened=flattened, batch_dim=batch_dim, activations="sum")
-    probe = Probe(model, watch, rank, loss_fn, batch, segments(batch) if callable(segments) else segments)
+    probe = Probe(model, watch, rank, summed, batch, segments(batch) if callable(segments) else segments)
     report = CheckReport(tolerance=_TOLERANCE[torch.float32], coverage=probe.coverage, watched=len(probe.layers))
     saved = [(p, p.grad) for p in model.parameters()]
     for parameter, _ in saved:
@@ -127,10 +124,6 @@ def check(
             parameter.grad = gradient
     print(report)
     return report
-
-
-def _summed(loss_fn: LossFunction, scale: Callable[[Any], float | Tensor]) -> LossFunction:
-    return lambda model, batch: loss_fn(model, batch) * scale(batch)
 
 
 def _examine(probe: Probe, report: CheckReport) -> None:
@@ -222,35 +215,31 @@ def _influence_message(probe: Probe, wrong: Sequence[str]) -> str:
         first = min([first, *off])
     before, after = _SUSPECTS[probe.unit]
     where = (
-        f"the input of {names[first]!r} is the first that depends on the rest of the batch: look at what comes before "
-        f"it ({before})"
+        f"the input of {names[first]!r} is the first that does so: look at what comes before it ({before})"
         if first < len(names)
-        else f"the inputs of all layers agree, so look at the loss ({after}) and for weights that are read without "
-        "calling their module"
+        else f"inputs of layers do not, so look at the loss ({after}) and at weights read without calling their module"
     )
     return (
-        f"{probe.unit}s influence each other: the rows of {len(wrong)} layers ({_some(wrong)}) differ from those of "
-        f"each {probe.unit} alone; {where}. Rows of such a model depend on how it was batched."
+        f"{probe.unit}s influence each other: the rows of {len(wrong)} layers ({_some(wrong)}) depend on the rest of "
+        f"the batch; {where}."
     )
 
 
 def _mean_message(loss: float, singles: Sequence[float], factors: Tensor, unit: str) -> str:
     size = len(singles)
-    shown = f"(loss of the batch {loss:.4g}; sum of its {unit}s' losses {sum(singles):.4g})"
     if (factors * size - 1).abs().max() < 1e-2:
         remedy = (
-            f"it is a mean over the {size} {unit}s: pass run(..., scale={size}), or sum the loss (and check it with "
-            "check(..., scale=len of the batch))"
+            f"It is a mean over the {size} {unit}s: pass run(..., scale={size}), or sum the loss (and check it with "
+            "check(..., scale=len of the batch))."
         )
     else:
         remedy = (
-            "each sample's factor differs, as in a mean over tokens: sum the loss over tokens (reduction='sum'), or "
-            "pass run(..., scale=n) with the number n of items that the mean runs over"
+            "Each sample's factor differs, as in a mean over tokens: sum the loss over tokens (reduction='sum'), or "
+            "pass run(..., scale=n) with the number n of items that the mean runs over."
         )
-    low, high = float(factors.min()), float(factors.max())
     return (
-        f"the loss is no sum over {unit}s: rows in the batch are {low:.3g} to {high:.3g} times those of each {unit} "
-        f"alone {shown}. {remedy[0].upper()}{remedy[1:]}."
+        f"the loss is no sum over {unit}s: rows in the batch are {factors.min():.3g} to {factors.max():.3g} times "
+        f"those of each alone (loss of the batch {loss:.4g}; sum of its {unit}s' losses {sum(singles):.4g}). {remedy}"
     )
 
 

@@ -12,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 import loghook
-from loghook.capture.coverage import by_reason
+from loghook.capture.models import by_reason
 from loghook.errors import ConfigError, LoghookError
 from loghook.log import maintain
 
@@ -189,8 +189,8 @@ def plan(
     exclude: Annotated[list[str] | None, typer.Option(help="The same for layers left out.")] = None,
 ) -> None:
     """Say what logging a transformers model would cost, from its configuration: disk, memory, arithmetic."""
+    from loghook.capture.plan import plan_config
     from loghook.capture.select import HEAD
-    from loghook.integrations.plan import plan_config
 
     typer.echo(
         plan_config(

@@ -32,7 +32,7 @@ from torch.utils.checkpoint import checkpoint
 
 import loghook
 from loghook.capture.block import Captured
-from loghook.capture.pack import pack
+from loghook.capture.session import pack
 from loghook.errors import (
     BatchError,
     ConfigError,
@@ -709,8 +709,8 @@ def test_rows_found_late_are_raised_once_and_their_ids_can_come_again(path: Path
         for _ in run.passes():
             log(run, model, [0])
             log(run, model, [1, 2], x=spoilt([1, 2], 2, NAN))
-            assert run._writer is not None
-            run._writer.commit_now()
+            assert run._session.writer is not None
+            run._session.writer.commit_now()
             assert run.pending([1, 2]) == []  # nobody knows yet
             log(run, model, [3])
     says(error, "data_id 2)", "nothing of their batch of 2 was written", "in the background", "the error's ids")
@@ -746,14 +746,14 @@ def test_a_pass_with_rows_found_late_is_not_over(path: Path, run: loghook.Run, m
 def open_gate(run: loghook.Run, model: Net) -> Iterator[None]:
     """Hold the writer's thread until the end of this context."""
     log(run, model, [0])
-    assert run._writer is not None
-    gate, write = threading.Event(), run._writer._write
+    assert run._session.writer is not None
+    gate, write = threading.Event(), run._session.writer._write
 
     def waiting(batch: Batch) -> None:
         gate.wait(30)
         write(batch)
 
-    run._writer._write = waiting  # type: ignore[method-assign]
+    run._session.writer._write = waiting  # type: ignore[method-assign]
     yield
     gate.set()
 

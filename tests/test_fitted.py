@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 import loghook
-from loghook.capture.sums import split
+from loghook.capture.passes import split
 from loghook.errors import ConfigError, CorruptLogError, MismatchError, NotFiniteError, StateError
 from loghook.log import maintain
 from loghook.log.files import load_sides
@@ -410,7 +410,7 @@ def test_a_batch_that_is_not_finite_is_not_added():
     quietly(run, model)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     passes = run.passes()
-    sums = next(passes)._gathering.sums
+    sums = next(passes)._gathering
     for arguments in ({}, {"scaler": scaler}):
         with (
             pytest.raises(NotFiniteError, match="statistics") if not arguments else contextlib.nullcontext(),

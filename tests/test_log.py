@@ -250,7 +250,7 @@ def test_opening_a_log_that_commits_meanwhile_reads_it_again(tmp_path, monkeypat
     def commit(i):
         with run(data_id=[i]):
             loss_fn(model, x[i : i + 1]).backward()
-        run._writer.settle()
+        run._session.writer.settle()
 
     commit(0)
     commits, real = iter([2, 2, 1]), reader.load_moments  # of two, the first deletes what the reader looks for
@@ -266,7 +266,7 @@ def test_opening_a_log_that_commits_meanwhile_reads_it_again(tmp_path, monkeypat
     log = loghook.load(tmp_path)
     monkeypatch.setattr(reader, "load_moments", real)
     assert log.data_ids == [0, 1, 2, 3, 4] and len(slow.done) == 6
-    by_hand = real(tmp_path, run._writer.records[4]["statistics"], log.layout.moments_width)
+    by_hand = real(tmp_path, run._session.writer.records[4]["statistics"], log.layout.moments_width)
     np.testing.assert_array_equal(log.moments(), by_hand)  # those of its five rows
     for file in tmp_path.glob("statistics-*"):
         file.unlink()
@@ -324,7 +324,7 @@ def test_the_writer_takes_no_threads_from_the_loop(tmp_path, dtype):
         for i in range(3):
             with run(data_id=[f"{i}/{k}" for k in range(64)]):
                 model(x).square().sum().backward()
-        run._writer.settle()
+        run._session.writer.settle()
         assert len(os.listdir("/proc/self/task")) == threads + 1
         assert torch.get_num_threads() == 2
         run.finalize()

@@ -12,10 +12,9 @@ from transformers import LlamaConfig
 from typer.testing import CliRunner
 
 import loghook
-from loghook.capture.plan import parse_size
+from loghook.capture.plan import parse_size, plan_config
 from loghook.cli import app
 from loghook.errors import ConfigError, StateError
-from loghook.integrations.plan import plan_config
 
 PAGE = (Path(__file__).parents[1] / "docs" / "choosing.md").read_text()
 LLAMA_3_8B = LlamaConfig(
@@ -129,7 +128,7 @@ def test_memory_is_of_what_there_is(tmp_path):
         for _ in zip(run.passes(), range(1), strict=False):
             block(run, model, [0])
             assert memory["second moments, in the fitting pass"] == 12 * sum(
-                len(t) - 1 for t in run._pass._gathering.sums.totals.values()
+                len(t) - 1 for t in run._pass._gathering.totals.values()
             )
 
 

@@ -108,12 +108,11 @@ def adapter(*types: type[nn.Module]) -> Callable[[type[Adapter]], type[Adapter]]
 
 
 def registered_type(module: nn.Module) -> type[nn.Module] | None:
-    """Return the nearest class in the module's method resolution order that has an adapter, or None."""
     return next((cls for cls in type(module).__mro__ if cls in _REGISTRY), None)
 
 
 def find_adapter(module: nn.Module) -> Adapter | None:
-    """Return the adapter registered for the nearest class in the module's method resolution order, or None."""
+    """Return the adapter of the nearest class in the module's method resolution order, or None."""
     known = registered_type(module)
     if known is not None:
         return _REGISTRY[known]
@@ -128,7 +127,6 @@ class LinearAdapter(Adapter):
     shares_input = True
 
     def geometry(self, module: nn.Module) -> Geometry:
-        """Return widths as the module states them."""
         assert isinstance(module, nn.Linear)
         if isinstance(module, nn.LazyLinear):
             raise UnsupportedError("nn.LazyLinear has no shape yet: run one batch through the model before watch().")
@@ -141,11 +139,9 @@ class TransposedLinearAdapter(Adapter):
     shares_input = True
 
     def geometry(self, module: nn.Module) -> Geometry:
-        """Return widths as the module states them (``nx`` inputs, ``nf`` outputs)."""
         return Geometry(in_features=int(module.nx), out_features=int(module.nf), bias=True)  # type: ignore[arg-type]
 
     def gradient(self, module: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Transpose the weight's gradient to (O, I [+ 1])."""
         return super().gradient(module, weight.T, bias)
 
 
@@ -164,7 +160,6 @@ class ConvAdapter(Adapter):
     channel_dim = 1
 
     def geometry(self, module: nn.Module) -> Geometry:
-        """Return widths: one group's patch in, all channels out."""
         assert isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d)
         return Geometry(
             in_features=module.in_channels // module.groups * math.prod(module.kernel_size),
@@ -180,8 +175,8 @@ class ConvAdapter(Adapter):
         n, groups = len(module.kernel_size), module.groups
         if x.dim() != n + 2:
             raise UnsupportedError(
-                f"a convolution got an input of shape {tuple(x.shape)} without a batch axis: loghook needs one row per "
-                "sample, so pass the input with its batch axis first."
+                f"a convolution got an input of shape {tuple(x.shape)} without a batch axis: pass it with its batch "
+                "axis first, so that there is a row per sample."
             )
         if any(module._reversed_padding_repeated_twice):
             mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
@@ -208,7 +203,6 @@ class EmbeddingAdapter(Adapter):
     default = False  # wide and seldom wanted: only where a pattern names it
 
     def geometry(self, module: nn.Module) -> Geometry:
-        """Return the vocabulary as inputs and the embedding's width as outputs."""
         assert isinstance(module, nn.Embedding)
         if module.scale_grad_by_freq:
             raise UnsupportedError(
@@ -226,5 +220,4 @@ class EmbeddingAdapter(Adapter):
         return z if module.padding_idx is None else z * (ids != module.padding_idx).unsqueeze(-1)
 
     def gradient(self, module: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
-        """Transpose (vocabulary, features) to (features, vocabulary)."""
         return weight.T

@@ -69,7 +69,6 @@ class Blocks:
 
 
 def check_ids(data_id: Ids) -> list[int] | list[str]:
-    """Turn ids into a list of Python int or str, refusing anything else."""
     if isinstance(data_id, Tensor):
         if data_id.dim() != 1 or data_id.is_floating_point() or data_id.dtype == torch.bool:
             raise BatchError(f"data_id is {data_id.dtype} {tuple(data_id.shape)}: pass a 1-D integer tensor of ids.")
@@ -103,10 +102,11 @@ def check_masks(mask: Any, size: int, layers: Sequence[str]) -> dict[str, Tensor
     return {name: masks[patterns[0]] for name, patterns in found.items() if patterns}
 
 
-def check_scale(scale: Any, size: int | None = None) -> float | Tensor:
-    """Return the scale as a finite number other than 0, or as a tensor that is still on a device.
+def _check_scale(scale: Any, size: int | None = None) -> float | Tensor:
+    """Return the scale as a number, or as a tensor: of a device, or one of ``size`` rows each, (size,).
 
-    Of ``size`` rows each may have its own: (size,). Without a size that cannot be.
+    Without a size there cannot be one each. On a device nobody looks whether it is finite and not 0, since that would
+    wait for the device; rows that are not finite show later.
     """
     if isinstance(scale, Tensor):
         if scale.dim() and size is None:
@@ -117,22 +117,19 @@ def check_scale(scale: Any, size: int | None = None) -> float | Tensor:
             )
         if scale.dim() and scale.shape != (size,):
             raise BatchError(f"scale has shape {tuple(scale.shape)} in a block of {size} ids: pass a number, or (B,).")
-        if scale.device.type != "cpu":  # reading it would wait for the device; rows that are not finite show later
-            return scale.detach()
-        if scale.dim():
-            if not bool((scale.isfinite() & (scale != 0)).all()):
-                raise BatchError("scale must be finite and not 0 for each sample.")
+        if scale.device.type != "cpu":
             return scale.detach()
     try:
-        value = float(scale)
+        value = scale.detach() if isinstance(scale, Tensor) and scale.dim() else float(scale)
     except (TypeError, ValueError) as error:
         raise BatchError(f"scale={scale!r} is no number: pass n where the loss is a mean over n items.") from error
-    if value == 0 or not np.isfinite(value):
+    good = bool((value.isfinite() & (value != 0)).all()) if isinstance(value, Tensor) else np.isfinite(value) and value
+    if not good:
         raise BatchError(f"scale={scale!r} must be finite and not 0: pass n where the loss is a mean over n items.")
     return value
 
 
 def unscaled(scale: float | Tensor, scaler: Any, size: int | None) -> float | Tensor:
-    """What rows are multiplied by: ``scale`` (see ``check_scale``), with a GradScaler's own scale divided out."""
-    factor = check_scale(scale, size)
-    return factor if scaler is None else factor / check_scale(scaler.get_scale())
+    """What rows are multiplied by: ``scale`` as ``_check_scale`` returns it, with a GradScaler's own divided out."""
+    factor = _check_scale(scale, size)
+    return factor if scaler is None else factor / _check_scale(scaler.get_scale())

@@ -3,7 +3,7 @@
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache, partial
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -12,9 +12,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from loghook.capture.hook import OPEN
 from loghook.capture.layers import Layer, Leaves, Shared, Slots
-from loghook.capture.pending import Pending
 from loghook.capture.segments import Documents
-from loghook.capture.silence import nothing_delivered, partly_delivered
+from loghook.capture.tap import Pending
 from loghook.capture.whole import Job, Together
 from loghook.errors import BatchError, DeliveryError, UnsupportedError
 from loghook.project.projection import Side
@@ -22,8 +21,6 @@ from loghook.project.projection import Side
 
 @dataclass
 class Captured:
-    """What a block delivered."""
-
     # (B, width) in float32 or float64, on the device of the first layer; empty where a job took their place
     rows: Tensor
     moments: Tensor | None  # the vector of statistics (see ``Layout``) summed over the block's tokens, or None
@@ -36,25 +33,26 @@ class Block:
     """Opens the watched layers for one batch and collects what autograd delivers to their leaves."""
 
     def __init__(
-        self, layers: Sequence[Layer], size: int, scale: float | Tensor, moments: bool, updates: bool, job: Job | None
+        self,
+        layers: Sequence[Layer],
+        size: int,  # how many rows
+        scale: float | Tensor,  # what gradients are multiplied by, see ``unscaled``
+        moments: bool,  # whether the statistics are asked for as well
+        updates: bool,  # rows are of the optimiser's update, which has no statistics
+        job: Job | None,  # what is computed instead of rows
     ) -> None:
-        """Prepare a block of ``size`` samples whose gradients are multiplied by ``scale``.
-
-        ``moments`` asks for the statistics as well; with ``updates`` rows are of the optimiser's update, which has
-        none; a ``job`` replaces rows.
-        """
         self._layers, self._size, self._scale, self._job = layers, size, scale, job
         self._moments, self._updates = moments and not updates and job is None, updates
-        self._pending: dict[tuple[torch.device, torch.dtype], Pending | Together] = {}
+        # What is made once for each device and dtype: a zero, the scale for updates, and where tokens wait.
+        self._places: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor | None, Pending | Together]] = {}
 
-    def open(self, masks: Mapping[str, Tensor], keep: Tensor | None, documents: Documents | None = None) -> None:
-        """Give every layer fresh leaves.
-
-        Args:
-            masks: {layer: (B, S) or (B,), which tokens count in moments and means}; all where it has none.
-            keep: (B,) bool, which samples (or documents) count at all in them (repeats do not), or None for all.
-            documents: which tokens make a row, or None: those of a sample.
-        """
+    def open(
+        self,
+        masks: Mapping[str, Tensor],  # {layer: (B, S) or (B,), which tokens count in moments and means}; else all do
+        keep: Tensor | None,  # (B,) bool, which samples (or documents) count in them (repeats do not), or None for all
+        documents: Documents | None = None,  # which tokens make a row, or None: those of a sample
+    ) -> None:
+        """Give every layer fresh leaves."""
         shared, kept, counted = Shared(), keep, None
         if documents is not None:
             # Repeats and tokens that belong to no document are told by token from here on.
@@ -63,8 +61,6 @@ class Block:
             keep = None
         elif keep is not None:
             counted = keep[:, None]
-        zeros: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-        scales: dict[tuple[torch.device, torch.dtype], Tensor] = {}
         moved = _Moved()
 
         def count(mask: Tensor) -> Tensor:
@@ -76,28 +72,28 @@ class Block:
             mask = given[id(masks[layer.name])] if layer.name in masks else None if documents is None else counted
             spec, (device, dtype) = layer.spec, layer.device_and_dtype()
             there = device, dtype
-            layer.place(device)
             layer.fired = False
             job = self._job
-            sides = layer.sides if job is None else job.sides(layer)
-            if not self._updates and job is None and (narrow := _narrow(layer)) is not None:
-                sides = (sides[0].cast(narrow), sides[1].cast(narrow))
+            inputs, outputs = layer.sides if job is None else job.sides(layer)
+            narrow = None if self._updates or job is not None else _narrow(layer)
+            inputs, outputs = inputs.to(device, narrow), outputs.to(device, narrow)
             shape = (self._size, spec.k_out, spec.k_in) if job is None else job.shape(layer, self._size)
 
             # Nobody reads a leaf, so that one stored value serves for all of them.
-            if there not in zeros:
-                zeros[there] = torch.zeros((), device=device, dtype=dtype)
-                if self._updates:
-                    scales[there] = _filled(self._scale, device, dtype)
-                self._pending[there] = Pending(dtype, self._moments) if job is None else Together()
-            zero = zeros[there]
+            if there not in self._places:
+                self._places[there] = (
+                    torch.zeros((), device=device, dtype=dtype),
+                    _filled(self._scale, device, dtype) if self._updates else None,
+                    Pending(dtype, self._moments) if job is None else Together(),
+                )
+            zero, scale, pending = self._places[there]
 
             update: tuple[Tensor | None, ...] = ()
             parts_add_up = True
             if self._updates:
                 assert layer.moments is not None
-                update = (sides[0].matrix, *layer.moments.read(layer, device, dtype), scales[there])
-                sides, parts_add_up = (Side(sides[0].width, None), sides[1]), layer.moments.linear
+                update = (inputs.matrix, *layer.moments.read(layer, device, dtype), scale)
+                inputs, parts_add_up = Side(inputs.width, None), layer.moments.linear
 
             def leaf(*shape: int, zero: Tensor = zero) -> Tensor:
                 return zero.expand(shape).requires_grad_()
@@ -105,7 +101,7 @@ class Block:
             means = spec.activations or spec.output_gradients
             if job is None:
                 # A side without a projection may be the user's own tensor, which may change before rows are formed.
-                copied = sides[0].matrix is not None and sides[1].matrix is not None
+                copied = inputs.matrix is not None and outputs.matrix is not None
                 later = copied and documents is None and not (self._updates or means)
             else:
                 later, parts_add_up = job.at_once, not job.at_once
@@ -119,47 +115,42 @@ class Block:
             OPEN[layer.key] = slots = Slots(
                 leaves=leaves,
                 samples=zero.expand(self._size),
-                input_side=sides[0].to(device),
-                output_side=sides[1].to(device),
+                input_side=inputs,
+                output_side=outputs,
                 job=job,
                 update=update,
-                documents=None if documents is None else documents.moved(partial(moved.to, device=device)),
+                documents=None if documents is None else Documents(*(moved.to(t, device) for t in documents)),
                 mask=None if mask is None else moved.to(mask, *there),
                 keep=None if keep is None else moved.to(keep, *there),
                 kept=None if kept is None else moved.to(kept, *there),
                 shared=shared,
-                pending=self._pending[there] if later else None,
+                pending=pending if later else None,
             )
             leaves.rows.register_post_accumulate_grad_hook(_calling(slots, Slots.count))
             if slots.pending is not None and leaves.calls is not None:
                 leaves.calls.register_post_accumulate_grad_hook(_calling(slots, Slots.accept))
 
-    def close(self) -> list[Slots | None]:
-        """Make every hook inert again and return the leaves."""
-        return [OPEN.pop(layer.key, None) for layer in self._layers]
+    def close(self) -> list[tuple[Layer, Slots]]:
+        """Make every hook inert again and return what they filled."""
+        found = [(layer, OPEN.pop(layer.key, None)) for layer in self._layers]
+        return [(layer, slots) for layer, slots in found if slots is not None]
 
-    def collect(self, leaves: Sequence[Slots | None], *, masks: Mapping[str, Tensor]) -> Captured:
-        """Check that each layer delivered once into ``leaves``, and pack the rows; masks as in ``open``."""
-        slots = [leaf for leaf in leaves if leaf is not None]
-        silent = [(layer, s) for layer, s in zip(self._layers, slots, strict=True) if not s.deliveries]
+    def collect(self, opened: Sequence[tuple[Layer, Slots]], *, masks: Mapping[str, Tensor]) -> Captured:
+        """Check that each layer delivered once into what was ``opened``, and pack the rows; masks as in ``open``."""
+        silent = [(layer, s) for layer, s in opened if not s.deliveries.number]
         missing = [layer for layer, _ in silent if not layer.spec.may_sleep]
-        quiet = all(s.quiet for layer, s in silent if not layer.spec.may_sleep)
-        if missing and len(silent) == len(slots):
+        if missing and len(silent) == len(opened):
             raise DeliveryError(nothing_delivered(self._layers))
         if missing:
-            raise DeliveryError(partly_delivered(missing, quiet, len(slots)))
-        # A layer shared by several reentrant checkpoints delivers once for each of them.
-        if slots[0].shared.restarted or any(s.deliveries > max(1, min(s.quiet, s.recomputed)) for s in slots):
+            quiet = all(s.deliveries.quiet for layer, s in silent if not layer.spec.may_sleep)
+            raise DeliveryError(_partly_delivered(missing, quiet, len(opened)))
+        if any(s.shared.restarted or s.deliveries.too_many for _, s in opened):
             raise DeliveryError(
                 "two backward passes ran in this block, so rows would add up two losses: open one block for each "
                 "backward pass, or add the losses and call backward() once. Nothing of this batch was written."
             )
         for mask in {id(mask): mask for mask in masks.values() if mask.dim() > 1 and mask.shape[1] > 1}.values():
-            served = [
-                (layer, s)
-                for layer, s in zip(self._layers, slots, strict=True)
-                if masks.get(layer.name) is mask and s.deliveries
-            ]
+            served = [(x, s) for x, s in opened if masks.get(x.name) is mask and s.deliveries.number]
             # Compiled layers leave no word of what they saw.
             if served and all(layer.fired and not s.masked for layer, s in served):
                 raise BatchError(
@@ -167,46 +158,48 @@ class Block:
                     "a sample. Pass the mask with the shape (batch, tokens) that the watched layers see, or none."
                 )
         asleep = [layer.name for layer, _ in silent]
-        self._require_one_call(slots)
-        for pending in self._pending.values():
+        self._require_one_call(opened)
+        for _, _, pending in self._places.values():
             pending.form()
         if self._job is not None:
             results = {}
-            for layer, s in zip(self._layers, slots, strict=True):
-                if s.deliveries:
+            for layer, s in opened:
+                if s.deliveries.number:
                     found = _sum(s.rows, s.leaves.rows)
                     results[layer.name] = self._job.finish(layer, found, self._scale_of(found))
                     s.clear()
             return Captured(torch.empty(0), None, asleep, results)
-        return self._pack(slots, asleep)
+        return self._pack(opened, asleep)
 
-    def _require_one_call(self, slots: Sequence[Slots]) -> None:
+    def _require_one_call(self, opened: Sequence[tuple[Layer, Slots]]) -> None:
         """Raise where a gradient came in parts, and what is asked for is no sum of what would be made of the parts."""
         job = self._job
         if not self._updates and (job is None or not job.at_once):
             return
         counts: dict[str, Tensor] = {}
-        for layer, s in zip(self._layers, slots, strict=True):
+        for layer, s in opened:
             calls = None if s.leaves.calls is None else s.leaves.calls.grad
             if calls is not None and s.leaves.rows.grad is not None:
                 # A job counts compiled calls only, so that a device is waited for only where there are any.
-                counts[layer.name] = calls.to(slots[0].leaves.rows.device) + (0 if job is None else s.called)
+                counts[layer.name] = calls.to(opened[0][1].leaves.rows.device) + (
+                    0 if job is None else s.deliveries.ran
+                )
         if not counts:
             return
         found = torch.cat(list(counts.values())).tolist()
         several = next((name for name, count in zip(counts, found, strict=True) if count > 1), None)
-        if several is not None and job is None:
+        if several is None:
+            return
+        if job is None:
             raise UnsupportedError(
-                f"layer {several!r} was called several times in this block, and gradient='adam' is of the gradient "
-                "of all calls together, which is never formed: exclude the layer, or log gradient='normalized' or "
-                "'plain', which add up."
+                f"layer {several!r} was called several times in this block, and gradient='adam' is of the gradient of "
+                "all calls together, which is never formed: exclude it, or log gradient='normalized' or 'plain'."
             )
-        if several is not None:
-            raise UnsupportedError(
-                f"layer {several!r} was called several times in this block, compiled, where each call's gradient comes "
-                "alone, and eigenvalues and norms are of the gradient of all calls together: use the model without "
-                "torch.compile here, or exclude the layer."
-            )
+        raise UnsupportedError(
+            f"layer {several!r} was called several times in this block, compiled, where each call's gradient comes "
+            "alone, and eigenvalues and norms are of that of all calls together: use the model without torch.compile "
+            "here, or exclude the layer."
+        )
 
     def _scale_of(self, rows: Tensor) -> float | Tensor:
         """The scale for rows: a number of the CPU may multiply them anywhere, nothing else of another device may."""
@@ -215,7 +208,8 @@ class Block:
             return scale
         return scale[:, None].to(rows) if scale.dim() else scale.to(rows.device)
 
-    def _pack(self, slots: Sequence[Slots], asleep: list[str]) -> Captured:
+    def _pack(self, opened: Sequence[tuple[Layer, Slots]], asleep: list[str]) -> Captured:
+        slots = [s for _, s in opened]
         device = slots[0].leaves.rows.device
         rows = torch.cat([_sum(s.rows, s.leaves.rows).flatten(1).to(device) for s in slots], 1)
         rows = _scaled(rows, [layer.gain for layer in self._layers], [layer.spec.width for layer in self._layers])
@@ -224,7 +218,7 @@ class Block:
         if not unscaled and not self._updates:  # updates have it in them
             rows *= scale
         means: dict[str, list[Tensor]] = {"activations": [], "output_gradients": []}
-        for layer, s in zip(self._layers, slots, strict=True):
+        for layer, s in opened:
             for kind, leaf in (("activations", s.leaves.activations), ("output_gradients", s.leaves.outputs)):
                 if leaf is not None:
                     factor = 1.0 if kind == "activations" else self._scale_of(leaf)
@@ -257,10 +251,9 @@ class _Moved:
         self._made: dict[tuple[int, torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def to(self, t: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-        """Return the tensor there; it is kept as well, so that its id stays its own."""
         key = id(t), device, dtype or t.dtype
         if key not in self._made:
-            self._made[key] = t, t.to(device, dtype or t.dtype)
+            self._made[key] = t, t.to(device, dtype or t.dtype)  # the tensor as well, so that its id stays its own
         return self._made[key][1]
 
 
@@ -321,3 +314,46 @@ def _calling(slots: Slots, method: Callable[[Slots], None]) -> Callable[[Tensor]
             method(told)
 
     return hook
+
+
+def nothing_delivered(layers: Sequence[Layer]) -> str:
+    """Say why a block without a single row may have none."""
+    if not any(layer.fired for layer in layers):
+        return (
+            "no watched layer ran in this block, or its hooks never fired. Run the model's forward and backward inside "
+            "the block, with gradients enabled (no torch.no_grad, torch.inference_mode, merged or disabled adapter); "
+            "if the model was compiled before watch(), call watch() first."
+        )
+    return (
+        "no backward pass reached a watched layer in this block: call loss.backward() inside it, without inputs= (and "
+        "not torch.autograd.grad), on a loss that depends on the model's output. Where a framework calls it, as "
+        "Lightning does after training_step, docs/trainer.md says how."
+    )
+
+
+def _partly_delivered(missing: Sequence[Layer], quiet: bool, total: int) -> str:
+    """Say why some of ``total`` layers may have no rows; ``quiet``: all of them ran without gradients."""
+    names = ", ".join(repr(layer.name) for layer in missing[:5]) + (", ..." if len(missing) > 5 else "")
+    if quiet:
+        cause = (
+            "it ran without gradients: under torch.no_grad or torch.inference_mode, or in a reentrant checkpoint whose "
+            "input needs no gradient (use loghook.frozen, or use_reentrant=False)"
+        )
+    elif not any(layer.fired for layer in missing):
+        cause = (
+            "its forward never ran here: a branch not taken, an adapter that is merged or disabled, a module that was "
+            "put in its place, a model compiled before watch(), or a fused kernel that reads the weight without "
+            "calling the module (fused losses do that to lm_head)"
+        )
+    elif all(layer.fired for layer in missing):
+        cause = (
+            "it ran, but no gradient came back: the loss does not depend on it, its output was detached, or a "
+            "reentrant checkpoint got an input that needs no gradient (use loghook.frozen, or use_reentrant=False)"
+        )
+    else:
+        cause = "some never ran, some got no gradient"
+    return (
+        f"{len(missing)} of {total} watched layers delivered no rows in this block: {names}. Likely cause: {cause}. "
+        "Nothing of this batch was written. Exclude such layers, or name them in watch(..., may_sleep=...) if they may "
+        "rightly stay silent."
+    )

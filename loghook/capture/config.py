@@ -1,17 +1,21 @@
 """``Config``: the arguments of ``loghook.init``."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from loghook.errors import ConfigError
 from loghook.log.codec import DTYPES
+from loghook.project.outer import GRADIENTS
 from loghook.project.projection import FITTED
-from loghook.project.update import GRADIENTS
 
-_PROJECTIONS = ("random", *FITTED, "none")
-_ON_REPEAT = (None, "error", "first", "all")
+_CHOICES: dict[str, Sequence[str | None]] = {
+    "projection": ("random", *FITTED, "none"),
+    "dtype": DTYPES,
+    "gradient": GRADIENTS,
+    "on_repeat": (None, "error", "first", "all"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,23 +42,20 @@ class Config:
                 f"rank={self.rank!r} must be a whole number of at least 1, as rows are rank x rank; or a dict of such "
                 "numbers by pattern of layer names."
             )
-        if self.projection not in _PROJECTIONS:
-            raise ConfigError(f"projection={self.projection!r} is unknown: choose one of {', '.join(_PROJECTIONS)}.")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(map(repr, choices))}."
+                )
         if not self.whitening > 0 or (self.fitted is not None and self.projection not in FITTED):
             raise ConfigError(
                 f"whitening={self.whitening} must be positive, and fitted={self.fitted} goes with projection='pca' or "
                 f"'whitened', not {self.projection!r}."
             )
-        if self.dtype not in DTYPES:
-            raise ConfigError(f"dtype={self.dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
-        if self.gradient not in GRADIENTS:
-            raise ConfigError(f"gradient={self.gradient!r} is unknown: choose one of {', '.join(GRADIENTS)}.")
         if self.gradient != "plain" and (self.projection in FITTED or self.fidelity is not None):
             raise ConfigError(
                 f"gradient={self.gradient!r} goes with projection='random' or 'none', and with no fidelity: a fitted "
                 f"projection, here {self.projection!r}, and what tune measured are of plain gradients."
             )
-        if self.on_repeat not in _ON_REPEAT:
-            raise ConfigError(f"on_repeat={self.on_repeat!r} is unknown: choose None, 'error', 'first' or 'all'.")
         if self.shard_bytes < 1 or self.commit_seconds <= 0:
             raise ConfigError(f"shard_bytes={self.shard_bytes}, commit_seconds={self.commit_seconds} must be positive.")

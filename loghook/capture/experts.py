@@ -23,15 +23,10 @@ _OPEN: "weakref.WeakKeyDictionary[nn.Module, list[Any]]" = weakref.WeakKeyDictio
 
 
 class ExpertProjection(nn.Module):
-    """One projection of one expert, as a module for hooks; its parameters stay where they are.
+    """One projection of one expert, as a module for hooks; its parameters stay where they are."""
 
-    Attributes:
-        token_N: places of the tokens of the current call among all tokens of the batch.
-        total: number of tokens of the batch.
-    """
-
-    token_N: Tensor
-    total: int
+    token_N: Tensor  # places of the tokens of the current call among all tokens of the batch
+    total: int  # number of tokens of the batch
 
     def __init__(self, experts: nn.Module, projection: str, number: int) -> None:
         super().__init__()
@@ -41,7 +36,6 @@ class ExpertProjection(nn.Module):
 
     @property
     def owner(self) -> Any:
-        """The fused experts module."""
         return self._experts()
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
@@ -53,11 +47,9 @@ class ExpertProjection(nn.Module):
 
     @property
     def biased(self) -> bool:
-        """Whether the projection has a bias."""
         return bool(self.owner.has_bias)
 
     def forward(self, x_BNI: Tensor) -> Tensor:
-        """Apply the expert's slice of the fused weight to (1, N, I)."""
         experts = self.owner
         weight = getattr(experts, self._projection)[self._number]
         y = x_BNI @ (weight if experts.is_transposed else weight.T)
@@ -72,7 +64,6 @@ class ExpertAdapter(LinearAdapter):
     shares_input = False
 
     def geometry(self, module: nn.Module) -> Geometry:
-        """Return the slice's widths."""
         assert isinstance(module, ExpertProjection)
         return Geometry(in_features=module.in_features, out_features=module.out_features, bias=module.biased)
 

@@ -12,13 +12,8 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
 
     The rows are the same; the pass costs about a forward and the input part of a backward. Parameters get their
     ``requires_grad`` back at the end, whatever happens inside. Under gradient checkpointing as transformers sets it
-    up, embeddings' outputs require grad meanwhile, without which reentrant checkpoints would deliver nothing.
-
-    Args:
-        model: the model, wrapped or not.
-
-    Yields:
-        The same model.
+    up, embeddings' outputs require grad meanwhile, without which reentrant checkpoints would deliver nothing. The model
+    may be wrapped, and is yielded as it is.
     """
     before = [(p, p.requires_grad) for p in model.parameters()]
     hooks = []

@@ -10,9 +10,8 @@ from torch.utils.hooks import RemovableHandle
 
 from loghook.capture.experts import ExpertProjection
 from loghook.capture.layers import Layer, Slots
-from loghook.capture.pending import PendingTap
 from loghook.capture.segments import list_tokens
-from loghook.capture.tap import Tap, sum_tokens
+from loghook.capture.tap import PendingTap, Tap, sum_tokens
 from loghook.errors import BatchError, UnsupportedError
 
 # The leaves of open blocks by layer. They lie in a global of their own, because the compiler takes whatever it reaches
@@ -27,7 +26,6 @@ class Hook:
         self._call = call
 
     def __call__(self, *args: Any) -> Any:
-        """Do what a hook does."""
         return self._call(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -37,15 +35,10 @@ class Hook:
 def _inert(taken: int) -> Hook:
     """Make the hook of a module that nobody watches, in a process that has yet to learn which ids hooks have."""
     RemovableHandle.next_id = max(RemovableHandle.next_id, taken)
-    return Hook(_nothing)
-
-
-def _nothing(*_: Any) -> None:
-    """Do nothing."""
+    return Hook(lambda *_: None)
 
 
 def make_hook(layer: Layer) -> Hook:
-    """Return the forward hook of a layer: inert while no block is open."""
     key = layer.key
     first = list(inspect.signature(type(layer.module).forward).parameters)[1]  # after self
 
@@ -56,13 +49,13 @@ def make_hook(layer: Layer) -> Hook:
         if not torch.is_grad_enabled():
             # A reentrant checkpoint's first forward has no graph; its recomputation comes here again with one.
             if not torch.compiler.is_compiling():
-                slots.quiet += 1
+                slots.deliveries.quiet += 1
             return None
         x = args[0] if args else kwargs.get(first)
         if not isinstance(x, Tensor) or not isinstance(y, Tensor):
             raise UnsupportedError(
-                f"layer {layer.name!r} takes {type(x).__name__} and returns {type(y).__name__}: exclude it, as loghook "
-                "watches modules from one tensor to one tensor."
+                f"layer {layer.name!r} takes {type(x).__name__} and returns {type(y).__name__}: exclude it, as modules "
+                "are watched that make one tensor of one."
             )
         if slots.early is not None and slots.early[0] is x and slots.early[1] == x._version:
             projected = slots.early[2]
@@ -84,9 +77,9 @@ def make_hook(layer: Layer) -> Hook:
         if not torch.compiler.is_compiling():
             layer.fired, layer.computes_in, slots.early = True, y.dtype, None
             if torch._C._current_graph_task_id() != -1:  # inside a backward pass: a checkpoint recomputes
-                slots.recomputed += 1
+                slots.deliveries.recomputed += 1
             else:
-                slots.called += 1
+                slots.deliveries.ran += 1
                 slots.shared.restarted |= slots.shared.delivered
         if slots.job is not None:
             return slots.job.tap(layer, slots, y, projected, weight, documents)
@@ -173,8 +166,7 @@ def _batch_first(layer: Layer, slots: Slots, x: Tensor) -> Tensor:
         raise BatchError(
             f"{len(x)} samples, {slots.size} ids: layer {layer.name!r} got an input of shape {tuple(x.shape)}, and "
             "its first axis must be the batch. Pass one id for each sample, or segments= where a sample is several "
-            "rows (pairs). If that axis is another: batch_dim=1 is for sequence-first models, flattened= for batch and "
-            "tokens on one axis; or exclude the layer."
+            "rows (pairs); for other axes batch_dim=1 (sequence first) or flattened=; or exclude the layer."
         )
     return x
 
@@ -196,8 +188,8 @@ def _unflatten(layer: Layer, slots: Slots, x: Tensor) -> Tensor:
     batch = slots.size if slots.documents is None else slots.documents.number_BS.shape[0]
     if x.shape[0] % batch:
         raise BatchError(
-            f"layer {layer.name!r} was declared flattened and got {x.shape[0]} entries for a batch of {batch}, which "
-            "is no whole number of tokens each: take it out of watch(..., flattened=...)."
+            f"layer {layer.name!r} is declared flattened and got {x.shape[0]} entries for a batch of {batch}, no whole "
+            "number of tokens each: take it out of watch(..., flattened=...)."
         )
     return x.unflatten(0, (batch, -1))
 
@@ -234,8 +226,8 @@ def _routed_tokens(layer: Layer, slots: Slots, module: ExpertProjection) -> tupl
     if slots.documents is None:
         if module.total % size:
             raise BatchError(
-                f"layer {layer.name!r} got {module.total} tokens in a block of {size} ids, which is no whole number "
-                "for each: pass one id for each sample, or segments= for packed documents."
+                f"layer {layer.name!r} got {module.total} tokens for {size} ids, no whole number for each: pass one id "
+                "for each sample, or segments= for packed documents."
             )
         number_N = token_N // (module.total // size)
     else:

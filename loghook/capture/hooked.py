@@ -1,8 +1,12 @@
-"""``Hooked``: layers of a model under inert hooks, one open block at a time, and queries through them."""
+"""``Hooked``: layers of a model under inert hooks, one open block at a time, and queries through them.
+
+``Asker``: those of a finished log, for queries only.
+"""
 
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,19 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from loghook.capture.batch import Given, Ids, Mask, check_ids, check_masks, unscaled
-from loghook.capture.block import Block, Captured
+from loghook.capture.block import Block, Captured, nothing_delivered
 from loghook.capture.experts import ExpertProjection, watched
 from loghook.capture.hook import make_early_hook, make_hook
 from loghook.capture.layers import Layer
 from loghook.capture.models import mixing_modules, parameters_digest, refuse, unwrap, values_digest
 from loghook.capture.optimizer import bind
 from loghook.capture.segments import arrange
-from loghook.capture.select import Rank, Watch, rank_of, select
-from loghook.capture.silence import nothing_delivered
+from loghook.capture.select import Rank, Watch, find_logged, select
 from loghook.capture.whole import Job
 from loghook.errors import ConfigError, DeliveryError, MismatchError, StateError, UnsupportedError
-from loghook.log.files import Sides
-from loghook.log.format import Layout, Made
+from loghook.log.files import Sides, load_sides
+from loghook.log.format import LayerSpec, Layout, Made, Manifest
 from loghook.log.query import Query
 from loghook.log.writer import not_finite
 from loghook.project.projection import FITTED
@@ -49,32 +52,22 @@ class Hooked:
         """Names of the watched layers, in row order."""
         return self._names
 
-    def _hook(
-        self, model: nn.Module, watch: Watch, optimizer: Any = None, gradient: str = "plain", check_rank: bool = False,
-        settle: Callable[[list[Layer]], None] | None = None,
-    ) -> dict[str, Any]:  # fmt: skip
-        """Select and hook layers of a model; returns the coverage record. An error leaves nothing behind.
+    @property
+    def specs(self) -> tuple[LayerSpec, ...]:
+        """What is watched, layer by layer."""
+        return tuple(layer.spec for layer in self._layers)
 
-        ``gradient`` is what rows will be of, for which ``optimizer`` has the moments; ``settle`` gets the layers before
-        anything is hooked, to refuse them or to give them a fitted projection.
-        """
-        if not isinstance(model, nn.Module):
-            raise ConfigError(f"watch() takes an nn.Module, not {type(model).__name__}: pass the model itself.")
+    def _select(self, model: nn.Module, watch: Watch) -> tuple[list[Layer], dict[str, Any]]:
+        """Choose layers of a model; returns the coverage record as well."""
         refuse(model)
         layers, coverage = select(model, watch, projection=self._projection, rank=self._rank, seed=self._seed)
         clash = set(self.layers) & {layer.name for layer in layers}
         if clash:
             raise ConfigError(f"layer name {min(clash)!r} is watched already: use one run for each model.")
-        all_layers = [*self._layers, *layers]
-        reduces = any(side.width >= rank_of(x.name, self._rank) for x in all_layers for side in x.sides)
-        if check_rank and self._projection != "none" and not reduces:
-            widest = max(side.width for x in all_layers for side in x.sides)
-            raise ConfigError(
-                f"rank={self._rank} exceeds the width of every watched layer (largest: {widest:,}), so it would reduce "
-                "nothing: choose a smaller rank, or projection='none'."
-            )
-        if settle is not None:
-            settle(layers)
+        return layers, coverage
+
+    def _hook(self, model: nn.Module, layers: list[Layer], optimizer: Any = None, gradient: str = "plain") -> None:
+        """Hook layers of a model, with the moments of ``optimizer`` for rows of this ``gradient``."""
         bind(model, layers, optimizer, gradient)
         if not self._watches(model):
             self._models.append(weakref.ref(unwrap(model)))
@@ -85,20 +78,14 @@ class Hooked:
             self._handles.append(handle)
             if layer.adapter.shares_input:
                 self._handles.append(layer.module.register_forward_pre_hook(make_early_hook(layer)))
-        self._arrange([*self._layers, *layers])
-        return coverage
+        self._layers = [*self._layers, *layers]
+        self._names = tuple(layer.name for layer in self._layers)
+        self._layout = Layout(self.specs)
 
     def _watches(self, model: nn.Module) -> bool:
         return any(ref() is unwrap(model) for ref in self._models)
 
-    def _arrange(self, layers: list[Layer]) -> None:
-        """Take layers in the order of their rows."""
-        self._layers = layers
-        self._names = tuple(layer.name for layer in self._layers)
-        self._layout = Layout(layer.spec for layer in self._layers)
-
     def _project_with(self, sides: Sides, checksum: str, layers: Sequence[Layer]) -> None:
-        """Give layers a fitted projection."""
         for layer in layers:
             pair = sides.get(layer.name)
             if pair is None or [s.width for s in pair] != [s.width for s in layer.sides]:
@@ -134,15 +121,14 @@ class Hooked:
                 "this run was closed and its hooks are removed: go on with loghook.init(path, resume=True), or ask "
                 "questions with loghook.load(path).attach(model)."
             )
-        if not self._layers:
-            raise StateError("nothing is watched yet: call run.watch(model) first.")
+        self._require_watched()
         for name, module in self._mixing:
             if module.training or module.running_mean is None:
                 state = "is in training mode" if module.training else "keeps no running statistics"
                 raise UnsupportedError(
                     f"{type(module).__name__} {name!r} {state} and mixes the samples of a batch, so a gradient per "
-                    "sample does not exist: use it with running statistics and call eval() on it for the logging "
-                    "pass, or use GroupNorm or LayerNorm."
+                    "sample does not exist: call eval() on it, with running statistics, for the logging pass, or use "
+                    "GroupNorm or LayerNorm."
                 )
         documents = None if given.segments is None else arrange(given.segments, size)
         masks = check_masks(given.mask, size if documents is None else len(documents.number_BS), self._names)
@@ -169,12 +155,15 @@ class Hooked:
             self._open = False
 
     def _require_projection(self) -> None:
-        """Raise if the projection depends on the data and has not seen them."""
         if self._projection in FITTED and self._fitted is None:
             raise StateError(
                 f"projection={self._projection!r} is not fitted yet: go through `for _ in run.passes():`, whose first "
                 "pass fits it; inside training, fit it beforehand and pass init(..., fitted=path of that run)."
             )
+
+    def _require_watched(self) -> None:
+        if not self._layers:
+            raise StateError("nothing is watched yet: call run.watch(model) first.")
 
     def _require_outside(self) -> None:
         if self._open:
@@ -202,5 +191,19 @@ class Hooked:
         rows = captured[0].rows.cpu()
         if not bool(torch.isfinite(rows).all()):
             raise not_finite(ids, rows)
-        specs = tuple(layer.spec for layer in self._layers)
-        query.fill(rows, Made(specs, self._projection, self._seed, self._fitted, self._gradient), self.digest())
+        query.fill(rows, Made(self.specs, self._projection, self._seed, self._fitted, self._gradient), self.digest())
+
+
+class Asker(Hooked):
+    """A model under the hooks of a log: asks questions, writes nothing."""
+
+    def __init__(self, model: nn.Module, manifest: Manifest, origin: Path, optimizer: Any = None) -> None:
+        super().__init__(manifest.projection, manifest.rank, manifest.seed, manifest.gradient)
+        try:
+            refuse(model)
+            layers = find_logged(model, manifest, origin)
+            if manifest.fitted is not None:
+                self._project_with(load_sides(origin, manifest.fitted), manifest.fitted, layers)
+            self._hook(model, layers, optimizer, self._asked)
+        except ConfigError as error:
+            raise MismatchError(f"{origin} cannot be asked with these arguments: {error}") from error

@@ -15,7 +15,7 @@ from loghook.project.projection import Side
 
 if TYPE_CHECKING:
     from loghook.capture.optimizer import Moments
-    from loghook.capture.pending import Pending
+    from loghook.capture.tap import Pending
     from loghook.capture.whole import Job, Together
 
 
@@ -42,10 +42,45 @@ class Leaves:
     calls: Tensor | None  # (1,) how many calls delivered; None where nobody asks
 
     def clear(self) -> None:
-        """Let go of what was delivered."""
         for leaf in (self.rows, self.moments, self.activations, self.outputs, self.calls):
             if leaf is not None:
                 leaf.grad = None
+
+
+@dataclass(eq=False)
+class Deliveries:
+    """How often one layer ran in one block, and how often autograd took what it made.
+
+    What the cases count, n being the number of checkpoints around one layer, and how often it then may deliver:
+
+        case                                     ran  quiet  recomputed  deliveries
+        eager, once or several times             1..      0           0           1
+        compiled, where hooks count nothing        0      0           0           1
+        checkpoint without reentrance              1      0         0, 1           1
+        n reentrant checkpoints                    0      n           n        1..n
+        under torch.no_grad, or a reentrant
+        checkpoint whose input needs no gradient   0    1..           0           0
+    """
+
+    ran: int = 0  # forward, with a graph, outside the backward pass
+    quiet: int = 0  # forward, without a graph, as it does first in a reentrant checkpoint
+    recomputed: int = 0  # inside the backward pass, as it does when a checkpoint recomputes
+    counted: int = 0  # rows that autograd accumulated
+    accepted: int = 0  # rows whose tokens it accepted instead, to be formed later
+
+    @property
+    def number(self) -> int:
+        """How many; a layer that is called both compiled and not delivers both ways at once."""
+        return max(self.counted, self.accepted)
+
+    @property
+    def too_many(self) -> bool:
+        return self.number > max(1, min(self.quiet, self.recomputed))
+
+    @property
+    def several_calls(self) -> bool:
+        """Whether there may be several to one backward pass."""
+        return self.ran + self.quiet > 1
 
 
 @dataclass(eq=False)
@@ -73,49 +108,32 @@ class Slots:
     early: tuple[Tensor, int, Tensor] | None = None
     rows: Tensor | None = None  # rows, or what the job makes of them, and moments, as ``pending`` formed them
     moments: Tensor | None = None
-    called: int = 0  # how often the layer ran forward with a graph, not counting recomputation
-    counted: int = 0  # how often autograd accumulated a row
-    accepted: int = 0  # how often it accepted tokens instead
-    quiet: int = 0  # how often the layer ran without a graph, as it does in the first forward of a reentrant checkpoint
-    recomputed: int = 0  # how often it ran inside the backward pass, as it does when a checkpoint recomputes
+    deliveries: Deliveries = field(default_factory=Deliveries)
     masked: bool = False  # whether the mask fitted this layer
 
     @property
     def size(self) -> int:
-        """Rows of the block, B."""
         return self.samples.shape[0]
-
-    @property
-    def several(self) -> bool:
-        """Whether there may be several calls to one backward pass."""
-        return self.called + self.quiet > 1
 
     def offer(self, brought: Any) -> None:
         """Take what a call brings in a backward pass that may or may not be one for gradients of leaves."""
         self.offers.append((torch._C._current_graph_task_id(), brought))
 
     def count(self) -> None:
-        """Count a row that autograd delivered."""
-        self.counted += 1
+        self.deliveries.counted += 1
         self.shared.delivered = True
 
     def accept(self) -> None:
         """Count the row that this backward pass's offers will make, and let them wait."""
         assert self.pending is not None
-        self.accepted += 1
+        self.deliveries.accepted += 1
         self.shared.delivered = True
         offers, self.offers = self.offers, []
         for task, brought in offers:
             if task == torch._C._current_graph_task_id():
                 self.pending.add(self, brought)
 
-    @property
-    def deliveries(self) -> int:
-        """How often the layer delivered; one that is called both compiled and not does it both ways at once."""
-        return max(self.counted, self.accepted)
-
     def clear(self) -> None:
-        """Let go of what was delivered."""
         self.offers, self.early, self.rows, self.moments = [], None, None, None
         self.shared.source = self.shared.key = self.shared.projected = None
         self.leaves.clear()
@@ -123,7 +141,7 @@ class Slots:
 
 @dataclass(eq=False)
 class Layer:
-    """A watched layer: its module, how it is read, and the leaves that wait for its rows while a block is open."""
+    """A watched layer: its module, and how it is read."""
 
     spec: LayerSpec
     module: nn.Module
@@ -137,12 +155,10 @@ class Layer:
 
     @property
     def name(self) -> str:
-        """Canonical name."""
         return self.spec.name
 
     @property
     def sides(self) -> tuple[Side, Side]:
-        """The projections of inputs and of output gradients."""
         return self.input_side, self.output_side
 
     @property
@@ -164,10 +180,6 @@ class Layer:
         if mesh is not None and mesh.device_type != device.type:  # FSDP2's offloaded shards: gathered elsewhere
             device = torch.device(mesh.device_type, torch.get_device_module(mesh.device_type).current_device())
         return device, torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-    def place(self, device: torch.device) -> None:
-        """Keep the projections where the layer computes."""
-        self.input_side, self.output_side = self.input_side.to(device), self.output_side.to(device)
 
 
 def _execution_device(module: nn.Module) -> torch.device:

@@ -1,21 +1,21 @@
-"""What a user's model is made of, under whatever wraps it, and what is refused by name."""
+"""What a user's model is made of under whatever wraps it, what is refused by name, and what watched layers cover."""
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from loghook.capture.experts import projections
-from loghook.errors import UnsupportedError
+from loghook.errors import ConfigError, UnsupportedError
 from loghook.log.format import checksum
 
 _WRAPPER_PARTS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """Return the user's own model under DistributedDataParallel and torch.compile."""
     while True:
         if isinstance(model, nn.parallel.DistributedDataParallel):
             model = model.module
@@ -80,11 +80,13 @@ def in_flat_parameter(parameter: Tensor) -> bool:
 
 
 def refuse(model: nn.Module) -> None:
-    """Raise for models whose rows could not be exact."""
+    """Raise for what is no model, and for models whose rows could not be exact."""
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"watch() takes an nn.Module, not {type(model).__name__}: pass the model itself.")
     for module in model.modules():
         if isinstance(module, nn.DataParallel):
             raise UnsupportedError(
-                "nn.DataParallel replicates modules in every forward, so hooks see pieces of a batch in no fixed "
+                "nn.DataParallel replicates modules in every forward, so that hooks see pieces of a batch in no fixed "
                 "order: use DistributedDataParallel (one process per device), or pass model.module."
             )
         offload = getattr(getattr(module, "cpu_offload", None), "offload_params", False)
@@ -99,8 +101,8 @@ def refuse(model: nn.Module) -> None:
         if mesh is not None and (not sharded or {"tp", "sp", "cp", "pp"} & set(mesh.mesh_dim_names or ())):
             raise UnsupportedError(
                 f"parameter {name!r} is split by tensor, sequence, context or pipeline parallelism (mesh dimensions "
-                f"{mesh.mesh_dim_names}): each rank sees a part of a layer's inputs or outputs, so its rows would be "
-                "partial. Use data parallelism (DDP or FSDP) for the logging pass."
+                f"{mesh.mesh_dim_names}), where a rank sees a part of a layer's inputs or outputs, and its rows would "
+                "be partial: use data parallelism (DDP or FSDP) for the logging pass."
             )
 
 
@@ -108,3 +110,67 @@ def mixing_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Modules that mix the samples of a batch while they are in training mode."""
     batch_norms = (nn.modules.batchnorm._BatchNorm,)
     return [(name, module) for name, module in named_modules(model) if isinstance(module, batch_norms)]
+
+
+def coverage(model: nn.Module, watched: Collection[str], reasons: dict[str, str]) -> dict[str, Any]:
+    """Make the record of what the watched layers hold, and what is left out and why; see ``Manifest.coverage``."""
+    flattened = _flattened(model)
+    counted: set[Any] = set()
+    covered = 0
+    left_out: list[dict[str, Any]] = []
+    modules = sorted(named_modules(model), key=lambda item: _owner(item[0]) not in watched)  # tied weights are covered
+    for name, module in modules:
+        own: dict[Any, int] = {id(p): p.numel() for p in module.parameters(recurse=False) if not in_flat_parameter(p)}
+        own.update(flattened.get(module, {}))
+        size = sum(n for key, n in own.items() if key not in counted)
+        counted.update(own)
+        if _owner(name) in watched:
+            covered += size
+        elif size:
+            left_out.append({"name": name, "parameters": size, "reason": reasons.get(name, "not included")})
+    left_out.sort(key=lambda item: -item["parameters"])
+    total = covered + sum(item["parameters"] for item in left_out)
+    return {"covered": covered, "total": total, "not_covered": left_out}
+
+
+def _owner(name: str) -> str:
+    """The module whose weight torch.nn.utils.parametrize makes of a module's parameters, or the module itself."""
+    return f".{name}".partition(".parametrizations.")[0][1:]
+
+
+def _flattened(model: nn.Module) -> dict[nn.Module, dict[Any, int]]:
+    """What FSDP1 took from each module: a key that tied parameters share, and how many values it has in full."""
+    taken: dict[nn.Module, dict[Any, int]] = {}
+    for wrapper in model.modules():
+        flat: Any = getattr(getattr(wrapper, "_handle", None), "flat_param", None)
+        if flat is None:
+            continue
+        sizes = {
+            (info.module, info.param_name): shape.numel()
+            for info, shape in zip(flat._param_infos, flat._shapes, strict=True)
+        }
+        for key, size in sizes.items():
+            taken.setdefault(key[0], {})[key] = size
+        for info in flat._shared_param_infos:
+            key = (info.prim_module, info.prim_param_name)
+            taken.setdefault(info.module, {})[key] = sizes[key]
+    return taken
+
+
+def by_reason(coverage: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for item in coverage["not_covered"]:
+        found.setdefault(item["reason"], []).append(item)
+    return found
+
+
+def describe_coverage(layers: int, coverage: dict[str, Any]) -> str:
+    total = max(1, coverage["total"])
+    lines = [
+        f"loghook watches {layers} layers with {coverage['covered'] / total:.1%} of {coverage['total']:,} parameters"
+    ]
+    for reason, items in by_reason(coverage).items():
+        names = ", ".join(item["name"] or "(model)" for item in items[:3]) + (", ..." if len(items) > 3 else "")
+        share = sum(item["parameters"] for item in items) / total
+        lines.append(f"  not covered, {share:.1%}: {names} ({reason})")
+    return "\n".join(lines)

@@ -29,7 +29,6 @@ class Moments:
         return self.gradient == "normalized"
 
     def held(self) -> list[Tensor]:
-        """The moments themselves."""
         states = [self.optimizer.state.get(parameter, {}) for parameter, _ in self.parameters]
         return [state[key] for state in states for key in ("exp_avg", "exp_avg_sq") if key in state]
 

@@ -1,28 +1,34 @@
 """``Pass``: one walk over the data, as ``passes()`` yields it; ``Gathering``: what one sums up instead of logging."""
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from loghook.capture.batch import Given
+from loghook.capture.config import Config
 from loghook.capture.hooked import Hooked
-from loghook.capture.repeats import Repeats
-from loghook.capture.sums import Sums
+from loghook.capture.layers import Layer
+from loghook.capture.select import rank_of
+from loghook.capture.session import Repeats
 from loghook.capture.whole import Job
-from loghook.errors import NotFiniteError
-from loghook.processes import process_rank
+from loghook.errors import MismatchError, NotFiniteError, StateError
+from loghook.processes import combine, everyone, process_rank, share
+from loghook.project.blocks import Factor, blocks_of, square_size
+from loghook.project.projection import Side, fit_side, shared_input_name
 
 
 class Gathering:
-    """What a job delivers, summed over the blocks of a pass; ids that come again are treated as ``rule`` says."""
+    """What a job delivers, by layer, summed over the blocks of a pass; ``rule`` says what ids do that come again."""
 
     def __init__(self, hooked: Hooked, job: Job, rule: str = "first") -> None:
-        """Nothing yet."""
         self._hooked, self._job, self._rule = hooked, job, rule
-        self.sums, self.repeats = Sums(), Repeats()
+        self.totals: dict[str, Tensor] = {}
+        self.samples, self.repeats = 0, Repeats()
 
     @contextmanager
     def block(self, ids: list[int] | list[str], given: Given) -> Iterator[None]:
@@ -39,18 +45,39 @@ class Gathering:
                 "at the loss of its samples; under a GradScaler pass run(..., scaler=scaler), which leaves it out.",
                 ids,
             )
-        self.sums.add(results, int(keep.sum()))
+        for name, value in results.items():
+            wide = value.double() if value.device.type == "cpu" else value  # float32 on a device
+            self.totals[name] = self.totals[name].add_(wide) if name in self.totals else wide.clone()
+        self.samples += int(keep.sum())
         self.repeats.met(ids)
 
-    def error(self) -> float:
-        """See ``Sums.error``."""
-        return self.sums.error(self._hooked._layers)
+    def reduce(self) -> "Gathering":
+        """Sum over processes, at the same point on all of them; a layer that slept here counts zero."""
+        if share()[1] > 1:
+            for layer in self._hooked._layers:
+                total = self.totals.get(layer.name)
+                if total is None:
+                    total = torch.zeros(self._job.shape(layer, 0), dtype=torch.float64, device="cpu")
+                self.totals[layer.name] = combine(total.double().cpu())
+            self.samples = int(combine(torch.tensor(self.samples)))
+        if not self.samples:
+            raise StateError("this pass saw no samples: run the whole loop inside `for _ in run.passes():`.")
+        return self
 
-    def reduce(self) -> Sums:
-        """Bring the sums of all processes together, at the same point on all of them, and hand them over."""
-        sums, self.sums = self.sums, Sums()
-        sums.reduce({layer.name: self._job.shape(layer, 0) for layer in self._hooked._layers})
-        return sums
+    def error(self) -> float:
+        """Expected relative error of the worst second moment, infinite before the first block.
+
+        For n independent Gaussian vectors the squared Frobenius error is ``((tr M)^2 + |M|^2) / n`` (Isserlis 1918).
+        n counts samples, not tokens: tokens of one sample are not independent.
+        """
+        worst = 0.0
+        for layer in self._hooked._layers:
+            if layer.name in self.totals:
+                for flat, side in zip(split(layer, self.totals[layer.name])[:2], layer.sides, strict=True):
+                    trace = sum(float(block.trace()) for block in blocks_of(flat, side.width))
+                    norm = float(flat.square().sum())
+                    worst = max(worst, math.sqrt((trace**2 / norm + 1) / self.samples) if norm > 0 else 0.0)
+        return worst or math.inf
 
 
 def _finite(results: Mapping[str, Tensor]) -> bool:
@@ -105,3 +132,64 @@ class Pass:
         chances = logits.detach().float().softmax(-1).flatten(0, -2)
         drawn = torch.multinomial(chances, 1, generator=self._generators[device]).view(labels.shape)
         return torch.where(labels < 0, labels, drawn.to(labels.dtype))
+
+
+def split(layer: Layer, total: Tensor) -> tuple[Tensor, Tensor, float]:
+    """Take apart what the covariance job delivers: blocks of inputs, blocks of output gradients, tokens."""
+    inputs, outputs, tokens = total.split([*(square_size(side.width) for side in layer.sides), 1])
+    return inputs, outputs, float(tokens)
+
+
+def decompose(layers: Sequence[Layer], sums: Gathering) -> dict[str, tuple[Factor, Factor]]:
+    """Eigendecompose every layer's mean second moments; each process takes its share of the layers.
+
+    Layers that read the same input, and so have equal sums, share the decomposition. A layer of which no token was
+    counted has zero factors. Factors lie on the CPU, and the sums are let go of on the way: those of a large model
+    would fill a device. For the same reason processes exchange a layer each at a time.
+    """
+    rank, world = share()
+    inputs: dict[tuple[int, torch.device], list[tuple[Tensor, Factor]]] = {}
+    found: dict[str, tuple[Factor, Factor]] = {}
+    for start in range(0, len(layers), world):
+        mine: dict[str, tuple[Factor, Factor]] = {}
+        for place, layer in enumerate(layers[start : start + world]):
+            total = sums.totals.pop(layer.name, None)
+            if place != rank:
+                continue
+            w_in, w_out = (side.width for side in layer.sides)
+            if total is None:
+                total = torch.zeros(square_size(w_in) + square_size(w_out) + 1, dtype=torch.float64, device="cpu")
+            flat_in, flat_out, tokens = split(layer, total.to(layer.device_and_dtype()[0]))
+            flat_in, flat_out = flat_in / max(tokens, 1.0), flat_out / max(tokens, 1.0)
+            same = inputs.setdefault((w_in, flat_in.device), [])
+            factor = next((known for flat, known in same if torch.equal(flat, flat_in)), None)
+            if factor is None:
+                factor = _on_cpu(Factor.of(flat_in, w_in))
+                same[:] = [*same, (flat_in, factor)][-2:]  # siblings come one after the other
+            mine[layer.name] = factor, _on_cpu(Factor.of(flat_out, w_out))
+        for part in everyone(mine):
+            found.update(part)
+    return found
+
+
+def _on_cpu(factor: Factor) -> Factor:
+    return Factor(factor.values.cpu(), [v.cpu() for v in factor.vectors])
+
+
+def fit_sides(
+    layers: Sequence[Layer], found: Mapping[str, tuple[Factor, Factor]], config: Config
+) -> dict[str, tuple[Side, Side]]:
+    """Make a fitted projection from the factors of second moments."""
+    sides = {}
+    for layer in layers:
+        if layer.name not in found:
+            raise MismatchError(f"layer {layer.name!r} has no factors: fit them with the same watch(...) patterns.")
+        fit = partial(
+            fit_side, config.projection, seed=config.seed, rank=rank_of(layer.name, config.rank),
+            damping=config.whitening,
+        )  # fmt: skip
+        inputs, outputs = found[layer.name]
+        sides[layer.name] = (
+            fit(inputs, name=shared_input_name(layer.name), side="in"), fit(outputs, name=layer.name, side="out")
+        )  # fmt: skip
+    return sides

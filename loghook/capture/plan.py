@@ -1,19 +1,23 @@
 """What a run will cost, before it runs: bytes, memory, arithmetic and, from a few blocks that write nothing, time."""
 
+import bisect
 import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from loghook.capture.config import Config
-from loghook.capture.coverage import describe_coverage
 from loghook.capture.layers import Layer
+from loghook.capture.models import describe_coverage
+from loghook.capture.select import HEAD, Watch, select
 from loghook.errors import ConfigError
 from loghook.log.codec import DTYPES
-from loghook.log.format import LayerSpec, Layout
+from loghook.log.format import Layout
 from loghook.log.writer import QUEUE
 from loghook.processes import world_size
 from loghook.project.blocks import square_size
@@ -57,7 +61,10 @@ class Plan:
 
     def layout(self, rank: int | None = None) -> Layout:
         """Return the layout of rows, also of another rank."""
-        return Layout(_at_rank(layer.spec, rank) if rank else layer.spec for layer in self.layers)
+        specs = [layer.spec for layer in self.layers]
+        if rank:
+            specs = [replace(s, k_in=min(rank, s.in_features + s.bias), k_out=min(rank, s.out_features)) for s in specs]
+        return Layout(specs)
 
     def row_bytes(self, dtype: str | None = None, rank: int | None = None) -> int:
         """Bytes of a sample, also in another dtype or at another rank."""
@@ -69,12 +76,8 @@ class Plan:
 
     def largest_rank(self, dtype: str | None = None) -> int:
         """The largest rank at which all rows fit on the disk, or 0; a rank above every width keeps whole gradients."""
-        low, high = 0, max(side.width for layer in self.layers for side in layer.sides)
-        while low < high:
-            middle = (low + high + 1) // 2
-            fits = self.total_bytes(dtype, middle) <= (self.disk or 0)
-            low, high = (middle, high) if fits else (low, middle - 1)
-        return low
+        widest = max(side.width for layer in self.layers for side in layer.sides)
+        return bisect.bisect_right(range(1, widest + 1), self.disk or 0, key=lambda k: self.total_bytes(dtype, k))
 
     @property
     def memory(self) -> dict[str, int]:
@@ -84,9 +87,10 @@ class Plan:
         row = layout.codec(self.config.dtype).dtype.itemsize * layout.width
         fits = self.config.projection in FITTED and self.config.fitted is None
         moments = sum(square_size(side.width) for layer in self.layers for side in layer.sides) if fits else 0
-        inputs = tokens * sum(
-            _itemsize(x) * x.spec.groups * (x.input_side.width if self._updates else x.spec.k_in) for x in self.layers
-        )
+        inputs = 0
+        for x in self.layers:
+            itemsize = next((p.element_size() for p in x.module.parameters()), 4)
+            inputs += tokens * itemsize * x.spec.groups * (x.input_side.width if self._updates else x.spec.k_in)
         largest = max(4 * x.spec.out_features * x.input_side.width for x in self.layers)
         return {
             "projections": sum(4 * s.k * s.width for s in sides.values() if s.matrix is not None),
@@ -125,14 +129,12 @@ class Plan:
         return capture, model
 
     def __enter__(self) -> "Plan":
-        """Let blocks of the run be measured instead of written."""
         if self._run is None:
             raise ConfigError("this plan has no run to measure: take the one of run.plan(...).")
         self._run._rehearsal, self._marks = self, [(time.perf_counter(), 0)]
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let blocks write again."""
         self._run._rehearsal = None
         marks = self._marks[1:] if len(self._marks) > 2 else self._marks  # the first block warms up
         if len(marks) > 1:
@@ -175,11 +177,7 @@ class Plan:
 
 
 def parse_size(text: str | float) -> float:
-    """Read "500 GB" (10^9), "1.5 TiB" (2^40) or a number of bytes.
-
-    Raises:
-        ConfigError: for anything else, or nothing at all.
-    """
+    """Read "500 GB" (10^9), "1.5 TiB" (2^40) or a number of bytes."""
     found = re.fullmatch(r"(\d{1,3}(?:,\d{3})+(?:\.\d*)?|[\d_.]+)\s*([kMGT]?i?)B?", str(text).strip())
     try:
         if found is not None and (size := float(found[1].replace(",", "")) * _UNITS[found[2]]) > 0:
@@ -194,9 +192,42 @@ def _size(n: float) -> str:
     return f"{n / _UNITS[unit]:.3g} {unit}B"
 
 
-def _at_rank(spec: LayerSpec, rank: int) -> LayerSpec:
-    return replace(spec, k_in=min(rank, spec.in_features + spec.bias), k_out=min(rank, spec.out_features))
+def plan_config(
+    model: str | Path, *, samples: int, tokens: int, rank: int = 64, dtype: str = "float32",
+    projection: str = "random", batch: int = 1, disk: str | float | None = None,
+    include: str | Sequence[str] = "*", exclude: str | Sequence[str] = HEAD,
+) -> Plan:  # fmt: skip
+    """Plan for a transformers model on the meta device: no weights are read or made.
 
+    Args:
+        model: a folder with a ``config.json``, such a file, or a name that transformers knows.
+        samples: how many; like ``tokens``, ``batch`` and ``disk`` as in ``Run.plan``.
+        tokens: of a sample.
+        rank: as in ``loghook.init``, like ``dtype`` and ``projection``.
+        dtype: how rows are stored.
+        projection: its kind.
+        batch: samples of a block.
+        disk: what there is, such as "500 GB", or None.
+        include: as in ``run.watch``, like ``exclude``.
+        exclude: patterns left out.
 
-def _itemsize(layer: Layer) -> int:
-    return next((p.element_size() for p in layer.module.parameters()), 4)
+    Raises:
+        ConfigError: for a configuration that transformers cannot use.
+    """
+    import transformers
+
+    config = Config(path=Path(), rank=rank, projection=projection, dtype=dtype)
+    try:
+        found = transformers.AutoConfig.from_pretrained(model)
+        kind = getattr(transformers, (found.architectures or ["AutoModelForCausalLM"])[0])
+        with torch.device("meta"):
+            made = kind._from_config(found) if found.architectures else kind.from_config(found)
+    except (OSError, ValueError, AttributeError) as error:
+        raise ConfigError(f"{str(model)!r} is no configuration of what transformers can build: {error}") from error
+    with torch.device("meta"):  # place-holders serve: a random projection has the shape of a fitted one
+        shape = "none" if projection == "none" else "pca"
+        layers, coverage = select(made, Watch(include, exclude), projection=shape, rank=rank, seed=0)
+    return Plan(
+        config=config, layers=layers, coverage=coverage, samples=samples, tokens=tokens, batch=batch,
+        disk=None if disk is None else parse_size(disk),
+    )  # fmt: skip

@@ -1,18 +1,20 @@
 """``Probe``: what ``loghook.check`` compares, the rows of a batch and of each of its samples (or documents) alone."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
+from functools import partial
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from loghook.capture.alone import documents, samples
 from loghook.capture.batch import Given
 from loghook.capture.hooked import Hooked
 from loghook.capture.layers import Layer
+from loghook.capture.segments import arrange
 from loghook.capture.select import Watch
 from loghook.errors import BatchError
 
@@ -20,8 +22,6 @@ LossFunction = Callable[[nn.Module, Any], Tensor]
 
 
 class Found(NamedTuple):
-    """What one run through the hooks gave."""
-
     rows: dict[str, Tensor]  # by layer, (B, k_out, k_in) in float64
     inputs: dict[str, Tensor]  # by layer, summed over tokens: (B, channels) in float64
     loss: float
@@ -34,21 +34,16 @@ class Probe(Hooked):
     def __init__(
         self, model: nn.Module, watch: Watch, rank: int, loss_fn: LossFunction, batch: Any, segments: Any
     ) -> None:
-        """Take the batch apart and hook the model."""
         super().__init__("random", rank, seed=0)
         self.model, self._loss_fn, self._batch, self._segments = model, loss_fn, batch, segments
         self.unit = "sample" if segments is None else "document"
-        self._alone = samples(batch) if segments is None else documents(batch, segments)
+        self._alone = samples(batch) if segments is None else _documents(batch, segments)
         if len(self._alone) < 2:
             raise BatchError(
                 f"check got a batch of one {self.unit}: pass at least two, so that they can be told apart."
             )
-        self.coverage = self._hook(model, watch)
-
-    @property
-    def watched(self) -> list[Layer]:
-        """The watched layers."""
-        return self._layers
+        self.watched, self.coverage = self._select(model, watch)
+        self._hook(model, self.watched)
 
     def together(self, *, advance: bool = False, synchronised: bool = True) -> Found:
         """Run the batch; ``advance`` draws other random numbers, ``synchronised`` needs all processes of DDP."""
@@ -97,7 +92,7 @@ class Probe(Hooked):
             loss = self._loss_fn(self.model, batch)
             loss.backward()
         rows, kinds = captured[0].rows.double().cpu(), self._layout.kinds
-        shapes = {layer.name: (layer.spec.k_out, layer.spec.k_in) for layer in self._layers}
+        shapes = {spec.name: (spec.k_out, spec.k_in) for spec in self.specs}
         return Found(
             {name: rows[:, kinds["gradients"][name]].unflatten(1, shape) for name, shape in shapes.items()},
             {name: rows[:, columns] for name, columns in kinds["activations"].items()},
@@ -150,3 +145,68 @@ def _random_state(*, advance: bool = False) -> Iterator[None]:
         if advance:
             torch.manual_seed(torch.initial_seed() + 1)
         yield
+
+
+def batch_size(batch: Any) -> int:
+    """Number of samples of a batch: the common length of its tensors."""
+    sizes = set()
+
+    def note(t: Tensor) -> Tensor:
+        sizes.add(len(t))
+        return t
+
+    _each(batch, note)
+    if len(sizes) != 1:
+        raise BatchError(
+            f"the batch's tensors have first axes of {sorted(sizes)}: pass tensors (or a dict, list or tuple of them) "
+            "with the samples along the first axis."
+        )
+    return sizes.pop()
+
+
+def samples(batch: Any) -> list[Any]:
+    return [_each(batch, itemgetter(slice(i, i + 1))) for i in range(batch_size(batch))]
+
+
+def _documents(batch: Any, segments: Any) -> list[Any]:
+    """Each document of packed rows, (B, S, ...) and masks (B, heads or 1, S, S), as a batch of one row, unpadded."""
+    numbers = torch.as_tensor(segments)
+    found = arrange(numbers, int(numbers.max()) + 1)
+    return [_each(batch, partial(_document, found.number_BS == i)) for i in range(len(found.index_DL))]
+
+
+def _document(mine_BS: Tensor, t: Tensor) -> Tensor:
+    B, S = mine_BS.shape
+    row = mine_BS.any(1).nonzero().flatten()
+    if len(row) > 1:
+        raise BatchError(
+            f"a document has tokens in rows {row.tolist()} of the batch, so it cannot be compared with itself in a row "
+            "of its own: number documents that end with their row."
+        )
+    row, tokens = (place.to(t.device) for place in (row, mine_BS[row[0]].nonzero().flatten()))
+    if t.shape[:2] == (B, S):
+        return t[row][:, tokens]
+    if t.dim() == 4 and t.shape[0] == B and t.shape[2:] == (S, S):
+        return t[row][:, :, tokens][..., tokens]
+    raise BatchError(
+        f"the batch has a tensor of shape {tuple(t.shape)} where segments has (batch, tokens) = {(B, S)}, so a "
+        "document cannot be cut out of it: leave it out, or let loss_fn make it from what can be cut (the bounds of "
+        "documents from position_ids)."
+    )
+
+
+def _each(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """The batch with a function of each of its tensors, but numbers, in place of the tensor."""
+    if isinstance(batch, Tensor):
+        return function(batch) if batch.dim() else batch
+    if isinstance(batch, Mapping):
+        values = {key: _each(value, function) for key, value in batch.items()}
+        try:
+            return type(batch)(values)  # type: ignore[call-arg]  # keep what reads batch.labels working
+        except TypeError:
+            return values
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_each(value, function) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(_each(value, function) for value in batch)
+    return batch

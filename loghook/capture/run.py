@@ -4,7 +4,6 @@ import dataclasses
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from types import TracebackType
 from typing import Any
 
@@ -12,16 +11,14 @@ from torch import nn
 
 from loghook.capture.batch import Blocks, Given, Ids, check_ids
 from loghook.capture.config import Config
-from loghook.capture.coverage import describe_coverage
 from loghook.capture.hooked import Hooked
-from loghook.capture.pack import pack
-from loghook.capture.passes import Gathering, Pass
+from loghook.capture.models import describe_coverage
+from loghook.capture.passes import Gathering, Pass, decompose, fit_sides
 from loghook.capture.plan import Plan, parse_size
-from loghook.capture.select import FUSED_EXPERTS, HEAD, Watch
-from loghook.capture.session import Session
-from loghook.capture.sums import decompose, fit_sides
+from loghook.capture.select import FUSED_EXPERTS, HEAD, Watch, rank_of
+from loghook.capture.session import Session, pack
 from loghook.capture.whole import Covariance
-from loghook.errors import BatchError, CheckpointWarning, LoghookError, MismatchError, StateError
+from loghook.errors import BatchError, CheckpointWarning, ConfigError, LoghookError, MismatchError, StateError
 from loghook.log.disk import writing
 from loghook.log.files import Sides, load_sides, save_sides
 from loghook.log.folder import ARGUMENTS, check_same
@@ -36,7 +33,6 @@ class Run(Blocks, Hooked):
     """A run that logs; made by ``loghook.init``."""
 
     def __init__(self, config: Config, *, resume: bool, overwrite: bool) -> None:
-        """See ``loghook.init``."""
         super().__init__(config.projection, config.rank, config.seed, config.gradient)
         self.path = config.path
         self._config = config
@@ -51,10 +47,6 @@ class Run(Blocks, Hooked):
         self._id_type = ""
         self._closed = False
         self._elsewhere: dict[str, str | None] | None = None  # digests of values that the run did not begin with
-
-    @property
-    def _writer(self) -> Writer | None:
-        return self._session.writer
 
     def watch(
         self,
@@ -96,7 +88,7 @@ class Run(Blocks, Hooked):
         self._require_outside()
         if not self._was_sealed or self._closed:
             self._require_open()
-        if self._writer is not None:
+        if self._session.writer is not None:
             raise StateError("rows of a fixed set of layers are being logged: call watch() before the first block.")
         arguments = Watch(include, exclude, may_sleep, flattened, bias, batch_dim, activations, output_gradients)
         if isinstance(model, nn.Module) and self._watches(model):
@@ -104,10 +96,16 @@ class Run(Blocks, Hooked):
         manifest = self._session.manifest
         if manifest is not None:
             check_same(manifest, self._config, ARGUMENTS)
-        settle = None
+        layers, coverage = self._select(model, arguments)
+        widths = {x.name: max(side.width for side in x.sides) for x in [*self._layers, *layers]}
+        if self._projection != "none" and all(width < rank_of(name, self._rank) for name, width in widths.items()):
+            raise ConfigError(
+                f"rank={self._rank} exceeds the width of every watched layer (largest: {max(widths.values()):,}), so "
+                "it would reduce nothing: choose a smaller rank, or projection='none'."
+            )
         if manifest is not None and manifest.fitted is not None:
-            settle = partial(self._project_with, load_sides(self.path, manifest.fitted), manifest.fitted)
-        coverage = self._hook(model, arguments, optimizer, self._gradient, check_rank=True, settle=settle)
+            self._project_with(load_sides(self.path, manifest.fitted), manifest.fitted, layers)
+        self._hook(model, layers, optimizer, self._gradient)
         for key in ("covered", "total", "not_covered"):
             self._coverage[key] += coverage[key]
         experts = sum(item["parameters"] for item in coverage["not_covered"] if item["reason"] == FUSED_EXPERTS)
@@ -135,8 +133,7 @@ class Run(Blocks, Hooked):
             batch: samples of a block, where none is measured.
             disk: what there is, such as "500 GB", to be told what fits.
         """
-        if not self._layers:
-            raise StateError("nothing is watched yet: call run.watch(model) first.")
+        self._require_watched()
         size = None if disk is None else parse_size(disk)
         return Plan(
             config=self._config, layers=tuple(self._layers), coverage=self._coverage, samples=samples, tokens=tokens,
@@ -149,8 +146,7 @@ class Run(Blocks, Hooked):
         Inside, each data_id is kept once, so that a sampler which repeats samples to fill up a batch does no harm.
         On a resumed run, passes that were completed are skipped.
         """
-        if not self._layers:
-            raise StateError("nothing is watched yet: call run.watch(model) first.")
+        self._require_watched()
         if self._rehearsal is not None:
             raise StateError("a plan is being measured: run a few blocks inside it, without passes().")
         committed = self._session.repeats.committed
@@ -175,10 +171,9 @@ class Run(Blocks, Hooked):
                     # The blocks of an interrupted pass have the numbers that they had.
                     self._step = committed.starts.get(index, self._step)
                 yield self._pass
-                if self._writer is not None:
-                    with self._session.heeding():
-                        self._writer.settle()  # a pass that misses rows is not over
-                        self._writer.put({"pass_end": index})
+                if self._session.writer is not None:
+                    self._session.writer.settle()  # a pass that misses rows is not over
+                    self._session.writer.put({"pass_end": index})
                 if self._elsewhere is not None and self._elsewhere == self.digests():
                     self._warn_of_other_values()  # training would have moved them on
                 done.add(index)
@@ -187,11 +182,9 @@ class Run(Blocks, Hooked):
 
     @contextmanager
     def _block(self, data_id: Ids, given: Given) -> Iterator[None]:
-        """Log the samples of one batch, or gather its statistics in a covariance pass."""
         self._require_open()
-        if self._writer is not None:
-            with self._session.heeding():
-                self._writer.check()
+        if self._session.writer is not None:
+            self._session.writer.check()
         ids = check_ids(data_id)
         if self._rehearsal is not None:
             with self._capture(len(ids), given, logs=True) as captured:
@@ -216,9 +209,8 @@ class Run(Blocks, Hooked):
         writer = self._ready(self._id_type)
         index, flag = self._pass.index if self._pass else -1, given.scaler is not None
         batch = pack(captured[0], ids, keep, dtype=writer.dtype, flag=flag, pass_index=index, step=self._step)
-        with self._session.heeding():
-            # What an interrupted run has committed was counted there.
-            writer.put(dataclasses.replace(batch, dropped=repeats if self._step >= self._fresh_step else 0))
+        # What an interrupted run has committed was counted there.
+        writer.put(dataclasses.replace(batch, dropped=repeats if self._step >= self._fresh_step else 0))
         if self._rule != "all":
             self._session.repeats.met(ids)
         self._step += 1
@@ -267,7 +259,6 @@ class Run(Blocks, Hooked):
             raise StateError(f"this run was closed: go on with loghook.init({str(self.path)!r}, resume=True).")
 
     def __enter__(self) -> "Run":
-        """Use the run as a context manager that closes it."""
         return self
 
     def __exit__(
@@ -317,13 +308,13 @@ class Run(Blocks, Hooked):
 
     def _ready(self, id_type: str) -> Writer:
         """Return the writer, opening it (and the manifest) at the first block."""
-        if self._writer is not None:
-            return self._writer
+        if self._session.writer is not None:
+            return self._session.writer
         old = fresh = self._session.manifest
         if old is None or self._layers:
             fresh = Manifest(
                 run_id=old.run_id if old else shared_run_id(), projection=self._projection, rank=self._rank,
-                seed=self._seed, dtype=self._config.dtype, layers=tuple(layer.spec for layer in self._layers),
+                seed=self._seed, dtype=self._config.dtype, layers=self.specs,
                 coverage=self._coverage, id_type=id_type, on_repeat=self._config.on_repeat, world_size=world_size(),
                 provenance=provenance(), parameters=self.digests(), fitted=self._fitted,
                 fidelity=self._config.fidelity, gradient=self._gradient,

@@ -4,9 +4,7 @@
 functions here make that from what packed batches carry.
 """
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,19 +51,13 @@ def per_token(batch: int, tokens: int) -> Tensor:
     return torch.arange(batch * tokens).view(batch, tokens)
 
 
-@dataclass(frozen=True)
-class Documents:
+class Documents(NamedTuple):
     """The checked form of ``segments``."""
 
     number_BS: Tensor  # (B, S) place in ``data_id`` of each token's document; -1 for none
     index_DL: Tensor  # (D, L) places of each document's tokens among B * S; B * S for padding
 
-    def moved(self, move: Callable[[Tensor], Tensor]) -> "Documents":
-        """Move to where a layer computes."""
-        return Documents(move(self.number_BS), move(self.index_DL))
-
     def check(self, layer: str, shape: tuple[int, int]) -> None:
-        """Raise unless a layer has the tokens that the segments speak of."""
         if shape != tuple(self.number_BS.shape):
             raise BatchError(
                 f"layer {layer!r} has (batch, tokens) = {shape} where segments has {tuple(self.number_BS.shape)}: its "
@@ -74,11 +66,7 @@ class Documents:
 
 
 def arrange(segments: Any, size: int) -> Documents:
-    """Check ``segments`` against the number of ids and list each document's tokens.
-
-    Raises:
-        BatchError: if it is no (B, S) integer tensor with documents from 0 to size - 1 (or -1), each with a token.
-    """
+    """Check ``segments`` against the number of ids and list each document's tokens."""
     numbers = torch.as_tensor(segments)
     if numbers.dim() != 2 or numbers.is_floating_point() or numbers.dtype == torch.bool:
         raise BatchError(
@@ -98,13 +86,9 @@ def arrange(segments: Any, size: int) -> Documents:
 
 
 def list_tokens(number_N: Tensor, size: int) -> Tensor:
-    """List the tokens of each of ``size`` documents: (size, L) places in ``number_N``, its length for padding.
+    """List the tokens of each of ``size`` documents, numbered from 0 (-1 for none): (size, L) places, N for padding.
 
     It is listed on the CPU, so that a device is waited for once.
-
-    Args:
-        number_N: (N,) document of each token, -1 for none.
-        size: number of documents; one without tokens gets padding only.
     """
     device, number_N = number_N.device, number_N.cpu()
     order = torch.argsort(number_N, stable=True)

@@ -1,19 +1,21 @@
-"""Which layers are watched: the arguments of ``run.watch`` against a model's modules."""
+"""Which layers are watched: the arguments of ``run.watch``, or the layers of a log, against a model's modules."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from loghook.capture.adapters import Adapter, find_adapter, registered_type
-from loghook.capture.coverage import coverage
 from loghook.capture.experts import ExpertProjection, projections
 from loghook.capture.layers import Layer
-from loghook.capture.models import named_modules
-from loghook.errors import ConfigError
-from loghook.log.format import LayerSpec, listed
+from loghook.capture.models import coverage, named_modules
+from loghook.errors import ConfigError, MismatchError
+from loghook.log.files import Sides
+from loghook.log.format import LayerSpec, Manifest, listed
 from loghook.project.projection import Side, draw_side, shared_input_name
 
 HEAD = "*lm_head"  # what is left out by default: wide, and often bypassed by fused losses
@@ -55,7 +57,6 @@ Rank = int | Mapping[str, int]  # of all layers, or by fnmatch pattern: the firs
 
 
 def rank_of(name: str, rank: Rank) -> int:
-    """The rank of one layer."""
     if not isinstance(rank, Mapping):
         return rank
     for pattern, value in rank.items():
@@ -65,18 +66,13 @@ def rank_of(name: str, rank: Rank) -> int:
 
 
 def matches(name: str, wanted: Sequence[str]) -> bool:
-    """Whether a whole module name matches one of the patterns."""
     return any(fnmatchcase(name, pattern) for pattern in wanted)
 
 
 def select(
     model: nn.Module, watch: Watch, *, projection: str, rank: Rank, seed: int
 ) -> tuple[list[Layer], dict[str, Any]]:
-    """Choose the layers to watch and draw their projections.
-
-    Returns:
-        The layers in module order, and the coverage record (see ``Manifest.coverage``).
-    """
+    """Choose the layers to watch, in module order, and draw their projections; returns the coverage record as well."""
     modules = dict(named_modules(model))
     bypassed = {
         f"{name}.out_proj".lstrip(".") for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)
@@ -124,7 +120,23 @@ def select(
             f"include={list(watch.include)} with exclude={list(watch.exclude)} selects no linear or convolution layer: "
             "widen include or narrow exclude."
         )
-    layers = _draw(chosen, watch, projection=projection, rank=rank, seed=seed)
+    specs = []
+    for name, (module, found) in chosen.items():
+        shape = found.geometry(module)
+        bias = shape.bias and watch.bias
+        widths = shape.in_features + bias, shape.out_features
+        k_in, k_out = widths if projection == "none" else (min(width, rank_of(name, rank)) for width in widths)
+        spec = LayerSpec(
+            name=name, type=type(found).__name__, in_features=shape.in_features, out_features=shape.out_features,
+            groups=shape.groups, channels=shape.channels, bias=bias, k_in=k_in, k_out=k_out,
+            activations=watch.activations if shape.channels else None,  # indices have none
+            output_gradients=watch.output_gradients, batch_dim=watch.batch_dim,
+            may_sleep=matches(name, watch.may_sleep) or isinstance(module, ExpertProjection),
+            flattened=matches(name, watch.flattened),
+        )  # fmt: skip
+        specs.append(spec)
+    sides = draw_sides(specs, projection, seed)
+    layers = [Layer(spec, *chosen[spec.name], *sides[spec.name]) for spec in specs]
     return layers, coverage(model, chosen, reasons)
 
 
@@ -148,26 +160,38 @@ def _overrides_forward(module: nn.Module) -> bool:
     return f"{kind.__module__.partition('.')[0]}.{kind.__name__}" not in _FAITHFUL
 
 
-def _draw(
-    chosen: dict[str, tuple[nn.Module, Adapter]], watch: Watch, *, projection: str, rank: Rank, seed: int
-) -> list[Layer]:
-    shared: dict[tuple[str, int, int], Side] = {}
-    layers = []
-    for name, (module, found) in chosen.items():
+def draw_sides(specs: Iterable[LayerSpec], kind: str, seed: int) -> Sides:
+    """Draw layers' projections; siblings that read the same input share its side."""
+
+    @cache
+    def draw(name: str, side: str, width: int, k: int) -> Side:
+        return draw_side(kind, seed=seed, name=name, side=side, width=width, rank=k)
+
+    return {
+        s.name: (
+            draw(shared_input_name(s.name), "in", s.in_features + s.bias, s.k_in),
+            draw(s.name, "out", s.out_features, s.k_out),
+        )
+        for s in specs
+    }
+
+
+def find_logged(model: nn.Module, manifest: Manifest, origin: Path) -> list[Layer]:
+    """Find the layers of the log at ``origin`` in a model, by name; raise where they are not those that were logged."""
+    sides = draw_sides(manifest.layers, manifest.projection, manifest.seed)
+    modules, layers = dict(named_modules(model)), []
+    for spec in manifest.layers:
+        module = modules.get(spec.name)
+        found = None if module is None or _overrides_forward(module) else find_adapter(module)
+        if module is None or found is None:
+            raise MismatchError(
+                f"the model has no layer {spec.name!r} as in {origin}: attach the model that was logged."
+            )
         shape = found.geometry(module)
-        bias = shape.bias and watch.bias
-        group, width, k = shared_input_name(name), shape.in_features + bias, rank_of(name, rank)
-        if (group, width, k) not in shared:
-            shared[group, width, k] = draw_side(projection, seed=seed, name=group, side="in", width=width, rank=k)
-        inputs = shared[group, width, k]
-        outputs = draw_side(projection, seed=seed, name=name, side="out", width=shape.out_features, rank=k)
-        activations = watch.activations if shape.channels else None  # indices have none
-        may_sleep = matches(name, watch.may_sleep) or isinstance(module, ExpertProjection)
-        spec = LayerSpec(
-            name=name, type=type(found).__name__, in_features=shape.in_features, out_features=shape.out_features,
-            groups=shape.groups, channels=shape.channels, bias=bias, k_in=inputs.k, k_out=outputs.k,
-            activations=activations, output_gradients=watch.output_gradients, batch_dim=watch.batch_dim,
-            may_sleep=may_sleep, flattened=matches(name, watch.flattened),
-        )  # fmt: skip
-        layers.append(Layer(spec, module, found, inputs, outputs))
+        here = type(found).__name__, shape.in_features, shape.out_features, shape.groups, shape.channels
+        if here != (spec.type, spec.in_features, spec.out_features, spec.groups, spec.channels) or (
+            spec.bias and not shape.bias
+        ):
+            raise MismatchError(f"{origin} has {spec}, the model {shape}: attach the model that was logged.")
+        layers.append(Layer(spec, module, found, *sides[spec.name]))
     return layers

@@ -1,24 +1,74 @@
-"""``Session``: a run's folder as one process writes it, from the claim on it to the seal."""
+"""``Session``: a run's folder as one process writes it, from the claim on it to the seal.
+
+``Repeats``: which samples it takes where an id comes again; ``pack``: how the writer gets them.
+"""
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from typing import Any
 
+import numpy as np
+import torch
+from torch import Tensor
+
+from loghook.capture.block import Captured
 from loghook.capture.config import Config
-from loghook.capture.repeats import Repeats
-from loghook.errors import LogExistsError, NotFiniteError, StateError, WriteError
+from loghook.errors import BatchError, LogExistsError, StateError, WriteError
 from loghook.log.disk import writing
-from loghook.log.folder import check_same, claim, ranks_on_disk, read_back, seal
+from loghook.log.folder import Committed, check_same, claim, ranks_on_disk, read_back, seal
 from loghook.log.format import MANIFEST, Manifest
-from loghook.log.writer import Writer
+from loghook.log.writer import Batch, Writer, finite_rows, not_finite
 from loghook.processes import process_rank, shared_run_id, world_size
 
 
-class Session:
-    """A run's folder as this process writes it."""
+class Repeats:
+    """Ids that were met, by this process and by the run that it takes up again.
 
+    The two are told apart: an id of an earlier process is skipped in silence, one that comes twice now is a repeat.
+    """
+
+    def __init__(self) -> None:
+        self.committed = Committed()
+        self._seen: set[int | str] = set()
+
+    def keep(self, ids: Sequence[int | str], rule: str) -> tuple[np.ndarray, int]:
+        """Which samples of a batch are logged, (B,) bool, and how many are left out as repeats.
+
+        ``rule`` is "first", "all" or "error".
+        """
+        keep, repeats = np.ones(len(ids), dtype=bool), 0
+        if rule == "all":
+            return keep, repeats
+        fresh: set[int | str] = set()
+        for i, data_id in enumerate(ids):
+            again = data_id in self._seen or data_id in fresh
+            if again and rule == "error":
+                raise BatchError(
+                    f"data_id {data_id!r} was logged before and on_repeat='error': give each sample an id of its own, "
+                    "or pass on_repeat='first' to keep the first row, or 'all' to keep every row."
+                )
+            keep[i] = not again and data_id not in self.committed.ids
+            repeats += again
+            fresh.add(data_id)
+        return keep, repeats
+
+    def pending(self, ids: Sequence[int | str], rule: str) -> list[int | str]:
+        """Return those of some ids whose rows would be logged now, in their order."""
+        if rule == "all":
+            return list(ids)
+        return [i for i in dict.fromkeys(ids) if i not in self._seen and i not in self.committed.ids]
+
+    def met(self, ids: Sequence[int | str]) -> None:
+        """Remember a batch that was handed to the writer."""
+        self._seen.update(ids)
+
+    def forget(self, ids: Sequence[int | str]) -> None:
+        """Let a batch come again that the writer did not take."""
+        self._seen.difference_update(ids)
+
+
+class Session:
     def __init__(self, config: Config, *, resume: bool, overwrite: bool) -> None:
-        """Claim the folder; on resume read what is committed."""
         self._config, self.path = config, config.path
         self.resumed = resume and (config.path / MANIFEST).exists()  # there was a run to go on with
         if process_rank() == 0:
@@ -42,6 +92,7 @@ class Session:
                 self.path, self.manifest or fresh, process_rank(), shard_bytes=self._config.shard_bytes,
                 commit_seconds=self._config.commit_seconds,
             )  # fmt: skip
+            writer.on_reject = self.repeats.forget
             try:
                 # Under the lock: whoever comes second must not put a manifest of its own in place of the first one's.
                 self.manifest = self._settle(fresh)
@@ -64,15 +115,6 @@ class Session:
             old.save(self.path)
         return old
 
-    @contextmanager
-    def heeding(self) -> Iterator[None]:
-        """Let ids come again whose batches the writer rejects."""
-        try:
-            yield
-        except NotFiniteError as error:
-            self.repeats.forget(error.ids)
-            raise
-
     def close(self) -> None:
         """Commit what was handed over, and let others write."""
         if self.writer is not None:
@@ -84,12 +126,17 @@ class Session:
         writer, manifest = self.writer, self.manifest
         assert writer is not None and manifest is not None
         try:
-            with self.heeding():
-                writer.settle()  # while this rank can still go on, and before the others are told that it ended
+            writer.settle()  # while this rank can still go on, and before the others are told that it ended
         except WriteError:
             self.close()  # which raises it again and lets others write
             raise
-        session = _agree_to_end()
+        try:
+            session = shared_run_id()  # new each time, so that the end of an interrupted run is not taken for this one
+        except RuntimeError as error:
+            raise StateError(
+                f"another process is gone before it came to finalize() ({error}). What was committed is kept: start "
+                "all of them again with resume=True."
+            ) from error
         self.writer = None
         try:
             writer.put({"end": session})
@@ -105,12 +152,45 @@ class Session:
         self.sealed = True
 
 
-def _agree_to_end() -> str:
-    """Draw an id for this end, the same on all ranks, so that the end of an interrupted run is not taken for it."""
-    try:
-        return shared_run_id()
-    except RuntimeError as error:
-        raise StateError(
-            f"another process is gone before it came to finalize() ({error}). What was committed is kept: start all "
-            "of them again with resume=True."
-        ) from error
+def pack(
+    captured: Captured,
+    ids: Any,
+    keep: np.ndarray,  # (B,) bool, False for repeats
+    *,
+    dtype: torch.dtype,  # in which the writer takes rows: that of the storage, or float32 for low bits
+    flag: bool,  # leave out rows that are not finite instead of raising
+    pass_index: int,  # -1 outside passes
+    step: int,
+) -> Batch:
+    """Turn what a block delivered into what the writer takes, starting the copy off the device."""
+    rows = captured.rows.to(dtype)
+    moments, flagged, finite = captured.moments, [], None
+    if flag or rows.device.type == "cpu":
+        finite = finite_rows(rows).cpu().numpy()
+        if not flag and not finite.all():
+            raise not_finite(ids, rows)
+        if not finite.all():
+            flagged = [i for i, good, kept in zip(ids, finite, keep, strict=True) if kept and not good]
+            moments = None  # they are sums over the whole block and hold its infinities too
+            keep = keep & finite
+    kept = [i for i, use in zip(ids, keep, strict=True) if use]
+    dropped = len(ids) - len(kept) - len(flagged)
+    if not keep.all():
+        rows = rows[torch.from_numpy(keep).to(rows.device)]
+    ready = None
+    if rows.device.type == "cuda":
+        with torch.cuda.device(rows.device):  # an event is of the current device's stream, and the copy of this one's
+            rows, moments = _to_pinned(rows), None if moments is None else _to_pinned(moments)
+            ready = torch.cuda.Event(blocking=True)  # the writer waits asleep, and takes no core from the loop
+            ready.record()
+    elif rows.device.type != "cpu":
+        rows, moments = rows.cpu(), None if moments is None else moments.cpu()
+    return Batch(
+        rows=rows, ids=kept, moments=moments, pass_index=pass_index, step=step, flagged=flagged, dropped=dropped,
+        asleep=captured.asleep, ready=ready, checked=finite is not None,
+    )  # fmt: skip
+
+
+def _to_pinned(t: Tensor) -> Tensor:
+    """Start copying to page-locked memory on the current stream, without waiting."""
+    return torch.empty(t.shape, dtype=t.dtype, device="cpu", pin_memory=True).copy_(t, non_blocking=True)

@@ -32,25 +32,22 @@ class WholeTap(torch.autograd.Function):
         ctx: Any,
         y: Tensor,
         x: Tensor,
-        kind: str,
-        weight_BS: Tensor | None,
+        kind: str,  # of job
+        weight_BS: Tensor | None,  # like the next three as in ``Tap.forward``
         documents_DL: Tensor | None,
         channel_dim: int,
         batch_dim: int,
         leaf: Tensor,
         call_slot: Tensor | None,  # leaf (1,) of a job that needs all calls at once
         slots: Slots | None,  # to leave calls to, or None where the call is compiled
-        *held: Tensor | None,
+        *held: Tensor | None,  # what the job needs besides
     ) -> Tensor:
-        """Return ``y``; ``kind`` names the job, ``held`` is what it needs; the rest is as in ``Tap.forward``."""
         ctx.save_for_backward(x, weight_BS, documents_DL, *held)
-        ctx.kind, ctx.dims, ctx.wide = kind, (channel_dim, batch_dim), leaf.dtype
-        ctx.slots = slots
+        ctx.kind, ctx.dims, ctx.wide, ctx.slots = kind, (channel_dim, batch_dim), leaf.dtype, slots
         return alias(y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        """Pass the output gradient on and deliver."""
         (g,) = grads
         x, weight_BS, documents_DL, *held = ctx.saved_tensors
         need_calls, delivered, told = ctx.needs_input_grad[8], None, None
@@ -62,7 +59,7 @@ class WholeTap(torch.autograd.Function):
             else:
                 g_BSO, x = by_document(documents_DL, g_BSO, x)
                 make = partial(_squares if ctx.kind == "eigenvalues" else _products, held=held)
-                if need_calls and ctx.slots is not None and ctx.slots.several:
+                if need_calls and ctx.slots is not None and ctx.slots.deliveries.several_calls:
                     ctx.slots.offer(Call(make, g_BSO.clone(), x.clone()))  # the user may change what these are views of
                 else:
                     delivered = make(g_BSO, x)
@@ -72,8 +69,6 @@ class WholeTap(torch.autograd.Function):
 
 
 class Call(NamedTuple):
-    """What one of several calls of a layer brings."""
-
     make: Callable[[Tensor, Tensor], Tensor]  # (output gradients, inputs) -> what the job makes of them
     g_BSO: Tensor
     x: Tensor
@@ -83,11 +78,9 @@ class Together:
     """Calls of layers that are called several times, until what is no sum over calls can be made of all of them."""
 
     def __init__(self) -> None:
-        """Nothing waits."""
         self._waiting: dict[Slots, list[Call]] = {}
 
     def add(self, slots: Slots, call: Call) -> None:
-        """Let a call wait for the layer's others."""
         self._waiting.setdefault(slots, []).append(call)
 
     def form(self) -> None:
@@ -115,13 +108,9 @@ def _squares(g_BSO: Tensor, x: Tensor, held: Sequence[Tensor | None]) -> Tensor:
 def _products(g_BSO: Tensor, x: Tensor, held: Sequence[Tensor | None]) -> Tensor:
     """Inner products of each sample's gradient with each query: (B, Q), or (B, Q + 1) with the sample's own last.
 
-    Args:
-        g_BSO: output gradients.
-        x: inputs (B, S, I), or (B, S, G, I) in groups.
-        held: p_out: None, or what rotates output gradients; inputs and queries are then rotated already.
-            inverse: None, or (O, I): a sample's own is the sum of its gradient's squares, weighted with these.
-            left: queries (Q, O, I); with ``right`` their left halves (Q, O, r).
-            right: None, or (Q, r, I): a query is ``left @ right``.
+    Inputs are (B, S, I), or (B, S, G, I) in groups. Held are p_out: None, or what rotates output gradients (inputs and
+    queries are rotated already); inverse: None, or (O, I), with which a sample's own weights its gradient's squares;
+    left and right: queries (Q, O, I) and None, or their halves (Q, O, r) and (Q, r, I).
     """
     p_out, inverse, left, right = held
     assert left is not None
@@ -159,11 +148,10 @@ class Job:
         raise NotImplementedError
 
     def finish(self, layer: Layer, delivered: Tensor, scale: float | Tensor) -> Tensor:
-        """Undo the loss's scale."""
+        """Multiply what was delivered as it follows from the gradients' scale."""
         raise NotImplementedError
 
     def sides(self, layer: Layer) -> tuple[Side, Side]:
-        """The sides of a layer without any projection."""
         return Side(layer.input_side.width, None), Side(layer.output_side.width, None)
 
     def held(self, layer: Layer, slots: Slots) -> Sequence[Tensor | None]:
@@ -173,7 +161,6 @@ class Job:
     def tap(
         self, layer: Layer, slots: Slots, y: Tensor, x: Tensor, weight: Tensor | None, documents: Tensor | None
     ) -> Tensor:
-        """Return the layer's output through the tap."""
         dims, held, leaves = (layer.adapter.channel_dim, layer.spec.batch_dim), self.held(layer, slots), slots.leaves
         to = None if torch.compiler.is_compiling() else slots
         return WholeTap.apply(y, x, self.kind, weight, documents, *dims, leaves.rows, leaves.calls, to, *held)
@@ -185,12 +172,10 @@ class Covariance(Job):
     kind = "covariance"
 
     def shape(self, layer: Layer, size: int) -> tuple[int, ...]:
-        """A vector: blocks of both, and the number of tokens."""
-        return (sum(square_size(side.width) for side in layer.sides) + 1,)
+        return (sum(square_size(side.width) for side in layer.sides) + 1,)  # blocks of both, and the number of tokens
 
     def finish(self, layer: Layer, delivered: Tensor, scale: float | Tensor) -> Tensor:
-        """Moments of output gradients are multiplied by the square of the scale."""
-        delivered[square_size(layer.input_side.width) : -1] *= scale**2
+        delivered[square_size(layer.input_side.width) : -1] *= scale**2  # output gradients alone have it
         return delivered
 
 
@@ -202,19 +187,15 @@ class Eigenvalues(Job):
     bases: Mapping[str, tuple[Side, Side]]  # {layer: (Q_A^T as the input side, Q_S^T as the output side)}
 
     def sides(self, layer: Layer) -> tuple[Side, Side]:
-        """Rotations into the eigenbasis."""
         return self.bases[layer.name]
 
     def shape(self, layer: Layer, size: int) -> tuple[int, ...]:
-        """One value for each parameter: (O, I)."""
         return layer.output_side.width, layer.input_side.width
 
     def held(self, layer: Layer, slots: Slots) -> Sequence[Tensor | None]:
-        """The outputs' basis, and which rows count."""
         return slots.output_side.matrix, slots.kept
 
     def finish(self, layer: Layer, delivered: Tensor, scale: float | Tensor) -> Tensor:
-        """Squares are multiplied by the square of the scale."""
         return delivered.mul_(scale**2)
 
 
@@ -229,26 +210,20 @@ class Products(Job):
     bases: Mapping[str, tuple[Side, Side]] | None = None  # rotations into the basis that queries and inverse are in
 
     def sides(self, layer: Layer) -> tuple[Side, Side]:
-        """Rotations, if there are any."""
         return super().sides(layer) if self.bases is None else self.bases[layer.name]
 
     @property
     def at_once(self) -> bool:  # type: ignore[override]
-        """Scores add up over calls; a sample's own does not."""
-        return self.inverse is not None
+        return self.inverse is not None  # scores add up over calls; a sample's own does not
 
     def shape(self, layer: Layer, size: int) -> tuple[int, ...]:
-        """One value for each sample and query, and one more for its own."""
         return size, self.count + (self.inverse is not None)
 
     def held(self, layer: Layer, slots: Slots) -> Sequence[Tensor | None]:
-        """The outputs' basis, the inverse and the queries, where the layer computes."""
-        device, dtype = slots.leaves.rows.device, slots.leaves.rows.dtype
         inverse = None if self.inverse is None else self.inverse[layer.name]
         needed = (slots.output_side.matrix, inverse, *self.queries[layer.name])
-        return [None if one is None else one.to(device, dtype) for one in needed]
+        return [None if one is None else one.to(slots.leaves.rows) for one in needed]
 
     def finish(self, layer: Layer, delivered: Tensor, scale: float | Tensor) -> Tensor:
-        """Gradients are multiplied by the scale."""
-        delivered[:, self.count :].mul_(scale)
+        delivered[:, self.count :].mul_(scale)  # a sample's own is of its gradient twice
         return delivered.mul_(scale)

@@ -57,9 +57,9 @@ def log_training(
     _refuse(trainer)
     if scale is None and run._gradient == "adam":
         raise ConfigError(
-            "gradient='adam' is not linear: each sample needs a scale of its own, that of its loss as if it were the "
-            "batch. Pass log_training(..., scale=lambda batch, num_items: a number or a (B,) tensor), for instance "
-            "num_items over the sample's own number of labels, or log a checkpoint in a pass of its own."
+            "gradient='adam' is not linear: each sample needs a scale, that of its loss as if it were the batch. Pass "
+            "log_training(..., scale=lambda batch, num_items: a number or a (B,) tensor), such as num_items over the "
+            "sample's number of labels, or log a checkpoint in a pass of its own."
         )
     load, step, count = trainer.get_train_dataloader, trainer.training_step, scale
 
@@ -133,14 +133,13 @@ def _documents(inputs: Mapping[str, Any], size: int) -> Tensor | None:
     else:
         raise BatchError(
             f"the collator joined {size} samples into {len(tokens)} rows and does not say where each begins: let it "
-            "return position_ids, seq_idx or cu_seq_lens_q, as transformers' DataCollatorWithFlattening can, or pad "
-            "instead."
+            "return position_ids, seq_idx or cu_seq_lens_q, as DataCollatorWithFlattening can, or pad instead."
         )
     found = int(numbers.max()) + 1
     if found != size:
         raise BatchError(
             f"{size} ids came with {found} packed documents: an entry that was packed beforehand brings a list with an "
-            "id for each of its documents, and tokens that fill a row up count as documents where their position is 0 "
+            "id for each, and tokens that fill a row up count as documents where their position is 0 "
             "(pad_to_multiple_of). Or pass log_training(..., segments=)."
         )
     return numbers
@@ -207,8 +206,7 @@ def _find_count(trainer: Any, inputs: Mapping[str, Any], items: Any) -> Count:
     raise UnsupportedError(
         f"the loss of {name} is neither a sum over labels divided by num_items_in_batch nor a mean over the labels of "
         f"a micro-batch that are not {IGNORED} (an auxiliary loss, a weighted mean, smoothing with torch_compile?). If "
-        "it is a sum over samples divided by n, pass log_training(..., scale=lambda batch, num_items: n), which spares "
-        "it trial labels."
+        "it is a sum over samples divided by n, pass log_training(..., scale=lambda batch, num_items: n)."
     ) from cause
 
 
@@ -257,7 +255,6 @@ def _refuse(trainer: Any) -> None:
 
 @contextmanager
 def _replaced(target: Any, **attributes: Any) -> Iterator[None]:
-    """Give an object other attributes for a while."""
     own = vars(target)
     before = {name: own[name] for name in attributes if name in own}
     own.update(attributes)

@@ -13,7 +13,7 @@ from loghook.errors import CorruptLogError, VersionError
 from loghook.log.codec import DTYPES, Codec, make_codec
 from loghook.log.disk import canonical_json, checksum, parse_object, write_atomically
 from loghook.log.files import no_log
-from loghook.project.update import GRADIENTS
+from loghook.project.outer import GRADIENTS
 
 VERSION = 3
 MANIFEST = "loghook.json"

@@ -17,7 +17,7 @@ import queue
 import signal
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -122,6 +122,7 @@ class Writer:
         for _ in range(QUEUE):
             self._room.put(None)
         self._rejected: queue.SimpleQueue[NotFiniteError] = queue.SimpleQueue()
+        self.on_reject: Callable[[Sequence[int | str]], None] = lambda ids: None  # is told whose rows can come again
         self._broken: Exception | None = None  # an operating system error: nothing is written after it
         self._thread = threading.Thread(target=self._work, name="loghook-writer", daemon=True)
         self._alone = threading.Event()
@@ -164,7 +165,9 @@ class Writer:
             while True:
                 met.append(self._rejected.get_nowait())
         if met:
-            raise NotFiniteError("\n".join(map(str, met)), [i for error in met for i in error.ids])
+            ids = [i for error in met for i in error.ids]
+            self.on_reject(ids)
+            raise NotFiniteError("\n".join(map(str, met)), ids)
 
     def close(self, *, keep_lock: bool = False) -> None:
         """Commit, close the shard and, unless ``keep_lock``, let others write."""

@@ -21,8 +21,13 @@ def cut(width: int, limit: int = BLOCK) -> list[slice]:
 
 
 def square_size(width: int) -> int:
-    """Number of values in the blocks of a (width, width) matrix."""
     return sum((part.stop - part.start) ** 2 for part in cut(width))
+
+
+def blocks_of(flat: Tensor, width: int) -> list[Tensor]:
+    """Give the flattened blocks of a (width, width) matrix their shapes back."""
+    sizes = [part.stop - part.start for part in cut(width)]
+    return [block.view(n, n) for n, block in zip(sizes, flat.split([n * n for n in sizes]), strict=True)]
 
 
 def second_moment_blocks(z_Nk: Tensor, weight_N: Tensor | None) -> Tensor:
@@ -42,7 +47,6 @@ def _symmetric(z_Nk: Tensor, weighted_Nk: Tensor) -> Tensor:
 
 
 def take_blocks(matrix_kk: Tensor) -> Tensor:
-    """Return the diagonal blocks of a full matrix, flattened one after the other."""
     return torch.cat([matrix_kk[part, part].flatten() for part in cut(len(matrix_kk))])
 
 
@@ -56,16 +60,12 @@ class Factor:
     @classmethod
     def of(cls, flat: Tensor, width: int) -> "Factor":
         """Decompose flattened blocks (see ``second_moment_blocks``), already divided by the number of tokens."""
-        values, vectors, start = [], [], 0
-        for part in cut(width):
-            n = part.stop - part.start
-            block = flat[start : start + n * n].view(n, n).double()
+        values, vectors = [], []
+        for block in map(Tensor.double, blocks_of(flat, width)):
             w, v = torch.linalg.eigh((block + block.T) / 2)
             # Eigenvectors are free in sign; this choice survives other rounding, as of another number of processes.
-            v = v * v.gather(0, v.abs().argmax(0, keepdim=True)).sign()
             values.append(w.clamp(min=0))
-            vectors.append(v)
-            start += n * n
+            vectors.append(v * v.gather(0, v.abs().argmax(0, keepdim=True)).sign())
         return cls(torch.cat(values), vectors)
 
     @property

@@ -1,8 +1,10 @@
-"""Per-sample outer products, straight in projected space.
+"""Per-sample gradients as outer products of output gradients and inputs: straight in projected space, or whole.
 
 Shape suffixes: B samples, S tokens (positions), G groups, I inputs of one group, O outputs of all groups,
 o outputs of one group, k any width after projection. A layer without groups has no G axis.
-The row of a sample is ``P_out (sum_t g_t x_t^T) P_in^T``: (k_out, k_in), never the full (O, I).
+The row of a sample is ``P_out (sum_t g_t x_t^T) P_in^T``: (k_out, k_in), never the full (O, I). Only rows of what an
+optimiser makes of a gradient, elementwise on the whole one, need that: gradients of a few samples at a time are formed,
+changed, projected on both sides and dropped. docs/methods.md has the formulas and their sources.
 """
 
 from collections.abc import Iterator
@@ -11,20 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+GRADIENTS = ("plain", "normalized", "adam")  # what rows can be of
 CHUNK_BYTES = 64 * 2**20  # what the gradients of some samples of one layer may take at a time
 
 
 def project_input(x: Tensor, matrix_kI: Tensor | None, bias: bool) -> Tensor:
-    """Project layer inputs to k_in values a token.
-
-    Args:
-        x: (..., I) inputs of any leading shape.
-        matrix_kI: (k_in, I), or (k_in, I + 1) with ``bias``; None keeps every input.
-        bias: whether a constant 1 is appended to the inputs, so that the bias is the last column of the row.
-
-    Returns:
-        (..., k_in) in the dtype of ``x``, or in that of autocast.
-    """
+    """Project inputs (..., I) to (..., k_in); with ``bias`` a 1 is appended first, and the bias is the last column."""
     if matrix_kI is None:
         return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1) if bias else x
     matrix_kI = matrix_kI.to(x.dtype)
@@ -37,12 +31,7 @@ def project_output(g_BSO: Tensor, matrix_kO: Tensor | None) -> Tensor:
 
 
 def gather_tokens(t: Tensor, index_DL: Tensor) -> Tensor:
-    """Arrange tokens by document: (B, S, ...) to (D, L, ...).
-
-    Args:
-        t: tokens of any trailing shape.
-        index_DL: (D, L) places among the B * S tokens, in any order; B * S itself stands for padding and gives zeros.
-    """
+    """Arrange tokens by document, (B, S, ...) to (D, L, ...): place B * S stands for padding and gives zeros."""
     flat = t.flatten(0, 1)
     return torch.cat([flat, flat.new_zeros(1, *flat.shape[1:])])[index_DL]
 
@@ -55,16 +44,8 @@ def outer(g_BSk: Tensor, x_BSk: Tensor) -> Tensor:
 def outer_grouped(g_BSO: Tensor, x_BSGk: Tensor, matrix_kO: Tensor | None) -> Tensor:
     """Rows of a layer whose groups of outputs see inputs of their own (grouped convolutions).
 
-    Tokens are contracted before the output side is projected, since one group has few outputs:
-    at no time is there more than (B, O, k_in).
-
-    Args:
-        g_BSO: (B, S, O) output gradients, groups one after the other along O.
-        x_BSGk: (B, S, G, k_in) projected inputs of every group.
-        matrix_kO: (k_out, O) or None.
-
-    Returns:
-        (B, k_out, k_in).
+    Groups come one after the other along O. Tokens are contracted before the output side is projected, since one group
+    has few outputs: at no time is there more than (B, O, k_in).
     """
     B, S, G, _ = x_BSGk.shape
     g_BSGo = g_BSO.reshape(B, S, G, -1)
@@ -107,3 +88,42 @@ def second_moment_grouped(g_BSO: Tensor, groups: int, matrix_kO: Tensor | None, 
         return torch.block_diag(*blocks_Goo)
     matrix_Gko = matrix_kO.to(g_BSO.dtype).reshape(matrix_kO.shape[0], groups, -1).movedim(1, 0)
     return (matrix_Gko @ blocks_Goo @ matrix_Gko.transpose(1, 2)).sum(0)
+
+
+def update_rows(
+    g_BSO: Tensor,
+    x: Tensor,
+    matrix_kO: Tensor | None,
+    matrix_kI: Tensor | None,
+    mean_OI: Tensor | None,  # the optimiser's first moment, for `adam`; None for `normalized`
+    square_OI: Tensor,  # its second moment
+    numbers_nI: Tensor,  # what the formula takes besides, for each column (I counts the bias column)
+    scale: Tensor,  # what gradients are multiplied by first: a number, or (B, 1, 1)
+) -> Tensor:
+    """Form the gradients of whole inputs (B, S, I) or (B, S, G, I), change and project them: (B, k_out, k_in)."""
+    rows = []
+    for _, G_bOI in gradients(g_BSO * scale, x):
+        if mean_OI is None:
+            changed = normalized(G_bOI, square_OI, numbers_nI)
+        else:
+            changed = adam(G_bOI, mean_OI, square_OI, numbers_nI)
+        if matrix_kI is not None:
+            changed = changed @ matrix_kI.to(x.dtype).T
+        rows.append(changed if matrix_kO is None else matrix_kO.to(x.dtype) @ changed)
+    return torch.cat(rows)
+
+
+def normalized(G_BOI: Tensor, square_OI: Tensor, numbers_2I: Tensor) -> Tensor:
+    """Divide by Adam's root: ``G / (sqrt(v / c) + eps)``, with the correction c and eps in ``numbers_2I``; in place."""
+    correction_I, eps_I = numbers_2I
+    return G_BOI.div_((square_OI / correction_I).sqrt_().add_(eps_I))
+
+
+def adam(G_BOI: Tensor, mean_OI: Tensor, square_OI: Tensor, numbers_3I: Tensor) -> Tensor:
+    """Adam's direction if G were the step's gradient, without bias correction: ``m / sqrt(v + eps)``; consumes G.
+
+    ``numbers_3I`` holds 1 - beta1, 1 - beta2 and eps.
+    """
+    fresh1_I, fresh2_I, eps_I = numbers_3I
+    mean = mean_OI.lerp(G_BOI, fresh1_I)
+    return mean.div_(square_OI.lerp(G_BOI.square_(), fresh2_I).add_(eps_I).sqrt_())

@@ -28,27 +28,21 @@ class Side:
     matrix: Tensor | None  # (k, width), or None for identity
     # what rows are multiplied by afterwards, so that ``gain * matrix`` preserves inner products on average
     gain: float = 1.0
-    _moved: "dict[torch.device | torch.dtype, Side]" = field(default_factory=dict)
+    _moved: "dict[tuple[torch.device, torch.dtype], Side]" = field(default_factory=dict)
 
-    def to(self, device: torch.device) -> "Side":
-        """Return the side on a device; layers that share it there share the copy."""
-        if self.matrix is None or self.matrix.device == device:
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Side":
+        """The side on a device, and in a dtype; made once, so that layers which share it share the copy."""
+        if self.matrix is None:
             return self
-        if device not in self._moved:
-            self._moved[device] = Side(self.width, self.matrix.to(device), self.gain)
-        return self._moved[device]
-
-    def cast(self, dtype: torch.dtype) -> "Side":
-        """Return the side in a dtype, made once; layers that share it share the copy."""
-        if self.matrix is None or self.matrix.dtype == dtype:
+        there = device, dtype or self.matrix.dtype
+        if there == (self.matrix.device, self.matrix.dtype):
             return self
-        if dtype not in self._moved:
-            self._moved[dtype] = Side(self.width, self.matrix.to(dtype), self.gain)
-        return self._moved[dtype]
+        if there not in self._moved:
+            self._moved[there] = Side(self.width, self.matrix.to(*there), self.gain)
+        return self._moved[there]
 
     @property
-    def k(self) -> int:
-        """Values a token after the projection."""
+    def k(self) -> int:  # values a token after the projection
         return self.width if self.matrix is None else self.matrix.shape[0]
 
 
@@ -63,15 +57,10 @@ def shared_input_name(name: str) -> str:
 
 
 def draw_side(kind: str, *, seed: int, name: str, side: str, width: int, rank: int) -> Side:
-    """Make one side of a projection.
+    """Make the side ("in" or "out") of a projection that takes ``width`` values a token to ``rank``.
 
-    Args:
-        kind: "random", "none", or a fitted kind, which gets a place-holder of the right shape until it is fitted.
-        seed: the run's seed.
-        name: whose side it is; with the seed, the side and the width all that the matrix depends on.
-        side: "in" or "out".
-        width: values a token before the projection.
-        rank: values a token after it; a side no wider than this is kept whole.
+    A side no wider than that is kept whole; a fitted kind gets a place-holder until it is fitted. The matrix depends on
+    seed, name, side, width and rank alone.
     """
     if kind == "none" or width <= rank:
         return Side(width, None)
@@ -81,18 +70,11 @@ def draw_side(kind: str, *, seed: int, name: str, side: str, width: int, rank: i
 
 
 def fit_side(kind: str, factor: Factor, *, seed: int, name: str, side: str, rank: int, damping: float) -> Side:
-    """Make one side of a fitted projection from the side's mean second moment M.
+    """Make one side of a fitted projection from the eigendecomposition of the side's mean second moment M.
 
-    Args:
-        kind: "pca": the eigenvectors of M with the ``rank`` largest eigenvalues. "whitened": ``R (M + d I)^-1/2`` with
-            the random R that ``draw_side`` draws, so that plain inner products of rows are K-FAC's preconditioned ones.
-        factor: eigendecomposition of M.
-        seed: the run's seed.
-        name: whose side it is, for R.
-        side: "in" or "out".
-        rank: values a token after the projection; a side no wider is kept whole by "pca", and only whitened by
-            "whitened".
-        damping: d over the mean eigenvalue of M.
+    "pca": the eigenvectors of M with the ``rank`` largest eigenvalues; a side no wider is kept whole. "whitened":
+    ``R (M + d I)^-1/2`` with the random R that ``draw_side`` draws (a side no wider than the rank is only whitened) and
+    d the damping times M's mean eigenvalue, so that plain inner products of rows are K-FAC's preconditioned ones.
     """
     width = len(factor.values)
     if kind == "pca":

@@ -10,12 +10,10 @@ import torch
 from torch import nn
 
 from loghook.capture.batch import Blocks, Given, Ids, check_ids
-from loghook.capture.coverage import describe_coverage
 from loghook.capture.hooked import Hooked
-from loghook.capture.layers import Layer
-from loghook.capture.passes import Gathering, Pass
+from loghook.capture.models import describe_coverage
+from loghook.capture.passes import Gathering, Pass, decompose
 from loghook.capture.select import HEAD, Watch
-from loghook.capture.sums import decompose
 from loghook.capture.whole import Covariance, Eigenvalues
 from loghook.errors import CheckpointWarning, ConfigError, LogExistsError, StateError
 from loghook.influence.precondition import Curvature
@@ -78,13 +76,10 @@ class Factors(Blocks, Hooked):
         self._require_outside()
         if self._layers:
             raise StateError("a model is watched already: one watch() call takes several patterns.")
-
-        def settle(layers: list[Layer]) -> None:
-            if self._store is not None:
-                self._store.check_same(tuple(layer.spec for layer in layers), self.fisher)
-
-        watch = Watch(include, exclude, may_sleep, flattened, bias, batch_dim)
-        coverage = self._hook(model, watch, settle=settle)
+        layers, coverage = self._select(model, Watch(include, exclude, may_sleep, flattened, bias, batch_dim))
+        if self._store is not None:
+            self._store.check_same(tuple(layer.spec for layer in layers), self.fisher)
+        self._hook(model, layers)
         self.watched = {
             "include": include, "exclude": exclude, "bias": bias, "may_sleep": may_sleep, "flattened": flattened,
             "batch_dim": batch_dim,
@@ -164,7 +159,7 @@ class Factors(Blocks, Hooked):
                 "run.score(query)."
             )
         gathering = self._pass._gathering
-        if not gathering.sums.samples:
+        if not gathering.samples:
             self._began_with = self.digest()
             before = self._require_store().parameters
             if before and self._began_with and before != self._began_with:

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from loghook.capture.alone import batch_size
 from loghook.capture.layers import Layer
+from loghook.capture.probe import batch_size
 from loghook.errors import UnsupportedError
 from loghook.log.format import Layout
 from loghook.processes import combine

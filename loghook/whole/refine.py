@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from loghook.capture.alone import samples
+from loghook.capture.probe import samples
 from loghook.errors import ConfigError
 from loghook.influence.solvers import Diagonal, nonzero
 from loghook.whole.gauss_newton import GaussNewton
