@@ -79,14 +79,19 @@ def gather(part: Tensor, dim: int) -> Tensor:
 
 
 def on_cpu(function: Callable[P, R]) -> Callable[P, R]:
-    """Let what a function makes lie on the CPU, where logs are, also after ``torch.set_default_device``."""
+    """Let what a function makes lie on the CPU, where logs are, in float32, whatever the user's defaults are."""
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        if torch.get_default_device().type == "cpu":
+        default = torch.get_default_dtype()
+        if torch.get_default_device().type == "cpu" and default == torch.float32:
             return function(*args, **kwargs)
-        with torch.device("cpu"):
-            return function(*args, **kwargs)
+        torch.set_default_dtype(torch.float32)
+        try:
+            with torch.device("cpu"):
+                return function(*args, **kwargs)
+        finally:
+            torch.set_default_dtype(default)
 
     return call
 

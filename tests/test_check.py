@@ -360,9 +360,12 @@ def test_nothing_of_the_model_moves(batch):
         def forward(self, x):
             return super().forward(x[:, None])[:, 0]
 
+    def step(parameter):
+        parameter.data.sub_(0.1 * parameter.grad)
+
     model = mlp(Noted(1, affine=True, track_running_stats=True))
     for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(lambda p: p.data.sub_(0.1 * p.grad))
+        parameter.register_post_accumulate_grad_hook(step)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     report = loghook.check(model, classes, batch)
     assert report, str(report)

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,7 +19,7 @@ from typer.testing import CliRunner
 
 import loghook
 from loghook.cli import app
-from loghook.errors import CheckpointWarning, CorruptLogError, LogLockedError
+from loghook.errors import CheckpointWarning, CorruptLogError, LogLockedError, MismatchError, StateError, WriteError
 from loghook.log import reader
 from tests.test_influence import data, loss_fn, make_log, make_model
 
@@ -384,3 +385,79 @@ def test_a_cell_that_is_run_again_is_told_to_close_the_run(tmp_path):
         loghook.init(tmp_path, rank=4, dtype="float64", overwrite=True)
     first.close()
     loghook.init(tmp_path, rank=4, dtype="float64", overwrite=True).close()
+
+
+def begun(path, model, ids=(0, 1), **options):
+    run = loghook.init(path, **({"rank": 4, "dtype": "float64"} | options))
+    run.watch(model)
+    with run(data_id=list(ids)):
+        loss_fn(model, data(len(ids))).backward()
+    return run
+
+
+def test_the_rule_for_repeats_is_that_of_the_run(tmp_path):
+    begun(tmp_path, make_model(), on_repeat="first").close()
+    with pytest.raises(MismatchError, match="on_repeat is 'first' there and 'all' now"):
+        loghook.init(tmp_path, rank=4, dtype="float64", resume=True, on_repeat="all")
+    run = begun(tmp_path, make_model(), ids=(1, 2), resume=True)
+    run.finalize()
+    log = loghook.load(tmp_path)
+    assert log.data_ids == [0, 1, 2] and log.moments()[-1] == begun_tokens(log)
+
+
+def begun_tokens(log):
+    return len(log.data_ids) * data(1).shape[1]
+
+
+def test_two_processes_that_resume_one_run(tmp_path):
+    begun(tmp_path, make_model()).close()
+    late = loghook.init(tmp_path, rank=4, dtype="float64", resume=True, on_repeat="first")
+    begun(tmp_path, make_model(), ids=(2, 3), resume=True, on_repeat="first").finalize()
+    late.watch(model := make_model())
+    with pytest.raises(StateError, match="another process went on"), late(data_id=[2, 3]):
+        loss_fn(model, data(2)).backward()
+    assert loghook.load(tmp_path).data_ids == [0, 1, 2, 3]
+
+
+def test_training_may_go_once_more_through_steps_of_a_finished_log(tmp_path, capsys):
+    begun(tmp_path, make_model(), on_repeat="first").finalize()
+    before = (tmp_path / "commits-00000.jsonl").read_bytes()
+    again = begun(tmp_path, make_model(), resume=True, on_repeat="first")
+    again.finalize()
+    assert (tmp_path / "commits-00000.jsonl").read_bytes() == before
+    with pytest.raises(StateError, match="loghook append"), again(data_id=[0, 5]):
+        pass
+    assert list(again.passes()) == [] and "is finished: nothing is logged" in capsys.readouterr().out
+
+
+def test_ids_that_name_places_in_a_batch_are_noticed(tmp_path):
+    run = loghook.init(tmp_path, rank=4, dtype="float64")
+    run.watch(model := make_model())
+    with pytest.warns(UserWarning, match="12 samples of this pass had ids that came before"):
+        for _ in run.passes():
+            for _ in range(4):
+                with run(data_id=range(4)):
+                    loss_fn(model, data(4)).backward()
+
+
+def test_a_loader_that_is_used_up_after_the_first_pass_is_noticed(tmp_path):
+    run = loghook.init(tmp_path, rank=4, projection="pca")
+    run.watch(model := make_model())
+    batches = iter([(range(4), data(4)), (range(4, 8), data(4))])
+    with pytest.raises(StateError, match="gone through only once"):
+        for _ in run.passes():
+            for ids, x in batches:
+                with run(data_id=ids):
+                    loss_fn(model, x).backward()
+
+
+def test_nothing_is_written_into_a_folder_that_took_the_place_of_the_runs_own(tmp_path):
+    old = begun(tmp_path / "run", make_model())
+    shutil.rmtree(tmp_path / "run")
+    new = begun(tmp_path / "run", make_model(), ids=range(10, 14))
+    new.finalize()
+    files = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
+    with pytest.raises(WriteError, match="replaced by another run"):
+        old.close()
+    assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()} == files
+    assert loghook.load(tmp_path / "run").data_ids == [10, 11, 12, 13] and not loghook.load(tmp_path / "run").verify()

@@ -102,9 +102,10 @@ LOOP = """
 """
 
 
-def test_sigterm_commits_and_ends_the_process_as_it_would_have(tmp_path):
-    process = python(tmp_path / "run", LOOP, (signal.SIGTERM,), fresh=True)
-    assert process.returncode == -signal.SIGTERM, process.errors
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_commits_and_ends_the_process_as_it_would_have(tmp_path, number):
+    process = python(tmp_path / "run", LOOP, (number,), fresh=True)
+    assert process.returncode == -number, process.errors
     assert rows(tmp_path / "run") == list(range(10))
 
 

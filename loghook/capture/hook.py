@@ -11,7 +11,7 @@ from torch.utils.hooks import RemovableHandle
 from loghook.capture.experts import ExpertProjection
 from loghook.capture.layers import Layer, Slots
 from loghook.capture.segments import list_tokens
-from loghook.capture.tap import PendingTap, Tap, sum_tokens
+from loghook.capture.tap import Misfit, PendingTap, Tap, sum_tokens
 from loghook.errors import BatchError, UnsupportedError
 
 # The leaves of open blocks by layer. They lie in a global of their own, because the compiler takes whatever it reaches
@@ -60,8 +60,16 @@ def make_hook(layer: Layer) -> Hook:
         if slots.early is not None and slots.early[0] is x and slots.early[1] == x._version:
             projected = slots.early[2]
         else:
-            x = _batch_first(layer, slots, x)
-            projected = _project(layer, slots, module, x)
+            try:
+                x = _batch_first(layer, slots, x)
+            except BatchError as error:
+                if torch.compiler.is_compiling():
+                    raise
+                # A call on something else than the batch does no harm where the loss does not depend on it: DoRA
+                # multiplies an adapter's matrices by calling them on an identity, and detaches the product.
+                slots.misfit = error
+                return Misfit.apply(y, slots.leaves.rows, error)
+            projected = _regrouped(layer, slots, _project(layer, slots, module, x))
         if isinstance(module, ExpertProjection):
             documents, weight = _routed_tokens(layer, slots, module)
         else:
@@ -71,7 +79,7 @@ def make_hook(layer: Layer) -> Hook:
                 documents = slots.documents.index_DL
         activations, leaves = None, slots.leaves
         if leaves.activations is not None:
-            tokens = layer.adapter.tokens(x.detach()).to(leaves.activations.dtype)
+            tokens = _regrouped(layer, slots, layer.adapter.tokens(x.detach())).to(leaves.activations.dtype)
             same = tokens.shape[:2] == projected.shape[:2]  # not so for patches, which have positions of their own
             activations = sum_tokens(tokens, weight if same else _token_weight(slots, tokens), documents)
         if not torch.compiler.is_compiling():
@@ -122,7 +130,8 @@ def make_early_hook(layer: Layer) -> Hook:
         x = args[0]
         # Tensors of inference mode have no version; the other hook takes them.
         known = plain and isinstance(x, Tensor) and x.device == slots.samples.device and not x.is_inference()
-        if known and _shareable(layer, slots, x):
+        fits = known and not x.is_nested and x.dim() > 1 and (slots.documents is not None or len(x) == slots.size)
+        if fits and _shareable(layer, slots, x):
             slots.early = x, x._version, _project(layer, slots, module, _batch_first(layer, slots, x))
 
     return Hook(hook)
@@ -135,7 +144,15 @@ def _shareable(layer: Layer, slots: Slots, x: Tensor) -> bool:
     that wrap others all have it.
     """
     projects = layer.adapter.shares_input and slots.input_side.matrix is not None
-    return projects and not torch.compiler.is_compiling() and x.data_ptr() != 0
+    if not projects or torch.compiler.is_compiling():
+        return False
+    try:
+        return x.data_ptr() != 0
+    except RuntimeError as error:
+        raise UnsupportedError(
+            f"layer {layer.name!r} got a tensor without memory of its own, as a sparse one or inside torch.func's "
+            "transforms: log a plain forward and backward pass."
+        ) from error
 
 
 def _project(layer: Layer, slots: Slots, module: nn.Module, x: Tensor) -> Tensor:
@@ -159,14 +176,16 @@ def _batch_first(layer: Layer, slots: Slots, x: Tensor) -> Tensor:
         raise _not_a_batch(layer, x)
     x = x.detach().to(slots.samples.device)  # accelerate's hooks move inputs after this hook was given them
     if layer.spec.flattened:
-        x = _unflatten(layer, slots, x)
-    elif layer.spec.batch_dim and (x.dim() > 2 or not layer.spec.channels):  # (B, features) has no axis of tokens
+        return _unflatten(layer, slots, x)
+    shape, moved = tuple(x.shape), layer.spec.batch_dim and (x.dim() > 2 or not layer.spec.channels)
+    if moved:  # (B, features) has no axis of tokens
         x = x.movedim(layer.spec.batch_dim, 0)
     if slots.documents is None and not isinstance(layer.module, ExpertProjection) and len(x) != slots.size:
         raise BatchError(
-            f"{len(x)} samples, {slots.size} ids: layer {layer.name!r} got an input of shape {tuple(x.shape)}, and "
-            "its first axis must be the batch. Pass one id for each sample, or segments= where a sample is several "
-            "rows (pairs); for other axes batch_dim=1 (sequence first) or flattened=; or exclude the layer."
+            f"{len(x)} samples, {slots.size} ids: layer {layer.name!r} got an input of shape {shape}, and its "
+            f"{'second axis (batch_dim=1)' if moved else 'first axis'} must be the batch. Pass one id for each sample, "
+            "or segments= where a sample is several rows (pairs); for other axes batch_dim=1 (sequence first) or "
+            "flattened=; or exclude the layer."
         )
     return x
 
@@ -184,14 +203,25 @@ def _not_a_batch(layer: Layer, x: Tensor) -> Exception:
 
 
 def _unflatten(layer: Layer, slots: Slots, x: Tensor) -> Tensor:
-    """Give (batch * tokens, ...) its batch axis back: (B, S, ...)."""
-    batch = slots.size if slots.documents is None else slots.documents.number_BS.shape[0]
+    """Give (batch * tokens, ...) its batch axis back: (B, S, ...); a convolution needs its own and gets it later."""
+    batch = _batch(slots)
     if x.shape[0] % batch:
         raise BatchError(
             f"layer {layer.name!r} is declared flattened and got {x.shape[0]} entries for a batch of {batch}, no whole "
             "number of tokens each: take it out of watch(..., flattened=...)."
         )
-    return x.unflatten(0, (batch, -1))
+    return x if layer.adapter.channel_dim == 1 else x.unflatten(0, (batch, -1))
+
+
+def _regrouped(layer: Layer, slots: Slots, tokens: Tensor) -> Tensor:
+    """Tokens of a flattened convolution, (B * T, S, ...), as (B, T * S, ...)."""
+    if not layer.spec.flattened or layer.adapter.channel_dim != 1:
+        return tokens
+    return tokens.unflatten(0, (_batch(slots), -1)).flatten(1, 2)
+
+
+def _batch(slots: Slots) -> int:
+    return slots.size if slots.documents is None else slots.documents.number_BS.shape[0]
 
 
 def _token_weight(slots: Slots, tokens: Tensor) -> Tensor | None:

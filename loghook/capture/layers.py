@@ -110,6 +110,7 @@ class Slots:
     moments: Tensor | None = None
     deliveries: Deliveries = field(default_factory=Deliveries)
     masked: bool = False  # whether the mask fitted this layer
+    misfit: Exception | None = None  # what is wrong with a call that has no rows
 
     @property
     def size(self) -> int:

@@ -4,9 +4,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
-from operator import itemgetter
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
@@ -26,6 +26,17 @@ class Found(NamedTuple):
     inputs: dict[str, Tensor]  # by layer, summed over tokens: (B, channels) in float64
     loss: float
     silent: set[str]  # layers that delivered nothing
+
+
+class Alone(NamedTuple):
+    """What each sample or document gave alone."""
+
+    rows: dict[str, Tensor]  # by layer, from ``parameter.grad``, (B, k_out, k_in) in float64
+    hooked: dict[str, Tensor]  # the same, as hooks captured it
+    losses: list[float]
+    # Layers of which autograd gives no gradient (quantised, sharded or parametrised weights, weights tied to another
+    # module): their rows are those that hooks captured, so that samples are at least compared with themselves alone.
+    captured: set[str]
 
 
 class Probe(Hooked):
@@ -59,14 +70,11 @@ class Probe(Hooked):
                 found = self._run(one, 1, None)
             yield found
 
-    def gradients_alone(self) -> tuple[dict[str, Tensor], list[float], set[str]]:
-        """Projected gradients of each alone, the losses, and the layers of which autograd gives no ``parameter.grad``.
-
-        Of those (quantised, sharded or parametrised weights, weights tied to another module) it is what a batch of one
-        captured, so that samples are at least compared with themselves alone.
-        """
+    def gradients_alone(self) -> Alone:
+        """Projected gradients of each sample or document alone, as autograd has them and as hooks capture them."""
         captured: set[str] = set()
         rows: dict[str, list[Tensor]] = {layer.name: [] for layer in self.watched}
+        hooked: dict[str, list[Tensor]] = {layer.name: [] for layer in self.watched}
         losses = []
         parameters = [p for layer in self.watched for p in layer.module.parameters(recurse=False)]
         frozen = [(p, p.requires_grad) for p in parameters]
@@ -81,11 +89,29 @@ class Probe(Hooked):
                 for layer in self.watched:
                     own = _from_parameters(layer, uses)
                     captured |= {layer.name} if own is None else set()
+                    hooked[layer.name].append(found.rows[layer.name][0])
                     rows[layer.name].append(found.rows[layer.name][0] if own is None else own)
         finally:
             for p, required in frozen:
                 p.requires_grad_(required)
-        return {name: torch.stack(values) for name, values in rows.items()}, losses, captured
+        stacked, caught = ({name: torch.stack(values) for name, values in of.items()} for of in (rows, hooked))
+        return Alone(stacked, caught, losses, captured)
+
+    @contextmanager
+    def rounded_otherwise(self) -> Iterator[None]:
+        """Let each watched layer's output differ by what rounding may change in it, as another batch size would."""
+
+        def disturb(module: nn.Module, args: Any, y: Tensor) -> Tensor:
+            size = y.detach().flatten(1).square().mean(1).sqrt().view(-1, *[1] * (y.dim() - 1))
+            return y + torch.finfo(y.dtype).eps * size * torch.randn_like(y)
+
+        handles = [layer.module.register_forward_hook(disturb) for layer in self.watched]
+        try:
+            with torch.compiler.set_stance("force_eager"):
+                yield
+        finally:
+            for handle in handles:
+                handle.remove()
 
     def _run(self, batch: Any, size: int, segments: Any) -> Found:
         with self._capture(size, Given(segments=segments)) as captured:
@@ -119,12 +145,35 @@ def _from_parameters(layer: Layer, uses: Counter[int]) -> Tensor | None:
         return None
     if uses[id(weight)] > 1 or weight.numel() != layer.spec.in_features * layer.spec.out_features:
         return None
-    gradient = layer.adapter.gradient(module, weight.grad.double(), None if bias is None else bias.grad.double()).cpu()
+    dense = weight.grad.to_dense() if weight.grad.is_sparse else weight.grad
+    gradient = layer.adapter.gradient(module, dense.double(), None if bias is None else bias.grad.double()).cpu()
     for side, axis in ((layer.output_side, 0), (layer.input_side, 1)):
         if side.matrix is not None:
             matrix = side.matrix.double().cpu() * side.gain
             gradient = matrix @ gradient if axis == 0 else gradient @ matrix.T
     return gradient
+
+
+@contextmanager
+def left_alone(model: nn.Module) -> Iterator[None]:
+    """Give a model its gradients and buffers back, and keep optimisers that live in hooks from training it."""
+    gradients = [(p, p.grad) for p in model.parameters()]
+    buffers = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
+    hooks = [(found, dict(found)) for p in model.parameters() if (found := p._post_accumulate_grad_hooks)]
+    for p, _ in gradients:
+        p.grad = None  # backward adds in place to what is there
+    for found, _ in hooks:
+        found.clear()
+    try:
+        yield
+    finally:
+        for p, gradient in gradients:
+            p.grad = gradient
+        for found, before in hooks:
+            found.update(before)
+        with torch.no_grad():
+            for b, value in buffers:
+                b.copy_(value)
 
 
 @contextmanager
@@ -165,7 +214,13 @@ def batch_size(batch: Any) -> int:
 
 
 def samples(batch: Any) -> list[Any]:
-    return [_each(batch, itemgetter(slice(i, i + 1))) for i in range(batch_size(batch))]
+    """Each sample as a batch of one; arrays and lists of numbers or words are cut if they are as long as the batch."""
+    size = batch_size(batch)
+
+    def cut(values: Any, i: int) -> Any:
+        return values[i : i + 1] if len(values) == size else values
+
+    return [_each(batch, partial(cut, i=i), plain=True) for i in range(size)]
 
 
 def _documents(batch: Any, segments: Any) -> list[Any]:
@@ -195,18 +250,25 @@ def _document(mine_BS: Tensor, t: Tensor) -> Tensor:
     )
 
 
-def _each(batch: Any, function: Callable[[Tensor], Tensor]) -> Any:
-    """The batch with a function of each of its tensors, but numbers, in place of the tensor."""
+def _each(batch: Any, function: Callable[[Any], Any], plain: bool = False) -> Any:
+    """The batch with a function of each of its tensors, but numbers, in place of the tensor.
+
+    With ``plain`` arrays and lists of numbers or words count as tensors.
+    """
     if isinstance(batch, Tensor):
         return function(batch) if batch.dim() else batch
+    if plain and (isinstance(batch, np.ndarray) and batch.ndim):
+        return function(batch)
+    if plain and isinstance(batch, list) and all(isinstance(value, int | float | str) for value in batch):
+        return function(batch)
     if isinstance(batch, Mapping):
-        values = {key: _each(value, function) for key, value in batch.items()}
+        values = {key: _each(value, function, plain) for key, value in batch.items()}
         try:
             return type(batch)(values)  # type: ignore[call-arg]  # keep what reads batch.labels working
         except TypeError:
             return values
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_each(value, function) for value in batch))
+        return type(batch)(*(_each(value, function, plain) for value in batch))
     if isinstance(batch, list | tuple):
-        return type(batch)(_each(value, function) for value in batch)
+        return type(batch)(_each(value, function, plain) for value in batch)
     return batch

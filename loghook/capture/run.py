@@ -1,6 +1,7 @@
 """``Run``: the user's handle around a training loop. It conducts capture and writer and holds no mathematics."""
 
 import dataclasses
+import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,7 +25,7 @@ from loghook.log.files import Sides, load_sides, save_sides
 from loghook.log.folder import ARGUMENTS, check_same
 from loghook.log.format import MANIFEST, Manifest
 from loghook.log.writer import Writer
-from loghook.processes import process_rank, provenance, shared, shared_run_id, world_size
+from loghook.processes import process_rank, provenance, shared, world_size
 from loghook.project.projection import FITTED
 from loghook.statistics.store import FactorStore
 
@@ -46,6 +47,7 @@ class Run(Blocks, Hooked):
         self._rehearsal: Plan | None = None  # a plan that measures blocks, which then write nothing
         self._id_type = ""
         self._closed = False
+        self._kept = self._repeated = 0  # samples of the current pass
         self._elsewhere: dict[str, str | None] | None = None  # digests of values that the run did not begin with
 
     def watch(
@@ -151,6 +153,8 @@ class Run(Blocks, Hooked):
             raise StateError("a plan is being measured: run a few blocks inside it, without passes().")
         committed = self._session.repeats.committed
         done = committed.done
+        if self._was_sealed and process_rank() == 0:
+            print(f"{self.path} is finished: nothing is logged. `loghook append {self.path}` opens it for more data.")
         if self._session.resumed:
             done |= shared(done)  # all ranks skip a pass or none does: loops may hold collectives
         fits = self._projection in FITTED
@@ -170,7 +174,9 @@ class Run(Blocks, Hooked):
                 if self._rule != "all":
                     # The blocks of an interrupted pass have the numbers that they had.
                     self._step = committed.starts.get(index, self._step)
+                self._kept = self._repeated = 0
                 yield self._pass
+                self._look_back(gathered=index > 0)
                 if self._session.writer is not None:
                     self._session.writer.settle()  # a pass that misses rows is not over
                     self._session.writer.put({"pass_end": index})
@@ -180,8 +186,25 @@ class Run(Blocks, Hooked):
             finally:
                 self._pass = None
 
+    def _look_back(self, gathered: bool) -> None:
+        """Notice at the end of a pass what looks like a mistake of the loop."""
+        if gathered and not self._kept + self._repeated and not self._session.repeats.committed.ids and self._id_type:
+            raise StateError(
+                "the first pass saw batches and this one none: a loader that can be gone through only once? Make it "
+                "anew inside `for _ in run.passes():`."
+            )
+        if self._repeated > self._kept:
+            warnings.warn(
+                f"{self._repeated:,} samples of this pass had ids that came before and were left out, more than were "
+                "kept: a data_id names a sample, not its place in the batch. on_repeat='all' keeps every row.",
+                stacklevel=3,
+            )
+
     @contextmanager
     def _block(self, data_id: Ids, given: Given) -> Iterator[None]:
+        if self._was_sealed and self._rule == "first" and not self.pending(data_id):
+            yield  # training goes once more through steps that a finished log has
+            return
         self._require_open()
         if self._session.writer is not None:
             self._session.writer.check()
@@ -202,6 +225,7 @@ class Run(Blocks, Hooked):
                 yield
             return
         keep, repeats = self._session.repeats.keep(ids, self._rule)
+        self._kept, self._repeated = self._kept + len(ids) - repeats, self._repeated + repeats
         if keep.any():
             self._step = max(self._step, self._fresh_step)
         with self._capture(len(ids), given, keep=keep, logs=True) as captured:
@@ -254,7 +278,10 @@ class Run(Blocks, Hooked):
 
     def _require_open(self) -> None:
         if self._session.sealed:
-            raise StateError("this run is finalised: open another run, or ask questions with run.query(...).")
+            raise StateError(
+                f"{self.path} is finalised: open another run, or this one for more rows with `loghook append`; "
+                "run.query(...) asks questions."
+            )
         if self._closed:
             raise StateError(f"this run was closed: go on with loghook.init({str(self.path)!r}, resume=True).")
 
@@ -274,7 +301,7 @@ class Run(Blocks, Hooked):
     @property
     def _rule(self) -> str:
         """What happens to an id that comes again, here and now."""
-        return self._config.on_repeat or ("first" if self._pass is not None else "all")
+        return self._session.rule or ("first" if self._pass is not None else "all")
 
     def _settle_projection(self, sides: Sides) -> None:
         """Keep a fitted projection in the run's folder, where from then on all ranks and later processes find it."""
@@ -313,7 +340,7 @@ class Run(Blocks, Hooked):
         old = fresh = self._session.manifest
         if old is None or self._layers:
             fresh = Manifest(
-                run_id=old.run_id if old else shared_run_id(), projection=self._projection, rank=self._rank,
+                run_id=old.run_id if old else self._agree_on_id(), projection=self._projection, rank=self._rank,
                 seed=self._seed, dtype=self._config.dtype, layers=self.specs,
                 coverage=self._coverage, id_type=id_type, on_repeat=self._config.on_repeat, world_size=world_size(),
                 provenance=provenance(), parameters=self.digests(), fitted=self._fitted,
@@ -329,6 +356,15 @@ class Run(Blocks, Hooked):
             else:
                 self._warn_of_other_values()
         return writer
+
+    def _agree_on_id(self) -> str:
+        run_id, path = shared((uuid.uuid4().hex, str(self.path)))
+        if path != str(self.path):
+            raise ConfigError(
+                f"this process writes to {self.path} and rank 0 to {path}: the ranks of one job write one run, so give "
+                "all of them the same path. Runs of separate jobs are joined by loghook merge."
+            )
+        return str(run_id)
 
     def _warn_of_other_values(self) -> None:
         self._elsewhere = None

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loghook.capture.block import Captured
 from loghook.capture.config import Config
-from loghook.errors import BatchError, LogExistsError, StateError, WriteError
+from loghook.errors import BatchError, LogExistsError, MismatchError, StateError, WriteError
 from loghook.log.disk import writing
 from loghook.log.folder import Committed, check_same, claim, ranks_on_disk, read_back, seal
 from loghook.log.format import MANIFEST, Manifest
@@ -77,10 +77,21 @@ class Session:
         self.writer: Writer | None = None  # open from the first block on
         self.repeats = Repeats()  # ids met, by this process and by the one that it takes up again
         self.sealed = False  # finished, by this process or by an earlier one
+        self.rule = config.on_repeat  # or None: as the loop at hand makes it
         if self.resumed:
             self.manifest = Manifest.load(self.path)
             self.sealed = self.manifest.sealed is not None
-            self.repeats.committed = read_back(self.path, self.manifest, outside_too=config.on_repeat is not None)
+            self.rule = self._rule_of(self.manifest)
+            self.repeats.committed = read_back(self.path, self.manifest, outside_too=self.rule is not None)
+
+    def _rule_of(self, manifest: Manifest) -> str | None:
+        """The rule for repeats of a resumed run, which a run that was begun with one keeps."""
+        before, now = manifest.on_repeat, self._config.on_repeat
+        if before and now and before != now:
+            raise MismatchError(
+                f"cannot resume: on_repeat is {before!r} there and {now!r} now. Pass the first one, or none."
+            )
+        return before or now
 
     def open(self, fresh: Manifest) -> Writer:
         """Open the writer, and with it the manifest, which is ``fresh`` unless the run has one already."""
@@ -95,12 +106,23 @@ class Session:
             writer.on_reject = self.repeats.forget
             try:
                 # Under the lock: whoever comes second must not put a manifest of its own in place of the first one's.
+                self._require_unchanged(writer)
                 self.manifest = self._settle(fresh)
             except BaseException:
                 writer.close()
                 raise
         self.writer = writer
         return writer
+
+    def _require_unchanged(self, writer: Writer) -> None:
+        """Raise if another process went on with the run since this one read what is committed."""
+        if self.manifest is None:
+            return
+        known = self.repeats.committed.records.get(process_rank(), 0)
+        if len(writer.records) != known or Manifest.load(self.path).sealed != self.manifest.sealed:
+            raise StateError(
+                f"another process went on with {self.path} meanwhile: start again with loghook.init(..., resume=True)."
+            )
 
     def _settle(self, fresh: Manifest) -> Manifest:
         """Return the run's manifest, written by rank 0 if it is new or more ranks write now than before."""

@@ -129,6 +129,20 @@ class PendingTap(torch.autograd.Function):
         return g, None, None, None, slots.samples.new_ones(1), None
 
 
+class Misfit(torch.autograd.Function):
+    """Identity on the output of a call that has no rows, which raises if a gradient comes for it all the same."""
+
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, slot: Tensor, error: Exception) -> Tensor:
+        """The leaf is there for a graph also where the model is frozen."""
+        ctx.error = error
+        return alias(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise ctx.error
+
+
 class Pending:
     """Tokens of the layers on one device, whose rows are yet to be formed."""
 

@@ -91,6 +91,7 @@ class Committed:
     steps: dict[int, int] = field(default_factory=dict)  # {rank: number of the first step that is not committed}
     starts: dict[int, int] = field(default_factory=dict)  # {pass: its first step}
     done: set[int] = field(default_factory=set)  # passes that every writer has completed
+    records: dict[int, int] = field(default_factory=dict)  # {rank: how many}
 
 
 def read_back(path: Path, manifest: Manifest, *, outside_too: bool) -> Committed:
@@ -100,6 +101,7 @@ def read_back(path: Path, manifest: Manifest, *, outside_too: bool) -> Committed
     reopened: list[int] = next((e["records"] for e in reversed(manifest.history) if e["what"] == "append"), [])
     for rank in ranks_on_disk(path, manifest):
         log = read_commits(path, manifest, rank)
+        found.records[rank] = len(log.records)
         # What ended before the log was opened for more data has to be gone through again.
         fresh = reopened[rank] if rank < len(reopened) else 0
         ended.append({r["pass_end"] for r in log.records if "pass_end" in r and r["n"] >= fresh})
