@@ -208,11 +208,16 @@ def delete(
         bool, typer.Option(help="Keep the statistics of kfac and ekfac, in which the deleted rows still count.")
     ] = False,
 ) -> None:
-    """Take rows out, for instance because a provider withdraws data; their bytes are gone afterwards."""
+    """Take rows out, for instance because a provider withdraws data; their bytes are gone afterwards.
+
+    Without --keep-statistics the statistics go too: kfac and ekfac, which need them, can then score the log no more.
+    """
     id_type = loghook.load(run).manifest.id_type
     wanted = [_parse_id(id_type, text) for text in ids]
     done = maintain.delete(run, wanted, keep_statistics=keep_statistics)
     typer.echo(f"{run}: {done.dropped:,} rows deleted, {done.rows:,} left")
+    if not keep_statistics:
+        typer.echo("the statistics went with them, so that kfac and ekfac cannot score it: take fisher or shampoo")
 
 
 def _parse_id(id_type: str, text: str) -> int | str:

@@ -219,3 +219,40 @@ def test_replay_of_the_evaluate_page() -> None:
 def test_no_page_has_a_gap() -> None:
     for page in [ROOT / "README.md", ROOT / "CHANGELOG.md", *(ROOT / "docs").glob("*.md")]:
         assert not re.findall(r"\b[A-Z]+_NUMBERS\b|\bTODO\b|\bXXX\b", page.read_text()), page.name
+
+
+def test_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The page's loop survives a restart from an older checkpoint; its functions are what tune and rerank call."""
+    training, functions = blocks((ROOT / "docs" / "running.md").read_text(), "python")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 100))
+    loss = (
+        lambda logits, batch: F.cross_entropy(  # noqa: E731
+            logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="sum"
+        )
+    )
+    names = {
+        "loghook": loghook, "model": model, "epochs": 3, "optimizer": torch.optim.AdamW(model.parameters()),
+        "loader": [make_batch([0, 1]), make_batch([2, 3])], "output_loss": loss,
+        "summed_loss": lambda model, batch: loss(model(batch["input_ids"]), batch),
+        "outputs": lambda batch: model(batch["input_ids"]),
+    }  # fmt: skip
+    broken = training.replace("run.finalize()", "run.close()").replace("first_epoch, epochs", "first_epoch, 2")
+    exec(broken, names | {"first_epoch": 0})
+    exec(training, names | {"first_epoch": 1})  # the second epoch is done again
+    assert loghook.load("runs/training").data_ids == [f"{e}/{i}" for e in range(3) for i in range(4)]
+
+    names["whole"] = whole = loghook.fit("runs/factors")
+    whole.watch(model)
+    for _ in whole.passes():
+        for batch in names["loader"]:
+            with whole(data_id=batch["id"]):
+                names["summed_loss"](model, batch).backward()
+    with whole.query(data_id=["q"]) as names["query"]:
+        names["summed_loss"](model, names["loader"][0]).backward()
+    names |= {"dataset": list(range(4)), "collate": make_batch}
+    exec(functions, names)
+    assert [ids for ids, _ in names["samples"]()] == [[0, 1], [2, 3]]
+    assert [batch["id"] for _, batch in names["batches_of"]([3, 1])] == [[3, 1]]
+    assert names["u"].direction

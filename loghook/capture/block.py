@@ -322,9 +322,10 @@ def nothing_delivered(layers: Sequence[Layer]) -> str:
     """Say why a block without a single row may have none."""
     if not any(layer.fired for layer in layers):
         return (
-            "no watched layer ran in this block, or its hooks never fired. Run the model's forward and backward inside "
-            "the block, with gradients enabled (no torch.no_grad, torch.inference_mode, merged or disabled adapter); "
-            "if the model was compiled before watch(), call watch() first."
+            "no watched layer ran in this block, or its hooks never fired. Run forward and backward inside the block, "
+            "of the very model that watch() was given (not one made again since), with gradients enabled (no "
+            "torch.no_grad, torch.inference_mode, merged or disabled adapter); if it was compiled before watch(), call "
+            "watch() first."
         )
     return (
         "no backward pass reached a watched layer in this block: call loss.backward() inside it, without inputs= (and "

@@ -5,6 +5,7 @@ A kill may come at any point, also while a folder is being recovered.
 
 import os
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from loghook.log.shard import SHARD_HEADER, close_shard
 
 ARGUMENTS = ("projection", "rank", "seed", "dtype", "gradient")  # of ``init``, which make rows what they are
 SEAL_TIMEOUT = 600.0  # seconds that rank 0 waits for the others
+TELLING = 10.0  # after which it says so
 _OURS = ("rows-*.safetensors", "statistics-*.safetensors", "commits-*.jsonl", "lock-*", MANIFEST, PROJECTION, KEPT)
 
 
@@ -68,13 +70,16 @@ def seal(path: Path, manifest: Manifest, session: str, active: int) -> dict[str,
     for rank in range(active, manifest.world_size):
         with lock(path / lock_name(rank)):  # one that does not write now
             recover(path, manifest, rank, snapshots=1)
-    deadline = time.monotonic() + SEAL_TIMEOUT
+    begun, told = time.monotonic(), False
     while True:
         logs = list(all_commits(path, manifest))
         missing = [r for r in range(active) if not (logs[r].records and logs[r].records[-1].get("end") == session)]
         if not missing:
             return sum_up(logs)
-        if time.monotonic() > deadline:
+        if time.monotonic() - begun > TELLING and not told:
+            told = True
+            warnings.warn(f"waiting for ranks {missing}: every rank has to call run.finalize().", stacklevel=4)
+        if time.monotonic() - begun > SEAL_TIMEOUT:
             raise StateError(
                 f"ranks {missing} did not finish within {SEAL_TIMEOUT:.0f} s: every rank calls run.finalize(). What "
                 "they committed is kept: start again with resume=True."
