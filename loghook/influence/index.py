@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from loghook.errors import ConfigError, MismatchError, StateError
-from loghook.influence.engine import Prepared, influence
+from loghook.influence.engine import influence
 from loghook.influence.fidelity import TOP, as_questions, compared_methods
 from loghook.influence.precondition import progress
 from loghook.influence.scores import Scores
+from loghook.influence.solvers import gram_basis
 from loghook.log.kinds import loading, save_tensors
 from loghook.log.query import Query
 from loghook.log.reader import Reader
@@ -34,7 +35,6 @@ class Index:
     """
 
     def __init__(self, reader: Reader, basis: Tensor, rows: Tensor, factory: str) -> None:
-        """Build the faiss index of reduced rows."""
         self._reader, self.basis, self.rows, self.factory = reader, basis, rows, factory
         self._faiss = _empty(factory, len(basis))
         self._faiss.train(rows.numpy())
@@ -65,8 +65,8 @@ class Index:
         if candidates < top:
             raise ConfigError(f"candidates={candidates} must be at least top={top}.")
 
-        def scan(_: Reader, prepared: Prepared, *__: Any) -> tuple[np.ndarray, np.ndarray, None]:
-            return *self._rescore(prepared.matrix, top, min(candidates, len(self.rows))), None
+        def scan(matrix: Tensor) -> tuple[np.ndarray, np.ndarray]:
+            return self._rescore(matrix, top, min(candidates, len(self.rows)))
 
         return influence(self._reader, query, method=method, top=top, scan=scan, **options)
 
@@ -162,17 +162,11 @@ def load(reader: Reader, path: str | Path) -> Index:
 
 
 def leading_directions(rows: Tensor, dimensions: int) -> Tensor:
-    """Find the leading right singular vectors of rows (n, w), through their Gram matrix (n, n).
-
-    Returns:
-        (d, w) orthonormal, the strongest last; d is ``dimensions``, or the rank of the rows where that is smaller.
-    """
-    values, vectors = torch.linalg.eigh((rows @ rows.T).double())
-    values, vectors = values[-dimensions:], vectors[:, -dimensions:]
-    real = values > ROUNDING * values[-1]
-    if not real.any():
+    """Leading right singular vectors of rows (n, w): (d, w) orthonormal, the strongest last, at most as many as asked."""
+    values, mix = gram_basis((rows @ rows.T).double(), ROUNDING)
+    if not len(values):
         raise ConfigError("the sampled rows are all zero, so that they have no directions: sample more.")
-    return (vectors[:, real] / values[real].sqrt()).float().T @ rows
+    return mix[:, -dimensions:].float().T @ rows
 
 
 def _empty(factory: str, dimensions: int) -> Any:

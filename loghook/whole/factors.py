@@ -23,8 +23,7 @@ from loghook.log.disk import lock, writing
 from loghook.log.format import MANIFEST, LayerSpec, Made
 from loghook.log.kinds import FACTORS
 from loghook.processes import process_rank, shared
-from loghook.statistics.factors import Eigenbasis
-from loghook.statistics.store import FactorStore, pack_factors
+from loghook.statistics import Eigenbasis, FactorStore, pack_factors
 from loghook.whole.inverse import rotations
 
 FISHERS = ("empirical", "true")

@@ -8,7 +8,6 @@ from torch import Tensor
 
 from loghook.capture.batch import Ids
 from loghook.errors import CheckpointWarning, ConfigError, MismatchError
-from loghook.influence.engine import NORMALIZE
 from loghook.influence.precondition import Curvature
 from loghook.influence.scores import Scores
 from loghook.influence.solvers import Diagonal, Identity
@@ -56,15 +55,13 @@ class Fit(Factors):
         """
         self._require_whole(query)
         method = method or ("ekfac" if query.direction is None else "dot")
-        normalize = normalize or ("unit" if method == "cosine" else None)
+        curvature = Curvature(method=method, damping=damping, damping_abs=damping_abs)
+        normalize = curvature.normalize(normalize)
         if query.direction is not None and (method != "dot" or normalize):
             raise ConfigError(
                 f"this query is preconditioned already ({query.direction}): score it with method='dot' and without "
                 "normalize, since what its curvature says of samples is not known."
             )
-        if normalize not in NORMALIZE:
-            raise ConfigError(f"normalize={normalize!r} is unknown: choose None, 'unit' or 'relatif'.")
-        curvature = Curvature(method=method, damping=damping, damping_abs=damping_abs)
         return Scoring(self, query, curvature, rank=rank, normalize=normalize, per_layer=per_layer)
 
     def self_influence(

@@ -9,8 +9,7 @@ from loghook.errors import ConfigError
 from loghook.influence.precondition import PLAIN, Curvature
 from loghook.influence.solvers import Diagonal
 from loghook.project.projection import Side
-from loghook.statistics.factors import Eigenbasis
-from loghook.statistics.store import FactorStore
+from loghook.statistics import Eigenbasis, FactorStore
 
 METHODS = ("ekfac", "kfac", *PLAIN)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from loghook.errors import ConfigError
-from loghook.influence.solvers import Diagonal, nonzero
+from loghook.influence.solvers import Diagonal, gram_basis, nonzero
 from loghook.whole.gauss_newton import GaussNewton
 
 SOLVERS = {"cg": 2, "astra": 300}  # {solver: iterations, where none are given}
@@ -71,9 +71,9 @@ def _conjugate(p: Tensor, ap: Tensor) -> tuple[Tensor, Tensor]:
     """Combine directions (Q, width) and their products to k <= Q that are orthonormal in the matrix."""
     gram = (p @ ap.T).double()
     scale = 1 / nonzero(gram.diagonal().clamp(min=0).sqrt())
-    values, vectors = torch.linalg.eigh((gram + gram.T) / 2 * scale * scale[:, None])
-    real = values > 100 * torch.finfo(p.dtype).eps * values[-1]  # the others depend on these, up to rounding
-    mix = (vectors[:, real] / values[real].sqrt() * scale[:, None]).T.to(p.dtype)
+    # Directions that are left out depend on the others, up to rounding.
+    _, mix = gram_basis((gram + gram.T) / 2 * scale * scale[:, None], 100 * torch.finfo(p.dtype).eps)
+    mix = (mix * scale[:, None]).T.to(p.dtype)
     return mix @ p, mix @ ap
 
 
