@@ -183,7 +183,9 @@ def replay(
         )
     return Scores(
         values=-slopes_QN.float().cpu().numpy(),
-        query_ids=list(range(len(losses_Q)) if query_ids is None else query_ids), data_ids=list(place), places=None,
-        by_layer=None, layers=(), method="replay", normalize=None, damping=None, damping_abs=None,
-        fingerprint="", log=f"a training of {steps} steps",
-    )  # fmt: skip
+        query_ids=list(range(len(losses_Q)) if query_ids is None else query_ids),
+        data_ids=list(place),
+        method="replay",
+        fingerprint="",
+        log=f"a training of {steps} steps",
+    )

@@ -100,9 +100,7 @@ class Index:
             StateError: if the log is not finished, so that the file could not say which rows it speaks of.
         """
         if self._reader.seal is None:
-            raise StateError(
-                f"{self._reader.path} is not finished, so that its index would be stale: finalise it first."
-            )
+            raise StateError(f"{self._reader.path} is not finished: its index would be stale, so finalise it first.")
         header = {"seal": self._reader.seal, "factory": self.factory}
         save_tensors(path, "index", header, {"basis": self.basis, "rows": self.rows})
 
@@ -155,14 +153,12 @@ def load(reader: Reader, path: str | Path) -> Index:
     with loading(path, "index") as (header, tensors):
         seal, factory, basis, rows = header["seal"], header["factory"], tensors["basis"], tensors["rows"]
     if seal != reader.seal:
-        raise MismatchError(
-            f"{path} is an index of other rows than those of {reader.path}: build it again, log.index()."
-        )
+        raise MismatchError(f"{path} indexes other rows than those of {reader.path}: build it again, log.index().")
     return Index(reader, basis, rows, factory)
 
 
 def leading_directions(rows: Tensor, dimensions: int) -> Tensor:
-    """Leading right singular vectors of rows (n, w): (d, w) orthonormal, the strongest last, at most as many as asked."""
+    """Leading right singular vectors of rows (n, w), the strongest last: (d, w); d is at most the rows' rank."""
     values, mix = gram_basis((rows @ rows.T).double(), ROUNDING)
     if not len(values):
         raise ConfigError("the sampled rows are all zero, so that they have no directions: sample more.")
@@ -177,6 +173,4 @@ def _empty(factory: str, dimensions: int) -> Any:
     try:
         return faiss.index_factory(dimensions, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
-        raise ConfigError(
-            f"factory={factory!r} is none that faiss knows: 'HNSW32', 'Flat' and 'HNSW32_SQ8' are."
-        ) from error
+        raise ConfigError(f"factory={factory!r} is none that faiss knows: take 'HNSW32' or 'Flat'.") from error

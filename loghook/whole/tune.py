@@ -24,7 +24,7 @@ from loghook.capture.config import Config
 from loghook.capture.run import Run
 from loghook.errors import ConfigError
 from loghook.influence.engine import influence
-from loghook.influence.fidelity import pearson
+from loghook.influence.fidelity import likeness
 from loghook.influence.scores import Scores
 from loghook.log import maintain
 from loghook.log.format import LayerSpec, Layout
@@ -278,10 +278,10 @@ def _measured(
         parts = list(_by_group(scores).values())
         # Norms are over all layers, so that normalised scores do not add up to those of some.
         if subsets and scores.normalize is None:
-            grown = _grown(parts, lambda values: _like(values, wanted), lambda chosen: size(chosen) <= limit)
+            grown = _grown(parts, lambda values: likeness(values, wanted), lambda chosen: size(chosen) <= limit)
             found = ((chosen, fidelity) for chosen, _, fidelity in grown)
         else:
-            found = ((c, _like(scores.values, wanted)) for c in (everything,) if size(c) <= limit)
+            found = ((c, likeness(scores.values, wanted)) for c in (everything,) if size(c) <= limit)
         for chosen, fidelity in found:
             if len(chosen) not in best or fidelity > best[len(chosen)].fidelity:
                 layers = tuple(spec.name for spec in specs(chosen))
@@ -319,8 +319,3 @@ def _grown(
         liked, best = max((float(judge(total + parts[i])), i) for i in rest)
         chosen, total = [*chosen, best], total + parts[best]
         yield chosen, total, liked
-
-
-def _like(values: np.ndarray, wanted: np.ndarray) -> float:
-    """Mean over queries of the correlation over samples."""
-    return float(np.mean([pearson(mine, theirs) for mine, theirs in zip(values, wanted, strict=True)]))
