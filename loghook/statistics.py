@@ -5,6 +5,7 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -151,6 +152,14 @@ class FactorStore:
                     pair.append(Factor(values, parts))
                 found[spec.name] = (pair[0], pair[1])
         return found
+
+    @cached_property
+    def bases(self) -> dict[str, Eigenbasis]:
+        """Each layer's eigenbasis; a pass that is complete is never changed."""
+        return {
+            name: Eigenbasis(inputs.basis, outputs.basis, outputs.values[:, None] * inputs.values)
+            for name, (inputs, outputs) in self.factors().items()
+        }
 
     def eigenvalues(self) -> dict[str, Tensor]:
         """EK-FAC's corrected eigenvalues of each layer, means over samples: (O, I) float32."""

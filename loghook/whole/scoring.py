@@ -17,7 +17,8 @@ from loghook.influence.solvers import Diagonal, Identity, nonzero
 from loghook.log.finite import not_finite
 from loghook.log.query import Query
 from loghook.processes import everyone, share
-from loghook.whole.inverse import rotations
+from loghook.project.projection import Side
+from loghook.statistics import Eigenbasis
 
 if TYPE_CHECKING:
     from loghook.whole.fit import Fit
@@ -120,16 +121,26 @@ def _job(
             matrices = solver.apply(rows).unflatten(1, shape)
             if own:
                 inverse[layer.name] = torch.ones(shape, device=device, dtype=dtype)
-        if rank is None:
-            held[layer.name] = (matrices.to(device, dtype), None)
-        else:
-            left, right, error = low_rank(matrices, rank)
-            held[layer.name] = (left.to(device, dtype), right.to(device, dtype))
-            lost.append(error)
+        left, right, error = (matrices, None, 0.0) if rank is None else low_rank(matrices, rank)
+        held[layer.name] = left.to(device, dtype), None if right is None else right.to(device, dtype)
+        lost.append(error)
     bases = {name: solver.basis for name, solver in solvers.items() if isinstance(solver, Diagonal)}
     count = 0 if query is None else len(query)
     job = Products(held, count, inverse, rotations(bases) or None) if own else Products(held, count)
-    return job, max(lost) if lost else None
+    return job, None if rank is None else max(lost)
+
+
+def rotations(bases: Mapping[str, Eigenbasis]) -> dict[str, tuple[Side, Side]]:
+    """Sides that rotate inputs and output gradients into the eigenbases; layers of one input share theirs."""
+    found: dict[str, tuple[Side, Side]] = {}
+    recent: list[Side] = []
+    for name, basis in bases.items():
+        inputs, outputs = (Side(len(q), q.T.float().contiguous()) for q in (basis.q_in, basis.q_out))
+        same = (s for s in recent if s.width == inputs.width and torch.equal(s.matrix, inputs.matrix))  # type: ignore[arg-type]
+        inputs = next(same, inputs)
+        recent = [*recent[-2:], inputs]
+        found[name] = inputs, outputs
+    return found
 
 
 def _norms(query: Query, solvers: Mapping[str, Diagonal | Identity]) -> Tensor:

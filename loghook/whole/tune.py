@@ -33,7 +33,7 @@ from loghook.log.reader import Reader
 from loghook.project.projection import FITTED
 from loghook.whole.candidates import METHODS, PROJECTIONS, Candidate, groups, plans
 from loghook.whole.fit import Fit
-from loghook.whole.gauss_newton import OutputLoss, Outputs
+from loghook.whole.refine import OutputLoss, Outputs
 from loghook.whole.scoring import Scoring
 
 SLACK = 0.005  # fidelities that differ by less are taken for equal, and the smaller row wins
