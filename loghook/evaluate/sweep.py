@@ -93,10 +93,9 @@ def sweep(
         raise ConfigError("ground truth is both members= and losses=: pass the two, or neither.")
     if members is None or losses is None:
         if methods not in (None, ["fisher"], ("fisher",)):
-            raise ConfigError(
-                f"methods={methods} cannot be tuned without retraining: EK-FAC's eigenvalues are averages that need no "
-                "damping to predict held-out rows, so that the rule would always take the smallest. Pass members= and "
-                "losses=, keep damping=0.1, or sweep method 'fisher'."
+            raise ConfigError(  # EK-FAC's eigenvalues are averages: the rule would always take the smallest damping
+                f"methods={methods} cannot be tuned without retraining: pass members= and losses=, keep damping=0.1, "
+                "or sweep method 'fisher'."
             )
         settings = [Setting("fisher", d, v, None) for d, v in held_out_likelihood(log, dampings, seed)]
         return Sweep(tuple(settings), "log-likelihood of held-out rows, nats a value")

@@ -49,7 +49,7 @@ def influence(
         raise ConfigError(f"query_dtype={query_dtype!r} is unknown: choose None (full precision) or 'int1'.")
     if query_dtype is not None and reader.codec.name != query_dtype:
         raise ConfigError(
-            f"query_dtype={query_dtype!r} compares signs with signs, but the rows of {reader.path} are stored as "
+            f"query_dtype={query_dtype!r} compares signs with signs, but {reader.path} is stored as "
             f"{reader.codec.name}: leave it out, or make a log of signs with log.compress(path, 'int1')."
         )
     check_match(reader, query)
@@ -63,10 +63,9 @@ def influence(
     found = _scan(reader, matrix, chosen, query_dtype, sizes, top, per_layer) if scan is None else (*scan(matrix), None)
     values, places, by_layer = found
     if not np.isfinite(values).all():
+        amount = curvature.damping_abs or curvature.damping
         raise ConfigError(
-            f"scores are not finite with method={method!r} and damping "
-            f"{curvature.damping_abs or curvature.damping:.3g}: "
-            "choose a larger damping (0.1 of the mean eigenvalue is usual)."
+            f"scores are not finite with method={method!r} and damping {amount:.3g}: choose a larger one (0.1 is usual)."
         )
     return Scores(
         values=values,
@@ -85,7 +84,7 @@ def influence(
 
 
 def _named(method: str, reader: Reader, query_dtype: str | None) -> str:
-    """Return the method with what else decides the scores."""
+    """The method with what else decides the scores."""
     space = "whitened" if reader.manifest.projection == "whitened" else reader.manifest.gradient
     notes = [space] * (space != "plain") + ["1-bit questions"] * (query_dtype is not None)
     return f"{method} ({', '.join(notes)})" if notes else method
@@ -125,7 +124,7 @@ def _warn_unfinished(reader: Reader) -> None:
 
 
 def choose_layers(reader: Reader, layers: Sequence[str] | None) -> list[LayerSpec]:
-    """Return the specs of some layers, or of all, in row order."""
+    """The specs of some layers, or of all, in row order."""
     if layers is None:
         return list(reader.layout.layers)
     wanted = [layers] if isinstance(layers, str) else list(layers)
@@ -144,12 +143,9 @@ def check_match(reader: Reader, query: Query) -> None:
     require_query(query)
     if query.fingerprint == reader.fingerprint:
         return
-    mine, theirs = set(reader.layers), set(query.layers)
-    if mine != theirs:
-        odd = sorted(mine ^ theirs)[0]
-        what = f"other layers (for instance {odd!r} is in one of the two only)"
-    else:
-        what = "another rank, projection, seed or kind of gradient"
+    what = "another rank, projection, seed or kind of gradient"
+    if odd := set(reader.layers) ^ set(query.layers):
+        what = f"other layers (for instance {min(odd)!r} is in one of the two only)"
     raise MismatchError(
         f"the query was made with {what} than {reader.path}: make it with log.attach(model).query(...), on the same "
         "model."
@@ -187,7 +183,7 @@ def _prepare(
 
 
 def _key(curvature: Curvature, chosen: Sequence[LayerSpec]) -> str:
-    """Name of the rows' self-influence in the cache of an open log and in the file beside a finished one."""
+    """What the rows' self-influence is called in the cache of an open log and in the file beside a finished one."""
     return kept_name(
         what="self-influence",
         method="dot" if curvature.plain else curvature.method,

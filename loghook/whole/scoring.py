@@ -16,7 +16,7 @@ from loghook.influence.scores import Scores
 from loghook.influence.solvers import Diagonal, Identity, nonzero
 from loghook.log.finite import not_finite
 from loghook.log.query import Query
-from loghook.processes import everyone, share
+from loghook.processes import everyone
 from loghook.project.projection import Side
 from loghook.statistics import Eigenbasis
 
@@ -42,7 +42,7 @@ class Scoring(Blocks):
         normalize: str | None = None,
         per_layer: bool = False,
     ) -> None:
-        """See ``Fit.score``; without a query each sample is scored against itself."""
+        """Without a query each sample is scored against itself."""
         self._fit, self._query, self._curvature = fit, query, curvature
         self._normalize, self._per_layer = normalize, per_layer
         self._seen: dict[int | str, None] = {}
@@ -70,21 +70,16 @@ class Scoring(Blocks):
         self._parts.append(total[:, first])
 
     def scores(self) -> Scores:
-        """Return the scores of all samples so far, of all processes: the same on each of them."""
-        values = torch.cat(self._parts, 1) if self._parts else None
-        ids: list[Any] = list(self._seen)
-        if share()[1] > 1:
-            boxes = everyone((ids, values))
-            ids = [i for part, _ in boxes for i in part]
-            tensors = [v for _, v in boxes if v is not None]
-            values = torch.cat(tensors, 1) if tensors else None
-            first = [place for i, place in {i: n for n, i in reversed(list(enumerate(ids)))}.items()]
-            first.sort()
-            ids, values = [ids[n] for n in first], None if values is None else values[:, first]
-        if values is None:
+        """The scores of all samples so far, of all processes: the same on each of them."""
+        everywhere = everyone((list(self._seen), self._parts))
+        parts = [part for _, some in everywhere for part in some]
+        if not parts:
             raise StateError("nothing was scored: run the loop with `with scoring(data_id=...):` first.")
-        by_layer = values.transpose(1, 2)  # without questions there is nothing but each sample's own
-        if self._normalize is not None:
+        places: dict[Any, int] = {}
+        for place, i in enumerate(i for ids, _ in everywhere for i in ids):
+            places.setdefault(i, place)  # what several processes scored counts once
+        by_layer = torch.cat(parts, 1)[:, list(places.values())].transpose(1, 2)
+        if self._normalize is not None:  # without questions there is nothing but each sample's own
             by_layer, own = by_layer[:, :-1], by_layer[:, -1:].sum(0)
             size = own.clamp(min=0).sqrt() * (1 if self._norms is None else self._norms[:, None])
             by_layer = by_layer / nonzero(size)
@@ -92,7 +87,7 @@ class Scoring(Blocks):
         return Scores(
             values=np.ascontiguousarray(by_layer.sum(0).numpy()),
             query_ids=["self"] if self._query is None else self._query.data_ids,
-            data_ids=ids,
+            data_ids=list(places),
             by_layer=np.ascontiguousarray(by_layer.numpy()) if self._per_layer else None,
             layers=self._fit.layers,
             method=f"{direction or self._curvature.method} (whole gradients)",
