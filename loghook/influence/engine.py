@@ -65,7 +65,7 @@ def influence(
     if not np.isfinite(values).all():
         amount = curvature.damping_abs or curvature.damping
         raise ConfigError(
-            f"scores are not finite with method={method!r} and damping {amount:.3g}: choose a larger one (0.1 is usual)."
+            f"scores are not finite with method={method!r} and damping {amount:.3g}: take a larger one (0.1 is usual)."
         )
     return Scores(
         values=values,

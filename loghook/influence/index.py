@@ -75,12 +75,8 @@ class Index:
     ) -> float:
         """Share of the true best rows, from a scan of the log, that ``search`` finds: the mean over questions.
 
-        Args:
-            query: the questions; or how many of the log's rows to ask, each left out of its own ranking.
-            top: as in ``search``.
-            method: as in ``search``.
-            candidates: as in ``search``.
-            options: as in ``search``.
+        ``query`` may be how many of the log's rows to ask, each left out of its own ranking. The other arguments are as
+        in ``search``.
         """
         own: list[set[int]] = []
         if isinstance(query, int):
