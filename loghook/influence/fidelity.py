@@ -56,7 +56,7 @@ def check_sample(reader: Reader, queries: int) -> None:
     """Raise ConfigError unless so many rows can be asked."""
     if queries < 1 or len(reader) < TOP + 2:
         raise ConfigError(
-            f"queries={queries} of {len(reader)} rows: a comparison needs one question and {TOP + 2} rows."
+            f"queries={queries} of {len(reader)} rows: a comparison needs at least one question and {TOP + 2} rows."
         )
 
 
