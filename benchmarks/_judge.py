@@ -9,7 +9,7 @@ import numpy as np
 
 from loghook.evaluate import judges
 from loghook.evaluate.lds import Estimate, lds
-from loghook.influence.fidelity import pearson
+from loghook.influence.fidelity import likeness
 
 
 def measure(task: Any) -> str:
@@ -33,7 +33,7 @@ def judge(task: Any, scores: np.ndarray) -> Estimate:
 
 def like(scores: np.ndarray, reference: np.ndarray) -> float:
     """Mean over queries of the correlation over samples."""
-    return float(np.mean([pearson(a, b) for a, b in zip(scores, reference, strict=True)]))
+    return likeness(scores, reference)
 
 
 def among(scores: np.ndarray, reference: np.ndarray, k: int = 10, share: float = 0.1) -> float:

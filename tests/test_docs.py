@@ -227,11 +227,10 @@ def test_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     model = nn.Sequential(nn.Embedding(100, 8), nn.Linear(8, 100))
-    loss = (
-        lambda logits, batch: F.cross_entropy(  # noqa: E731
-            logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="sum"
-        )
-    )
+
+    def loss(logits: torch.Tensor, batch: dict) -> torch.Tensor:
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), batch["input_ids"][:, 1:].flatten(), reduction="sum")
+
     names = {
         "loghook": loghook, "model": model, "epochs": 3, "optimizer": torch.optim.AdamW(model.parameters()),
         "loader": [make_batch([0, 1]), make_batch([2, 3])], "output_loss": loss,
@@ -249,7 +248,7 @@ def test_running(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         for batch in names["loader"]:
             with whole(data_id=batch["id"]):
                 names["summed_loss"](model, batch).backward()
-    with whole.query(data_id=["q"]) as names["query"]:
+    with whole.query(data_id=["p", "q"]) as names["query"]:
         names["summed_loss"](model, names["loader"][0]).backward()
     names |= {"dataset": list(range(4)), "collate": make_batch}
     exec(functions, names)

@@ -205,15 +205,20 @@ def test_top_in_small_blocks(logged, monkeypatch):
 def test_a_late_score_that_is_not_finite_is_not_lost_among_the_best(logged, monkeypatch, top):
     log, query, _ = logged
     monkeypatch.setattr(reader, "BLOCK_BYTES", 3 * log.layout.width * 8)
-    multiply, blocks = products.Floats.__call__, []
+    floats, blocks = products._floats, []
 
-    def broken(self, block):
-        blocks.append(len(block))
-        scores = multiply(self, block)
-        scores[1, 0] = float("nan") if sum(blocks) == len(log) else scores[1, 0]
-        return scores
+    def broken(*args):
+        multiply = floats(*args)
 
-    monkeypatch.setattr(products.Floats, "__call__", broken)
+        def multiplied(block):
+            blocks.append(len(block))
+            scores = multiply(block)
+            scores[1, 0] = float("nan") if sum(blocks) == len(log) else scores[1, 0]
+            return scores
+
+        return multiplied
+
+    monkeypatch.setattr(products, "_floats", broken)
     with pytest.raises(loghook.LoghookError, match="scores are not finite"):
         log.influence(query, "dot", top=top)
     assert len(blocks) == 14

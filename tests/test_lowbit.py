@@ -214,8 +214,8 @@ def test_integer_products_are_of_the_questions_themselves(low, exact):
         matrix = torch.randn(5, log.layout.gradient_width, generator=generator)
         matrix *= torch.tensor([1.0, 0.0, 1e-20, 1e20, 1.0])[:, None]
         rows = log.codec.decode(stored(log)).double()
-        found = products.products(log, matrix, log.layout.layers)
-        assert found.stored
+        found, as_stored = products.products(log, matrix, log.layout.layers)
+        assert as_stored
         expected = matrix.double() @ rows.T
         bound = matrix.double().norm(dim=1)[:, None] * rows.norm(dim=1)[None]
         assert ((found(stored(log)) - expected).abs() <= 5e-5 * bound).all()
@@ -246,8 +246,8 @@ def test_one_bit_questions_are_the_formula(widths, rest, queries, seed, data):
     x, q = (generator.normal(size=(n, codec.width)).astype(np.float32) for n in (7, queries))
     q[:, : widths[0]] *= data.draw(st.sampled_from([0.0, 1e-3, 1e6]))
     q = q[:, : codec.width - rest]
-    asked = products.products(log, torch.from_numpy(q), [specs[i] for i in chosen], "int1")
-    assert asked.stored
+    asked, as_stored = products.products(log, torch.from_numpy(q), [specs[i] for i in chosen], "int1")
+    assert as_stored
     found = asked(codec.encode(torch.from_numpy(x)))
     pairs = list(zip(signs(q, widths), signs(x[:, : q.shape[1]], widths), strict=True))
     expected = sum(pairs[i][0] @ pairs[i][1].T for i in chosen)
@@ -292,8 +292,8 @@ def test_few_questions_lose_nothing_in_integer_products(low, dtype, queries, err
     log = low[dtype]
     matrix = torch.randn(queries, log.layout.gradient_width, generator=torch.Generator().manual_seed(queries))
     rows = log.codec.decode(stored(log)).double()
-    asked = products.products(log, matrix, log.layout.layers)
-    found = asked(stored(log) if asked.stored else rows.float())
+    asked, as_stored = products.products(log, matrix, log.layout.layers)
+    found = asked(stored(log) if as_stored else rows.float())
     bound = matrix.double().norm(dim=1)[:, None] * rows.norm(dim=1)[None]
     assert ((found - matrix.double() @ rows.T).abs() <= error * bound).all()
 
@@ -301,8 +301,8 @@ def test_few_questions_lose_nothing_in_integer_products(low, dtype, queries, err
 def test_layers_too_wide_for_integer_sums_are_decoded(monkeypatch, low, exact):
     expected = low["int8"].influence(exact[1], "dot").values
     monkeypatch.setattr(products, "WIDEST", 10)
-    found = products.products(low["int8"], exact[1].matrix, low["int8"].layout.layers)
-    assert not found.stored
+    _, as_stored = products.products(low["int8"], exact[1].matrix, low["int8"].layout.layers)
+    assert not as_stored
     np.testing.assert_allclose(low["int8"].influence(exact[1], "dot").values, expected, rtol=1e-3, atol=1e-4)
 
 

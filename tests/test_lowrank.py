@@ -8,7 +8,6 @@ from hypothesis import strategies as st
 
 import loghook
 from loghook.influence import products
-from loghook.influence.bilinear import Bilinear
 from loghook.log import maintain
 from loghook.log.codec import base, make_codec
 from loghook.log.codec.lowrank import TERMS, best_factors
@@ -145,9 +144,9 @@ def test_products_are_those_of_the_decoded_rows(tmp_path, monkeypatch, dtype):
     for spec in chosen:
         columns = log.layout.kinds["gradients"][spec.name]
         expected = expected + matrix.double().numpy()[:, columns] @ rows[:, columns].T
-    for most, kind in ((100, Bilinear), (0, products.Floats)):
-        monkeypatch.setattr(products, "MOST", most)
-        product = products.products(log, matrix, chosen)
-        assert isinstance(product, kind)
-        found = torch.cat([product(block) for _, block in log.blocks(7, stored=product.stored)], 1)
+    for terms in (100, 0):  # without decoding, and decoded
+        monkeypatch.setattr(products, "TERMS", terms)
+        product, as_stored = products.products(log, matrix, chosen)
+        assert as_stored == (terms > 0)
+        found = torch.cat([product(block) for _, block in log.blocks(7, stored=as_stored)], 1)
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5 * np.abs(expected).max())

@@ -13,9 +13,8 @@ from torch.nn import functional as F
 
 import loghook
 from loghook.errors import ConfigError, MismatchError
-from loghook.whole import gauss_newton
-from loghook.whole.gauss_newton import GaussNewton
-from loghook.whole.refine import conjugate_gradients
+from loghook.whole import refine
+from loghook.whole.refine import GaussNewton, conjugate_gradients
 from tests.test_fitted import quietly
 
 
@@ -101,7 +100,7 @@ class Attending(nn.Module):
 
 @pytest.mark.parametrize("graph_bytes", [1, 2**28])
 def test_one_vector_at_a_time_and_many_are_the_same(monkeypatch, graph_bytes):
-    monkeypatch.setattr(gauss_newton, "GRAPH_BYTES", graph_bytes)
+    monkeypatch.setattr(refine, "GRAPH_BYTES", graph_bytes)
     torch.manual_seed(0)
     model, (x, y) = Attending().double(), data(6, tokens=3)
     fit = loghook.fit(tempfile.mkdtemp())

@@ -8,14 +8,13 @@ from torch import nn
 import loghook
 from loghook.errors import ConfigError, UnfinishedWarning
 from loghook.evaluate import trust
-from loghook.evaluate.lds import correlations
-from loghook.evaluate.parts import Part
-from loghook.evaluate.trust import extended, membership
+from loghook.evaluate.trust import Part, extended, membership
+from loghook.influence.fidelity import correlations
 
 WIDTH = 64
 
 
-def logged(path, seed=0, rank=16, n=300, shuffle=False, projection="random", finish=True):
+def logged(path, seed=0, rank=16, n=300, shuffle=False, projection="random", finish=True, **options):
     """One wide linear layer whose gradients are near a few directions, so that some rows matter and most do not."""
     noise = torch.Generator().manual_seed(0)
     kinds = torch.randn(6, WIDTH, generator=noise)
@@ -26,7 +25,9 @@ def logged(path, seed=0, rank=16, n=300, shuffle=False, projection="random", fin
     with torch.no_grad():
         model[0].weight.copy_(torch.randn(WIDTH, WIDTH, generator=noise) / 8)
         model[0].bias.zero_()
-    run = loghook.init(path, **({"rank": rank} if projection == "random" else {"projection": "none"}), seed=seed)
+    run = loghook.init(
+        path, **({"rank": rank} if projection == "random" else {"projection": "none"}), seed=seed, **options
+    )
     run.watch(model)
     order = torch.arange(n).flip(0) if shuffle else torch.arange(n)
     with run(data_id=order):
@@ -132,6 +133,15 @@ def test_a_part_is_a_log_of_fewer_coordinates(seeds):
         np.testing.assert_array_equal(part.moments()[mine[0]].reshape(8, 8), a[np.ix_(into, into)])
         assert part.query(query).matrix.shape == (8, 64)
     assert not set(parts[0]._sides[name][0]) & set(parts[1]._sides[name][0])
+
+
+def test_of_a_log_of_narrow_floats(tmp_path, seeds):
+    """Its parts are cut from what is stored, but are not rounded once more."""
+    log, query = logged(tmp_path / "log", dtype="bfloat16")
+    found, wide = (trust(*one, "dot", nulls=0) for one in ((log, query), seeds[0]))
+    assert np.abs(found.correlation - wide.correlation).max() < 0.01
+    ((_, block),) = Part(log, 0, 2).blocks()
+    assert block.dtype == torch.float32
 
 
 def test_of_a_log_that_is_not_finished(tmp_path):

@@ -27,7 +27,7 @@ from loghook.log.format import MANIFEST, Manifest
 from loghook.log.writer import Writer
 from loghook.processes import process_rank, provenance, shared, world_size
 from loghook.project.projection import FITTED
-from loghook.statistics.store import FactorStore
+from loghook.statistics import FactorStore
 
 
 class Run(Blocks, Hooked):

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from loghook.errors import ConfigError
-from loghook.evaluate.lds import Estimate, estimate
+from loghook.evaluate.lds import Estimate, estimate, floats
 
 Relevant = NDArray[np.bool_] | Sequence[Collection[int]]
 
@@ -33,7 +33,7 @@ def without_top(scores: ArrayLike, k: int) -> NDArray[np.bool_]:
     These are the subsets to hand to ``retrain`` for ``loss_difference`` and ``brittleness``. For a group of queries
     that share a removal, pass the sum of their scores as one row. Among ties the first samples go.
     """
-    scores_QN = _scores(scores)
+    scores_QN = floats("scores", scores, 2)
     _check_k(k, scores_QN.shape[1] - 1)
     members_QN = np.ones(scores_QN.shape, dtype=bool)
     np.put_along_axis(members_QN, np.argsort(-scores_QN, axis=1, kind="stable")[:, :k], False, axis=1)
@@ -48,8 +48,8 @@ def loss_difference(full: ArrayLike, removed: ArrayLike, random: ArrayLike) -> L
         removed: (Q,) loss of each query after training without *its own* strongest samples (``without_top``).
         random: (R, Q) losses after training without as many random samples.
     """
-    full_Q, removed_Q = _floats("full", full, 1), _floats("removed", removed, 1)
-    random_RQ = _floats("random", random, 2)
+    full_Q, removed_Q = floats("full", full, 1), floats("removed", removed, 1)
+    random_RQ = floats("random", random, 2)
     if not full_Q.shape == removed_Q.shape == random_RQ.shape[1:]:
         raise ConfigError(
             f"full {full_Q.shape}, removed {removed_Q.shape}, random {random_RQ.shape} do not fit: pass (queries,), "
@@ -118,7 +118,7 @@ def tail_patch(before: ArrayLike, after: ArrayLike) -> Estimate:
     Returns:
         The mean over queries; a query's value is the mean over its samples.
     """
-    before_Q, after_QK = _floats("before", before, 1), _floats("after", after, 2)
+    before_Q, after_QK = floats("before", before, 1), floats("after", after, 2)
     if len(before_Q) != len(after_QK) or not after_QK.shape[1]:
         raise ConfigError(f"before {before_Q.shape}, after {after_QK.shape}: pass (queries,) and (queries, samples).")
     if max(before_Q.max(), after_QK.max()) > 1e-6:
@@ -134,7 +134,7 @@ def recall_at(scores: ArrayLike, relevant: Relevant, k: int) -> Estimate:
         relevant: (Q, N) bool, or for each query the places of its relevant samples.
         k: how many samples are looked at. Where a query has more than k relevant ones, it cannot reach 1.
     """
-    scores_QN = _scores(scores)
+    scores_QN = floats("scores", scores, 2)
     relevant_QN = _relevant(relevant, scores_QN.shape)
     _check_k(k, scores_QN.shape[1])
     found_QN = _within(scores_QN, k)
@@ -151,7 +151,7 @@ def mrr(scores: ArrayLike, relevant: Relevant) -> Estimate:
         scores: (Q, N).
         relevant: (Q, N) bool, or for each query the places of its relevant samples.
     """
-    scores_QN = _scores(scores)
+    scores_QN = floats("scores", scores, 2)
     relevant_QN = _relevant(relevant, scores_QN.shape)
     best_Q1 = np.where(relevant_QN, scores_QN, -np.inf).max(axis=1, keepdims=True)
     tied_QN = scores_QN == best_Q1
@@ -187,25 +187,12 @@ def _relevant(relevant: Relevant, shape: tuple[int, ...]) -> NDArray[np.bool_]:
 
 
 def _suspects(scores: ArrayLike, flipped: ArrayLike) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    scores_N, flipped_N = _floats("scores", scores, 1), np.asarray(flipped)
+    scores_N, flipped_N = floats("scores", scores, 1), np.asarray(flipped)
     if scores_N.shape != flipped_N.shape or flipped_N.dtype != bool:
         raise ConfigError(f"{scores_N.shape}, {flipped_N.shape} {flipped_N.dtype}: pass a number and a bool a sample.")
     if flipped_N.all() or not flipped_N.any():
         raise ConfigError(f"{flipped_N.sum()} of {len(flipped_N)} samples are flipped: there must be both kinds.")
     return scores_N, flipped_N
-
-
-def _scores(scores: ArrayLike) -> NDArray[np.float64]:
-    return _floats("scores", scores, 2)
-
-
-def _floats(name: str, values: ArrayLike, ndim: int) -> NDArray[np.float64]:
-    array = np.asarray(values, dtype=np.float64)
-    if array.ndim != ndim or not array.size:
-        raise ConfigError(f"{name} has shape {array.shape} and must have {ndim} axes, none of them empty.")
-    if not np.isfinite(array).all():
-        raise ConfigError(f"{name} holds values that are not finite and have no rank or mean: leave those out.")
-    return array
 
 
 def _check_k(k: int, most: int) -> None:

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from loghook.errors import ConfigError
+from loghook.influence.fidelity import correlations
 
 
 @dataclass(frozen=True)
@@ -24,10 +25,7 @@ class Estimate:
 
 
 class Lds(Estimate):
-    """A linear datamodelling score: ``per_query`` are Spearman correlations over subsets.
-
-    They are 0 where predictions or losses are all equal.
-    """
+    """``per_query`` are Spearman correlations over subsets, 0 where predictions or losses are all equal."""
 
 
 def random_subsets(n: int, m: int, fraction: float = 0.5, seed: int = 0) -> NDArray[np.bool_]:
@@ -74,17 +72,14 @@ def lds(
     Raises:
         ConfigError: shapes that do not fit, fewer than two subsets, or values that are not finite.
     """
-    scores_QN, losses_mQ = np.asarray(scores, dtype=np.float64), np.asarray(losses, dtype=np.float64)
-    members_mN = np.asarray(members)
+    scores_QN, losses_mQ, members_mN = floats("scores", scores, 2), floats("losses", losses, 2), np.asarray(members)
     shapes = f"scores {scores_QN.shape}, members {members_mN.shape}, losses {losses_mQ.shape}"
-    if scores_QN.ndim != 2 or members_mN.ndim != 2 or losses_mQ.shape != (len(members_mN), len(scores_QN)):
+    if members_mN.ndim != 2 or losses_mQ.shape != (len(members_mN), len(scores_QN)):
         raise ConfigError(f"{shapes} do not fit: pass (queries, samples), (subsets, samples) and (subsets, queries).")
     if members_mN.shape[1] != scores_QN.shape[1] or members_mN.dtype != bool:
         raise ConfigError(f"{shapes}: members is {members_mN.dtype} and must be bool, with one column per sample.")
-    if len(members_mN) < 2 or not len(scores_QN):
-        raise ConfigError(f"{shapes}: a correlation needs at least two subsets and one query.")
-    if not np.isfinite(scores_QN).all() or not np.isfinite(losses_mQ).all():
-        raise ConfigError("scores or losses hold values that are not finite and have no rank: leave those queries out.")
+    if len(members_mN) < 2:
+        raise ConfigError(f"{shapes}: a correlation needs at least two subsets.")
     predicted_Qm = scores_QN @ members_mN.T.astype(np.float64)
     per_query = correlations(_ranks(predicted_Qm), _ranks(-losses_mQ.T))
     low, high = interval(per_query, confidence=confidence, resamples=resamples, seed=seed)
@@ -105,17 +100,20 @@ def interval(
 
 
 def estimate(per_query: ArrayLike, *, confidence: float = 0.95, resamples: int = 2000, seed: int = 0) -> Estimate:
-    """Return the mean of one value a query, with its bootstrap interval. per_query: (Q,)."""
+    """The mean of one value a query, with its bootstrap interval. per_query: (Q,)."""
     values = np.asarray(per_query, dtype=np.float64)
     low, high = interval(values, confidence=confidence, resamples=resamples, seed=seed)
     return Estimate(float(values.mean()), low, high, values)
 
 
-def correlations(a: NDArray[np.float64], b: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Pearson correlation along the last axis; 0 where a side is constant: (Q, m), (Q, m) -> (Q,)."""
-    a, b = a - a.mean(axis=-1, keepdims=True), b - b.mean(axis=-1, keepdims=True)
-    size = np.sqrt((a**2).sum(axis=-1) * (b**2).sum(axis=-1))
-    return np.divide((a * b).sum(axis=-1), size, out=np.zeros_like(size), where=size > 0)
+def floats(name: str, values: ArrayLike, ndim: int) -> NDArray[np.float64]:
+    """An argument as float64, if it has so many axes, none of them empty, and is finite."""
+    array = np.asarray(values, dtype=np.float64)
+    if array.ndim != ndim or not array.size:
+        raise ConfigError(f"{name} has shape {array.shape} and must have {ndim} axes, none of them empty.")
+    if not np.isfinite(array).all():
+        raise ConfigError(f"{name} holds values that are not finite and have no rank or mean: leave those out.")
+    return array
 
 
 def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -42,11 +42,9 @@ class SGD:
     weight_decay: float = 0.0
 
     def start(self, parameters: Tensors) -> Tensors:
-        """No velocity."""
         return {n: torch.zeros_like(p) for n, p in parameters.items()}
 
     def step(self, parameters: Tensors, state: Tensors, gradients: Tensors, rate: float, t: int) -> tuple[Tensors, Any]:
-        """Step along the velocity."""
         decay = self.weight_decay
         state = {n: self.momentum * state[n] + gradients[n] + decay * p for n, p in parameters.items()}
         return {n: p - rate * state[n] for n, p in parameters.items()}, state
@@ -67,12 +65,10 @@ class Adam:
     decoupled: bool = False
 
     def start(self, parameters: Tensors) -> tuple[Tensors, Tensors]:
-        """Both moments are zero."""
         zeros = {n: torch.zeros_like(p) for n, p in parameters.items()}
         return zeros, dict(zeros)
 
     def step(self, parameters: Tensors, state: Any, gradients: Tensors, rate: float, t: int) -> tuple[Tensors, Any]:
-        """Step along the bias-corrected quotient of the moments."""
         (b1, b2), (means, squares) = self.betas, state
         coupled, decay = (0.0, rate * self.weight_decay) if self.decoupled else (self.weight_decay, 0.0)
         g = {n: gradients[n] + coupled * p for n, p in parameters.items()}
@@ -183,7 +179,9 @@ def replay(
         )
     return Scores(
         values=-slopes_QN.float().cpu().numpy(),
-        query_ids=list(range(len(losses_Q)) if query_ids is None else query_ids), data_ids=list(place), places=None,
-        by_layer=None, layers=(), method="replay", normalize=None, damping=None, damping_abs=None,
-        fingerprint="", log=f"a training of {steps} steps",
-    )  # fmt: skip
+        query_ids=list(range(len(losses_Q)) if query_ids is None else query_ids),
+        data_ids=list(place),
+        method="replay",
+        fingerprint="",
+        log=f"a training of {steps} steps",
+    )

@@ -7,9 +7,11 @@ import multiprocessing
 import os
 import signal
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +23,7 @@ from loghook.errors import ConfigError, RetrainingError
 from loghook.log.disk import lock, write_atomically
 
 Train = Callable[[NDArray[np.bool_], int], ArrayLike]
+Job = tuple[int, int]  # place of the subset, and the seed
 PLAN = "plan.json"
 
 
@@ -73,10 +76,25 @@ def retrain(
         _check_plan(folder, subsets_mN, seeds, recipe)
         jobs = [(i, seed) for i in range(len(subsets_mN)) for seed in seeds]
         open_jobs = [job for job in jobs if not _file(folder, *job).exists()]
-        with tqdm(total=len(jobs), initial=len(jobs) - len(open_jobs), desc="retraining", unit=" trainings") as bar:
-            run = _here if workers == 0 else _in_processes
-            run(train, subsets_mN, open_jobs, workers, folder, bar)
-        results = [_read(_file(folder, *job)) for job in jobs]
+        bar = tqdm(total=len(jobs), initial=len(jobs) - len(open_jobs), desc="retraining", unit=" trainings")
+        kept = f"What was done is kept in {folder}: call again with the same arguments"
+        with bar, _calls(train, subsets_mN, open_jobs, workers) as calls:
+            for (subset, seed), call in calls:
+                try:
+                    result = call()
+                except BrokenProcessPool as error:  # which job it was is not known: all that had begun are lost
+                    raise RetrainingError(
+                        "a training process died (killed for memory?), or could not import train: see its output "
+                        f"above. {kept}, or with fewer workers."
+                    ) from error
+                except Exception as error:
+                    raise RetrainingError(
+                        f"training on subset {subset} with seed {seed} raised {type(error).__name__}: {error}. "
+                        f"Mend it. {kept}."
+                    ) from error
+                _keep(result, subset, seed, folder)
+                bar.update()
+        results = [np.load(_file(folder, *job), allow_pickle=False) for job in jobs]
     for (subset, seed), result in zip(jobs, results, strict=True):
         if result.shape != results[0].shape:
             raise RetrainingError(
@@ -105,53 +123,26 @@ def _check_plan(
         raise ConfigError(f"{folder} was begun with other {' and '.join(changed)} (see {PLAN}): take another path.")
 
 
-def _here(
-    train: Train, subsets_mN: NDArray[np.bool_], jobs: list[tuple[int, int]], _: int, folder: Path, bar: tqdm
-) -> None:
-    for subset, seed in jobs:
-        try:
-            result = train(subsets_mN[subset].copy(), seed)
-        except Exception as error:
-            raise _failed(subset, seed, folder, error) from error
-        _keep(result, subset, seed, folder)
-        bar.update()
-
-
-def _in_processes(
-    train: Train, subsets_mN: NDArray[np.bool_], jobs: list[tuple[int, int]], workers: int, folder: Path, bar: tqdm
-) -> None:
-    if not jobs:
+@contextmanager
+def _calls(
+    train: Train, subsets_mN: NDArray[np.bool_], jobs: list[Job], workers: int
+) -> Iterator[Iterator[tuple[Job, Callable[[], ArrayLike]]]]:
+    """Jobs, each with a call that returns its result: that trains, or asks a process that has."""
+    if not workers or not jobs:
+        yield ((job, partial(train, subsets_mN[job[0]].copy(), job[1])) for job in jobs)
         return
     context = multiprocessing.get_context("spawn")  # a fork after torch has started its threads can hang
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start, (train, subsets_mN))
     try:
         futures = {pool.submit(_work, *job): job for job in jobs}
-        for future in as_completed(futures):
-            try:
-                result = future.result()
-            except BrokenProcessPool as error:  # which job it was is not known: all that had begun are lost
-                raise RetrainingError(
-                    "a training process died (killed for memory?), or could not import train: see its output above. "
-                    f"What was done is kept in {folder}: call again with the same arguments, or with fewer workers."
-                ) from error
-            except Exception as error:
-                raise _failed(*futures[future], folder, error) from error
-            _keep(result, *futures[future], folder)
-            bar.update()
+        yield ((futures[future], future.result) for future in as_completed(futures))
     except BaseException:  # Ctrl-C as well: nobody waits for trainings whose results would be thrown away
         for process in set(multiprocessing.active_children()) - others:
             process.terminate()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
-
-
-def _failed(subset: int, seed: int, folder: Path, error: Exception) -> RetrainingError:
-    return RetrainingError(
-        f"training on subset {subset} with seed {seed} raised {type(error).__name__}: {error}. What was done is "
-        f"kept in {folder}: mend it and call again with the same arguments."
-    )
 
 
 def _keep(result: ArrayLike, subset: int, seed: int, folder: Path) -> None:
@@ -171,16 +162,12 @@ def _file(folder: Path, subset: int, seed: int) -> Path:
     return folder / f"subset{subset:05d}-seed{seed}.npy"
 
 
-def _read(file: Path) -> NDArray[np.float64]:
-    return np.load(file, allow_pickle=False)
-
-
 _train: Train
 _subsets_mN: NDArray[np.bool_]
 
 
 def _start(train: Train, subsets_mN: NDArray[np.bool_]) -> None:
-    """Run once in each worker, so that subsets travel once."""
+    """Runs once in each worker, so that subsets travel once."""
     global _train, _subsets_mN
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends its workers
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from loghook.errors import ConfigError
 from loghook.evaluate.lds import Lds, lds
 from loghook.influence import engine
+from loghook.influence.solvers import gram_basis
 from loghook.log.format import LayerSpec
 from loghook.log.query import Query
 from loghook.log.reader import Reader
@@ -92,10 +93,9 @@ def sweep(
         raise ConfigError("ground truth is both members= and losses=: pass the two, or neither.")
     if members is None or losses is None:
         if methods not in (None, ["fisher"], ("fisher",)):
-            raise ConfigError(
-                f"methods={methods} cannot be tuned without retraining: EK-FAC's eigenvalues are averages that need no "
-                "damping to predict held-out rows, so that the rule would always take the smallest. Pass members= and "
-                "losses=, keep damping=0.1, or sweep method 'fisher'."
+            raise ConfigError(  # EK-FAC's eigenvalues are averages: the rule would always take the smallest damping
+                f"methods={methods} cannot be tuned without retraining: pass members= and losses=, keep damping=0.1, "
+                "or sweep method 'fisher'."
             )
         settings = [Setting("fisher", d, v, None) for d, v in held_out_likelihood(log, dampings, seed)]
         return Sweep(tuple(settings), "log-likelihood of held-out rows, nats a value")
@@ -147,10 +147,8 @@ def _likelihoods(log: Reader, spec: LayerSpec, fit: Tensor, dampings: Sequence[f
                 sums[which].addmm_(part.T, part)
     if few:  # the same through the rows' inner products: eigenvectors (r, width) of what the fitted rows span
         rows = torch.cat(kept)
-        values, vectors = torch.linalg.eigh(rows[fit] @ rows[fit].T)
-        real = values > values[-1] * 1e-12
-        values, basis = values[real], (vectors[:, real] / values[real].sqrt()).T @ rows[fit]
-        others = rows[~fit]
+        values, mix = gram_basis(rows[fit] @ rows[fit].T)
+        basis, others = mix.T @ rows[fit], rows[~fit]
         energy = (others @ basis.T).square().mean(0)
         outside = (others.square().sum(1).mean() - energy.sum()).clamp(min=0)
     else:

@@ -4,18 +4,21 @@ Shapes: Q queries, N rows, k records of each query.
 """
 
 import itertools
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from loghook.errors import ConfigError
-from loghook.evaluate.lds import correlations
-from loghook.evaluate.parts import Part, projected
 from loghook.influence import engine
+from loghook.influence.fidelity import correlations, shared_top
 from loghook.influence.precondition import Curvature, progress
 from loghook.influence.scores import Scores
+from loghook.log.format import LayerSpec, Layout, Made
 from loghook.log.query import Query
 from loghook.log.reader import Reader
 from loghook.processes import combine, on_cpu
@@ -109,35 +112,30 @@ def trust(
     """
     if not 1 <= k < len(log) or nulls < 0:
         raise ConfigError(f"k={k} must be from 1 to {len(log) - 1}, below the number of rows, and nulls={nulls} >= 0.")
-    normalize = normalize or ("unit" if method == "cosine" else None)
-    asked = {"method": method, "damping": damping, "damping_abs": damping_abs, "normalize": normalize}
+    curvature = Curvature(method=method, damping=damping, damping_abs=damping_abs)
+    normalize = curvature.normalize(normalize)
+    asked = asdict(curvature) | {"normalize": normalize}
     rng, level = np.random.default_rng(seed), np.ones((len(query), len(log)))
-    first = engine.influence(log, query, **asked)  # type: ignore[arg-type]
+    first = engine.influence(log, query, **asked)
     values_QN = _spread_out(first.values, normalize)
     top_Qk = np.argsort(-values_QN, axis=1, kind="stable")[:, :k]
     if other is not None:
-        second = engine.influence(*other, **asked)  # type: ignore[arg-type]
+        second = engine.influence(*other, **asked)
         second_QN = _spread_out(Scores.combine([first, second], [0, 1]).values, normalize)
-        correlation = correlations(values_QN, second_QN)
-        level = _level(values_QN, second_QN)
-        how = "a second log"
-        best = np.argsort(-second_QN, axis=1, kind="stable")[:, :k]
-        overlap = np.array([len(np.intersect1d(a, b)) for a, b in zip(top_Qk, best, strict=True)], dtype=np.float64)
+        correlation, level = correlations(values_QN, second_QN), _level(values_QN, second_QN)
+        how, overlap = "a second log", shared_top(values_QN, second_QN, k)
     elif any(any(projected(spec)) for spec in log.layout.layers):
         halves_Q, quarters_Q = np.zeros(len(query)), np.zeros(len(query))
         for deal in range(DEALS):
-            one, two = _parts(log, query, 2, asked, normalize, seed + deal)
+            one, two = _parts(log, query, 2, asked, seed + deal)
             level = _level(one, two) if deal == 0 else level
             halves_Q += correlations(one, two) / DEALS
-            quarters = _parts(log, query, 4, asked, normalize, seed + deal)
+            quarters = _parts(log, query, 4, asked, seed + deal)
             quarters_Q += np.mean([correlations(a, b) for a, b in itertools.combinations(quarters, 2)], axis=0) / DEALS
-        correlation = extended(halves_Q, quarters_Q)
-        how, overlap = "parts of the log's coordinates", None
+        correlation, how, overlap = extended(halves_Q, quarters_Q), "parts of the log's coordinates", None
     else:
-        correlation = np.ones(len(values_QN))
-        how, overlap = "no projection", None
+        correlation, how, overlap = np.ones(len(values_QN)), "no projection", None
     if normalize is None:  # noise is about as large as a row; for unit rows it depends on the score itself
-        curvature = Curvature(method=method, damping=damping, damping_abs=damping_abs)
         own = engine.self_influence(log, curvature, None).astype(np.float64)
         level = np.broadcast_to(np.sqrt(own / max(own.mean(), 1e-300)), values_QN.shape)
     elif normalize == "relatif":
@@ -151,7 +149,7 @@ def trust(
         top=top_Qk,
         stays=stays,
         true=true,
-        p_values=_p_values(log, query, asked, top_Qk, nulls, seed) if nulls else None,
+        p_values=_p_values(log, query, curvature, top_Qk, nulls, seed) if nulls else None,
     )
 
 
@@ -196,9 +194,7 @@ def _spread_out(values: NDArray[np.float32], normalize: str | None) -> Array:
     return np.arctanh(wide.clip(-1 + 1e-6, 1 - 1e-6)) if normalize == "unit" else wide
 
 
-def _parts(
-    log: Reader, query: Query, parts: int, asked: dict[str, object], normalize: str | None, seed: int
-) -> list[Array]:
+def _parts(log: Reader, query: Query, parts: int, asked: dict[str, Any], seed: int) -> list[Array]:
     """Scores of each part of the coordinates: parts times (Q, N)."""
     smallest = min(
         k for spec in log.layout.layers for k, cut in zip((spec.k_out, spec.k_in), projected(spec), strict=True) if cut
@@ -209,10 +205,71 @@ def _parts(
             "of another seed, or log at rank 8 or more."
         )
     made = [Part(log, part, parts, seed) for part in range(parts)]
-    return [
-        _spread_out(engine.influence(part, part.query(query), **asked).values, normalize)  # type: ignore[arg-type]
-        for part in made
-    ]
+    return [_spread_out(engine.influence(part, part.query(query), **asked).values, asked["normalize"]) for part in made]
+
+
+def projected(spec: LayerSpec) -> tuple[bool, bool]:
+    """Whether a layer's output side and its input side are projected; a side that is not has no seed."""
+    return spec.k_out < spec.out_features, spec.k_in < spec.in_features + spec.bias
+
+
+class Part(Reader):
+    """A log as a smaller rank would have made it: one of several parts of its coordinates; curvature is fitted anew.
+
+    The coordinates of a random projection are exchangeable, so that a part is a projection of a smaller rank, and
+    disjoint parts are (nearly) independent ones. Values are scaled so that inner products keep their mean.
+    """
+
+    def __init__(self, whole: Reader, part: int, parts: int, seed: int = 0) -> None:
+        """Take the ``part``-th of ``parts`` equal shares of every projected side; ``seed`` deals them out."""
+        self.path, self.manifest, self.data_ids, self.cache = whole.path, whole.manifest, whole.data_ids, {}
+        self._whole, self._sides, self.warned = whole, {}, True  # the whole log has said that it is not finished
+        specs, columns, scale = [], [], []
+        for spec in whole.layout.layers:
+            start = whole.layout.kinds["gradients"][spec.name].start
+            # Sides of equal width are dealt alike: layers that share an input projection keep sharing it.
+            out, into = (
+                np.sort(np.random.default_rng([seed, k]).permutation(k)[part::parts]) if cut else np.arange(k)
+                for k, cut in zip((spec.k_out, spec.k_in), projected(spec), strict=True)
+            )
+            specs.append(replace(spec, k_out=len(out), k_in=len(into), activations=None, output_gradients=None))
+            columns.append((start + out[:, None] * spec.k_in + into).reshape(-1))
+            scale.append(np.full(len(columns[-1]), (spec.width / len(columns[-1])) ** 0.5))
+            self._sides[spec.name] = out, into
+        self.layout = Layout(specs)
+        self._made = Made(self.layout.layers, "part", self.manifest.seed)  # only a query that was cut alike fits
+        self.codec = self.layout.codec("float64" if whole.dtype == torch.float64 else "float32")  # blocks come decoded
+        self._columns, self._scale = torch.from_numpy(np.concatenate(columns)), torch.from_numpy(np.concatenate(scale))
+
+    @property
+    def fingerprint(self) -> str:
+        return self._made.fingerprint
+
+    @property
+    def seal(self) -> None:
+        """No name: what is computed from a part is not kept with the log."""
+
+    def query(self, query: Query) -> Query:
+        return Query(query.data_ids).fill(self._cut(query.matrix), self._made)
+
+    def blocks(
+        self, rows: int | None = None, share: tuple[int, int] = (0, 1), *, stored: bool = False
+    ) -> Iterator[tuple[slice, Tensor]]:
+        for place, block in self._whole.blocks(rows, share):
+            yield place, self._cut(block.to(self.dtype))
+
+    def moments(self) -> np.ndarray:
+        theirs, mine = self._whole.moments(), np.zeros(self.layout.moments_width)
+        for name, (out, into) in self._sides.items():
+            whole, part = self._whole.layout.moments[name], self.layout.moments[name]
+            for source, target, kept in ((whole[0], part[0], into), (whole[1], part[1], out)):
+                k = round((source.stop - source.start) ** 0.5)
+                mine[target] = theirs[source].reshape(k, k)[np.ix_(kept, kept)].reshape(-1)
+            mine[part[2]] = theirs[whole[2]]
+        return mine
+
+    def _cut(self, rows: Tensor) -> Tensor:
+        return rows[:, self._columns] * self._scale.to(rows.dtype)
 
 
 def _level(one_QN: Array, other_QN: Array) -> Array:
@@ -235,15 +292,14 @@ def _level(one_QN: Array, other_QN: Array) -> Array:
 
 
 def _p_values(
-    log: Reader, query: Query, asked: dict[str, object], top_Qk: NDArray[np.int64], nulls: int, seed: int
+    log: Reader, query: Query, curvature: Curvature, top_Qk: NDArray[np.int64], nulls: int, seed: int
 ) -> Array:
     """Share of chance questions whose best row is at least as well aligned, both sides at unit norm: (Q, k).
 
     A chance question is a sum of all rows at unit norm with Gaussian weights: it knows which directions are common, and
     has no more to do with one row than with another. At unit norm, since a few very large rows would be all of it.
     """
-    sizes = {name: asked[name] for name in ("method", "damping", "damping_abs")}
-    own = torch.from_numpy(engine.self_influence(log, Curvature(**sizes), None)).double()  # type: ignore[arg-type]
+    own = torch.from_numpy(engine.self_influence(log, curvature, None)).double()
     weights = torch.randn(nulls, len(log), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     weights *= torch.where(own > 0, own, torch.inf).rsqrt()
     width = log.layout.gradient_width
@@ -251,7 +307,7 @@ def _p_values(
     for place, block in progress(log, "chance"):
         mixed += weights[:, place] @ block[:, :width].double()
     chance = Query(range(nulls)).fill(combine(mixed), log.manifest.made)
-    best = engine.influence(log, chance, normalize="unit", top=1, **sizes).values[:, 0]  # type: ignore[arg-type]
-    aligned = engine.influence(log, query, normalize="unit", **sizes).values  # type: ignore[arg-type]
+    best = engine.influence(log, chance, normalize="unit", top=1, **asdict(curvature)).values[:, 0]
+    aligned = engine.influence(log, query, normalize="unit", **asdict(curvature)).values
     seen = np.take_along_axis(aligned, top_Qk, axis=1)
     return np.asarray((1 + (best >= seen[:, :, None]).sum(axis=2)) / (1 + nulls), dtype=np.float64)

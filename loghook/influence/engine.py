@@ -3,7 +3,6 @@
 import json
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from loghook.errors import ConfigError, MismatchError, UnfinishedWarning
 from loghook.influence.precondition import Curvature, progress, solvers, working_dtype
-from loghook.influence.products import products
+from loghook.influence.products import Product, products
 from loghook.influence.scores import Scores
 from loghook.influence.solvers import Solver, nonzero
 from loghook.log.files import kept_name, load_kept, save_kept
@@ -20,26 +19,8 @@ from loghook.log.query import Query, require_one_query, require_query
 from loghook.log.reader import Reader
 from loghook.processes import combine, gather, on_cpu, share
 
-NORMALIZE = (None, "unit", "relatif")
-# (reader, prepared, chosen layers, top, per_layer) -> values, places, scores by layer
-Scan = Callable[..., tuple[np.ndarray, np.ndarray | None, np.ndarray | None]]
-
-
-@dataclass
-class Prepared:
-    """Queries made ready for the scan.
-
-    Attributes:
-        matrix: (Q, gradient_width) preconditioned, zero in layers that are left out.
-        query_norms: (Q,) roots of the queries' self-influence, or None where not asked for.
-        row_norms: (rows,) roots of the rows' self-influence, or None.
-        query_dtype: None for questions in full precision, or "int1": they are cut to signs for the scan.
-    """
-
-    matrix: Tensor
-    query_norms: Tensor | None
-    row_norms: Tensor | None
-    query_dtype: str | None
+# preconditioned questions (Q, gradient_width) -> the best scores of each, and their places
+Scan = Callable[[Tensor], tuple[np.ndarray, np.ndarray]]
 
 
 @on_cpu
@@ -58,8 +39,8 @@ def influence(
     scan: Scan | None = None,
 ) -> Scores:
     """Score every row of a log, or those that another ``scan`` chooses, for every question; see ``Log.influence``."""
-    if normalize not in NORMALIZE:
-        raise ConfigError(f"normalize={normalize!r} is unknown: choose None, 'unit' or 'relatif'.")
+    curvature = Curvature(method=method, damping=damping, damping_abs=damping_abs)
+    normalize = curvature.normalize(normalize)
     if top is not None and (type(top) is not int or top < 1):
         raise ConfigError(f"top={top!r} must be a whole number of at least 1, or None for all scores.")
     if top is not None and per_layer:
@@ -68,25 +49,24 @@ def influence(
         raise ConfigError(f"query_dtype={query_dtype!r} is unknown: choose None (full precision) or 'int1'.")
     if query_dtype is not None and reader.codec.name != query_dtype:
         raise ConfigError(
-            f"query_dtype={query_dtype!r} compares signs with signs, but the rows of {reader.path} are stored as "
+            f"query_dtype={query_dtype!r} compares signs with signs, but {reader.path} is stored as "
             f"{reader.codec.name}: leave it out, or make a log of signs with log.compress(path, 'int1')."
         )
     check_match(reader, query)
     require_one_query(query, reader.path)
     if not len(reader):
         raise ConfigError(f"{reader.path} holds no rows yet: log some first.")
-    normalize = normalize or ("unit" if method == "cosine" else None)
-    curvature = Curvature(method=method, damping=damping, damping_abs=damping_abs)
     chosen = choose_layers(reader, layers)
     _warn_unfinished(reader)
-    prepared = prepare(reader, query, curvature, chosen, normalize, query_dtype)
-    scan = scan or (_scan_top if top is not None else _scan_all)
-    values, places, by_layer = scan(reader, prepared, chosen, top or 0, per_layer)
+    matrix, own, rows = _prepare(reader, curvature, chosen, query, own_rows=normalize is not None)
+    norms = own[:, None] if normalize == "unit" else None, rows
+    sizes = [None if norm is None else nonzero(norm.clamp(min=0).sqrt()).to(matrix) for norm in norms]
+    found = _scan(reader, matrix, chosen, query_dtype, sizes, top, per_layer) if scan is None else (*scan(matrix), None)
+    values, places, by_layer = found
     if not np.isfinite(values).all():
+        amount = curvature.damping_abs or curvature.damping
         raise ConfigError(
-            f"scores are not finite with method={method!r} and damping "
-            f"{curvature.damping_abs or curvature.damping:.3g}: "
-            "choose a larger damping (0.1 of the mean eigenvalue is usual)."
+            f"scores are not finite with method={method!r} and damping {amount:.3g}: take a larger one (0.1 is usual)."
         )
     return Scores(
         values=values,
@@ -105,7 +85,7 @@ def influence(
 
 
 def _named(method: str, reader: Reader, query_dtype: str | None) -> str:
-    """Return the method with what else decides the scores."""
+    """The method with what else decides the scores."""
     space = "whitened" if reader.manifest.projection == "whitened" else reader.manifest.gradient
     notes = [space] * (space != "plain") + ["1-bit questions"] * (query_dtype is not None)
     return f"{method} ({', '.join(notes)})" if notes else method
@@ -124,9 +104,11 @@ def _fidelity(
 
 @on_cpu
 def self_influence(reader: Reader, curvature: Curvature, layers: Sequence[str] | None) -> np.ndarray:
-    """Return <H^-1 G, G> for each row of a log, summed over layers: (rows,) float32; kept with the log."""
+    """<H^-1 G, G> for each row of a log, summed over layers: (rows,) float32; kept with the log."""
     _warn_unfinished(reader)
-    return _row_quadratics(reader, curvature, choose_layers(reader, layers)).to(torch.float32).numpy()
+    rows = _prepare(reader, curvature, choose_layers(reader, layers), own_rows=True)[2]
+    assert rows is not None
+    return rows.float().numpy()
 
 
 def _warn_unfinished(reader: Reader) -> None:
@@ -143,7 +125,7 @@ def _warn_unfinished(reader: Reader) -> None:
 
 
 def choose_layers(reader: Reader, layers: Sequence[str] | None) -> list[LayerSpec]:
-    """Return the specs of some layers, or of all, in row order."""
+    """The specs of some layers, or of all, in row order."""
     if layers is None:
         return list(reader.layout.layers)
     wanted = [layers] if isinstance(layers, str) else list(layers)
@@ -162,60 +144,47 @@ def check_match(reader: Reader, query: Query) -> None:
     require_query(query)
     if query.fingerprint == reader.fingerprint:
         return
-    mine, theirs = set(reader.layers), set(query.layers)
-    if mine != theirs:
-        odd = sorted(mine ^ theirs)[0]
-        what = f"other layers (for instance {odd!r} is in one of the two only)"
-    else:
-        what = "another rank, projection, seed or kind of gradient"
+    what = "another rank, projection, seed or kind of gradient"
+    if odd := set(reader.layers) ^ set(query.layers):
+        what = f"other layers (for instance {min(odd)!r} is in one of the two only)"
     raise MismatchError(
         f"the query was made with {what} than {reader.path}: make it with log.attach(model).query(...), on the same "
         "model."
     )
 
 
-def prepare(
+def _prepare(
     reader: Reader,
-    query: Query,
     curvature: Curvature,
     chosen: Sequence[LayerSpec],
-    normalize: str | None,
-    query_dtype: str | None,
-) -> Prepared:
-    """Fit the curvature and apply its inverse to the queries, with the norms that ``normalize`` needs."""
+    query: Query | None = None,
+    own_rows: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Fit the curvature once for all that is made of it.
+
+    Questions times H^-1 (Q, gradient_width), zero in layers that are left out; <q, H^-1 q> of each (Q,) and, if asked
+    for, of each row (rows,), both float64.
+    """
     width, columns = reader.layout.gradient_width, reader.layout.kinds["gradients"]
-    rows = query.matrix[:, :width].double()
-    matrix = torch.zeros_like(rows)
-    own = torch.zeros(len(query), dtype=torch.float64)
-    want_rows = normalize is not None and _recall(reader, curvature, chosen) is None
-    total = torch.zeros(len(reader), dtype=torch.float64)
-    for group in solvers(reader, curvature, chosen):
-        for name, solver in group.items():
-            part = rows[:, columns[name]]
-            matrix[:, columns[name]] = solver.apply(part)
-            own += solver.quadratic(part)
-        if want_rows:
-            _add_quadratics(reader, group, total)
-    if want_rows:
-        _keep(reader, curvature, chosen, combine(total))
-    query_norms = own.clamp(min=0).sqrt() if normalize == "unit" else None
-    kept = _recall(reader, curvature, chosen) if normalize is not None else None
-    row_norms = None if kept is None else kept.clamp(min=0).sqrt()
-    return Prepared(matrix.to(working_dtype(reader)), query_norms, row_norms, query_dtype)
-
-
-def _row_quadratics(reader: Reader, curvature: Curvature, chosen: Sequence[LayerSpec]) -> Tensor:
-    kept = _recall(reader, curvature, chosen)
-    if kept is None:
-        total = torch.zeros(len(reader), dtype=torch.float64)
+    questions = (torch.zeros(0, width) if query is None else query.matrix[:, :width]).double()
+    matrix, own = torch.zeros_like(questions), torch.zeros(len(questions), dtype=torch.float64)
+    rows = _recall(reader, curvature, chosen) if own_rows else None
+    fresh = torch.zeros(len(reader), dtype=torch.float64) if own_rows and rows is None else None
+    if query is not None or fresh is not None:
         for group in solvers(reader, curvature, chosen):
-            _add_quadratics(reader, group, total)
-        kept = _keep(reader, curvature, chosen, combine(total))
-    return kept
+            for name, solver in group.items():
+                part = questions[:, columns[name]]
+                matrix[:, columns[name]] = solver.apply(part)
+                own += solver.quadratic(part)
+            if fresh is not None:
+                _add_quadratics(reader, group, fresh)
+    if fresh is not None:
+        rows = _keep(reader, curvature, chosen, combine(fresh))
+    return matrix.to(working_dtype(reader)), own, rows
 
 
 def _key(curvature: Curvature, chosen: Sequence[LayerSpec]) -> str:
-    """Name of the rows' self-influence in the cache of an open log and in the file beside a finished one."""
+    """What the rows' self-influence is called in the cache of an open log and in the file beside a finished one."""
     return kept_name(
         what="self-influence",
         method="dot" if curvature.plain else curvature.method,
@@ -254,46 +223,47 @@ def _add_quadratics(reader: Reader, group: dict[str, Solver], total: Tensor) -> 
             total[place] += solver.quadratic(block[:, columns[name]])
 
 
-def _normalised(scores: Tensor, prepared: Prepared, place: slice) -> Tensor:
-    """Divide the scores of a block, (Q, n), by the norms that were asked for."""
-    if prepared.query_norms is not None:
-        scores /= nonzero(prepared.query_norms)[:, None].to(scores.dtype)
-    if prepared.row_norms is not None:
-        scores /= nonzero(prepared.row_norms[place])[None, :].to(scores.dtype)
-    return scores
+def _scan(
+    reader: Reader,
+    matrix: Tensor,
+    chosen: Sequence[LayerSpec],
+    query_dtype: str | None,
+    sizes: Sequence[Tensor | None],
+    top: int | None,
+    per_layer: bool,
+) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
+    """Scores of all rows, if asked for by layer too; or the best ``top`` of each question, merged block by block.
 
+    They are divided by ``sizes``, if any: of the questions (Q, 1), of the rows (rows,).
+    """
+    queries, (of_questions, of_rows) = len(matrix), sizes
+    product, stored = products(reader, matrix, chosen, query_dtype)
+    parts = [products(reader, matrix, [spec], query_dtype)[0] for spec in chosen] if per_layer else []
+    values, by_layer = torch.zeros(queries, 0 if top else len(reader)), torch.zeros(len(parts), queries, len(reader))
+    best, places = torch.empty(queries, 0, dtype=matrix.dtype), torch.empty(queries, 0, dtype=torch.int64)
 
-def _scan_all(
-    reader: Reader, prepared: Prepared, chosen: Sequence[LayerSpec], _: int, per_layer: bool
-) -> tuple[np.ndarray, None, np.ndarray | None]:
-    queries = len(prepared.matrix)
-    values = torch.zeros(queries, len(reader))
-    by_layer = torch.zeros(len(chosen), queries, len(reader)) if per_layer else None
-    product = products(reader, prepared.matrix, chosen, prepared.query_dtype)
-    parts = [products(reader, prepared.matrix, [spec], prepared.query_dtype) for spec in chosen] if per_layer else []
-    for place, block in progress(reader, "scoring", stored=product.stored):
-        values[:, place] = _normalised(product(block), prepared, place).float()
-        if by_layer is not None:
-            for i, part in enumerate(parts):
-                by_layer[i, :, place] = _normalised(part(block), prepared, place).float()
-    return combine(values).numpy(), None, None if by_layer is None else combine(by_layer).numpy()
+    def scored(multiply: Product, block: Tensor, place: slice) -> Tensor:
+        scores = multiply(block)
+        if of_questions is not None:
+            scores /= of_questions
+        if of_rows is not None:
+            scores /= of_rows[place]
+        return scores
 
-
-def _scan_top(
-    reader: Reader, prepared: Prepared, chosen: Sequence[LayerSpec], top: int, _: bool
-) -> tuple[np.ndarray, np.ndarray, None]:
-    """Keep the best ``top`` of every question, merging block by block."""
-    queries = len(prepared.matrix)
-    best = torch.empty(queries, 0, dtype=prepared.matrix.dtype)
-    places = torch.empty(queries, 0, dtype=torch.int64)
-    product = products(reader, prepared.matrix, chosen, prepared.query_dtype)
-    for place, block in progress(reader, "scoring", stored=product.stored):
-        scores = _normalised(product(block), prepared, place)
+    for place, block in progress(reader, "scoring", stored=stored):
+        scores = scored(product, block, place)
+        if top is None:
+            values[:, place] = scores.float()
+            for total, part in zip(by_layer, parts, strict=True):
+                total[:, place] = scored(part, block, place).float()
+            continue
         index = torch.arange(place.start, place.stop)
         if best.shape[1] == top:  # what cannot be among the best need not be sorted
             near = ~(scores < best[:, -1:]).all(0)
             scores, index = scores[:, near], index[near]
         best, places = _best(torch.cat([best, scores], 1), torch.cat([places, index.expand(queries, -1)], 1), top)
+    if top is None:
+        return combine(values).numpy(), None, combine(by_layer).numpy() if per_layer else None
     best, places = _best(gather(best, 1), gather(places, 1), top)
     return best.float().numpy(), places.numpy(), None
 

@@ -4,6 +4,7 @@ import time
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from loghook.errors import ConfigError
 from loghook.influence.engine import influence
@@ -55,8 +56,7 @@ def check_sample(reader: Reader, queries: int) -> None:
     """Raise ConfigError unless so many rows can be asked."""
     if queries < 1 or len(reader) < TOP + 2:
         raise ConfigError(
-            f"queries={queries} of a log with {len(reader)} rows: a comparison needs at least one question and "
-            f"{TOP + 2} rows."
+            f"queries={queries} of {len(reader)} rows: a comparison needs at least one question and {TOP + 2} rows."
         )
 
 
@@ -64,18 +64,16 @@ def check_sample(reader: Reader, queries: int) -> None:
 def compare(source: Reader, compressed: Reader, *, queries: int, seed: int) -> Fidelity:
     """Ask both logs the same rows of the source: with "dot", and with "ekfac" where there are statistics."""
     places, query = as_questions(source, queries, seed)
-    methods = compared_methods(source)
     logs = (source, compressed)
     for reader in logs:
         _ask(reader, query, "dot")  # verifies checksums
     speeds, kept, top10 = {}, {}, {}
-    for method in methods:
+    for method in compared_methods(source):
         (a, slow), (b, fast) = (_ask(reader, query, method) for reader in logs)
         speeds[method] = (len(source) / slow, len(source) / fast)
         # A row's own score is large and always found again: it would only flatter.
-        pairs = [(np.delete(x, i), np.delete(y, i)) for x, y, i in zip(a, b, places, strict=True)]
-        kept[method] = float(np.mean([pearson(x, y) for x, y in pairs]))
-        top10[method] = float(np.mean([_overlap(x, y) for x, y in pairs]))
+        a, b = (np.stack([np.delete(row, i) for row, i in zip(values, places, strict=True)]) for values in (a, b))
+        kept[method], top10[method] = likeness(a, b), float(shared_top(a, b, TOP).mean()) / TOP
     return Fidelity(
         dtype=(source.manifest.dtype, compressed.manifest.dtype),
         rows=len(source),
@@ -88,14 +86,14 @@ def compare(source: Reader, compressed: Reader, *, queries: int, seed: int) -> F
 
 
 def as_questions(reader: Reader, count: int, seed: int) -> tuple[np.ndarray, Query]:
-    """Draw rows of a log as questions: their places, in order, and the query."""
+    """Rows of a log, drawn as questions: their places, in order, and the query."""
     places = np.sort(np.random.default_rng(seed).choice(len(reader), min(count, len(reader)), replace=False))
     rows = reader.gather(places).to(working_dtype(reader))
     return places, Query([str(place) for place in places]).fill(rows, reader.manifest.made)
 
 
 def compared_methods(reader: Reader) -> tuple[str, ...]:
-    """Name "dot", and "ekfac" where there are statistics."""
+    """The method "dot", and "ekfac" where there are statistics."""
     if reader.manifest.no_statistics is not None:
         return ("dot",)
     moments = reader.moments()
@@ -106,17 +104,23 @@ def compared_methods(reader: Reader) -> tuple[str, ...]:
 def _ask(reader: Reader, query: Query, method: str) -> tuple[np.ndarray, float]:
     """Scores (queries, rows) and the seconds that they took."""
     start = time.perf_counter()
-    values = influence(reader, query, method=method).values
-    return values, time.perf_counter() - start
+    return influence(reader, query, method=method).values, time.perf_counter() - start
 
 
-def pearson(a: np.ndarray, b: np.ndarray) -> float:
-    """Correlation; 1 for equal scores and else 0 where one side is constant."""
-    a, b = a.astype(np.float64) - a.mean(dtype=np.float64), b.astype(np.float64) - b.mean(dtype=np.float64)
-    scale = np.linalg.norm(a) * np.linalg.norm(b)
-    return float(a @ b / scale) if scale > 0 else float(np.array_equal(a, b))
+def correlations(a: np.ndarray, b: np.ndarray) -> NDArray[np.float64]:
+    """Pearson correlation along the last axis, 0 where a side is constant: (Q, N), (Q, N) -> (Q,)."""
+    a, b = (x - x.mean(axis=-1, keepdims=True) for x in (a.astype(np.float64), b.astype(np.float64)))
+    size = np.sqrt((a**2).sum(axis=-1) * (b**2).sum(axis=-1))
+    found: NDArray[np.float64] = np.divide((a * b).sum(axis=-1), size, out=np.zeros_like(size), where=size > 0)
+    return found
 
 
-def _overlap(a: np.ndarray, b: np.ndarray) -> float:
-    best = [set(np.argsort(-v, kind="stable")[:TOP].tolist()) for v in (a, b)]
-    return len(best[0] & best[1]) / TOP
+def likeness(a: np.ndarray, b: np.ndarray) -> float:
+    """Mean correlation between two scorings (Q, N) of the same questions; 1 for equal scores, also constant ones."""
+    return float(np.where((a == b).all(axis=-1), 1.0, correlations(a, b)).mean())
+
+
+def shared_top(a: np.ndarray, b: np.ndarray, k: int) -> NDArray[np.float64]:
+    """How many rows are among the k best in both of two scorings (Q, N): (Q,)."""
+    best = (np.argsort(-values, axis=1, kind="stable")[:, :k] for values in (a, b))
+    return np.array([len(np.intersect1d(*pair)) for pair in zip(*best, strict=True)], dtype=np.float64)

@@ -8,10 +8,11 @@ import torch
 from torch import Tensor
 
 from loghook.errors import ConfigError, MismatchError, StateError
-from loghook.influence.engine import Prepared, influence
+from loghook.influence.engine import influence
 from loghook.influence.fidelity import TOP, as_questions, compared_methods
 from loghook.influence.precondition import progress
 from loghook.influence.scores import Scores
+from loghook.influence.solvers import gram_basis
 from loghook.log.files import loading, save_tensors
 from loghook.log.query import Query
 from loghook.log.reader import Reader
@@ -34,7 +35,6 @@ class Index:
     """
 
     def __init__(self, reader: Reader, basis: Tensor, rows: Tensor, factory: str) -> None:
-        """Build the faiss index of reduced rows."""
         self._reader, self.basis, self.rows, self.factory = reader, basis, rows, factory
         self._faiss = _empty(factory, len(basis))
         self._faiss.train(rows.numpy())
@@ -65,8 +65,8 @@ class Index:
         if candidates < top:
             raise ConfigError(f"candidates={candidates} must be at least top={top}.")
 
-        def scan(_: Reader, prepared: Prepared, *__: Any) -> tuple[np.ndarray, np.ndarray, None]:
-            return *self._rescore(prepared.matrix, top, min(candidates, len(self.rows))), None
+        def scan(matrix: Tensor) -> tuple[np.ndarray, np.ndarray]:
+            return self._rescore(matrix, top, min(candidates, len(self.rows)))
 
         return influence(self._reader, query, method=method, top=top, scan=scan, **options)
 
@@ -75,12 +75,8 @@ class Index:
     ) -> float:
         """Share of the true best rows, from a scan of the log, that ``search`` finds: the mean over questions.
 
-        Args:
-            query: the questions; or how many of the log's rows to ask, each left out of its own ranking.
-            top: as in ``search``.
-            method: as in ``search``.
-            candidates: as in ``search``.
-            options: as in ``search``.
+        ``query`` may be how many of the log's rows to ask, each left out of its own ranking. The other arguments are as
+        in ``search``.
         """
         own: list[set[int]] = []
         if isinstance(query, int):
@@ -100,9 +96,7 @@ class Index:
             StateError: if the log is not finished, so that the file could not say which rows it speaks of.
         """
         if self._reader.seal is None:
-            raise StateError(
-                f"{self._reader.path} is not finished, so that its index would be stale: finalise it first."
-            )
+            raise StateError(f"{self._reader.path} is not finished: its index would be stale, so finalise it first.")
         header = {"seal": self._reader.seal, "factory": self.factory}
         save_tensors(path, "index", header, {"basis": self.basis, "rows": self.rows})
 
@@ -155,24 +149,16 @@ def load(reader: Reader, path: str | Path) -> Index:
     with loading(path, "index") as (header, tensors):
         seal, factory, basis, rows = header["seal"], header["factory"], tensors["basis"], tensors["rows"]
     if seal != reader.seal:
-        raise MismatchError(
-            f"{path} is an index of other rows than those of {reader.path}: build it again, log.index()."
-        )
+        raise MismatchError(f"{path} indexes other rows than those of {reader.path}: build it again, log.index().")
     return Index(reader, basis, rows, factory)
 
 
 def leading_directions(rows: Tensor, dimensions: int) -> Tensor:
-    """Find the leading right singular vectors of rows (n, w), through their Gram matrix (n, n).
-
-    Returns:
-        (d, w) orthonormal, the strongest last; d is ``dimensions``, or the rank of the rows where that is smaller.
-    """
-    values, vectors = torch.linalg.eigh((rows @ rows.T).double())
-    values, vectors = values[-dimensions:], vectors[:, -dimensions:]
-    real = values > ROUNDING * values[-1]
-    if not real.any():
+    """Leading right singular vectors of rows (n, w), the strongest last: (d, w); d is at most the rows' rank."""
+    values, mix = gram_basis((rows @ rows.T).double(), ROUNDING)
+    if not len(values):
         raise ConfigError("the sampled rows are all zero, so that they have no directions: sample more.")
-    return (vectors[:, real] / values[real].sqrt()).float().T @ rows
+    return mix[:, -dimensions:].float().T @ rows
 
 
 def _empty(factory: str, dimensions: int) -> Any:
@@ -183,6 +169,4 @@ def _empty(factory: str, dimensions: int) -> Any:
     try:
         return faiss.index_factory(dimensions, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
-        raise ConfigError(
-            f"factory={factory!r} is none that faiss knows: 'HNSW32', 'Flat' and 'HNSW32_SQ8' are."
-        ) from error
+        raise ConfigError(f"factory={factory!r} is none that faiss knows: take 'HNSW32' or 'Flat'.") from error

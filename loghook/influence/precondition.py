@@ -14,26 +14,21 @@ from loghook.influence.solvers import Dense, Diagonal, Identity, LowRank, Solver
 from loghook.log.format import LayerSpec
 from loghook.log.reader import Reader
 from loghook.processes import combine, share
-from loghook.statistics.factors import Eigenbasis, eigenbasis
+from loghook.statistics import Eigenbasis, eigenbasis
 
 METHODS = ("dot", "cosine", "fisher", "kfac", "ekfac", "shampoo")
 PLAIN = ("dot", "cosine")  # those without curvature
+NORMALIZE = (None, "unit", "relatif")
 FIT_BYTES = 2**30  # what dense curvature of a group of layers may take at a time
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curvature:
-    """Which curvature, and how it is damped.
+    """Which curvature, and how it is damped."""
 
-    Attributes:
-        method: "dot" or "cosine" (none), "fisher", "kfac", "ekfac" or "shampoo".
-        damping: times the layer's mean eigenvalue.
-        damping_abs: added as it is, instead; or None.
-    """
-
-    method: str
-    damping: float = 0.1
-    damping_abs: float | None = None
+    method: str  # one of METHODS
+    damping: float = 0.1  # times the layer's mean eigenvalue
+    damping_abs: float | None = None  # added as it is, instead
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -45,7 +40,7 @@ class Curvature:
 
     @property
     def plain(self) -> bool:
-        """Whether there is none: plain inner products."""
+        """Whether there is none, but plain inner products."""
         return self.method in PLAIN
 
     @property
@@ -53,6 +48,12 @@ class Curvature:
         """Damping as results state it: of the two kinds the one that counts, and neither without curvature."""
         relative = None if self.plain or self.damping_abs is not None else self.damping
         return {"damping": relative, "damping_abs": None if self.plain else self.damping_abs}
+
+    def normalize(self, asked: str | None) -> str | None:
+        """What scores are divided by: what was asked for, or what the method says."""
+        if asked not in NORMALIZE:
+            raise ConfigError(f"normalize={asked!r} is unknown: choose None, 'unit' or 'relatif'.")
+        return asked or ("unit" if self.method == "cosine" else None)
 
     def amount(self, mean_eigenvalue: float) -> float:
         """What is added to a layer's eigenvalues."""
@@ -77,16 +78,7 @@ def progress(reader: Reader, what: str, *, stored: bool = False) -> Iterator[tup
 
 
 def solvers(reader: Reader, curvature: Curvature, layers: Sequence[LayerSpec]) -> Iterator[dict[str, Solver]]:
-    """Fit a solver for each layer, in groups whose curvature fits in memory together.
-
-    Args:
-        reader: the log.
-        curvature: method and damping.
-        layers: the layers to fit.
-
-    Yields:
-        {layer name: solver}, one group after the other.
-    """
+    """Fit a solver for each layer: {name: solver}, in groups whose curvature fits in memory together."""
     if curvature.plain:
         yield {spec.name: Identity() for spec in layers}
     elif curvature.method == "fisher":
@@ -134,8 +126,7 @@ def _row_bases(reader: Reader, layers: Sequence[LayerSpec]) -> dict[str, Eigenba
                 for total, side in zip(sums[spec.name], (rows.flatten(0, 1), rows.mT.flatten(0, 1)), strict=True):
                     total += (side.T @ side).double()  # a block is short, the log is long
         for name, sides in sums.items():
-            (in_values, q_in), (out_values, q_out) = (torch.linalg.eigh(combine(side) / len(reader)) for side in sides)
-            reader.cache["row basis", name] = Eigenbasis(q_in, q_out, out_values[:, None] * in_values)
+            reader.cache["row basis", name] = Eigenbasis.of(*(combine(side) / len(reader) for side in sides))
     return {spec.name: reader.cache["row basis", spec.name] for spec in layers}
 
 
@@ -154,30 +145,27 @@ def _corrected_eigenvalues(reader: Reader, kind: str, bases: dict[str, Eigenbasi
 
 
 def _fit_fisher(reader: Reader, curvature: Curvature, group: Sequence[LayerSpec]) -> dict[str, Solver]:
-    columns = reader.layout.kinds["gradients"]
-    few = {spec.name: len(reader) < spec.width for spec in group}
-    rows = {s.name: torch.zeros(len(reader), s.width, dtype=torch.float64) for s in group if few[s.name]}
-    sums = {s.name: torch.zeros(s.width, s.width, dtype=torch.float64) for s in group if not few[s.name]}
+    columns, few = reader.layout.kinds["gradients"], {spec.name for spec in group if len(reader) < spec.width}
+    # All rows of a layer where they are few, else the sum of their outer products.
+    sums = {s.name: torch.zeros(min(len(reader), s.width), s.width, dtype=torch.float64) for s in group}
     for place, block in progress(reader, "Fisher"):
-        for spec in group:
-            part = block[:, columns[spec.name]].double()
-            if few[spec.name]:
-                rows[spec.name][place] = part
+        for name, total in sums.items():
+            part = block[:, columns[name]].double()
+            if name in few:
+                total[place] = part
             else:
-                sums[spec.name].addmm_(part.T, part)
-    for part in (*rows.values(), *sums.values()):
-        combine(part)
+                total.addmm_(part.T, part)
     fitted: dict[str, Solver] = {}
     for spec in group:
+        total = combine(sums.pop(spec.name))
         # The mean eigenvalue is trace / w, which is the mean squared norm of a row over w.
-        if few[spec.name]:
-            layer_rows = rows.pop(spec.name)
-            mean = float(layer_rows.square().sum()) / len(reader) / spec.width
-            fitted[spec.name] = LowRank(layer_rows, curvature.amount(mean)) if mean > 0 else Zero()
+        if spec.name in few:
+            mean = float(total.square().sum()) / len(reader) / spec.width
+            fitted[spec.name] = LowRank(total, curvature.amount(mean)) if mean > 0 else Zero()
         else:
-            matrix = sums.pop(spec.name) / len(reader)
-            mean = float(matrix.diagonal().mean())
-            fitted[spec.name] = Dense(matrix, curvature.amount(mean)) if mean > 0 else Zero()
+            total /= len(reader)
+            mean = float(total.diagonal().mean())
+            fitted[spec.name] = Dense(total, curvature.amount(mean)) if mean > 0 else Zero()
     return fitted
 
 
@@ -190,9 +178,8 @@ def _groups(layers: Sequence[LayerSpec], rows: int) -> Iterator[list[LayerSpec]]
         need = 2 * 8 * spec.width * min(spec.width, rows)
         if need > memory:
             raise ConfigError(
-                f"the Fisher of layer {spec.name!r} with {spec.width:,} values a row takes {need / 1e9:,.0f} GB, "
-                "more than "
-                "this machine has: use method='ekfac', leave the layer out with layers=, or log at a smaller rank."
+                f"the Fisher of layer {spec.name!r} with {spec.width:,} values a row takes {need / 1e9:,.0f} GB, more "
+                "than this machine has: use method='ekfac', leave the layer out with layers=, or log at a smaller rank."
             )
         if group and size + need > FIT_BYTES:
             yield group

@@ -1,20 +1,18 @@
-"""Inner products of questions with a block of rows: on floats, or on low-bit rows without decoding them.
+"""Inner products of questions with a block of rows: on floats, or on coded rows without decoding them.
 
 For low-bit rows the question is written as ``t (d0 + d1 / 254 + ...)`` with whole numbers of 8 bits and a t for each
 layer. These digits meet the rows' whole numbers in integer products, which are exact. With two digits the error is at
 most 1/64,516 of the layer's largest value; few questions get three, which cost no more and are as good as float32.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
-from typing import Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from loghook.influence.bilinear import MOST, Bilinear
-from loghook.influence.signs import FEW, Signs
 from loghook.log.codec.base import Alike
 from loghook.log.codec.lowbit import AFFINE, LowBitCodec, unpack
 from loghook.log.codec.lowrank import LowRankCodec
@@ -26,113 +24,87 @@ LEAST_ROWS = 256  # fewer would not be worth a product
 WIDEST = 2**17  # more products of two bytes may not fit in a sum of 32 bits
 BASE = 254  # of the digits, which are -127 to 127
 COLUMNS = 16  # an integer product with fewer costs as much or more, but for a single one
+TERMS = 64  # questions times terms of low-rank rows; with more it is quicker to decode a block and multiply once
+FEW = 8  # 1-bit questions; for more, integer products are quicker than counts
+COMPARED = 2**21  # bytes of 1-bit rows that are compared at a time: what is made of them stays in the cache
+
+Product = Callable[[Tensor], Tensor]  # a block of rows (n, columns) -> inner products (Q, n)
 
 
-class Products(Protocol):
-    """Questions, ready to be multiplied with blocks of rows.
-
-    Attributes:
-        stored: whether it takes blocks as they are stored, or in the working dtype.
-    """
-
-    stored: bool
-
-    def __call__(self, block: Tensor) -> Tensor:
-        """Return the inner products with rows (n, columns): (Q, n)."""
-
-
-def products(reader: Reader, matrix: Tensor, chosen: Sequence[LayerSpec], query_dtype: str | None = None) -> Products:
+def products(
+    reader: Reader, matrix: Tensor, chosen: Sequence[LayerSpec], query_dtype: str | None = None
+) -> tuple[Product, bool]:
     """Make questions (Q, gradient_width) ready for the layers of a log that are chosen, in row order.
 
-    With ``query_dtype`` "int1", for a log of that dtype, only the questions' signs meet those of the rows.
+    With ``query_dtype`` "int1", for a log of that dtype, only the questions' signs meet those of the rows. Also says
+    whether blocks are to come as they are stored, or else in the working dtype.
     """
-    if query_dtype is not None:
-        assert isinstance(reader.codec, LowBitCodec)
-        stored = reader.codec.encode(F.pad(matrix, (0, reader.codec.width - matrix.shape[1])))
-        if len(matrix) <= FEW:
-            return Signs(reader, reader.codec, stored, chosen)
-        matrix = reader.codec.decode(stored)
-    low_bit = isinstance(reader.codec, LowBitCodec) and max(spec.width for spec in chosen) <= WIDEST
-    if low_bit and integer_products_are_exact():
-        return LowBit(reader, matrix, chosen)
-    if isinstance(reader.codec, LowRankCodec) and len(matrix) * reader.codec.terms <= MOST:
-        return Bilinear(reader, reader.codec, matrix, chosen)
-    return Floats(reader, matrix, chosen)
+    codec, numbers = reader.codec, [reader.layers.index(spec.name) for spec in chosen]
+    if isinstance(codec, LowBitCodec):
+        if query_dtype is not None:
+            signs = codec.encode(F.pad(matrix, (0, codec.width - matrix.shape[1])))
+            if len(matrix) <= FEW:
+                return _signs(codec, signs, numbers), True
+            matrix = codec.decode(signs)
+        if max(spec.width for spec in chosen) <= WIDEST and integer_products_are_exact():
+            return _integers(codec, matrix, numbers, len(reader.layers)), True
+    if isinstance(codec, LowRankCodec) and len(matrix) * codec.terms <= TERMS:
+        return _bilinear(codec, matrix, numbers), True
+    return _floats(reader, matrix, chosen), not codec.coded
 
 
-class Floats:
+def _floats(reader: Reader, matrix: Tensor, chosen: Sequence[LayerSpec]) -> Product:
     """One matrix product for each contiguous range of columns."""
+    runs: list[slice] = []
+    for spec in chosen:
+        part = reader.layout.kinds["gradients"][spec.name]
+        start = runs.pop().start if runs and runs[-1].stop == part.start else part.start
+        runs.append(slice(start, part.stop))
+    # Narrow floats are widened here, always into the same memory: new memory for every block costs more.
+    wide = torch.empty(max(LEAST_ROWS // 4, CHUNK // reader.codec.width), reader.codec.width, dtype=matrix.dtype)
 
-    def __init__(self, reader: Reader, matrix: Tensor, chosen: Sequence[LayerSpec]) -> None:
-        """Find the ranges."""
-        self._matrix, self.stored = matrix, not reader.codec.coded
-        # Narrow floats are widened here, always into the same memory: new memory for every block costs more.
-        rows = 0 if reader.dtype == matrix.dtype else max(LEAST_ROWS // 4, CHUNK // reader.codec.width)
-        self._wide = torch.empty(rows, reader.codec.width, dtype=matrix.dtype)
-        self._runs: list[slice] = []
-        for spec in chosen:
-            part = reader.layout.kinds["gradients"][spec.name]
-            if self._runs and self._runs[-1].stop == part.start:
-                self._runs[-1] = slice(self._runs[-1].start, part.stop)
-            else:
-                self._runs.append(part)
+    def multiply(block: Tensor) -> Tensor:
+        if block.dtype != matrix.dtype:
+            return torch.cat([multiply(wide[: len(part)].copy_(part)) for part in block.split(len(wide))], 1)
+        return sum((matrix[:, run] @ block[:, run].T for run in runs), start=torch.zeros(()))
 
-    def __call__(self, block: Tensor) -> Tensor:
-        """Return the inner products with float rows (n, width): (Q, n)."""
-        if block.dtype == self._matrix.dtype:
-            return self._multiply(block)
-        parts = block.split(len(self._wide))
-        return torch.cat([self._multiply(self._wide[: len(part)].copy_(part)) for part in parts], 1)
-
-    def _multiply(self, block: Tensor) -> Tensor:
-        scores = sum(self._matrix[:, run] @ block[:, run].T for run in self._runs)
-        assert isinstance(scores, Tensor)
-        return scores
+    return multiply
 
 
-class LowBit:
+def _integers(codec: LowBitCodec, matrix: Tensor, numbers: Sequence[int], layers: int) -> Product:
     """Integer products, layer by layer, on codes that are unpacked a chunk at a time."""
+    slope, shift = AFFINE[codec.bits]
+    queries, single, count = len(matrix), len(matrix) == 1, 3 if 3 * len(matrix) <= COLUMNS else 2
+    spare = 0 if single else -count * queries % COLUMNS
+    parts: list[tuple[Alike, list[tuple[list[Tensor], Tensor]]]] = []
+    shifts = torch.zeros(layers, count * queries + spare)
+    for part in codec.alike(numbers):
+        fitted = []
+        for i, q in enumerate(matrix[:, part.columns].float().split(part.width, 1), part.layers.start):
+            digits, sizes = _in_digits(codec.turned(q).T, count)
+            digits = F.pad(digits, (0, spare, 0, part.size * 8 // codec.bits - part.width))
+            sizes = F.pad(sizes, (0, spare))
+            columns = digits.to(torch.int8).split(1 if single else digits.shape[1], 1)
+            fitted.append(([c.contiguous() for c in columns], sizes * slope))
+            shifts[i] = digits.sum(0) * sizes * shift
+        parts.append((part, fitted))
+    step = max(LEAST_ROWS, CHUNK // max(part.width for part, _ in parts))
 
-    stored = True
-
-    def __init__(self, reader: Reader, matrix: Tensor, chosen: Sequence[LayerSpec]) -> None:
-        """Write the questions with whole numbers."""
-        assert isinstance(reader.codec, LowBitCodec)
-        self._codec, self._bits, self._queries = reader.codec, reader.codec.bits, len(matrix)
-        slope, shift = AFFINE[self._bits]
-        numbers = [reader.layers.index(spec.name) for spec in chosen]
-        single = len(matrix) == 1
-        self._digits = 3 if 3 * len(matrix) <= COLUMNS else 2
-        spare = 0 if single else -self._digits * len(matrix) % COLUMNS
-        self._parts: list[tuple[Alike, list[tuple[list[Tensor], Tensor]]]] = []
-        self._shifts = torch.zeros(len(reader.layers), self._digits * len(matrix) + spare)
-        for part in self._codec.alike(numbers):
-            fitted = []
-            for i, q in enumerate(matrix[:, part.columns].float().split(part.width, 1), part.layers.start):
-                q = self._codec.turned(q)
-                digits, sizes = _in_digits(q.T, self._digits)
-                digits = F.pad(digits, (0, spare, 0, part.size * 8 // self._bits - part.width))
-                sizes = F.pad(sizes, (0, spare))
-                columns = digits.to(torch.int8).split(1 if single else digits.shape[1], 1)
-                fitted.append(([c.contiguous() for c in columns], sizes * slope))
-                self._shifts[i] = digits.sum(0) * sizes * shift
-            self._parts.append((part, fitted))
-        self._step = max(LEAST_ROWS, CHUNK // max(part.width for part, _ in self._parts))
-
-    def __call__(self, block: Tensor) -> Tensor:
-        """Return the inner products with stored rows (n, codec.columns): (Q, n)."""
-        out = torch.zeros(len(block), self._shifts.shape[1])
-        for rows, sums in zip(block.split(self._step), out.split(self._step), strict=True):
-            scales = self._codec.scales(rows)
-            for part, fitted in self._parts:
+    def multiply(block: Tensor) -> Tensor:
+        out = torch.zeros(len(block), shifts.shape[1])
+        for rows, sums in zip(block.split(step), out.split(step), strict=True):
+            scales = codec.scales(rows)
+            for part, fitted in parts:
                 # Rows are read once, one after the other, and put in order of layers.
-                by_layer = self._codec.packed(rows, part).transpose(0, 1).contiguous().numpy()
+                by_layer = codec.packed(rows, part).transpose(0, 1).contiguous().numpy()
                 for scale, packed, (digits, sizes) in zip(scales[:, part.layers].T, by_layer, fitted, strict=True):
-                    numbers = unpack(packed, self._bits)
-                    found = torch.cat([torch._int_mm(numbers, columns) for columns in digits], 1)
+                    values = unpack(packed, codec.bits)
+                    found = torch.cat([torch._int_mm(values, columns) for columns in digits], 1)
                     sums.addcmul_(found * sizes, scale[:, None])
-            sums.addmm_(scales, self._shifts)
-        return out[:, : self._digits * self._queries].unflatten(1, (self._digits, -1)).sum(1).T
+            sums.addmm_(scales, shifts)
+        return out[:, : count * queries].unflatten(1, (count, -1)).sum(1).T
+
+    return multiply
 
 
 def _in_digits(q: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -156,3 +128,53 @@ def integer_products_are_exact() -> bool:
         )
     except RuntimeError:
         return False
+
+
+def _bilinear(codec: LowRankCodec, matrix: Tensor, numbers: Sequence[int]) -> Product:
+    """Few questions with rows of low rank, without decoding them: ``<Q, u v^T> = u^T Q v``."""
+    parts = codec.alike(numbers)
+
+    def multiply(block: Tensor) -> Tensor:
+        out = torch.zeros(len(matrix), len(block))
+        for part in parts:
+            questions = matrix[:, part.columns]
+            if codec.whole(part.shape):
+                out += questions @ codec.decode(block, part.columns).T
+                continue
+            # By layer: (n c, k_out), (n c, k_in) and (Q, k_out, k_in).
+            factors = [side.float().transpose(0, 1).flatten(1, 2) for side in codec.factors(block, part)]
+            by_layer = questions.unflatten(1, (-1, *part.shape)).transpose(0, 1)
+            for left, right, layer in zip(*factors, by_layer, strict=True):
+                for total, question in zip(out, layer, strict=True):
+                    total += ((left @ question) * right).view(len(block), -1).sum(1)
+        return out
+
+    return multiply
+
+
+def _signs(codec: LowBitCodec, stored: Tensor, numbers: Sequence[int]) -> Product:
+    """1-bit questions, as rows are stored: ``s_row s_question (width - 2 popcount(row XOR question))``."""
+
+    def words(rows: Tensor, part: Alike) -> np.ndarray:
+        """Signs of some layers, 64 in a word, rows side by side: (layers, words, n) uint64."""
+        packed = codec.packed(rows, part).numpy()
+        if short := -part.size % 8:  # equal on both sides, so that it does not count
+            packed = np.pad(packed, ((0, 0), (0, 0), (0, short)))
+        return np.ascontiguousarray(packed.view(np.uint64).transpose(1, 2, 0))
+
+    scales = codec.scales(stored)
+    parts = [(part, words(stored, part), scales[:, part.layers]) for part in codec.alike(numbers)]
+    step = max(1, COMPARED // codec.row_bytes)
+
+    def multiply(block: Tensor) -> Tensor:
+        out = torch.zeros(len(stored), len(block))
+        for rows, sums in zip(block.split(step), out.split(step, 1), strict=True):
+            scales = codec.scales(rows).T
+            for part, questions, sizes in parts:
+                these = words(rows, part)
+                for q, size in enumerate(sizes):
+                    unequal = np.bitwise_count(these ^ questions[:, :, q, None]).sum(1, dtype=np.int32)
+                    sums[q] += size @ (scales[part.layers] * torch.from_numpy(part.width - 2 * unequal))
+        return out
+
+    return multiply

@@ -17,8 +17,6 @@ from loghook.log.files import loading, save_tensors
 if TYPE_CHECKING:
     import pandas
 
-SIGN = "positive: training on the row lowers the query's loss (proponent)"
-
 
 class Record(NamedTuple):
     """One training sample in a ranking.
@@ -72,7 +70,7 @@ class Scores:
     @property
     def sign(self) -> str:
         """What a positive score means."""
-        return SIGN
+        return "positive: training on the row lowers the query's loss (proponent)"
 
     def top(self, k: int = 10) -> list[list[Record]]:
         """The k strongest proponents of each question, best first."""
@@ -85,9 +83,7 @@ class Scores:
             ConfigError: if only the best were kept.
         """
         if self.places is not None:
-            raise ConfigError(
-                "these scores keep only the best rows (top=...): score again without top to see opponents."
-            )
+            raise ConfigError("these scores keep only the best rows (top=...): score again without top for opponents.")
         return self._ranked(k, best=False)
 
     def among(self, candidates: Sequence[Sequence[int | str]]) -> "Scores":
@@ -116,16 +112,13 @@ class Scores:
             import pandas
         except ImportError as error:
             raise ConfigError("to_pandas needs pandas: pip install 'loghook[pandas]'.") from error
-        places = self._all_places()
-        n = self.values.shape[1]
-        ids = np.asarray(self.data_ids, dtype=object)
-        return pandas.DataFrame(
-            {
-                "query_id": np.repeat(np.asarray(self.query_ids, dtype=object), n),
-                "data_id": ids[places].reshape(-1),
-                "score": self.values.reshape(-1),
-            }
-        )
+        query_ids, data_ids = (np.asarray(ids, dtype=object) for ids in (self.query_ids, self.data_ids))
+        columns = {
+            "query_id": np.repeat(query_ids, self.values.shape[1]),
+            "data_id": data_ids[self._all_places()].reshape(-1),
+            "score": self.values.reshape(-1),
+        }
+        return pandas.DataFrame(columns)
 
     @staticmethod
     def combine(
@@ -217,9 +210,9 @@ class Scores:
         return f"Scores({size}, {kind}, damping={self.damping or self.damping_abs}, {tuned}log={self.log!r})"
 
     def _all_places(self) -> np.ndarray:
-        return (
-            np.broadcast_to(np.arange(self.values.shape[1]), self.values.shape) if self.places is None else self.places
-        )
+        if self.places is not None:
+            return self.places
+        return np.broadcast_to(np.arange(self.values.shape[1]), self.values.shape)
 
     def _ranked(self, k: int, *, best: bool) -> list[list[Record]]:
         if k < 1:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loghook.errors import ConfigError
-from loghook.statistics.factors import Eigenbasis
+from loghook.statistics import Eigenbasis
 
 
 def nonzero(sizes: Tensor) -> Tensor:
@@ -17,25 +17,33 @@ def nonzero(sizes: Tensor) -> Tensor:
     return sizes.masked_fill(~(sizes > 0), 1)
 
 
+def gram_basis(gram: Tensor, rounding: float = 1e-12) -> tuple[Tensor, Tensor]:
+    """From X X^T: eigenvalues above ``rounding`` times the largest, and M for which the rows of M^T X are orthonormal.
+
+    Ascending eigenvalues (r,), and M (n, r).
+    """
+    values, vectors = torch.linalg.eigh(gram)
+    real = values > rounding * values[-1]
+    return values[real], vectors[:, real] / values[real].sqrt()
+
+
 class Solver(Protocol):
     """The inverse of a layer's damped curvature."""
 
     def apply(self, rows: Tensor) -> Tensor:
-        """Return H^-1 G for each row: (n, w)."""
+        """H^-1 G for each row: (n, w)."""
 
     def quadratic(self, rows: Tensor) -> Tensor:
-        """Return <G, H^-1 G> for each row: (n,)."""
+        """<G, H^-1 G> for each row: (n,)."""
 
 
 class Identity:
     """No curvature: plain inner products."""
 
     def apply(self, rows: Tensor) -> Tensor:
-        """Return the rows as they are."""
         return rows
 
     def quadratic(self, rows: Tensor) -> Tensor:
-        """Return squared norms."""
         return rows.square().sum(1)
 
 
@@ -43,31 +51,27 @@ class Diagonal:
     """Curvature that is diagonal in a Kronecker eigenbasis: KFAC, EK-FAC and Shampoo."""
 
     def __init__(self, basis: Eigenbasis, eigenvalues: Tensor, damping: float) -> None:
-        """Take eigenvalues (k_out, k_in) and the damping that is added to them."""
         self.basis = basis
         damped = eigenvalues + damping
         # A layer that never got a gradient has no curvature and no gradients either: it contributes nothing.
         self.inverse = torch.where(damped > 0, 1 / damped, torch.zeros_like(damped))
 
     def rotated(self, rows: Tensor) -> Tensor:
-        """Return H^-1 G in the eigenbasis, for each row: (n, k_out, k_in)."""
+        """H^-1 G in the eigenbasis, for each row: (n, k_out, k_in)."""
         return self.basis.rotate(rows.unflatten(1, self.inverse.shape)) * self.inverse.to(rows.dtype)
 
     def apply(self, rows: Tensor) -> Tensor:
-        """Rotate, divide, rotate back."""
         return self.basis.rotate_back(self.rotated(rows)).flatten(1)
 
     def quadratic(self, rows: Tensor) -> Tensor:
-        """Weight squared coordinates with inverse eigenvalues."""
         rotated = self.basis.rotate(rows.unflatten(1, self.inverse.shape))
         return (rotated.square() * self.inverse.to(rows.dtype)).sum((1, 2))
 
 
 class Dense:
-    """Curvature as a full matrix: the Fisher of rows, ``mean vec(G) vec(G)^T``."""
+    """Curvature as a full matrix (w, w), float64: the Fisher of rows, ``mean vec(G) vec(G)^T``."""
 
     def __init__(self, matrix: Tensor, damping: float) -> None:
-        """Take the matrix (w, w) in float64 and factorise it with the damping on its diagonal."""
         eye = torch.eye(len(matrix), dtype=matrix.dtype)
         factor, failed = torch.linalg.cholesky_ex(matrix + damping * eye)
         if failed:
@@ -75,46 +79,40 @@ class Dense:
         self._inverse_root = torch.linalg.solve_triangular(factor, eye, upper=False)
 
     def apply(self, rows: Tensor) -> Tensor:
-        """Multiply with both halves of the inverse."""
         root = self._inverse_root.to(rows.dtype)
         return rows @ root.T @ root
 
     def quadratic(self, rows: Tensor) -> Tensor:
-        """Squared norm after the inverse root."""
         return (rows @ self._inverse_root.T.to(rows.dtype)).square().sum(1)
 
 
 class LowRank:
-    """The Fisher of fewer rows than values, in an orthonormal basis of what the rows span.
+    """The Fisher of fewer rows (N, w) than values, float64, in an orthonormal basis of what the rows span.
 
     ``apply`` leaves out the part of its argument outside that span: it is orthogonal to every row, scores zero against
     this log, and dividing it by a small damping would drown the scores in rounding.
     """
 
     def __init__(self, rows: Tensor, damping: float) -> None:
-        """Take all rows of the layer (N, w) in float64, and a positive damping."""
-        values, vectors = torch.linalg.eigh(rows @ rows.T)
-        real = values > values[-1] * 1e-12
-        values = values[real]
         # The basis is mix^T rows; questions are few, so that two products with the rows cost less than to form it.
-        self._rows, self._mix = rows, vectors[:, real] / values.sqrt()
+        values, self._mix = gram_basis(rows @ rows.T)
+        self._rows = rows
         self._inverse = 1 / (values / len(rows) + damping)
         self._damping = damping
 
     def apply(self, rows: Tensor) -> Tensor:
-        """Divide by the damped eigenvalues within the span of the log's rows."""
         inside = self._coordinates(rows.double()) * self._inverse
         return (inside @ self._mix.T @ self._rows).to(rows.dtype)
 
     def quadratic(self, rows: Tensor) -> Tensor:
-        """The same as an inner product, with the part outside the span divided by the damping."""
+        """Here the part outside the span counts too, divided by the damping."""
         wide = rows.double()
         inside = self._coordinates(wide).square()
         outside = (wide.square().sum(1) - inside.sum(1)).clamp(min=0)
         return ((inside * self._inverse).sum(1) + outside / self._damping).to(rows.dtype)
 
     def _coordinates(self, rows: Tensor) -> Tensor:
-        """Coordinates in the basis: (n, w) -> (n, r)."""
+        """In the basis: (n, w) -> (n, r)."""
         return rows @ self._rows.T @ self._mix
 
 
@@ -122,9 +120,7 @@ class Zero:
     """A layer without any gradient in the log: it has no curvature, and nothing to say."""
 
     def apply(self, rows: Tensor) -> Tensor:
-        """Return zeros."""
         return torch.zeros_like(rows)
 
     def quadratic(self, rows: Tensor) -> Tensor:
-        """Return zeros."""
         return rows.new_zeros(len(rows))

@@ -21,6 +21,8 @@ METHODS: tuple[dict[str, Any], ...] = (
     {"method": "fisher", "damping": 0.1},  # dear, and its damping matters less
 )
 
+ROW = "{:<16}{:>5} {:<9}{:>9}  {:>8}  {:<12} {}"  # of ``Tuned``'s table
+
 
 @dataclass(frozen=True, kw_only=True)
 class Candidate:
@@ -45,10 +47,8 @@ class Candidate:
         kind = self.init["projection"] + (f" {self.init['whitening']:g}" if "whitening" in self.init else "")
         how = " ".join(str(value) for value in self.scoring.values())
         kinds = ", ".join(pattern.rpartition(".")[2] for pattern in groups(self.layers))
-        return (
-            f"{kind:<16}{self.init['rank']:>5} {self.init['dtype']:<9}{self.bytes:>9,}  {self.fidelity:>8.3f}  "
-            f"{how:<12} {kinds}"
-        )
+        size, fidelity = f"{self.bytes:,}", f"{self.fidelity:.3f}"
+        return ROW.format(kind, self.init["rank"], self.init["dtype"], size, fidelity, how, kinds)
 
 
 def plans(

@@ -1,27 +1,177 @@
-"""``Fit``: factors of whole gradients and what can be asked of them; made by ``loghook.fit``."""
+"""``Fit``: EK-FAC on whole gradients (George et al. 2018; Grosse et al. 2023), fitted through a user's own loop."""
 
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
-from loghook.capture.batch import Ids
-from loghook.errors import CheckpointWarning, ConfigError, MismatchError
-from loghook.influence.engine import NORMALIZE
-from loghook.influence.precondition import Curvature
+from loghook.capture.batch import Blocks, Given, Ids, check_ids
+from loghook.capture.hooked import Hooked
+from loghook.capture.models import describe_coverage
+from loghook.capture.passes import Gathering, Pass, decompose
+from loghook.capture.select import HEAD, Watch
+from loghook.capture.whole import Covariance, Eigenvalues
+from loghook.errors import CheckpointWarning, ConfigError, LogExistsError, MismatchError, StateError
+from loghook.influence.precondition import PLAIN, Curvature
 from loghook.influence.scores import Scores
 from loghook.influence.solvers import Diagonal, Identity
+from loghook.log.disk import lock, lock_name, writing
+from loghook.log.files import FACTORS
+from loghook.log.format import MANIFEST, Made
 from loghook.log.query import Query, require_query
-from loghook.whole.factors import Factors
-from loghook.whole.gauss_newton import GaussNewton, OutputLoss, Outputs
-from loghook.whole.inverse import solvers, unroll
-from loghook.whole.refine import Damped, listed, require_sum, solve
-from loghook.whole.scoring import Scoring
+from loghook.processes import process_rank, shared
+from loghook.statistics import Eigenbasis, FactorStore, pack_factors
+from loghook.whole.refine import Damped, GaussNewton, OutputLoss, Outputs, listed, require_sum, solve
+from loghook.whole.scoring import Scoring, rotations
+
+FISHERS = ("empirical", "true")
+PASSES = ("covariance", "eigenvalues")
+METHODS = ("ekfac", "kfac", *PLAIN)
 
 
-class Fit(Factors):
+class Fit(Blocks, Hooked):
     """EK-FAC factors of whole gradients, and what can be asked of them; made by ``loghook.fit``."""
+
+    def __init__(self, path: Path, *, fisher: str, resume: bool, overwrite: bool) -> None:
+        """See ``loghook.fit``."""
+        super().__init__("none", rank=1, seed=0)
+        if fisher not in FISHERS:
+            raise ConfigError(f"fisher={fisher!r} is unknown: choose 'empirical' or 'true'.")
+        if resume and overwrite:
+            raise ConfigError("resume=True and overwrite=True exclude each other: keep one.")
+        self.path, self.fisher = path, fisher
+        if (path / MANIFEST).exists():
+            raise LogExistsError(f"{path} holds a log, which loghook.load opens: choose another path for the factors.")
+        if (path / FACTORS).exists() and not resume and not overwrite:
+            raise LogExistsError(f"{path} holds factors: pass resume=True to use or complete them, or overwrite=True.")
+        self._store: FactorStore | None = None
+        if (path / FACTORS).exists() and not overwrite:
+            self._store = FactorStore.load(path)
+        with writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+            if overwrite and process_rank() == 0:
+                with lock(path / lock_name(0)):  # nobody may be fitting what goes away
+                    (path / FACTORS).unlink(missing_ok=True)  # or a later resume would take the old ones for these
+        self._pass: Pass | None = None
+        self._began_with: str | None = None  # digest of sampled parameter values when the pass began
+        self._solvers: dict[Curvature, dict[str, Diagonal]] = {}
+        self.watched: dict[str, Any] = {}  # the arguments of watch(), for other runs that shall see the same layers
+
+    def watch(
+        self,
+        model: nn.Module,
+        include: str | Sequence[str] = "*",
+        exclude: str | Sequence[str] = HEAD,
+        *,
+        bias: bool = True,
+        may_sleep: str | Sequence[str] = (),
+        flattened: str | Sequence[str] = (),
+        batch_dim: int = 0,
+    ) -> None:
+        """Put inert hooks on a model's layers; arguments as in ``Run.watch``."""
+        self._require_outside()
+        if self._layers:
+            raise StateError("a model is watched already: one watch() call takes several patterns.")
+        arguments: dict[str, Any] = {
+            "include": include, "exclude": exclude, "bias": bias, "may_sleep": may_sleep, "flattened": flattened,
+            "batch_dim": batch_dim,
+        }  # fmt: skip
+        layers, coverage = self._select(model, Watch(**arguments))
+        if self._store is not None:
+            self._store.check_same(tuple(layer.spec for layer in layers), self.fisher)
+        self._hook(model, layers)
+        self.watched = arguments
+        if self._store is None:
+            self._store = FactorStore(path=self.path, layers=self.specs, fisher=self.fisher)
+        if process_rank() == 0:
+            print(describe_coverage(len(self.layers), coverage))
+
+    @property
+    def model(self) -> nn.Module:
+        """The watched model.
+
+        Raises:
+            StateError: if none is, or if it is gone.
+        """
+        model = self._models[0]() if self._models else None
+        if model is None:
+            raise StateError("no model is watched, or nobody holds it any more: call watch(model) and keep the model.")
+        return model
+
+    def passes(self) -> Iterator[Pass]:
+        """Yield the passes over the data that are not done yet: "covariance", then "eigenvalues".
+
+        Each is committed when it is complete, and skipped by a later ``loghook.fit(..., resume=True)``. In every one of
+        them each data_id counts once. All ranks go through it together; their sums are brought together at its end.
+        """
+        store = self._require_store()
+        held = lock(self.path / lock_name(process_rank()))
+        try:
+            for index, kind in enumerate(PASSES):
+                if shared(store.done(kind)):
+                    continue
+                job = Covariance() if kind == "covariance" else Eigenvalues(rotations(store.bases))
+                gathering = Gathering(self, job)
+                self._pass = Pass(index, kind, self.fisher, gathering)
+                yield self._pass
+                self._commit(kind, store, gathering)
+        finally:
+            self._pass = None
+            held.close()
+
+    def _commit(self, kind: str, store: FactorStore, gathering: Gathering) -> None:
+        sums = gathering.reduce()
+        if kind == "covariance":
+            tensors = pack_factors(decompose(self._layers, sums))
+        else:
+            tensors = {
+                layer.name: (sums.totals[layer.name] / sums.samples).float().cpu()
+                if layer.name in sums.totals
+                else torch.zeros(layer.output_side.width, layer.input_side.width)  # it may sleep, and always did
+                for layer in self._layers
+            }
+        parameters = self.digest()
+        store.parameters = parameters if parameters == self._began_with else None
+        if process_rank() == 0:
+            with writing(self.path):
+                store.commit(kind, tensors, sums.samples)
+        # Other ranks find on the disk what rank 0 wrote.
+        store.files, store.samples = shared((store.files, store.samples))
+
+    @contextmanager
+    def _block(self, data_id: Ids, given: Given) -> Iterator[None]:
+        if self._pass is None or self._pass._gathering is None:
+            raise StateError(
+                "no pass is under way: put the loop inside `for _ in run.passes():`, or use run.score(query)."
+            )
+        gathering = self._pass._gathering
+        if not gathering.samples:
+            self._began_with = self.digest()
+            before = self._require_store().parameters
+            if before and self._began_with and before != self._began_with:
+                warnings.warn(
+                    f"{self.path} has covariances of other parameter values than eigenvalues are now gathered with: "
+                    "load those first, or fit again with overwrite=True.",
+                    CheckpointWarning,
+                    stacklevel=2,
+                )
+        with gathering.block(check_ids(data_id), given):
+            yield
+
+    def __repr__(self) -> str:
+        done = [kind for kind in PASSES if self._store is not None and self._store.done(kind)]
+        state = "finished" if len(done) == len(PASSES) else f"passes done: {', '.join(done) or 'none'}"
+        where = f"{type(self).__name__}({str(self.path)!r}, {len(self.layers)} layers"
+        return f"{where}, fisher={self.fisher!r}, {state})"
+
+    @property
+    def fingerprint(self) -> str:
+        """Digest of the watched layers; a question must have the same."""
+        return Made(self.specs, self._projection, self._seed).fingerprint
 
     def score(
         self,
@@ -56,15 +206,13 @@ class Fit(Factors):
         """
         self._require_whole(query)
         method = method or ("ekfac" if query.direction is None else "dot")
-        normalize = normalize or ("unit" if method == "cosine" else None)
+        curvature = Curvature(method=method, damping=damping, damping_abs=damping_abs)
+        normalize = curvature.normalize(normalize)
         if query.direction is not None and (method != "dot" or normalize):
             raise ConfigError(
                 f"this query is preconditioned already ({query.direction}): score it with method='dot' and without "
                 "normalize, since what its curvature says of samples is not known."
             )
-        if normalize not in NORMALIZE:
-            raise ConfigError(f"normalize={normalize!r} is unknown: choose None, 'unit' or 'relatif'.")
-        curvature = Curvature(method=method, damping=damping, damping_abs=damping_abs)
         return Scoring(self, query, curvature, rank=rank, normalize=normalize, per_layer=per_layer)
 
     def self_influence(
@@ -117,8 +265,8 @@ class Fit(Factors):
         self._require_whole(query)
         amount = Curvature(method="ekfac", damping=damping, damping_abs=damping_abs).amount(self.mean_eigenvalue)
         g = query.matrix.to(self._layers[0].device_and_dtype()[0])
-        bases = {name: basis.to(g) for name, basis in self._eigenbases().items()}
-        preconditioner = solvers(self._require_store(), bases, Curvature(method="ekfac", damping_abs=amount))
+        bases = {name: basis.to(g) for name, basis in self._require_store().bases.items()}
+        preconditioner = self._inverses(bases, Curvature(method="ekfac", damping_abs=amount))
         matrix = GaussNewton(self._layers, self._layout, listed(batches), outputs, loss)
         require_sum(matrix)
         u, residuals = solve(
@@ -155,9 +303,17 @@ class Fit(Factors):
         if not 0 < time < float("inf"):
             raise ConfigError(f"time={time!r} must be positive and finite: the sum of the segment's learning rates.")
         self._require_layers(query)
-        rows = unroll(query.matrix, self._layout.kinds["gradients"], self._require_store(), self._eigenbases(), time)
-        direction = query.with_rows(rows[0], f"source, time {time:.3g}")
-        carried = query.with_rows(rows[1], f"carried over time {time:.3g}")
+        store, columns = self._require_store(), self._layout.kinds["gradients"]
+        sought, left = torch.empty_like(query.matrix), torch.empty_like(query.matrix)
+        # In the eigenbasis of curvature H with eigenvalues l: (1 - exp(-t l)) / l * q and exp(-t l) * q.
+        for name, eigenvalues in store.eigenvalues().items():
+            basis, values = store.bases[name], eigenvalues.double()
+            rotated = basis.rotate(query.matrix[:, columns[name]].unflatten(1, values.shape))
+            moved = torch.where(values > 0, -torch.expm1(-time * values) / values, torch.full_like(values, time))
+            sought[:, columns[name]] = basis.rotate_back(rotated * moved.to(rotated.dtype)).flatten(1)
+            left[:, columns[name]] = basis.rotate_back(rotated * torch.exp(-time * values).to(rotated.dtype)).flatten(1)
+        direction = query.with_rows(sought, f"source, time {time:.3g}")
+        carried = query.with_rows(left, f"carried over time {time:.3g}")
         direction.parameters = carried.parameters = None  # they are meant for other checkpoints than the questions'
         return direction, carried
 
@@ -198,12 +354,27 @@ class Fit(Factors):
         return scoring.scores().among(candidates)
 
     def solvers(self, curvature: Curvature) -> dict[str, Diagonal] | dict[str, Identity]:
-        """Return the inverse curvature of every layer: {name: solver}, kept for the next call."""
+        """The inverse curvature of every layer: {name: solver}, kept for the next call."""
         if curvature.plain:
             return {name: Identity() for name in self.layers}
         if curvature not in self._solvers:
-            self._solvers = {curvature: solvers(self._require_store(), self._eigenbases(), curvature)}
+            self._solvers = {curvature: self._inverses(self._require_store().bases, curvature)}
         return self._solvers[curvature]
+
+    def _inverses(self, bases: Mapping[str, Eigenbasis], curvature: Curvature) -> dict[str, Diagonal]:
+        """A layer that never got a gradient contributes nothing."""
+        if curvature.method not in METHODS:
+            raise ConfigError(
+                f"method={curvature.method!r} has no whole-gradient form: choose from {', '.join(METHODS)}."
+            )
+        values = {name: basis.products for name, basis in bases.items()}
+        if curvature.method == "ekfac":
+            values = self._require_store().eigenvalues()
+        found = {}
+        for name, basis in bases.items():
+            damping = curvature.amount(float(values[name].double().mean()))
+            found[name] = Diagonal(basis, values[name].to(basis.q_in.device), damping)
+        return found
 
     def _require_whole(self, query: Query) -> None:
         self._require_layers(query)
@@ -221,3 +392,8 @@ class Fit(Factors):
             raise MismatchError(
                 "the query does not hold whole gradients of these layers: make it with this object's query(...)."
             )
+
+    def _require_store(self) -> FactorStore:
+        if self._store is None or not self._layers:
+            raise StateError("nothing is watched yet: call watch(model) first.")
+        return self._store

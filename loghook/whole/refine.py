@@ -1,23 +1,139 @@
 """Better inverses than EK-FAC, for the questions only: solve ``(GGN + damping) u = g``.
 
+GGN is the generalised Gauss-Newton matrix (Schraudolph 2002): the mean over samples of ``J^T H J``, J the derivative of
+a sample's outputs by the watched parameters and H the second derivative of its loss by its outputs; for cross-entropy
+that is the true Fisher. A product with one vector costs about twice a forward and backward pass: J by differentiating
+the backward pass, which is linear in the output's gradient, and J^T by going backwards once more.
+
 EK-FAC is the preconditioner: block conjugate gradients (O'Leary 1980), or stochastic steps (ASTRA, Wang et al. 2025).
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
-from loghook.capture.probe import samples
-from loghook.errors import ConfigError
-from loghook.influence.solvers import Diagonal, nonzero
-from loghook.whole.gauss_newton import GaussNewton
+from loghook.capture.layers import Layer
+from loghook.capture.probe import batch_size, samples
+from loghook.errors import ConfigError, UnsupportedError
+from loghook.influence.solvers import Diagonal, gram_basis, nonzero
+from loghook.log.format import Layout
+from loghook.processes import combine
 
+Outputs = Callable[[Any], Tensor]
+OutputLoss = Callable[[Tensor, Any], Tensor]
+GRAPH_BYTES = 2**28  # what the saved activations of a batch may take, times the vectors that go through them together
 SOLVERS = {"cg": 2, "astra": 300}  # {solver: iterations, where none are given}
 POWER_STEPS = 4
+
+
+@dataclass
+class GaussNewton:
+    """GGN of the watched parameters over some batches, as a product."""
+
+    layers: Sequence[Layer]  # the watched ones, in the order of the vectors' columns
+    layout: Layout
+    batches: Sequence[Any]  # gone through once for each product
+    outputs: Outputs  # batch -> the watched model's outputs
+    loss: OutputLoss  # (outputs, batch) -> summed loss, a convex function of the outputs
+
+    def __post_init__(self) -> None:
+        self._parameters: list[tuple[Layer, list[nn.Parameter]]] = []
+        for layer in self.layers:
+            found = [layer.module.weight, layer.module.bias if layer.spec.bias else None]
+            parameters = [p for p in found if p is not None]
+            if not all(type(p) is nn.Parameter and p.is_floating_point() and not p.is_meta for p in parameters):
+                raise UnsupportedError(
+                    f"layer {layer.name!r} holds no plain weight (quantised or sharded) for Gauss-Newton products to "
+                    "differentiate by: refine on one process with an unquantised model."
+                )
+            self._parameters.append((layer, parameters))  # type: ignore[arg-type]
+
+    def times(self, vectors: Tensor, batches: Sequence[Any] | None = None) -> Tensor:
+        """Multiply (Q, width) vectors with the matrix: (Q, width), where they are, float32 or float64."""
+        batches = self.batches if batches is None else batches
+        parameters = [p for _, group in self._parameters for p in group]
+        before = [p.requires_grad for p in parameters]
+        out, samples = torch.zeros_like(vectors), 0
+        try:
+            for p in parameters:
+                p.requires_grad_(True)
+            # Fused attention kernels have no second derivative.
+            with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+                for batch in tqdm(batches, "Gauss-Newton", unit=" batches", delay=2, leave=False, disable=None):
+                    self._add(vectors, batch, parameters, out)
+                    samples += batch_size(batch)
+        finally:
+            for p, was in zip(parameters, before, strict=True):
+                p.requires_grad_(was)
+        counted = combine(torch.tensor(samples, dtype=torch.float64, device=out.device))
+        return combine(out) / float(counted)
+
+    def _add(self, vectors: Tensor, batch: Any, parameters: Sequence[Tensor], out: Tensor) -> None:
+        y, saved = _with_size(self.outputs, batch)
+        dummy = torch.zeros_like(y, requires_grad=True)
+        # Linear in the dummy, so that its derivative by it is J itself.
+        back = torch.autograd.grad(y, parameters, dummy, create_graph=True, allow_unused=True)
+        leaf = y.detach().requires_grad_()
+        slope = torch.autograd.grad(self.loss(leaf, batch), leaf, create_graph=True)[0]
+        step = max(1, GRAPH_BYTES // max(1, saved))
+        for part, total in zip(vectors.split(step), out.split(step), strict=True):
+            used = [(b, v) for b, v in zip(back, self._split(part), strict=True) if b is not None]
+            (forward,) = _pull([b for b, _ in used], [dummy], [v for _, v in used])
+            (curved,) = _pull([slope], [leaf], [forward])
+            self._join(_pull([y], parameters, [curved]), total)
+
+    def _split(self, vectors: Tensor) -> list[Tensor]:
+        """Rows as they are laid out in a log -> tensors shaped as the parameters, (q, ...)."""
+        values: list[Tensor] = []
+        for layer, group in self._parameters:
+            rows = vectors[:, self.layout.kinds["gradients"][layer.name]].unflatten(1, (layer.spec.k_out, -1))
+            # The adapter's arrangement of a gradient moves values about; its transpose puts them back.
+            blank = [torch.zeros_like(p, requires_grad=True) for p in group]
+            values += _pull([_arrange(layer, *blank)], blank, [rows.to(group[0])])
+        return values
+
+    def _join(self, gradients: Sequence[Tensor], out: Tensor) -> None:
+        """Add gradients shaped as the parameters, (q, ...), to rows as they are laid out in a log."""
+        place = iter(gradients)
+        for layer, group in self._parameters:
+            rows = torch.vmap(functools.partial(_arrange, layer))(*(next(place) for _ in group))
+            out[:, self.layout.kinds["gradients"][layer.name]] += rows.flatten(1).to(out)
+
+
+def _arrange(layer: Layer, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return layer.adapter.gradient(layer.module, weight, bias)
+
+
+def _with_size(outputs: Outputs, batch: Any) -> tuple[Tensor, int]:
+    """The outputs of a batch, and how many bytes its graph saves for the backward pass."""
+    saved = 0
+
+    def count(t: Tensor) -> Tensor:
+        nonlocal saved
+        saved += t.nbytes
+        return t.detach()  # an operation that saves its own output would hold itself, and its graph, for ever
+
+    with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
+        y = outputs(batch)
+    return y, saved
+
+
+def _pull(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Sequence[Tensor]) -> list[Tensor]:
+    """Products of q vectors with a Jacobian's transpose: (q, ...) for each input, zero where it plays no part."""
+    q = len(cotangents[0])
+    if q == 1:  # also for operations that know no batches of vectors
+        alone = torch.autograd.grad(outputs, inputs, [c[0] for c in cotangents], retain_graph=True, allow_unused=True)
+        found = [None if f is None else f[None] for f in alone]
+    else:
+        pull = functools.partial(torch.autograd.grad, retain_graph=True, allow_unused=True, is_grads_batched=True)
+        found = list(pull(outputs, inputs, cotangents))
+    return [x.new_zeros(q, *x.shape) if f is None else f for f, x in zip(found, inputs, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -29,11 +145,9 @@ class Damped:
     solvers: Mapping[str, Diagonal]
 
     def times(self, u: Tensor, batches: Sequence[Any] | None = None) -> Tensor:
-        """Multiply (Q, width) vectors with the damped matrix."""
         return self.matrix.times(u, batches) + self.damping * u
 
     def precondition(self, r: Tensor) -> Tensor:
-        """Multiply with EK-FAC's damped inverse."""
         out = torch.empty_like(r)
         for name, solver in self.solvers.items():
             columns = self.matrix.layout.kinds["gradients"][name]
@@ -45,10 +159,8 @@ def conjugate_gradients(system: Damped, g: Tensor, iterations: int, tolerance: f
     """Preconditioned block conjugate gradients (O'Leary 1980): every row of g (Q, width) uses the directions of all.
 
     An iteration lowers ``u (GGN + damping) u / 2 - g u`` by a known amount. One that brings less than ``tolerance`` of
-    what all have brought, mean over questions, is the last. Residuals are no guide: they may rise on the way.
-
-    Returns:
-        The solutions, and the mean over questions of |residual| / |g| before each iteration and after the last.
+    what all have brought, mean over questions, is the last. Residuals are no guide: they may rise on the way. Returns
+    the solutions, and the mean over questions of |residual| / |g| before each iteration and after the last.
     """
     size = nonzero(g.norm(dim=1, keepdim=True))
     u, r, brought = torch.zeros_like(g), g / size, torch.zeros_like(size)
@@ -69,12 +181,12 @@ def conjugate_gradients(system: Damped, g: Tensor, iterations: int, tolerance: f
 
 
 def _conjugate(p: Tensor, ap: Tensor) -> tuple[Tensor, Tensor]:
-    """Combine directions (Q, width) and their products to k <= Q that are orthonormal in the matrix."""
+    """Directions (Q, width) and their products, combined to k <= Q that are orthonormal in the matrix."""
     gram = (p @ ap.T).double()
     scale = 1 / nonzero(gram.diagonal().clamp(min=0).sqrt())
-    values, vectors = torch.linalg.eigh((gram + gram.T) / 2 * scale * scale[:, None])
-    real = values > 100 * torch.finfo(p.dtype).eps * values[-1]  # the others depend on these, up to rounding
-    mix = (vectors[:, real] / values[real].sqrt() * scale[:, None]).T.to(p.dtype)
+    # Directions that are left out depend on the others, up to rounding.
+    _, mix = gram_basis((gram + gram.T) / 2 * scale * scale[:, None], 100 * torch.finfo(p.dtype).eps)
+    mix = (mix * scale[:, None]).T.to(p.dtype)
     return mix @ p, mix @ ap
 
 
@@ -106,7 +218,6 @@ def stochastic(system: Damped, g: Tensor, iterations: int, step: float, momentum
 def solve(
     system: Damped, g: Tensor, *, solver: str, iterations: int | None, tolerance: float, step: float, momentum: float
 ) -> tuple[Tensor, list[float]]:
-    """Solve with one of ``SOLVERS``."""
     iterations = SOLVERS.get(solver, 0) if iterations is None else iterations
     if solver not in SOLVERS or iterations < 1:
         raise ConfigError(f"solver={solver!r} must be 'cg' or 'astra', and iterations={iterations} at least 1.")
@@ -138,7 +249,6 @@ def require_sum(matrix: GaussNewton) -> None:
 
 
 def listed(batches: Iterable[Any]) -> list[Any]:
-    """Batches to be gone through many times."""
     found = list(batches)
     if not found:
         raise ConfigError("no batches to take the curvature from: pass some of the training data.")

@@ -16,8 +16,9 @@ from loghook.influence.scores import Scores
 from loghook.influence.solvers import Diagonal, Identity, nonzero
 from loghook.log.query import Query, require_one_query
 from loghook.log.writer import not_finite
-from loghook.processes import everyone, share
-from loghook.whole.inverse import rotations
+from loghook.processes import everyone
+from loghook.project.projection import Side
+from loghook.statistics import Eigenbasis
 
 if TYPE_CHECKING:
     from loghook.whole.fit import Fit
@@ -41,7 +42,7 @@ class Scoring(Blocks):
         normalize: str | None = None,
         per_layer: bool = False,
     ) -> None:
-        """See ``Fit.score``; without a query each sample is scored against itself."""
+        """Without a query each sample is scored against itself."""
         self._fit, self._query, self._curvature = fit, query, curvature
         self._normalize, self._per_layer = normalize, per_layer
         self._seen: dict[int | str, None] = {}
@@ -69,23 +70,18 @@ class Scoring(Blocks):
         self._parts.append(total[:, first])
 
     def scores(self) -> Scores:
-        """Return the scores of all samples so far, of all processes: the same on each of them."""
+        """The scores of all samples so far, of all processes: the same on each of them."""
         if self._query is not None:
             require_one_query(self._query, "the samples")
-        values = torch.cat(self._parts, 1) if self._parts else None
-        ids: list[Any] = list(self._seen)
-        if share()[1] > 1:
-            boxes = everyone((ids, values))
-            ids = [i for part, _ in boxes for i in part]
-            tensors = [v for _, v in boxes if v is not None]
-            values = torch.cat(tensors, 1) if tensors else None
-            first = [place for i, place in {i: n for n, i in reversed(list(enumerate(ids)))}.items()]
-            first.sort()
-            ids, values = [ids[n] for n in first], None if values is None else values[:, first]
-        if values is None:
+        everywhere = everyone((list(self._seen), self._parts))
+        parts = [part for _, some in everywhere for part in some]
+        if not parts:
             raise StateError("nothing was scored: run the loop with `with scoring(data_id=...):` first.")
-        by_layer = values.transpose(1, 2)  # without questions there is nothing but each sample's own
-        if self._normalize is not None:
+        places: dict[Any, int] = {}
+        for place, i in enumerate(i for ids, _ in everywhere for i in ids):
+            places.setdefault(i, place)  # what several processes scored counts once
+        by_layer = torch.cat(parts, 1)[:, list(places.values())].transpose(1, 2)
+        if self._normalize is not None:  # without questions there is nothing but each sample's own
             by_layer, own = by_layer[:, :-1], by_layer[:, -1:].sum(0)
             size = own.clamp(min=0).sqrt() * (1 if self._norms is None else self._norms[:, None])
             by_layer = by_layer / nonzero(size)
@@ -93,7 +89,7 @@ class Scoring(Blocks):
         return Scores(
             values=np.ascontiguousarray(by_layer.sum(0).numpy()),
             query_ids=["self"] if self._query is None else self._query.data_ids,
-            data_ids=ids,
+            data_ids=list(places),
             by_layer=np.ascontiguousarray(by_layer.numpy()) if self._per_layer else None,
             layers=self._fit.layers,
             method=f"{direction or self._curvature.method} (whole gradients)",
@@ -122,16 +118,26 @@ def _job(
             matrices = solver.apply(rows).unflatten(1, shape)
             if own:
                 inverse[layer.name] = torch.ones(shape, device=device, dtype=dtype)
-        if rank is None:
-            held[layer.name] = (matrices.to(device, dtype), None)
-        else:
-            left, right, error = low_rank(matrices, rank)
-            held[layer.name] = (left.to(device, dtype), right.to(device, dtype))
-            lost.append(error)
+        left, right, error = (matrices, None, 0.0) if rank is None else low_rank(matrices, rank)
+        held[layer.name] = left.to(device, dtype), None if right is None else right.to(device, dtype)
+        lost.append(error)
     bases = {name: solver.basis for name, solver in solvers.items() if isinstance(solver, Diagonal)}
     count = 0 if query is None else len(query)
     job = Products(held, count, inverse, rotations(bases) or None) if own else Products(held, count)
-    return job, max(lost) if lost else None
+    return job, None if rank is None else max(lost)
+
+
+def rotations(bases: Mapping[str, Eigenbasis]) -> dict[str, tuple[Side, Side]]:
+    """Sides that rotate inputs and output gradients into the eigenbases; layers of one input share theirs."""
+    found: dict[str, tuple[Side, Side]] = {}
+    recent: list[Side] = []
+    for name, basis in bases.items():
+        inputs, outputs = (Side(len(q), q.T.float().contiguous()) for q in (basis.q_in, basis.q_out))
+        same = (s for s in recent if s.width == inputs.width and torch.equal(s.matrix, inputs.matrix))  # type: ignore[arg-type]
+        inputs = next(same, inputs)
+        recent = [*recent[-2:], inputs]
+        found[name] = inputs, outputs
+    return found
 
 
 def _norms(query: Query, solvers: Mapping[str, Diagonal | Identity]) -> Tensor:

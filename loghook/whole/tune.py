@@ -24,16 +24,16 @@ from loghook.capture.config import Config
 from loghook.capture.run import Run
 from loghook.errors import ConfigError
 from loghook.influence.engine import influence
-from loghook.influence.fidelity import pearson
+from loghook.influence.fidelity import likeness
 from loghook.influence.scores import Scores
 from loghook.log import maintain
-from loghook.log.format import LayerSpec, Layout
+from loghook.log.format import Layout
 from loghook.log.query import Query
 from loghook.log.reader import Reader
 from loghook.project.projection import FITTED
-from loghook.whole.candidates import METHODS, PROJECTIONS, Candidate, groups, plans
+from loghook.whole.candidates import METHODS, PROJECTIONS, ROW, Candidate, groups, plans
 from loghook.whole.fit import Fit
-from loghook.whole.gauss_newton import OutputLoss, Outputs
+from loghook.whole.refine import OutputLoss, Outputs
 from loghook.whole.scoring import Scoring
 
 SLACK = 0.005  # fidelities that differ by less are taken for equal, and the smaller row wins
@@ -88,7 +88,7 @@ class Tuned:
         """A table of what nothing cheaper is as good as, cheapest first."""
         lines = [
             f"fidelity to {self.reference}: {self.samples} samples, {self.queries} queries",
-            f"{'projection':<16}{'rank':>5} {'dtype':<9}{'bytes':>9}  {'fidelity':>8}  {'scored by':<12} layers",
+            ROW.format("projection", "rank", "dtype", "bytes", "fidelity", "scored by", "layers"),
         ]
         top = -np.inf
         for one in self.candidates:
@@ -153,22 +153,22 @@ def tune(
     limit = math.inf if bytes_per_sample is None else bytes_per_sample
     tried = list(plans(fit.specs, projections, ranks, dtypes, limit, subsets))
     given: dict[str, Any] = {} if damping is None else {"damping": damping}
-    refined = {"damping": DAMPING} | given
+    refining = None if outputs is None or output_loss is None else (outputs, output_loss)
     if (outputs is None) != (output_loss is None):
         raise ConfigError("the refined reference takes both outputs= and output_loss=: pass the two, or neither.")
     if judge is not None and not subsets:
         raise ConfigError("judge= chooses layers, which subsets=False leaves no choice of: pass one of the two.")
-    if judge is not None and outputs is not None:
+    if judge is not None and refining:
         raise ConfigError(
             "judge= chooses among the layers' scores, and refined questions belong to all layers together: pass "
             "judge=, or outputs= and output_loss=."
         )
-    if outputs is not None and output_loss is not None:
-        _check_losses(samples, loss, outputs, output_loss)
+    if refining:
+        _check_losses(samples, loss, *refining)
     print(f"loghook tries {len(tried)} projections and ranks in {', '.join(dtypes)}, scored in {len(methods)} ways")
     asked = _asked([fit], queries, loss)[0]
-    if outputs is not None and output_loss is not None:
-        asked = fit.refine(asked, (batch for _, batch in samples()), outputs, output_loss, **refined)
+    if refining:
+        asked = fit.refine(asked, (batch for _, batch in samples()), *refining, **{"damping": DAMPING} | given)
     scoring = fit.score(asked, per_layer=judge is not None, **given if asked.direction is None else {})
     found: list[Candidate] = []
     with tempfile.TemporaryDirectory(prefix="loghook-tune-") as folder:
@@ -180,10 +180,10 @@ def tune(
         bar = tqdm(logs, "tuning", unit=" logs", delay=2, leave=False, disable=None)
         for (init, path, query), (_, fits) in zip(bar, tried, strict=True):
             for dtype in fits:
-                if dtype != "float32":
-                    maintain.compress(path, path.with_name(f"{path.name}-{dtype}"), dtype)
-                log = Reader(path if dtype == "float32" else path.with_name(f"{path.name}-{dtype}"))
-                found += _measured(log, query, init | {"dtype": dtype}, methods, wanted, subsets, limit)
+                stored = path if dtype == "float32" else path.with_name(f"{path.name}-{dtype}")
+                if stored != path:
+                    maintain.compress(path, stored, dtype)
+                found += _measured(Reader(stored), query, init | {"dtype": dtype}, methods, wanted, subsets, limit)
     found.sort(key=lambda one: (one.bytes, -one.fidelity))
     if not found:
         raise ConfigError(
@@ -201,14 +201,12 @@ def tune(
     )
 
 
-def _check_losses(
-    samples: Batches, loss: Callable[[Any], Any], outputs: Outputs, output_loss: OutputLoss, tolerance: float = 1e-3
-) -> None:
+def _check_losses(samples: Batches, loss: Callable[[Any], Any], outputs: Outputs, output_loss: OutputLoss) -> None:
     """Refined questions and rows must speak of one loss."""
     _, batch = next(iter(samples()))
     with torch.no_grad():
         one, other = float(loss(batch)), float(output_loss(outputs(batch), batch))
-    if abs(one - other) > tolerance * abs(one):
+    if abs(one - other) > 1e-3 * abs(one):
         raise ConfigError(
             f"loss(batch) is {one:.6g} and output_loss(outputs(batch), batch) is {other:.6g}: both must be the same "
             "sum over the batch, of the model in eval mode."
@@ -265,12 +263,12 @@ def _measured(
     grouped = list(groups(log.layers).values())
     best: dict[int, Candidate] = {}
 
-    def specs(chosen: Sequence[int]) -> list[LayerSpec]:
+    def layout(chosen: Sequence[int]) -> Layout:
         names = {name for i in chosen for name in grouped[i]}
-        return [spec for spec in log.layout.layers if spec.name in names]
+        return Layout(spec for spec in log.layout.layers if spec.name in names)
 
     def size(chosen: Sequence[int]) -> int:
-        return Layout(specs(chosen)).codec(init["dtype"]).row_bytes
+        return layout(chosen).codec(init["dtype"]).row_bytes
 
     everything = list(range(len(grouped)))
     for how in methods:
@@ -278,15 +276,15 @@ def _measured(
         parts = list(_by_group(scores).values())
         # Norms are over all layers, so that normalised scores do not add up to those of some.
         if subsets and scores.normalize is None:
-            grown = _grown(parts, lambda values: _like(values, wanted), lambda chosen: size(chosen) <= limit)
+            grown = _grown(parts, lambda values: likeness(values, wanted), lambda chosen: size(chosen) <= limit)
             found = ((chosen, fidelity) for chosen, _, fidelity in grown)
         else:
-            found = ((c, _like(scores.values, wanted)) for c in (everything,) if size(c) <= limit)
+            found = ((c, likeness(scores.values, wanted)) for c in (everything,) if size(c) <= limit)
         for chosen, fidelity in found:
             if len(chosen) not in best or fidelity > best[len(chosen)].fidelity:
-                layers = tuple(spec.name for spec in specs(chosen))
+                names = tuple(spec.name for spec in layout(chosen).layers)
                 best[len(chosen)] = Candidate(
-                    init=init, layers=layers, scoring=how, bytes=size(chosen), fidelity=fidelity
+                    init=init, layers=names, scoring=how, bytes=size(chosen), fidelity=fidelity
                 )
     yield from best.values()
 
@@ -319,8 +317,3 @@ def _grown(
         liked, best = max((float(judge(total + parts[i])), i) for i in rest)
         chosen, total = [*chosen, best], total + parts[best]
         yield chosen, total, liked
-
-
-def _like(values: np.ndarray, wanted: np.ndarray) -> float:
-    """Mean over queries of the correlation over samples."""
-    return float(np.mean([pearson(mine, theirs) for mine, theirs in zip(values, wanted, strict=True)]))

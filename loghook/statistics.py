@@ -1,29 +1,68 @@
-"""Whole-gradient EK-FAC factors on disk: ``factors.json`` and two safetensors files, committed pass by pass."""
+"""Kronecker factors of layers (Martens and Grosse 2015; George et al. 2018): their eigenbases, and factors on disk."""
 
 import dataclasses
 import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import safetensors
 import safetensors.torch
+import torch
 import xxhash
 from torch import Tensor
 
 from loghook.errors import CorruptLogError, MismatchError, StateError, VersionError
 from loghook.log.disk import sync_folder, write_atomically
 from loghook.log.files import FACTORS
-from loghook.log.format import LayerSpec, parse_object
+from loghook.log.format import LayerSpec, Layout, parse_object
 from loghook.project.blocks import Factor, cut
 
 VERSION = 1
 
 
+@dataclass(frozen=True)
+class Eigenbasis:
+    """Eigenvectors of a layer's two Kronecker factors, float64 unless moved."""
+
+    q_in: Tensor  # (k_in, k_in), columns are eigenvectors of A = mean over tokens of x x^T
+    q_out: Tensor  # (k_out, k_out), columns are eigenvectors of S = mean over tokens of g g^T
+    products: Tensor  # (k_out, k_in) products of eigenvalues, those of S kron A (KFAC)
+
+    @classmethod
+    def of(cls, inputs: Tensor, outputs: Tensor) -> "Eigenbasis":
+        """Decompose the two factors, in float64."""
+        (in_values, q_in), (out_values, q_out) = (torch.linalg.eigh((m + m.T) / 2) for m in (inputs, outputs))
+        return cls(q_in, q_out, out_values.clamp(min=0)[:, None] * in_values.clamp(min=0))
+
+    def to(self, like: Tensor) -> "Eigenbasis":
+        """A copy with the device and dtype of a tensor, for rows that are there many times."""
+        return Eigenbasis(self.q_in.to(like), self.q_out.to(like), self.products.to(like))
+
+    def rotate(self, rows: Tensor) -> Tensor:
+        """Rows (..., k_out, k_in) in the eigenbasis: ``Q_S^T G Q_A``."""
+        return self.q_out.T.to(rows.dtype) @ rows @ self.q_in.to(rows.dtype)
+
+    def rotate_back(self, rows: Tensor) -> Tensor:
+        return self.q_out.to(rows.dtype) @ rows @ self.q_in.T.to(rows.dtype)
+
+
+def eigenbasis(layout: Layout, moments: np.ndarray, layer: str) -> Eigenbasis:
+    """The eigenbasis of a layer's factors in a log, means over its tokens (one or more)."""
+    *sides, count = layout.moments[layer]
+    factors = []
+    for part in sides:
+        width = round((part.stop - part.start) ** 0.5)
+        factors.append(torch.from_numpy(moments)[part].view(width, width) / float(moments[count]))
+    return Eigenbasis.of(*factors)
+
+
 @dataclass(kw_only=True)
 class FactorStore:
-    """What was fitted in a folder."""
+    """Whole-gradient factors in a folder: ``factors.json`` and two safetensors files, committed pass by pass."""
 
     path: Path  # the folder
     layers: tuple[LayerSpec, ...]  # the layers, whole: k_in and k_out are the full widths
@@ -34,14 +73,12 @@ class FactorStore:
     files: dict[str, str] = field(default_factory=dict)  # {file name: checksum}, for the passes that are done
 
     def save(self) -> None:
-        """Replace ``factors.json`` atomically."""
         body = {"format": "loghook-factors", "version": VERSION, "layers": [dataclasses.asdict(s) for s in self.layers]}
         body |= {key: getattr(self, key) for key in ("fisher", "samples", "parameters", "files")}
         write_atomically(self.path / FACTORS, json.dumps(body, indent=1).encode())
 
     @classmethod
     def load(cls, path: Path) -> "FactorStore":
-        """Read a folder."""
         file = path / FACTORS
         if not file.exists():
             raise FileNotFoundError(f"{path} holds no {FACTORS}: fit one with loghook.fit({str(path)!r}).")
@@ -67,7 +104,6 @@ class FactorStore:
             )
 
     def done(self, kind: str) -> bool:
-        """Whether a pass is complete."""
         return f"{kind}.safetensors" in self.files
 
     def commit(self, kind: str, tensors: Mapping[str, Tensor], samples: int) -> None:
@@ -87,7 +123,7 @@ class FactorStore:
         self.save()
 
     def check(self, kind: str) -> Path:
-        """Return a pass's file once its checksum is verified."""
+        """A pass's file, once its checksum is verified."""
         file = self.path / f"{kind}.safetensors"
         if not self.done(kind):
             raise StateError(f"{self.path} has no {kind} yet: go through run.passes() first.")
@@ -116,6 +152,14 @@ class FactorStore:
                     pair.append(Factor(values, parts))
                 found[spec.name] = (pair[0], pair[1])
         return found
+
+    @cached_property
+    def bases(self) -> dict[str, Eigenbasis]:
+        """Each layer's eigenbasis; a pass that is complete is never changed."""
+        return {
+            name: Eigenbasis(inputs.basis, outputs.basis, outputs.values[:, None] * inputs.values)
+            for name, (inputs, outputs) in self.factors().items()
+        }
 
     def eigenvalues(self) -> dict[str, Tensor]:
         """EK-FAC's corrected eigenvalues of each layer, means over samples: (O, I) float32."""
