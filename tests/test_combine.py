@@ -7,6 +7,7 @@ import pytest
 
 import loghook
 from loghook.errors import ConfigError, MismatchError
+from loghook.evaluate.lds import lds
 from loghook.influence.scores import Scores
 from tests.test_influence import data, loss_fn, make_log, make_model
 
@@ -92,3 +93,16 @@ def test_what_cannot_be_matched_is_refused(tmp_path):
             Scores.combine([one, one], weights)
     with pytest.raises(ConfigError, match="no scores"):
         Scores.combine([])
+
+
+def test_scores_of_all_rows_are_arrays_for_the_judges(tmp_path):
+    log, query, _ = make_log(tmp_path)
+    scores = log.influence(query, "dot")
+    assert np.array_equal(np.asarray(scores), scores.values)
+    assert np.asarray(scores, dtype=np.float64).dtype == np.float64
+    members = np.random.default_rng(0).random((12, len(log))) < 0.5
+    losses = np.random.default_rng(1).random((12, len(query)))
+    of = [lds(one, members, losses).mean for one in (scores, scores.values)]
+    assert of[0] == of[1]
+    with pytest.raises(ConfigError, match="without top"):
+        np.asarray(log.influence(query, "dot", top=2))

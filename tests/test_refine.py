@@ -284,3 +284,5 @@ def test_a_mean_loss_is_refused():
     fit, query = fitted(model, x, y)
     with pytest.raises(ConfigError, match="sum over the batch"):
         fit.refine(query, [(x, y)], outputs_of(model), lambda outputs, batch: loss_of(outputs, batch) / len(outputs))
+    with pytest.raises(ConfigError, match="no function that yields them"):
+        fit.refine(query, lambda: [(x, y)], outputs_of(model), loss_of)

@@ -155,6 +155,8 @@ def test_without_projection_and_with_arguments_that_cannot_work(tmp_path, seeds)
     log, query = logged(tmp_path / "whole", projection="none")
     found = trust(log, query, nulls=0)
     assert found.how == "no projection" and (found.stays == 1).all() and (found.overlap == 10).all()
+    small_whole = log.compress(tmp_path / "bits", "int1") and loghook.load(tmp_path / "bits")
+    assert "int1" in trust(small_whole, query, nulls=0).how
     small = logged(tmp_path / "small", rank=4)
     with pytest.raises(ConfigError, match="rank 8 or more"):
         trust(*small)

@@ -217,7 +217,11 @@ def test_what_cannot_work_is_refused_before_anything_is_computed():
     refused("widest layer's 13", ranks=(500,))
     refused("no choice of", judge=np.mean, subsets=False, ranks=(4,))
     refused("all layers together", judge=np.mean, outputs=model, output_loss=lambda y, b: y.sum(), ranks=(4,))
-    refused("pass a function", walk=list(samples()), ranks=(4,))
+    refused("is a function here", walk=list(samples()), ranks=(4,))
+    refused("yields dict, where pairs", walk=lambda: [{"x": 1}], ranks=(4,), outputs=model, output_loss=loss)
+    used_up = iter(samples())
+    list(used_up)
+    refused("samples\\(\\) yields nothing", lambda b: loss(model, b), walk=lambda: used_up, ranks=(4,))
     refused(
         "must be the same sum",
         lambda b: loss(model, b),

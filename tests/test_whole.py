@@ -453,6 +453,13 @@ def test_a_second_pass_at_other_parameters_warns(tmp_path):
             next(model.parameters()).add_(0.1)
 
 
+def test_a_rank_of_nothing_is_refused():
+    model, x = make(), data(8)
+    fit = fitted(model, x)
+    with pytest.raises(ConfigError, match="rank=0"):
+        fit.score(ask(fit, model, x), rank=0)
+
+
 def test_factors_that_are_being_fitted_are_not_overwritten(tmp_path):
     model, x = make(), data(8)
     fit = loghook.fit(tmp_path)

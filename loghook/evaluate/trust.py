@@ -33,7 +33,8 @@ class Trust:
     """What ``trust`` found; print it.
 
     Attributes:
-        how: where the noise is known from: "a second log", "parts of the log's coordinates" or "no projection".
+        how: where the noise is known from: "a second log", "parts of the log's coordinates" or "no projection"; and
+            whether the dtype in which rows are stored changed them in a way that it says nothing of.
         correlation: (Q,) Pearson correlation over rows between two seeds' scores, seen or estimated.
         together: (Q,) that of the mean of two seeds with the mean of two others (Spearman and Brown).
         overlap: (Q,) how many of the top k two seeds share: seen with a second log, else expected.
@@ -140,6 +141,8 @@ def trust(
         level = np.broadcast_to(np.sqrt(own / max(own.mean(), 1e-300)), values_QN.shape)
     elif normalize == "relatif":
         level = np.ones_like(values_QN)
+    if other is None and log.codec.coded and (how == "no projection" or log.codec.name.startswith("lowrank")):
+        how += f" (what {log.codec.name} rows changed is not in it: `loghook compress` prints that)"
     stays, true = membership(values_QN, correlation, level, top_Qk, rng)
     return Trust(
         how=how,

@@ -67,6 +67,14 @@ class Scores:
     weights: tuple[float, ...] | None = None
     fidelity: float | None = None
 
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """Let functions on plain arrays, as those of ``loghook.evaluate``, take scores of all rows."""
+        if self.places is not None:
+            raise ConfigError(
+                f"these scores hold only the best {self.values.shape[1]} rows of each question: score without top=."
+            )
+        return np.array(self.values, dtype=dtype, copy=copy is not False)
+
     @property
     def sign(self) -> str:
         """What a positive score means."""

@@ -213,6 +213,8 @@ class Fit(Blocks, Hooked):
                 f"this query is preconditioned already ({query.direction}): score it with method='dot' and without "
                 "normalize, since what its curvature says of samples is not known."
             )
+        if rank is not None and (type(rank) is not int or rank < 1):
+            raise ConfigError(f"rank={rank!r} must be a whole number of at least 1, or None for whole questions.")
         return Scoring(self, query, curvature, rank=rank, normalize=normalize, per_layer=per_layer)
 
     def self_influence(

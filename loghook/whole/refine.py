@@ -249,6 +249,8 @@ def require_sum(matrix: GaussNewton) -> None:
 
 
 def listed(batches: Iterable[Any]) -> list[Any]:
+    if callable(batches):
+        raise ConfigError("batches= are batches here, such as list(loader)[:20], and no function that yields them.")
     found = list(batches)
     if not found:
         raise ConfigError("no batches to take the curvature from: pass some of the training data.")

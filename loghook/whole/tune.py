@@ -147,9 +147,8 @@ def tune(
     Raises:
         ConfigError: if nothing fits the budget, the two losses differ, or ``judge`` has nothing to choose.
     """
-    for name, walk in (("samples", samples), ("queries", queries)):
-        if not callable(walk):
-            raise ConfigError(f"{name}= is walked through several times: pass a function, as in {name}=lambda: loader.")
+    samples, queries = _pairs("samples", samples), _pairs("queries", queries)
+    _ = fit.model  # raises where none is watched
     limit = math.inf if bytes_per_sample is None else bytes_per_sample
     tried = list(plans(fit.specs, projections, ranks, dtypes, limit, subsets))
     given: dict[str, Any] = {} if damping is None else {"damping": damping}
@@ -199,6 +198,24 @@ def tune(
         factors=str(fit.path),
         watched=fit.watched,
     )
+
+
+def _pairs(name: str, walk: Batches) -> Batches:
+    """The same function, with errors that say what it should do."""
+    if not callable(walk):
+        raise ConfigError(f"{name}= is a function here, called several times, that yields (ids, batch) of the data.")
+
+    def pairs() -> Iterator[tuple[Ids, Any]]:
+        count = 0
+        for pair in walk():
+            if not isinstance(pair, tuple | list) or len(pair) != 2:
+                raise ConfigError(f"{name}() yields {type(pair).__name__}, where pairs (ids, batch) are wanted.")
+            yield pair[0], pair[1]
+            count += 1
+        if not count:
+            raise ConfigError(f"{name}() yields nothing: it is called several times, so make the loader anew in it.")
+
+    return pairs
 
 
 def _check_losses(samples: Batches, loss: Callable[[Any], Any], outputs: Outputs, output_loss: OutputLoss) -> None:
