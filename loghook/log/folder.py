@@ -36,7 +36,8 @@ def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
     old = [file for file in path.glob("*") if any(file.match(kind) for kind in ours)]
     if old and not resume and not overwrite:
         raise LogExistsError(f"{path} holds a run already: pass resume=True, overwrite=True or another path.")
-    committed = any(p.name.startswith("commits-") and p.stat().st_size for p in old)
+    # Rank 0 commits nothing before it has written the manifest; other ranks may.
+    committed = any(file.match("commits-00000*.jsonl") and file.stat().st_size for file in old)
     if committed and not overwrite and not (path / MANIFEST).exists():
         raise CorruptLogError(
             f"{path} holds committed rows, but {MANIFEST} is gone: restore it from a copy, or pass overwrite=True."
