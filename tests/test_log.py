@@ -21,6 +21,7 @@ import loghook
 from loghook.cli import app
 from loghook.errors import CheckpointWarning, CorruptLogError, LogLockedError, MismatchError, StateError, WriteError
 from loghook.log import reader
+from loghook.log.writer import Writer
 from tests.test_influence import data, loss_fn, make_log, make_model
 
 
@@ -461,3 +462,21 @@ def test_nothing_is_written_into_a_folder_that_took_the_place_of_the_runs_own(tm
         old.close()
     assert {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()} == files
     assert loghook.load(tmp_path / "run").data_ids == [10, 11, 12, 13] and not loghook.load(tmp_path / "run").verify()
+
+
+def test_a_rank_that_is_killed_once_it_has_ended_has_left_nothing_undone(tmp_path, monkeypatch):
+    append = Writer._append
+
+    def spied(writer, record):
+        append(writer, record)
+        if "end" in record:
+            shutil.copytree(tmp_path / "run", tmp_path / "killed")
+
+    monkeypatch.setattr(Writer, "_append", spied)
+    run = begun(tmp_path / "run", model := make_model(), commit_seconds=1e-9)
+    with run(data_id=[2, 3]):
+        loss_fn(model, data(2)).backward()
+    run.finalize()
+    shutil.copy(tmp_path / "run" / "loghook.json", tmp_path / "killed")  # rank 0 seals it
+    log = loghook.load(tmp_path / "killed")
+    assert log.finished and log.data_ids == [0, 1, 2, 3] and not log.verify()

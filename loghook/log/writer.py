@@ -226,10 +226,11 @@ class Writer:
                 self._commit()
             return
         self._commit()
-        if item is CLOSE:
+        if item is CLOSE or (item is not None and "end" in item):
+            # Before the record that lets rank 0 seal the run: a kill right after it leaves nothing undone.
             self._close_shard()
             self._forget_statistics(keep=1)
-        elif item is not None and "commit" not in item:
+        if item is not None and item is not CLOSE and "commit" not in item:
             self._append(item)
 
     def _there(self) -> bool:
