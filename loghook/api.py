@@ -73,7 +73,7 @@ def init(
         LogExistsError: a run is there already and neither ``resume`` nor ``overwrite`` was given, or there are factors.
     """
     config = Config(
-        path=Path(path), rank=rank, projection=projection, whitening=whitening,
+        path=Path(path).expanduser(), rank=rank, projection=projection, whitening=whitening,
         fitted=None if fitted is None else Path(fitted), seed=seed, dtype=dtype, on_repeat=on_repeat,
         shard_bytes=shard_bytes, commit_seconds=commit_seconds, fidelity=fidelity, gradient=gradient,
     )  # fmt: skip
@@ -93,7 +93,7 @@ def fit(path: str | Path, *, fisher: str = "empirical", resume: bool = False, ov
     Raises:
         LogExistsError: factors are there already and neither ``resume`` nor ``overwrite`` was given, or there is a log.
     """
-    return Fit(Path(path), fisher=fisher, resume=resume, overwrite=overwrite)
+    return Fit(Path(path).expanduser(), fisher=fisher, resume=resume, overwrite=overwrite)
 
 
 def load(path: str | Path) -> "Log":

@@ -303,3 +303,12 @@ def test_merged_logs_of_two_checkpoints_say_so_now_and_later(tmp_path):
     with pytest.warns(CheckpointWarning, match="different parameter values"):
         both = loghook.Query.load(tmp_path / "a.query") + loghook.Query.load(tmp_path / "b.query")
     assert len(both) == 2
+
+
+def test_a_log_that_was_opened_before_rows_were_deleted_says_so(path):
+    log = loghook.load(path)
+    maintain.delete(path, [3, 30])
+    with pytest.raises(StateError, match="was changed since it was opened"):
+        for _ in log.blocks():
+            pass
+    assert 3 not in loghook.load(path).data_ids

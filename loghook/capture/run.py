@@ -285,6 +285,10 @@ class Run(Blocks, Hooked):
         if self._closed:
             raise StateError(f"this run was closed: go on with loghook.init({str(self.path)!r}, resume=True).")
 
+    def __repr__(self) -> str:
+        state = "finished" if self._session.sealed else "closed" if self._closed else "open"
+        return f"Run({str(self.path)!r}, {len(self.layers)} layers, {self._step} blocks, {state})"
+
     def __enter__(self) -> "Run":
         return self
 

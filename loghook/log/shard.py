@@ -6,7 +6,7 @@ import mmap
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from loghook.errors import CorruptLogError
+from loghook.errors import CorruptLogError, LoghookError, StateError
 from loghook.log.codec import Codec
 from loghook.log.disk import write_all
 from loghook.log.format import Manifest
@@ -152,7 +152,18 @@ class Shard:
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise  # too many open files are no fault of this one
+            if isinstance(error, FileNotFoundError) and self._replaced():
+                folder = self.file.parent
+                raise StateError(
+                    f"{folder} was changed since it was opened (delete, repair): load it again."
+                ) from error
             raise CorruptLogError(f"{self.file} cannot be read ({error}): {REMEDY}.") from error
+
+    def _replaced(self) -> bool:
+        """Whether maintenance has made a new generation of files meanwhile."""
+        with suppress(LoghookError, OSError):
+            return Manifest.load(self.file.parent).generation != self.manifest.generation
+        return False
 
     def release(self, start: int, stop: int) -> None:
         """Let go of scanned pages, so that a scan's resident memory stays flat; they remain in the page cache."""
