@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 import loghook
 from loghook.capture import adapters, tap
-from loghook.errors import BatchError, UnsupportedError
+from loghook.errors import BatchError, DeliveryError, UnsupportedError
 from loghook.project import outer
 from tests.harness import TOLERANCE, assert_rows_exact, check_against_oracle, log_batch
 
@@ -931,3 +931,28 @@ def test_convolutions_over_batch_and_time_on_one_axis(tmp_path):
         loss(model, x).backward()
     run.finalize()
     assert_rows_exact(loghook.load(tmp_path), model, loss, x, 1e-9)
+
+
+@pytest.mark.parametrize("order", [(True, True, False), (False, True, True), (True, False)])
+def test_a_layer_called_plainly_and_in_reentrant_checkpoints(tmp_path, order):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(5, 5)).double(), torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+
+    def loss(x):
+        for inside in order:
+            again = lambda t: model(t).tanh()  # noqa: E731
+            x = torch.utils.checkpoint.checkpoint(again, x, use_reentrant=True) if inside else again(x)
+        return x.square().sum()
+
+    run = loghook.init(tmp_path, projection="none", dtype="float64")
+    run.watch(model)
+    with run.query(data_id=[0, 1, 2, 3]) as query:
+        loss(x).backward()
+    for row, sample in zip(query.rows("0"), x.split(1), strict=True):
+        model.zero_grad()
+        loss(sample).backward()
+        expected = torch.cat([model[0].weight.grad, model[0].bias.grad[:, None]], 1)
+        torch.testing.assert_close(torch.from_numpy(row), expected, rtol=1e-12, atol=1e-12)
+    with pytest.raises(DeliveryError, match="two backward passes"), run.query(data_id=[0, 1, 2, 3]):
+        loss(x).backward()
+        loss(x).backward()

@@ -58,6 +58,7 @@ class Deliveries:
         compiled, where hooks count nothing        0      0           0           1
         checkpoint without reentrance              1      0         0, 1           1
         n reentrant checkpoints                    0      n           n        1..n
+        both, n reentrant ones and plain calls    1..     n           n      1..n + 1
         under torch.no_grad, or a reentrant
         checkpoint whose input needs no gradient   0    1..           0           0
     """
@@ -75,7 +76,7 @@ class Deliveries:
 
     @property
     def too_many(self) -> bool:
-        return self.number > max(1, min(self.quiet, self.recomputed))
+        return self.number > max(1, min(self.quiet, self.recomputed) + (self.ran > 0))
 
     @property
     def several_calls(self) -> bool:
