@@ -61,7 +61,8 @@ def init(
         resume: go on with an interrupted run at ``path``, or start one if there is none.
         overwrite: delete what is there.
         on_repeat: what happens to a data_id that comes again: "first" keeps the first row, "all" keeps every row,
-            "error" raises. By default "first" inside ``passes()`` and "all" outside, where steps tell rows apart.
+            "error" raises. By default "first" inside ``passes()`` and "all" outside, where steps tell rows apart; a
+            run that was begun with a rule keeps it.
         shard_bytes: size of a shard file, about.
         commit_seconds: at least how often rows are committed.
         fidelity: what ``loghook.tune`` measured of this choice; kept with the log and shown with its scores.

@@ -38,8 +38,9 @@ class CheckReport:
         problems: one line for each thing that makes rows wrong or a log misleading, with what to do.
         tolerance: the error up to which a layer passes.
         rounding: {layer: how far autograd's own gradient of a sample moves if layers' outputs are rounded otherwise},
-            where an error is above the tolerance. Up to five times that, and 0.3, it passes: of a sample that the model
-            knows by heart little gradient is left, and few of its digits are certain.
+            where an error is above the tolerance. Up to five times that, and 0.3, a sample's error passes: of one that
+            the model knows by heart little gradient is left, and few of its digits are certain.
+        wrong: layers that do not pass.
         coverage: see ``Manifest.coverage``.
         watched: number of watched layers.
     """
@@ -51,10 +52,7 @@ class CheckReport:
     problems: list[str] = field(default_factory=list)
     not_compared: tuple[str, ...] = ()
     rounding: dict[str, float] = field(default_factory=dict)
-
-    def limit(self, layer: str) -> float:
-        """The error up to which this layer passes."""
-        return max(self.tolerance, min(_TIMES * self.rounding.get(layer, 0.0), _MOST))
+    wrong: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return not self.problems
@@ -65,7 +63,7 @@ class CheckReport:
         lines.append(f"{'layer':<{width}}  largest relative error (up to {self.tolerance:.0e} is rounding)")
         for name, error in self.errors.items():
             note = f"  (rounding alone moves it by {self.rounding[name]:.1e})" if name in self.rounding else ""
-            note += "  <-- wrong" if error > self.limit(name) else ""
+            note += "  <-- wrong" if name in self.wrong else ""
             lines.append(f"{name:<{width}}  {error:.1e}{note}")
         lines += [f"PROBLEM: {problem}" for problem in self.problems]
         worst = max(self.errors.values(), default=0.0)
@@ -190,25 +188,32 @@ def _examine(probe: Probe, report: CheckReport, may_sleep: str | Sequence[str]) 
         report.problems.append(f"a {probe.unit} alone does not run as the batch does: {error}")
         return
     compared = [name for name in together if name not in silent]
-    report.errors = {name: _error(together[name], alone.rows[name]) for name in compared}
+    errors = {name: _errors(together[name], alone.rows[name]) for name in compared}
+    report.errors = {name: float(each.max()) for name, each in errors.items()}
     report.not_compared = tuple(name for name in compared if name in alone.captured)
     wrong = [name for name in compared if report.errors[name] > report.tolerance]
-    if not wrong:
+    if not wrong and not probe.sharded:  # whose gathering all processes do together, whatever each of them finds
         return
     with probe.rounded_otherwise():
         moved = probe.gradients_alone().rows
-    report.rounding = {name: _error(moved[name], alone.rows[name]) for name in wrong}
-    wrong = [name for name in wrong if report.errors[name] > report.limit(name)]
+    rounding = {name: _errors(moved[name], alone.rows[name]) for name in wrong}
+    report.rounding = {name: float(each.max()) for name, each in rounding.items()}
+    limits = {name: (_TIMES * each).clamp(report.tolerance, _MOST) for name, each in rounding.items()}
+    wrong = [name for name in wrong if bool((errors[name] > limits[name]).any())]
+    report.wrong = tuple(wrong)
     if not wrong:
         return
-    drowned = [name for name in wrong if _MOST < report.errors[name] <= _TIMES * report.rounding[name]]
-    if drowned:
-        report.problems.append(
-            f"rounding alone moves the gradients of {len(drowned)} layers ({_some(drowned)}) by up to "
-            f"{max(report.rounding.values()):.1g} of their size, so nothing can be compared: check in float32."
-        )
+    factors = _factors([together[name] for name in compared], [alone.rows[name] for name in compared])
+    rescaled = {name: _errors(together[name], alone.rows[name] * factors[:, None, None]) for name in compared}
+    if all(
+        bool((each <= limits.get(n, each.new_tensor(report.tolerance)).clamp(min=1e-3)).all())
+        for n, each in rescaled.items()
+    ):
+        report.problems.append(_mean_message(loss, alone.losses, factors, probe.unit))
+        report.errors = {name: float(each.max()) for name, each in rescaled.items()}
         return
-    other = [name for name in wrong if _error(alone.hooked[name], alone.rows[name]) > report.limit(name)]
+    other = [n for n in wrong if bool((_errors(alone.hooked[n], alone.rows[n]) > limits[n]).any())]
+    drowned = [n for n in wrong if not bool((errors[n] > _TIMES * rounding[n]).any())]
     if other:
         report.problems.append(
             f"the rows of {len(other)} layers ({_some(other)}) are not their gradients for a {probe.unit} alone "
@@ -216,12 +221,11 @@ def _examine(probe: Probe, report: CheckReport, may_sleep: str | Sequence[str]) 
             "that changes what goes in or comes out), or a weight is read without calling its module. Exclude them, or "
             "write an adapter (docs/adapters.md)."
         )
-        return
-    factors = _factors([together[name] for name in compared], [alone.rows[name] for name in compared])
-    rescaled = {name: _error(together[name], alone.rows[name] * factors[:, None, None]) for name in compared}
-    if all(error <= max(report.limit(name), 1e-3) for name, error in rescaled.items()):
-        report.problems.append(_mean_message(loss, alone.losses, factors, probe.unit))
-        report.errors = rescaled
+    elif len(drowned) == len(wrong):
+        report.problems.append(
+            f"rounding alone moves the gradients of {len(drowned)} layers ({_some(drowned)}) by up to "
+            f"{max(report.rounding.values()):.1g} of their size, so nothing can be compared: check in float32."
+        )
     else:
         report.problems.append(_influence_message(probe, wrong))
 
@@ -245,7 +249,12 @@ def _factors(together: list[Tensor], alone: list[Tensor]) -> Tensor:
 
 def _influence_message(probe: Probe, wrong: Sequence[str]) -> str:
     """Say where samples mix: the first layer whose *input* depends on the rest of the batch."""
-    inputs = probe.together(synchronised=False).inputs  # other processes may have found nothing wrong
+    if probe.sharded:  # other processes may have found nothing wrong, and would not gather the weights
+        return (
+            f"{probe.unit}s influence each other: the rows of {len(wrong)} layers ({_some(wrong)}) depend on the rest "
+            "of the batch; check the model before it is sharded to see where."
+        )
+    inputs = probe.together(synchronised=False).inputs
     names, first = list(inputs), len(inputs)
     for i, one in enumerate(probe.each_alone()):
         off = [names.index(n) for n, x in one.inputs.items() if _error(inputs[n][i : i + 1], x) > 1e-3]
@@ -281,12 +290,15 @@ def _mean_message(loss: float, singles: Sequence[float], factors: Tensor, unit: 
 
 
 def _error(a: Tensor, b: Tensor) -> float:
-    """Largest relative error over samples; a sample with almost no gradient is judged by the others' size."""
-    norms = b.flatten(1).norm(dim=1)
+    """Largest relative error over samples."""
+    return float(_errors(a, b).max())
+
+
+def _errors(a: Tensor, b: Tensor) -> Tensor:
+    """Relative error of each sample, (B,); one with almost no gradient is judged by the others' size."""
+    norms, off = b.flatten(1).norm(dim=1), (a - b).flatten(1).norm(dim=1)
     floor = float(norms.max()) * 1e-3
-    if floor == 0:
-        return float((a - b).abs().max() > 0)
-    return float(((a - b).flatten(1).norm(dim=1) / norms.clamp(min=floor)).max())
+    return off / norms.clamp(min=floor) if floor else (off > 0).to(off)
 
 
 def _some(names: Sequence[str]) -> str:

@@ -956,3 +956,49 @@ def test_a_layer_called_plainly_and_in_reentrant_checkpoints(tmp_path, order):
     with pytest.raises(DeliveryError, match="two backward passes"), run.query(data_id=[0, 1, 2, 3]):
         loss(x).backward()
         loss(x).backward()
+
+
+def test_a_call_that_has_no_rows_holds_nothing_of_its_callers(tmp_path):
+    import gc
+    import weakref
+
+    held = []
+    layer = nn.Linear(5, 5)
+    run = loghook.init(tmp_path, rank=2)
+    run.watch(model := nn.Sequential(layer))
+
+    def forward(x):
+        activation = torch.eye(5).exp()
+        held.append(weakref.ref(activation))
+        layer(activation)
+        return model(x)
+
+    gc.disable()
+    try:
+        for start in (0, 4):
+            with run(data_id=range(start, start + 4)):
+                forward(torch.randn(4, 5)).sum().backward()
+        assert all(reference() is None for reference in held)
+    finally:
+        gc.enable()
+
+
+def test_flattened_layers_of_a_sequence_first_model(tmp_path):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 3)
+
+        def forward(self, x):  # (B, S, T, 5)
+            h = self.a(x.flatten(0, 1)).tanh().mean(1).unflatten(0, x.shape[:2])  # (B * S, T, 5)
+            return self.b(h.transpose(0, 1))
+
+    torch.manual_seed(0)
+    model, x = Model().double(), torch.randn(4, 3, 2, 5, dtype=torch.float64)
+    loss = lambda m, b: m(b).square().sum()  # noqa: E731
+    run = loghook.init(tmp_path, rank=2, dtype="float64")
+    run.watch(model, batch_dim=1, flattened="a")
+    with run(data_id=range(4)):
+        loss(model, x).backward()
+    run.finalize()
+    assert_rows_exact(loghook.load(tmp_path), model, loss, x, 1e-9)

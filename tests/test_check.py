@@ -420,3 +420,19 @@ def test_lengths_are_cut_with_their_samples(kind):
 def test_a_scale_that_is_no_function_is_told_apart(batch):
     with pytest.raises(ConfigError, match="function"):
         loghook.check(mlp(), classes, batch, scale=8)
+
+
+def test_one_sample_that_is_known_by_heart_excuses_no_other():
+    model, batch = memorised()
+    fresh = torch.randint(3, 200, (1, 16))
+    batch = {"input_ids": torch.cat([batch["input_ids"][:3], fresh])}
+
+    def mixed(model, batch):
+        """A sum over samples, but that of the last counts more in a batch."""
+        logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
+        losses = F.cross_entropy(logits.transpose(1, 2), batch["input_ids"][:, 1:], reduction="none").sum(1)
+        return losses[:-1].sum() + losses[-1] * (1.05 if len(losses) > 1 else 1)
+
+    assert loghook.check(model, next_token, batch)
+    report = loghook.check(model, mixed, batch)
+    assert not report and report.wrong

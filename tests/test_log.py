@@ -480,3 +480,34 @@ def test_a_rank_that_is_killed_once_it_has_ended_has_left_nothing_undone(tmp_pat
     shutil.copy(tmp_path / "run" / "loghook.json", tmp_path / "killed")  # rank 0 seals it
     log = loghook.load(tmp_path / "killed")
     assert log.finished and log.data_ids == [0, 1, 2, 3] and not log.verify()
+
+
+def test_several_epochs_inside_passes_are_no_mistake(tmp_path, recwarn):
+    run = loghook.init(tmp_path, rank=4, dtype="float64")
+    run.watch(model := make_model())
+    for _ in run.passes():
+        for _ in range(3):
+            for ids in (range(4), range(4, 8)):
+                with run(data_id=ids):
+                    loss_fn(model, data(4)).backward()
+    run.finalize()
+    assert not [w for w in recwarn if "data_id" in str(w.message)] and len(loghook.load(tmp_path)) == 8
+
+
+def test_all_runs_are_committed_at_exit_also_if_one_cannot_be(tmp_path):
+    script = """
+        import shutil, sys, loghook
+        from tests.test_influence import data, loss_fn, make_model
+        runs = [loghook.init(f"{sys.argv[1]}/{name}", rank=4, dtype="float64") for name in "ab"]
+        for run in runs:
+            run.watch(model := make_model())
+            with run(data_id=[0, 1]):
+                loss_fn(model, data(2)).backward()
+        shutil.rmtree(f"{sys.argv[1]}/a")
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), str(tmp_path)], capture_output=True, text=True,
+        env=os.environ | {"PYTHONPATH": os.getcwd(), "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert "was deleted, or replaced" in done.stderr
+    assert loghook.load(tmp_path / "b").data_ids == [0, 1]

@@ -286,3 +286,16 @@ def test_a_mean_loss_is_refused():
         fit.refine(query, [(x, y)], outputs_of(model), lambda outputs, batch: loss_of(outputs, batch) / len(outputs))
     with pytest.raises(ConfigError, match="no function that yields them"):
         fit.refine(query, lambda: [(x, y)], outputs_of(model), loss_of)
+
+
+def test_rounding_of_a_narrow_loss_is_no_mean():
+    model, (x, y) = make(), data()
+    fit, query = fitted(model, x, y)
+
+    def narrow(outputs, batch):
+        return loss_of(outputs.bfloat16(), batch)
+
+    def outputs(batch):
+        return model(batch[0]).bfloat16().double() if torch.is_grad_enabled() else model(batch[0]).bfloat16()
+
+    assert fit.refine(query, [(x, y)], outputs, narrow, iterations=1).direction

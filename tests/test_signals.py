@@ -70,8 +70,8 @@ def python(path: Path, program: str, signals: tuple[int, ...] = (), fresh: bool 
         process = subprocess.Popen(
             [sys.executable, "-c", code, str(path)], stdout=subprocess.PIPE, stderr=open(pipe + "-errors", "w"),  # noqa: SIM115
             text=True, cwd=Path(__file__).parents[1], env=os.environ | {"OMP_NUM_THREADS": "1"},
-            # What a shell starts in the background ignores Ctrl-C, and so would all that it starts.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            # What a shell starts in the background ignores Ctrl-C, what nohup starts SIGHUP, and so would all below.
+            preexec_fn=lambda: [signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGHUP)],
         )  # fmt: skip
         output = process.stdout
     else:

@@ -138,9 +138,10 @@ class Block:
     def collect(self, opened: Sequence[tuple[Layer, Slots]], *, masks: Mapping[str, Tensor]) -> Captured:
         """Check that each layer delivered once into what was ``opened``, and pack the rows; masks as in ``open``."""
         silent = [(layer, s) for layer, s in opened if not s.deliveries.number]
-        if misfit := next((s.misfit for _, s in silent if s.misfit is not None), None):
-            raise misfit
         missing = [layer for layer, _ in silent if not layer.spec.may_sleep]
+        for layer, s in silent:
+            if s.misfit is not None and not layer.spec.may_sleep:
+                raise s.misfit
         if missing and len(silent) == len(opened):
             raise DeliveryError(nothing_delivered(self._layers))
         if missing:

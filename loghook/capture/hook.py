@@ -57,26 +57,26 @@ def make_hook(layer: Layer) -> Hook:
                 f"layer {layer.name!r} takes {type(x).__name__} and returns {type(y).__name__}: exclude it, as modules "
                 "are watched that make one tensor of one."
             )
-        if slots.early is not None and slots.early[0] is x and slots.early[1] == x._version:
-            projected = slots.early[2]
-        else:
-            try:
+        try:
+            if slots.early is not None and slots.early[0] is x and slots.early[1] == x._version:
+                projected = slots.early[2]
+            else:
                 x = _batch_first(layer, slots, x)
-            except BatchError as error:
-                if torch.compiler.is_compiling():
-                    raise
-                # A call on something else than the batch does no harm where the loss does not depend on it: DoRA
-                # multiplies an adapter's matrices by calling them on an identity, and detaches the product.
-                slots.misfit = error
-                return Misfit.apply(y, slots.leaves.rows, error)
-            projected = _regrouped(layer, slots, _project(layer, slots, module, x))
-        if isinstance(module, ExpertProjection):
-            documents, weight = _routed_tokens(layer, slots, module)
-        else:
-            documents, weight = None, _token_weight(slots, projected)
-            if slots.documents is not None:
-                slots.documents.check(layer.name, (projected.shape[0], projected.shape[1]))
-                documents = slots.documents.index_DL
+                projected = _regrouped(layer, slots, _project(layer, slots, module, x))
+            if isinstance(module, ExpertProjection):
+                documents, weight = _routed_tokens(layer, slots, module)
+            else:
+                documents, weight = None, _token_weight(slots, projected)
+                if slots.documents is not None:
+                    slots.documents.check(layer.name, (projected.shape[0], projected.shape[1]))
+                    documents = slots.documents.index_DL
+        except BatchError as error:
+            if torch.compiler.is_compiling():
+                raise
+            # A call on something else than the batch does no harm where the loss does not depend on it: DoRA multiplies
+            # an adapter's matrices by calling them on an identity, and detaches the product.
+            slots.misfit = error.with_traceback(None)  # whose frames would hold the activations of all that called
+            return Misfit.apply(y, slots.leaves.rows, slots.misfit)
         activations, leaves = None, slots.leaves
         if leaves.activations is not None:
             tokens = _regrouped(layer, slots, layer.adapter.tokens(x.detach())).to(leaves.activations.dtype)
@@ -93,7 +93,7 @@ def make_hook(layer: Layer) -> Hook:
             return slots.job.tap(layer, slots, y, projected, weight, documents)
         later = slots.pending is not None and documents is None and projected.dim() == 3
         if later and not torch.compiler.is_compiling():
-            dims = layer.adapter.channel_dim, layer.spec.batch_dim
+            dims = layer.adapter.channel_dim, layer.batch_dim
             return PendingTap.apply(y, projected, weight, dims, leaves.calls, slots)
         return Tap.apply(
             y,
@@ -103,7 +103,7 @@ def make_hook(layer: Layer) -> Hook:
             activations,
             documents,
             layer.adapter.channel_dim,
-            layer.spec.batch_dim,
+            layer.batch_dim,
             leaves.rows,
             leaves.moments,
             leaves.activations,

@@ -136,7 +136,7 @@ class Slots:
                 self.pending.add(self, brought)
 
     def clear(self) -> None:
-        self.offers, self.early, self.rows, self.moments = [], None, None, None
+        self.offers, self.early, self.rows, self.moments, self.misfit = [], None, None, None, None
         self.shared.source = self.shared.key = self.shared.projected = None
         self.leaves.clear()
 
@@ -158,6 +158,11 @@ class Layer:
     @property
     def name(self) -> str:
         return self.spec.name
+
+    @property
+    def batch_dim(self) -> int:
+        """The axis of samples in the module's output: the first also of a sequence-first model's flattened layers."""
+        return 0 if self.spec.flattened else self.spec.batch_dim
 
     @property
     def sides(self) -> tuple[Side, Side]:

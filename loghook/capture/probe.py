@@ -53,6 +53,10 @@ class Probe(Hooked):
             raise BatchError(
                 f"check got a batch of one {self.unit}: pass at least two, so that they can be told apart."
             )
+        # Whether a forward pass is something that all processes do together.
+        self.sharded = any(type(p).__name__ == "DTensor" for p in model.parameters()) or any(
+            type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()
+        )
         self.watched, self.coverage = self._select(model, watch)
         self._hook(model, self.watched)
 
@@ -173,7 +177,8 @@ def left_alone(model: nn.Module) -> Iterator[None]:
             found.update(before)
         with torch.no_grad():
             for b, value in buffers:
-                b.copy_(value)
+                if not torch.equal(b, value):
+                    b.copy_(value)
 
 
 @contextmanager

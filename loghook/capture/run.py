@@ -47,7 +47,7 @@ class Run(Blocks, Hooked):
         self._rehearsal: Plan | None = None  # a plan that measures blocks, which then write nothing
         self._id_type = ""
         self._closed = False
-        self._kept = self._repeated = 0  # samples of the current pass
+        self._kept = self._repeated = self._largest = 0  # samples of the current pass, and of its largest block
         self._elsewhere: dict[str, str | None] | None = None  # digests of values that the run did not begin with
 
     def watch(
@@ -160,6 +160,7 @@ class Run(Blocks, Hooked):
         fits = self._projection in FITTED
         if fits and self._config.fitted is not None:
             self._require_projection()
+        gathered = False
         for index, kind in enumerate(("covariance", "log") if fits else ("log",)):
             if index in done or self._session.sealed or (kind == "covariance" and self._fitted):
                 continue
@@ -167,6 +168,7 @@ class Run(Blocks, Hooked):
             try:
                 if kind == "covariance":
                     self._pass._gathering = Gathering(self, Covariance(), self._rule)
+                    gathered = True
                     yield self._pass
                     factors = decompose(self._layers, self._pass._gathering.reduce())
                     self._settle_projection(fit_sides(self._layers, factors, self._config))
@@ -174,9 +176,9 @@ class Run(Blocks, Hooked):
                 if self._rule != "all":
                     # The blocks of an interrupted pass have the numbers that they had.
                     self._step = committed.starts.get(index, self._step)
-                self._kept = self._repeated = 0
+                self._kept = self._repeated = self._largest = 0
                 yield self._pass
-                self._look_back(gathered=index > 0)
+                self._look_back(gathered)
                 if self._session.writer is not None:
                     self._session.writer.settle()  # a pass that misses rows is not over
                     self._session.writer.put({"pass_end": index})
@@ -193,16 +195,17 @@ class Run(Blocks, Hooked):
                 "the first pass saw batches and this one none: a loader that can be gone through only once? Make it "
                 "anew inside `for _ in run.passes():`."
             )
-        if self._repeated > self._kept:
+        if self._repeated > self._kept and self._kept <= self._largest:  # no more than one batch: no second epoch
             warnings.warn(
-                f"{self._repeated:,} samples of this pass had ids that came before and were left out, more than were "
-                "kept: a data_id names a sample, not its place in the batch. on_repeat='all' keeps every row.",
+                f"{self._repeated:,} samples of this pass had ids that came before and were left out, and no more than "
+                f"a batch, {self._kept:,}, were kept: a data_id names a sample, not its place in the batch.",
                 stacklevel=3,
             )
 
     @contextmanager
     def _block(self, data_id: Ids, given: Given) -> Iterator[None]:
-        if self._was_sealed and self._rule == "first" and not self.pending(data_id):
+        measured = self._rehearsal is not None
+        if self._was_sealed and self._rule == "first" and not measured and not self.pending(data_id):
             yield  # training goes once more through steps that a finished log has
             return
         self._require_open()
@@ -226,6 +229,7 @@ class Run(Blocks, Hooked):
             return
         keep, repeats = self._session.repeats.keep(ids, self._rule)
         self._kept, self._repeated = self._kept + len(ids) - repeats, self._repeated + repeats
+        self._largest = max(self._largest, len(ids))
         if keep.any():
             self._step = max(self._step, self._fresh_step)
         with self._capture(len(ids), given, keep=keep, logs=True) as captured:

@@ -157,7 +157,8 @@ def _overrides_forward(module: nn.Module) -> bool:
     known, kind = registered_type(module), type(module)
     if known is None or kind.forward is known.forward:
         return False
-    return f"{kind.__module__.partition('.')[0]}.{kind.__name__}" not in _FAITHFUL
+    definer = next(cls for cls in kind.__mro__ if "forward" in vars(cls))
+    return f"{definer.__module__.partition('.')[0]}.{definer.__name__}" not in _FAITHFUL
 
 
 def draw_sides(specs: Iterable[LayerSpec], kind: str, seed: int) -> Sides:

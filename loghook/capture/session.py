@@ -141,7 +141,14 @@ class Session:
         """Commit what was handed over, and let others write."""
         if self.writer is not None:
             writer, self.writer = self.writer, None
-            writer.close()
+            try:
+                writer.close()
+            finally:
+                self._know(writer)
+
+    def _know(self, writer: Writer) -> None:
+        """Remember how far this process itself has come, to tell whether another went on from there."""
+        self.repeats.committed.records[process_rank()] = len(writer.records)
 
     def end(self, digest: Callable[[], str | None] | None) -> None:
         """Commit and, on rank 0, wait for the others and seal; ``digest`` gives that of the last parameter values."""
@@ -171,6 +178,7 @@ class Session:
                     manifest.save(self.path)
         finally:
             writer.unlock()
+            self._know(writer)
         self.sealed = True
 
 

@@ -161,7 +161,7 @@ class Job:
     def tap(
         self, layer: Layer, slots: Slots, y: Tensor, x: Tensor, weight: Tensor | None, documents: Tensor | None
     ) -> Tensor:
-        dims, held, leaves = (layer.adapter.channel_dim, layer.spec.batch_dim), self.held(layer, slots), slots.leaves
+        dims, held, leaves = (layer.adapter.channel_dim, layer.batch_dim), self.held(layer, slots), slots.leaves
         to = None if torch.compiler.is_compiling() else slots
         return WholeTap.apply(y, x, self.kind, weight, documents, *dims, leaves.rows, leaves.calls, to, *held)
 

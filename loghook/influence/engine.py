@@ -53,7 +53,8 @@ def influence(
             f"{reader.codec.name}: leave it out, or make a log of signs with log.compress(path, 'int1')."
         )
     check_match(reader, query)
-    require_one_query(query, reader.path)
+    if scan is None:  # which reads a share of the log; an index holds all of it
+        require_one_query(query, reader.path)
     if not len(reader):
         raise ConfigError(f"{reader.path} holds no rows yet: log some first.")
     chosen = choose_layers(reader, layers)

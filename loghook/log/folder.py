@@ -45,7 +45,8 @@ def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
     # Other files without a manifest are of a run that was killed before its first block was done.
     if overwrite or (old and not (path / MANIFEST).exists()):
         locks = [lock(file) for file in old if file.name.startswith("lock-")]  # nobody may be writing what goes away
-        for file in old:
+        # A kill on the way leaves no commits without a manifest, which would have to be told from lost ones.
+        for file in sorted(old, key=lambda file: (file.name == MANIFEST, not file.name.startswith("commits-"))):
             if not file.name.startswith("lock-"):
                 file.unlink()
         for held in locks:

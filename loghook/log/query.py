@@ -162,10 +162,10 @@ def require_query(query: Any) -> None:
 
 def require_one_query(query: Query, what: object) -> None:
     """Raise unless all processes ask the same questions: each scores a share of ``what`` for the answers of all."""
-    norms = query.matrix.norm(dim=1).tolist()
-    for ids, others in everyone((query.data_ids, norms)):
-        # Equal questions may differ in rounding from process to process.
-        if ids != query.data_ids or not np.allclose(others, norms, rtol=1e-2):
+    (ids, norms), *others = everyone((query.data_ids, query.matrix.norm(dim=1).tolist()))
+    for other, sizes in others:
+        # Equal questions may differ in rounding from process to process. All compare with the first, so that all raise.
+        if other != ids or not np.allclose(sizes, norms, rtol=1e-2, equal_nan=True):
             raise MismatchError(
                 f"the processes ask different questions of {what}, of which each scores a share for all: save every "
                 "process's query, join them with Query.concat and ask that on all, or ask in a process of its own."

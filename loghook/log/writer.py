@@ -4,7 +4,7 @@ Order of a commit: rows written and flushed, statistics snapshot written and flu
 names both, flushed. A reader trusts records only. One background thread does all of it, off the training loop; a full
 queue blocks the loop, it never drops.
 
-Rows that are complete are also committed when the process is told to end: SIGTERM, Ctrl-C, sys.exit. A signal handler
+Rows that are complete are also committed when the process is told to end: SIGTERM, SIGHUP, Ctrl-C, sys.exit. A signal handler
 runs in the main thread between any two of its instructions, also while that thread holds a lock. So it takes no lock:
 writers are asked through ``queue.SimpleQueue``, whose ``put`` may be called from a signal handler.
 """
@@ -100,6 +100,7 @@ class Writer:
         self._capacity = max(1, shard_bytes // self._codec.row_bytes)
         self._commit_seconds, self._measures = commit_seconds, manifest.no_statistics is None
         self._lock = lock(path / lock_name(rank))
+        self._folder = os.fstat(self._lock.fileno())  # of the lock's file, by which the folder is known again
         self.moments = np.zeros(Layout(manifest.layers).moments_width)
         try:
             log = recover(path, manifest, rank)
@@ -218,7 +219,7 @@ class Writer:
                 return  # nothing is lost
             raise WriteError(
                 f"{self._path} was deleted, or replaced by another run, while this one wrote there: what it logged is "
-                "gone. Call run.close(), and log again."
+                "gone. Close the run, which says this once more, and log again."
             )
         if isinstance(item, Batch):
             self._write(item)
@@ -239,7 +240,7 @@ class Writer:
             found = os.stat(self._path / lock_name(self._rank))
         except OSError:
             return False
-        return os.path.samestat(found, os.fstat(self._lock.fileno()))
+        return os.path.samestat(found, self._folder)
 
     def _write(self, batch: Batch) -> None:
         if batch.ready is not None:
@@ -371,8 +372,9 @@ def _terminate(number: int, frame: FrameType | None) -> None:
 @atexit.register
 def _leave() -> None:
     """Close what is open when the interpreter ends by itself, by an exception or by SystemExit."""
-    for writer in list(_writers):
-        writer.close()
+    with contextlib.ExitStack() as stack:  # all of them, also where one raises
+        for writer in list(_writers):
+            stack.callback(writer.close)
 
 
 def _forked() -> None:

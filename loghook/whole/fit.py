@@ -22,7 +22,7 @@ from loghook.influence.solvers import Diagonal, Identity
 from loghook.log.disk import lock, lock_name, writing
 from loghook.log.files import FACTORS
 from loghook.log.format import MANIFEST, Made
-from loghook.log.query import Query, require_query
+from loghook.log.query import Query, require_one_query, require_query
 from loghook.processes import process_rank, shared
 from loghook.statistics import Eigenbasis, FactorStore, pack_factors
 from loghook.whole.refine import Damped, GaussNewton, OutputLoss, Outputs, listed, require_sum, solve
@@ -265,6 +265,7 @@ class Fit(Blocks, Hooked):
             A query that holds u; ``query.direction`` says how it was made, residual included.
         """
         self._require_whole(query)
+        require_one_query(query, "the curvature")
         amount = Curvature(method="ekfac", damping=damping, damping_abs=damping_abs).amount(self.mean_eigenvalue)
         g = query.matrix.to(self._layers[0].device_and_dtype()[0])
         bases = {name: basis.to(g) for name, basis in self._require_store().bases.items()}
