@@ -4,9 +4,9 @@ Order of a commit: rows written and flushed, statistics snapshot written and flu
 names both, flushed. A reader trusts records only. One background thread does all of it, off the training loop; a full
 queue blocks the loop, it never drops.
 
-Rows that are complete are also committed when the process is told to end: SIGTERM, SIGHUP, Ctrl-C, sys.exit. A signal handler
-runs in the main thread between any two of its instructions, also while that thread holds a lock. So it takes no lock:
-writers are asked through ``queue.SimpleQueue``, whose ``put`` may be called from a signal handler.
+Rows that are complete are also committed when the process is told to end: SIGTERM, SIGHUP, Ctrl-C, sys.exit. A signal
+handler runs in the main thread between any two of its instructions, also while that thread holds a lock. So it takes
+no lock: writers are asked through ``queue.SimpleQueue``, whose ``put`` may be called from a signal handler.
 """
 
 import atexit
