@@ -196,8 +196,8 @@ def _examine(probe: Probe, report: CheckReport, may_sleep: str | Sequence[str]) 
         return
     with probe.rounded_otherwise():
         moved = probe.gradients_alone().rows
-    rounding = {name: _errors(moved[name], alone.rows[name]) for name in wrong}
-    report.rounding = {name: float(each.max()) for name, each in rounding.items()}
+    rounding = {name: _errors(moved[name], alone.rows[name]) for name in compared}
+    report.rounding = {name: float(rounding[name].max()) for name in wrong}
     limits = {name: (_TIMES * each).clamp(report.tolerance, _MOST) for name, each in rounding.items()}
     wrong = [name for name in wrong if bool((errors[name] > limits[name]).any())]
     report.wrong = tuple(wrong)
@@ -205,10 +205,7 @@ def _examine(probe: Probe, report: CheckReport, may_sleep: str | Sequence[str]) 
         return
     factors = _factors([together[name] for name in compared], [alone.rows[name] for name in compared])
     rescaled = {name: _errors(together[name], alone.rows[name] * factors[:, None, None]) for name in compared}
-    if all(
-        bool((each <= limits.get(n, each.new_tensor(report.tolerance)).clamp(min=1e-3)).all())
-        for n, each in rescaled.items()
-    ):
+    if all(bool((each <= limits[name].clamp(min=1e-3)).all()) for name, each in rescaled.items()):
         report.problems.append(_mean_message(loss, alone.losses, factors, probe.unit))
         report.errors = {name: float(each.max()) for name, each in rescaled.items()}
         return

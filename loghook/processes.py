@@ -6,7 +6,6 @@ import importlib.metadata
 import os
 import platform
 import time
-import uuid
 import warnings
 from collections.abc import Callable
 from typing import Any, ParamSpec, TypeVar
@@ -35,11 +34,6 @@ def process_rank() -> int:
 def world_size() -> int:
     """Number of processes, also before torch.distributed is initialised."""
     return share()[1] if _joined() else int(os.environ.get("WORLD_SIZE", 1))
-
-
-def shared_run_id() -> str:
-    """A fresh id, the same on all ranks."""
-    return shared(uuid.uuid4().hex)
 
 
 def shared(value: Any) -> Any:

@@ -4,6 +4,7 @@
 """
 
 import dataclasses
+import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,7 +19,7 @@ from loghook.log.disk import writing
 from loghook.log.folder import Committed, check_same, claim, ranks_on_disk, read_back, seal
 from loghook.log.format import MANIFEST, Manifest
 from loghook.log.writer import Batch, Writer, finite_rows, not_finite
-from loghook.processes import process_rank, shared_run_id, world_size
+from loghook.processes import process_rank, shared, world_size
 
 
 class Repeats:
@@ -160,7 +161,9 @@ class Session:
             self.close()  # which raises it again and lets others write
             raise
         try:
-            session = shared_run_id()  # new each time, so that the end of an interrupted run is not taken for this one
+            session = shared(
+                uuid.uuid4().hex
+            )  # new each time, so that the end of an interrupted run is not taken for this one
         except RuntimeError as error:
             raise StateError(
                 f"another process is gone before it came to finalize() ({error}). What was committed is kept: start "

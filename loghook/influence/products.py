@@ -6,7 +6,7 @@ most 1/64,516 of the layer's largest value; few questions get three, which cost 
 """
 
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, reduce
 
 import numpy as np
 import torch
@@ -66,7 +66,7 @@ def _floats(reader: Reader, matrix: Tensor, chosen: Sequence[LayerSpec]) -> Prod
     def multiply(block: Tensor) -> Tensor:
         if block.dtype != matrix.dtype:
             return torch.cat([multiply(wide[: len(part)].copy_(part)) for part in block.split(len(wide))], 1)
-        return sum((matrix[:, run] @ block[:, run].T for run in runs), start=torch.zeros(()))
+        return reduce(torch.add, [matrix[:, run] @ block[:, run].T for run in runs])
 
     return multiply
 
