@@ -1,4 +1,4 @@
-"""The command line: ``loghook info | verify | repair | score | append | merge | delete | compress | plan | demo``."""
+"""The command line: ``loghook info``, ``score``, ``report`` and so on; ``loghook --help`` lists all."""
 
 import json
 import os
@@ -25,6 +25,11 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 Run = Annotated[Path, typer.Argument(help="The run's folder, as given to loghook.init.", metavar="RUN")]
+Query = Annotated[Path, typer.Argument(help="A query saved with query.save(...).", metavar="QUERY")]
+Method = Annotated[str, typer.Option(help="dot, cosine, fisher, kfac, ekfac or shampoo.")]
+Damping = Annotated[float, typer.Option(help="Times the mean eigenvalue of each layer.")]
+Normalize = Annotated[str | None, typer.Option(help="unit or relatif.")]
+_LINES = 'a JSON object with "id" and "text" on each line'
 
 
 @contextmanager
@@ -230,10 +235,10 @@ def _parse_id(id_type: str, text: str) -> int | str:
 @_command
 def score(
     run: Run,
-    query: Annotated[Path, typer.Argument(help="A query saved with query.save(...).", metavar="QUERY")],
-    method: Annotated[str, typer.Option(help="dot, cosine, fisher, kfac, ekfac or shampoo.")] = "ekfac",
-    damping: Annotated[float, typer.Option(help="Times the mean eigenvalue of each layer.")] = 0.1,
-    normalize: Annotated[str | None, typer.Option(help="unit or relatif.")] = None,
+    query: Query,
+    method: Method = "ekfac",
+    damping: Damping = 0.1,
+    normalize: Normalize = None,
     top: Annotated[int, typer.Option(help="Proponents shown for each question.")] = 10,
     bottom: Annotated[int, typer.Option(help="Opponents shown for each question.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Also write all scores to this safetensors file.")] = None,
@@ -256,6 +261,37 @@ def score(
             typer.echo(f"{query_id}")
             for record in (*best, *worst):
                 typer.echo(f"  {record.score:+.6g}  {record.data_id}")
+
+
+@_command
+def report(
+    run: Run,
+    query: Query,
+    out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
+    texts: Annotated[Path | None, typer.Option(help=f"Texts of rows, {_LINES}.")] = None,
+    questions: Annotated[Path | None, typer.Option(help="Texts of questions, in the same form.")] = None,
+    method: Method = "ekfac",
+    damping: Damping = 0.1,
+    normalize: Normalize = None,
+    top: Annotated[int, typer.Option(help="Proponents shown for each question.")] = 10,
+    bottom: Annotated[int, typer.Option(help="Opponents shown for each question.")] = 5,
+) -> None:
+    """Score a log against a saved query and write an HTML page of the strongest proponents and opponents."""
+    scores = loghook.load(run).influence(
+        loghook.Query.load(query), method, damping=damping, normalize=normalize, top=None if bottom else top
+    )
+    shown, asked = (None if file is None else _read_texts(file) for file in (texts, questions))
+    scores.report(out, texts=shown, questions=asked, top=top, bottom=bottom)
+    typer.echo(f"{out}: {len(scores.query_ids):,} questions")
+
+
+def _read_texts(file: Path) -> dict[int | str, str]:
+    try:
+        with file.open(encoding="utf-8") as lines:
+            records = [json.loads(line) for line in lines if line.strip()]
+        return {record["id"]: record["text"] for record in records}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"{file} cannot be read ({type(error).__name__}: {error}): it must hold {_LINES}.") from error
 
 
 @_command

@@ -14,12 +14,10 @@ from rich.console import Console
 
 import loghook
 from loghook.demo import DemoConfig, run_demo
-from loghook.demo.page import Bars, Card, Report, render
+from loghook.demo.page import Bars, Report, render
 from loghook.demo.proof import NAMES, Proof, measure_all, story
 from loghook.demo.text import (
     Document,
-    Passage,
-    Question,
     cut,
     language_reference,
     load_documents,
@@ -32,6 +30,8 @@ from loghook.demo.text import (
 from loghook.demo.train import Task, collate, generate, load_model, sequence_losses, shuffled, small_llama
 from loghook.errors import ConfigError
 from loghook.evaluate.lds import Estimate
+from loghook.page import Card, Entry
+from tests.test_page import check_self_contained
 
 
 @pytest.fixture(scope="module")
@@ -129,19 +129,10 @@ def test_story_follows_the_numbers():
 
 # The page
 
-LOADS_FROM_ELSEWHERE = re.compile(r"""(?:src|href|action|data)\s*=\s*["']?|@import|url\(|<link|<iframe|<img""", re.I)
-
-
-def check_self_contained(html):
-    markup = re.sub(r"<pre.*?</pre>", "", html, flags=re.S)
-    assert not LOADS_FROM_ELSEWHERE.search(markup), LOADS_FROM_ELSEWHERE.search(markup)
-    assert "http" not in markup and "<script" not in html
-
 
 def test_page_escapes_every_text():
     bad = "<script>alert('x')</script><img src=http://x>&\"'"
-    passage = Passage(bad, bad, bad, (1,))
-    card = Card(Question(bad, bad, bad, bad + bad, (1,), before=bad), [(passage, 1.0)], [(passage, -1.0)])
+    card = Card(bad, bad, bad, bad, [Entry(1.0, bad, bad, bad)], [Entry(-1.0, bad, bad, bad)])
     bars = Bars(title=bad, note=bad, estimates={"bm25": Estimate(0.5, -0.1, 1.2, np.zeros(1))})
     html = render(Report(lead=bad, story=[bad], bars=[bars], cards=[card], facts={bad: bad}))
     assert "<script" not in html and "<img" not in html
@@ -186,8 +177,8 @@ def test_every_question_is_scored_against_every_passage(demo):
     assert [question.kind for question in result.questions] == ["held out"] * 4 + ["generated"] * 2 + ["prompt"] * 2
     assert result.proof.removed == round(config.fraction * config.passages)
     card = result.report.cards[0]
-    assert card.proponents[0][1] == result.scores["ekfac"][0].max()
-    assert card.opponents[0][1] == result.scores["ekfac"][0].min()
+    assert card.proponents[0].score == result.scores["ekfac"][0].max()
+    assert card.opponents[0].score == result.scores["ekfac"][0].min()
 
 
 def test_a_second_run_reuses_the_pretrained_model(demo):

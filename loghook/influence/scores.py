@@ -12,10 +12,13 @@ import numpy as np
 import torch
 
 from loghook.errors import ConfigError, MismatchError
+from loghook.log.disk import write_atomically
 from loghook.log.files import loading, save_tensors
 
 if TYPE_CHECKING:
     import pandas
+
+    from loghook.page import Texts
 
 
 class Record(NamedTuple):
@@ -127,6 +130,32 @@ class Scores:
             "score": self.values.reshape(-1),
         }
         return pandas.DataFrame(columns)
+
+    def report(
+        self,
+        path: str | Path,
+        *,
+        texts: "Texts | None" = None,
+        questions: "Texts | None" = None,
+        top: int = 10,
+        bottom: int | None = None,
+    ) -> None:
+        """Write an HTML page that shows each question with its strongest proponents and opponents.
+
+        Args:
+            path: the page; it loads nothing from elsewhere.
+            texts: a mapping or function that gives the text of a training sample by its id; None shows ids alone.
+            questions: the same for the questions.
+            top: proponents shown for each question.
+            bottom: opponents, by default 5, or none where only the best rows were kept.
+
+        Raises:
+            ConfigError: if the text of an id that is shown is missing, or opponents are asked for that were not kept.
+        """
+        from loghook.page import render_scores
+
+        bottom = (0 if self.places is not None else 5) if bottom is None else bottom
+        write_atomically(Path(path).expanduser(), render_scores(self, texts, questions, top, bottom).encode())
 
     @staticmethod
     def combine(
