@@ -90,7 +90,7 @@ def _rows(
         [float(word) if word[0].isdigit() else word for word in how.split()] for how in methods.split(", ")
     )]  # fmt: skip
     return {
-        f"{kind} {rank}" + f" {dtype}" * (dtype != "float32") + f" ({' + '.join(layers)})" * bool(layers): (
+        f"{kind} {rank}" + f" {dtype}" * (dtype != "float32") + f" ({_named(layers)})" * bool(layers): (
             options | {"rank": rank, "dtype": dtype}, layers, scored,
         )
         for rank in ranks
@@ -98,7 +98,12 @@ def _rows(
     }  # fmt: skip
 
 
+def _named(layers: Sequence[str]) -> str:
+    return "no q_proj, k_proj" if layers == NO_QK else " + ".join(layers)
+
+
 EKFAC, RESIDUAL = "dot, ekfac 0.1, ekfac 0.01", ("o_proj", "down_proj")
+NO_QK = ("v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 ROWS = {
     **_rows("random", (16, 32, 64), "dot, cosine, ekfac 0.1, ekfac 0.01, fisher 0.1"),
     **_rows("pca", (16, 32, 64), "ekfac 0.1, ekfac 0.01, fisher 0.1"),
@@ -111,6 +116,7 @@ ROWS = {
     **_rows("whitened 0.01", (32, 59, 119), EKFAC, layers=RESIDUAL),
     **_rows("whitened 0.01", (64, 119), EKFAC, ("int1",), layers=RESIDUAL),
     **_rows("whitened 0.01", (84,), EKFAC, layers=("down_proj",)),
+    **_rows("whitened 0.01", (32, 64), "dot, ekfac 0.1", ("float32", "int1"), layers=NO_QK),
     **_rows("normalized", (32,), "dot, cosine, fisher 0.1"),
     **_rows("adam", (32,), "dot, cosine, fisher 0.1"),
 }
