@@ -1,5 +1,6 @@
 """What the documentation shows runs: the README's code and commands, the adapters page, the examples."""
 
+import json
 import os
 import re
 import shlex
@@ -67,7 +68,9 @@ def test_readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.
     assert names["scores"].values.shape == (1, 12) and names["best"].top(1)[0][0].data_id in range(12)
     commands = [line.split("#")[0] for block in blocks(README, "sh") for line in block.splitlines()]
     commands = [shlex.split(c) for c in commands if c.startswith("loghook ") and not c.startswith("loghook demo")]
-    assert [command[1] for command in commands] == ["info", "verify", "score"]
+    assert [command[1] for command in commands] == ["info", "verify", "score", "report"]
+    lines = [json.dumps({"id": data_id, "text": str(data_id)}) for data_id in loghook.load("runs/mine").data_ids]
+    Path("train.jsonl").write_text("\n".join(lines))
     for command in commands:
         result = CliRunner().invoke(app, command[1:])
         assert result.exit_code == 0, result.output

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 import loghook
+from loghook.capture import whole
 from loghook.errors import (
     CheckpointWarning,
     ConfigError,
@@ -94,10 +95,14 @@ def test_small_chunks_change_nothing(monkeypatch):
     fit = fitted(model, x)
     query = ask(fit, model, x)
     expected = scored(fit, query, model, x).values
+    sizes = []
+    monkeypatch.setattr(outer, "outer", lambda g, x, outer=outer.outer: sizes.append(len(x)) or outer(g, x))
     monkeypatch.setattr(outer, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(whole, "CACHE_BYTES", 1)
     again = fitted(model, x)
     assert close(scored(again, query, model, x).values, expected)
     assert close(scored(again, query, model, x, rank=2).values, scored(fit, query, model, x, rank=2).values)
+    assert set(sizes) == {1}  # one sample at a time
 
 
 def test_low_rank_questions():

@@ -18,7 +18,7 @@ from torch import Tensor
 from loghook.capture.layers import Layer, Slots
 from loghook.capture.tap import alias, by_document, moments, output_gradient, wide_context
 from loghook.project.blocks import second_moment_blocks, square_size, take_blocks
-from loghook.project.outer import CHUNK_BYTES, at_a_time, gradients, project_output
+from loghook.project.outer import at_a_time, gradients, project_output
 from loghook.project.projection import Side
 
 CACHE_BYTES = 2**20  # of gradients at a time on a processor that are read once: they are squared where they were made
@@ -98,7 +98,7 @@ def _squares(g_BSO: Tensor, x: Tensor, held: Sequence[Tensor | None]) -> Tensor:
     if x.dim() == 3:
         g_BSO, p_out = project_output(g_BSO, p_out), None
     total = None
-    for part, rows in gradients(g_BSO, x, p_out, CACHE_BYTES if small else CHUNK_BYTES):
+    for part, rows in gradients(g_BSO, x, p_out, CACHE_BYTES if small else None):
         squares = rows.square_() if keep_B is None else rows.square_() * keep_B[part, None, None].to(rows.dtype)
         total = squares.sum(0) if total is None else total + squares.sum(0)
     assert total is not None

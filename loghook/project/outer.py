@@ -54,7 +54,7 @@ def outer_grouped(g_BSO: Tensor, x_BSGk: Tensor, matrix_kO: Tensor | None) -> Te
 
 
 def gradients(
-    g_BSO: Tensor, x: Tensor, matrix_kO: Tensor | None = None, limit: int = CHUNK_BYTES
+    g_BSO: Tensor, x: Tensor, matrix_kO: Tensor | None = None, limit: int | None = None
 ) -> Iterator[tuple[slice, Tensor]]:
     """Form gradients (b, O, I) of a few samples at a time; with ``matrix_kO`` the output side is projected."""
     width_out = g_BSO.shape[2] if matrix_kO is None else matrix_kO.shape[0]
@@ -69,9 +69,9 @@ def gradients(
             yield part, outer_grouped(g_BSO[part], x[part], matrix_kO)
 
 
-def at_a_time(values: int, like: Tensor, limit: int = CHUNK_BYTES) -> int:
+def at_a_time(values: int, like: Tensor, limit: int | None = None) -> int:
     """How many samples with so many values each, in the dtype of ``like``, take no more than ``limit`` bytes."""
-    return max(1, limit // (values * like.element_size()))
+    return max(1, (limit or CHUNK_BYTES) // (values * like.element_size()))
 
 
 def second_moment(z_Nk: Tensor, weight_N: Tensor | None = None) -> Tensor:
