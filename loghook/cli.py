@@ -68,6 +68,20 @@ def _command(function: Callable[..., Any]) -> Callable[..., Any]:
     return app.command()(wrapped)
 
 
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"loghook {loghook.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _main(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None: ...
+
+
 @_command
 def info(
     run: Run, as_json: Annotated[bool, typer.Option("--json", help="Print machine-readable JSON instead.")] = False
@@ -80,7 +94,8 @@ def info(
         "bytes": sum(file.stat().st_size for file in log.path.iterdir() if file.is_file()),
         "values_a_row": log.layout.width, "layers": log.layers,
         "covered": m.coverage["covered"] / max(1, m.coverage["total"]), "not_covered": m.coverage["not_covered"],
-        "projection": m.projection, "rank": m.rank, "seed": m.seed, "gradient": m.gradient, "dtype": m.dtype,
+        "projection": m.projection, "rank": m.rank, "seed": m.seed, "whitening": m.whitening, "gradient": m.gradient,
+        "dtype": m.dtype,
         "writers": m.world_size,
         "repeats_left_out": log.repeats, "flagged": log.flagged, "not_in_statistics": log.unmeasured,
         "asleep": log.asleep, "parameters": m.parameters, "fidelity": m.fidelity,
@@ -93,6 +108,8 @@ def info(
     state = "finished" if facts["finished"] else "not finished (rows so far; resume=True goes on)"
     typer.echo(f"{log.path}: {len(log):,} rows, {state}, {facts['bytes'] / 1e6:,.1f} MB on disk")
     kind = "whole gradients" if m.projection == "none" else f"{m.projection} projection, rank {m.rank}, seed {m.seed}"
+    if m.whitening is not None:
+        kind += f", whitening {m.whitening:g}"
     if m.gradient != "plain":
         kind += f", gradient {m.gradient}"
     typer.echo(f"  {log.layout.width:,} values a row in {m.dtype}; {kind}")
@@ -208,7 +225,10 @@ def plan(
 @_command
 def delete(
     run: Run,
-    ids: Annotated[list[str], typer.Option(help="A data_id whose rows go; may be repeated.")],
+    ids: Annotated[list[str] | None, typer.Option(help="A data_id whose rows go; may be repeated.")] = None,
+    ids_file: Annotated[
+        Path | None, typer.Option(help="More of them, a JSON value on each line, as `repair` prints.")
+    ] = None,
     keep_statistics: Annotated[
         bool, typer.Option(help="Keep the statistics of kfac and ekfac, in which the deleted rows still count.")
     ] = False,
@@ -218,7 +238,10 @@ def delete(
     Without --keep-statistics the statistics go too: kfac and ekfac, which need them, can then score the log no more.
     """
     id_type = loghook.load(run).manifest.id_type
-    wanted = [_parse_id(id_type, text) for text in ids]
+    wanted = [_parse_id(id_type, text) for text in ids or ()]
+    if ids_file is not None:
+        with ids_file.open(encoding="utf-8") as lines:
+            wanted += [_parse_id(id_type, str(json.loads(line))) for line in lines if line.strip()]
     done = maintain.delete(run, wanted, keep_statistics=keep_statistics)
     typer.echo(f"{run}: {done.dropped:,} rows deleted, {done.rows:,} left")
     if not keep_statistics:

@@ -76,7 +76,7 @@ def test_what_cannot_be_matched_is_refused(tmp_path):
     for other, says in (
         (made(np.zeros((2, 3)), rows=(1, 2, 4)), "data_id 3"),
         (made(np.zeros((2, 4)), rows=(1, 2, 3, 9)), "data_id 9"),
-        (made(np.zeros((2, 3)), rows=(1, 2, 2)), "data_id 2 is there more than once"),
+        (made(np.zeros((2, 4)), rows=(1, 2, 3, 3)), "data_id 3 is there more than once"),
         (made(np.zeros((2, 3)), queries=("a", "c")), "query_id 'b'"),
         (made(np.zeros((2, 3)), queries=("a", "a")), "query_id 'a' is there more"),
     ):
@@ -91,8 +91,15 @@ def test_what_cannot_be_matched_is_refused(tmp_path):
     for weights in ([1.0], [1.0, float("nan")]):
         with pytest.raises(ConfigError, match="2 finite numbers"):
             Scores.combine([one, one], weights)
-    with pytest.raises(ConfigError, match="no scores"):
-        Scores.combine([])
+    for none in ([], one):
+        with pytest.raises(ConfigError, match="no list of scores"):
+            Scores.combine(none)
+    assert np.array_equal(Scores.combine(iter([one, one])).values, one.values)
+    with pytest.raises(ConfigError, match=r"k=2\.5 must be a whole number"):
+        one.top(2.5)
+    assert one.top(np.int64(2)) == one.top(2)
+    with pytest.raises(ConfigError, match="is a folder"):
+        one.save(tmp_path)
 
 
 def test_scores_of_all_rows_are_arrays_for_the_judges(tmp_path):
@@ -106,3 +113,9 @@ def test_scores_of_all_rows_are_arrays_for_the_judges(tmp_path):
     assert of[0] == of[1]
     with pytest.raises(ConfigError, match="without top"):
         np.asarray(log.influence(query, "dot", top=2))
+
+
+def test_an_id_with_several_rows_is_one_candidate():
+    scores = made(np.array([[5.0, 4.0, 3.0, 2.0, 1.0], [1.0, 2.0, 3.0, 4.0, 5.0]]), rows=(7, 7, 8, 9, 8))
+    assert scores.distinct(2) == [[7, 8], [8, 9]]
+    assert scores.distinct(9) == [[7, 8, 9], [8, 9, 7]]

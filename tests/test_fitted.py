@@ -15,7 +15,7 @@ from torch import nn
 
 import loghook
 from loghook.capture.passes import split
-from loghook.errors import ConfigError, CorruptLogError, MismatchError, NotFiniteError, StateError
+from loghook.errors import BatchError, ConfigError, CorruptLogError, MismatchError, NotFiniteError, StateError
 from loghook.log import maintain
 from loghook.log.files import load_sides
 from loghook.project import blocks
@@ -494,3 +494,28 @@ def test_two_processes_fit_what_one_does(tmp_path):
     expected = dict(zip(scoring.scores().data_ids, scoring.scores().values[0], strict=True))
     found = dict(zip(scores[0].data_ids, scores[0].values[0], strict=True))
     assert np.allclose([found[i] for i in range(40)], [expected[i] for i in range(40)], rtol=1e-4)
+
+
+def test_a_projection_is_taken_with_all_its_arguments(tmp_path):
+    model, x = make(), data()
+    first, _, _ = fit_and_log(model, x, projection="whitened", whitening=0.01)
+    assert first.manifest.whitening == 0.01
+    for other, says in (({"seed": 1, "whitening": 0.01}, "seed=1"), ({}, "whitening=0.1")):
+        run = loghook.init(tmp_path / says, rank=4, projection="whitened", fitted=first.path, **other)
+        quietly(run, model)
+        with pytest.raises(MismatchError, match=f"where this run has .*{says}"), run(data_id=range(16)):
+            loss_fn(model, x[:16]).backward()
+        run.close()
+    with pytest.raises(MismatchError, match=r"whitening is 0\.01 there and 0\.1 now"):
+        quietly(loghook.init(first.path, rank=4, dtype="float64", projection="whitened", resume=True), model)
+
+
+def test_a_mask_counts_tokens(tmp_path):
+    model, x = make(), data()
+    run = loghook.init(tmp_path, rank=4)
+    quietly(run, model)
+    for wrong in (-1.0, float("nan")):
+        mask = torch.ones(16, x.shape[1])
+        mask[3, 0] = wrong
+        with pytest.raises(BatchError, match="negative numbers or nan"), run(data_id=range(16), mask=mask):
+            loss_fn(model, x[:16]).backward()

@@ -255,7 +255,7 @@ def read_run(path: Path) -> dict:
 
 def test_manifest_table(finished: Path) -> None:
     written = json.loads((finished / "loghook.json").read_text())
-    assert [name for name in table("field") if name not in ("fitted", "fidelity", "gradient")] == list(
+    assert [name for name in table("field") if name not in ("fitted", "fidelity", "gradient", "whitening")] == list(
         written
     )  # a random projection has no file
     assert table("field") == ["format", "fingerprint", *(f.name for f in dataclasses.fields(Manifest)), "checksum"]
@@ -319,7 +319,13 @@ def test_query_scores_and_index_tables(finished: Path, tmp_path: Path) -> None:
         with safetensors.safe_open(tmp_path / f"{name}.safetensors", framework="np") as file:
             header = json.loads(file.metadata()[f"loghook_{name}"])
             assert set(file.keys()) == tensors
+        stated = header.pop("checksum")
         assert list(header) == table(f"{name} metadata")
+        parts = [
+            [key, str(t.dtype), list(t.shape), checksum(t.reshape(-1).view(torch.uint8).numpy().tobytes())]
+            for key, t in sorted(safetensors.torch.load_file(tmp_path / f"{name}.safetensors").items())
+        ]
+        assert stated == checksum(json.dumps([header, *parts], sort_keys=True, separators=(",", ":")).encode())
     assert header == {"seal": log.manifest.sealed["digest"], "factory": "Flat"}
     rows = torch.from_numpy(log.rows("")[:].copy()).flatten(1)
     torch.testing.assert_close(

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -102,20 +103,26 @@ def test_recalls_average_over_the_orders_of_ties(seed: int, k: int) -> None:
     ]
     result = recall_at(scores, relevant, k)
     assert result.per_query == pytest.approx(np.array(reference))
-    assert recall_at(scores, [set(np.flatnonzero(rel)) for rel in relevant], k).mean == result.mean
+    forms = (
+        [set(np.flatnonzero(rel)) for rel in relevant],
+        relevant.tolist(),
+        relevant.astype(int),
+        torch.tensor(relevant),
+    )
+    assert {recall_at(scores, form, k).mean for form in forms} == {result.mean}
     assert mislabel_recall(scores[0], relevant[0], share=k / 6).mean == pytest.approx(reference[0])
 
 
 @given(seeds, st.booleans())
-def test_mrr_is_one_over_the_mean_rank_of_the_first(seed: int, ties: bool) -> None:
+def test_mrr_averages_over_the_orders_of_ties(seed: int, ties: bool) -> None:
     rng = np.random.default_rng(seed)
     scores = tied(rng, 2, 6) if ties else rng.normal(size=(2, 6))
     relevant = rng.permuted(np.arange(12).reshape(2, 6) % 3 == 0, axis=1)
-    ranks = [
-        expected(lambda order, rel=rel: 1 + list(rel[list(order)]).index(True), row)
+    reference = [
+        expected(lambda order, rel=rel: 1 / (1 + list(rel[list(order)]).index(True)), row)
         for row, rel in zip(scores, relevant, strict=True)
     ]
-    assert mrr(scores, relevant).per_query == pytest.approx(1 / np.array(ranks))
+    assert mrr(scores, relevant).per_query == pytest.approx(np.array(reference))
 
 
 def test_a_constant_score_finds_nothing() -> None:
@@ -123,7 +130,7 @@ def test_a_constant_score_finds_nothing() -> None:
     assert mislabel_auc(np.zeros(100), flipped).mean == 0.5
     assert mislabel_recall(np.zeros(100), flipped, 0.2).mean == pytest.approx(0.2)
     assert recall_at(np.zeros((1, 100)), flipped[None], 20).mean == pytest.approx(0.2)
-    assert mrr(np.zeros((1, 100)), [{7}]).mean == pytest.approx(1 / 50.5)
+    assert mrr(np.zeros((1, 100)), [{7}]).mean == pytest.approx((1 / np.arange(1, 101)).mean())
 
 
 def test_tail_patch_is_a_rise_in_probability() -> None:
@@ -149,6 +156,8 @@ ONES = np.ones((2, 5))
         (lambda: recall_at(ONES, [{1}, set()], 2), "query 1 has no relevant"),
         (lambda: recall_at(ONES, [{1}, {5}], 2), "between 0 and 4"),
         (lambda: recall_at(ONES, [{1}], 2), "one set for each query"),
+        (lambda: recall_at(ONES, [[1, 1], [2]], 2), "each once"),
+        (lambda: recall_at(ONES, [[0.5], [2]], 2), "whole numbers"),
         (lambda: mrr(ONES, np.ones((2, 4), bool)), "one set for each query"),
         (lambda: controls.cosine(ONES, np.ones((3, 4))), "do not fit"),
     ],

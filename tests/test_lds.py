@@ -108,3 +108,10 @@ def test_random_subsets_are_even_and_differ() -> None:
 def test_bad_input(scores: np.ndarray, members: np.ndarray, losses: np.ndarray, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         lds(scores, members, losses)
+
+
+@given(cases(), st.sampled_from([0.1, 1 / 3, 1e-30]))
+def test_rounding_of_sums_breaks_no_ties(case: Case, unit: float) -> None:
+    scores, members, losses = case
+    whole = np.rint(4 * scores)
+    assert lds(whole * unit, members, losses).mean == pytest.approx(lds(whole, members, losses).mean, abs=1e-12)

@@ -49,7 +49,7 @@ def given(optimizer, model=None, rates=None):
     rates = rates or [0.1 / (1 + t) for t in range(len(batches))]
     losses = sample_losses(model, x, y)
     parameters = {name: p.detach() for name, p in model.named_parameters()}
-    steps = [(ids.tolist(), ids) for ids in batches]
+    steps = [(ids, ids) for ids in batches]  # ids as a loader gives them
     training = Training(parameters=parameters, losses=losses, batches=steps, rates=rates, optimizer=optimizer)
     return training, lambda parameters: losses(parameters, torch.arange(N, N + QUERIES))
 

@@ -1,5 +1,7 @@
 """Trust: what it predicts of other projection seeds against the seeds themselves, on logs whose noise is known."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -72,6 +74,8 @@ def test_a_second_log_is_matched_by_ids_and_its_agreement_is_seen(seeds, tmp_pat
     np.testing.assert_allclose(found.together, 2 * found.correlation / (1 + found.correlation.clip(min=0)))
     best = [set(np.argsort(-v)[:10]) for v in one], [set(np.argsort(-v)[:10]) for v in two]
     assert found.overlap.tolist() == [len(a & b) for a, b in zip(*best, strict=True)]
+    with pytest.raises(ConfigError, match="the same projection"):
+        trust(log, query, "dot", other=(log, query), nulls=0)
     assert found.how == "a second log" and str(found).endswith("between seeds.")
 
 
@@ -94,9 +98,46 @@ def test_membership_is_that_of_many_simulated_seeds():
 
 def test_extension_to_the_whole_rank():
     quarter, half = np.array([0.5]), np.array([2 / 3])  # noise over signal 1, then 1/2: the whole has 1/4
-    assert extended(half, quarter) == pytest.approx(0.8)
-    assert extended(half, np.array([0.1])) == pytest.approx(1 / (1 + 0.5 / 4))  # a faster fall is not believed
-    assert extended(half, half) == pytest.approx(2 / 3)
+    assert extended(half, quarter, 0.0) == pytest.approx(0.8)
+    assert extended(half, np.array([0.1]), 0.0) == pytest.approx(1 / (1 + 0.5 / 4))  # a faster fall is not believed
+    assert extended(half, half, 0.0) == pytest.approx(2 / 3)
+
+
+@pytest.mark.parametrize("rank", [8, 16, 32, 60])
+def test_what_is_drawn_without_replacement_is_foretold(tmp_path, rank):
+    """One projected side of 64 coordinates: the larger the share that is drawn, the less noise is left."""
+    torch.manual_seed(0)
+    model = nn.Linear(64, 4, bias=False)
+    x = torch.randn(300, 64, generator=torch.Generator().manual_seed(1))
+    logs = []
+    for seed in range(4):
+        run = loghook.init(tmp_path / str(seed), rank=rank, seed=seed)
+        run.watch(model)
+        with run(data_id=range(280)):
+            model(x[:280]).pow(2).sum().backward()
+        with run.query(data_id=range(20)) as query:
+            model(x[280:]).pow(2).sum().backward()
+        run.finalize()
+        logs.append((loghook.load(run.path), query))
+    pairs = itertools.combinations(logs, 2)
+    seen = np.mean([trust(*one, "dot", nulls=0, other=other).correlation.mean() for one, other in pairs])
+    foretold = np.mean([trust(*one, "dot", nulls=0).correlation.mean() for one in logs])
+    assert foretold == pytest.approx(seen, abs=0.07), (foretold, seen)
+
+
+def test_a_projection_without_a_seed_has_no_noise_of_one(tmp_path):
+    torch.manual_seed(0)
+    model, x = nn.Linear(64, 4), torch.randn(60, 64)
+    run = loghook.init(tmp_path / "run", rank=16, projection="pca")
+    run.watch(model)
+    for _ in run.passes():
+        with run(data_id=range(60)):
+            model(x).pow(2).sum().backward()
+    run.finalize()
+    with run.query(data_id=range(2)) as query:
+        model(x[:2]).pow(2).sum().backward()
+    found = trust(loghook.load(run.path), query, "dot", nulls=0)
+    assert found.how == "no random projection" and (found.correlation == 1).all()
 
 
 @pytest.mark.parametrize("method,normalize", [("dot", None), ("ekfac", None), ("ekfac", "unit"), ("fisher", "relatif")])
@@ -154,7 +195,7 @@ def test_of_a_log_that_is_not_finished(tmp_path):
 def test_without_projection_and_with_arguments_that_cannot_work(tmp_path, seeds):
     log, query = logged(tmp_path / "whole", projection="none")
     found = trust(log, query, nulls=0)
-    assert found.how == "no projection" and (found.stays == 1).all() and (found.overlap == 10).all()
+    assert found.how == "no random projection" and (found.stays == 1).all() and (found.overlap == 10).all()
     small_whole = log.compress(tmp_path / "bits", "int1") and loghook.load(tmp_path / "bits")
     assert "int1" in trust(small_whole, query, nulls=0).how
     small = logged(tmp_path / "small", rank=4)

@@ -83,6 +83,8 @@ def test_the_choice_reproduces_whole_scores_within_the_budget(tmp_path):
     scores = log.influence(query, **tuned.best.scoring)
     assert scores.fidelity == round(tuned.best.fidelity, 4)
     assert "fidelity" in repr(scores)
+    log.compress(tmp_path / "small", "int4", queries=2)  # other rows, of which nothing was measured
+    assert loghook.load(tmp_path / "small").manifest.fidelity is None
     scores.save(tmp_path / "scores")
     assert loghook.Scores.load(tmp_path / "scores").fidelity == scores.fidelity
     other = {"method": "cosine"}

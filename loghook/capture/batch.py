@@ -95,6 +95,8 @@ def check_masks(mask: Any, size: int, layers: Sequence[str]) -> dict[str, Tensor
     for value in masks.values():
         if value.dim() not in (1, 2) or value.shape[0] != size:
             raise BatchError(f"mask has shape {tuple(value.shape)} in a block of {size} ids: pass (batch, tokens).")
+        if value.device.type == "cpu" and not bool((value >= 0).all()):  # on a device that would wait for it
+            raise BatchError("mask holds negative numbers or nan: it says how much each token counts, mostly 0 or 1.")
     found = {name: [p for p in masks if fnmatchcase(name, p)] for name in layers}
     unused = masks.keys() - {patterns[0] for patterns in found.values() if patterns}
     if unused:

@@ -25,7 +25,7 @@ class Config:
     path: Path
     rank: int | Mapping[str, int] = 64
     projection: str = "random"
-    whitening: float = 0.1
+    whitening: float | None = 0.1  # None once it is known to say nothing
     fitted: Path | None = None
     seed: int = 0
     dtype: str = "float32"
@@ -47,7 +47,7 @@ class Config:
                 raise ConfigError(
                     f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(map(repr, choices))}."
                 )
-        if not self.whitening > 0 or (self.fitted is not None and self.projection not in FITTED):
+        if not (self.whitening or 0) > 0 or (self.fitted is not None and self.projection not in FITTED):
             raise ConfigError(
                 f"whitening={self.whitening} must be positive, and fitted={self.fitted} goes with projection='pca' or "
                 f"'whitened', not {self.projection!r}."
@@ -59,3 +59,5 @@ class Config:
             )
         if self.shard_bytes < 1 or self.commit_seconds <= 0:
             raise ConfigError(f"shard_bytes={self.shard_bytes}, commit_seconds={self.commit_seconds} must be positive.")
+        if self.projection != "whitened":
+            object.__setattr__(self, "whitening", None)

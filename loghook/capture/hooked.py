@@ -96,8 +96,7 @@ class Hooked:
     def close(self) -> None:
         """Remove the hooks. The model is then as it was before ``watch``."""
         self._require_outside()
-        for handle in self._handles:
-            handle.remove()
+        _remove(self._handles)
         self._handles, self._layers, self._mixing = [], [], []  # and let go of the model
 
     def digest(self) -> str | None:
@@ -195,7 +194,10 @@ class Hooked:
 
 
 class Asker(Hooked):
-    """A model under the hooks of a log: asks questions, writes nothing."""
+    """A model under the hooks of a log: asks questions, writes nothing.
+
+    ``with log.attach(model) as asker`` or ``asker.close()`` removes the hooks, and so does letting go of it.
+    """
 
     def __init__(self, model: nn.Module, manifest: Manifest, origin: Path, optimizer: Any = None) -> None:
         super().__init__(manifest.projection, manifest.rank, manifest.seed, manifest.gradient)
@@ -205,5 +207,17 @@ class Asker(Hooked):
             if manifest.fitted is not None:
                 self._project_with(load_sides(origin, manifest.fitted), manifest.fitted, layers)
             self._hook(model, layers, optimizer, self._asked)
+            weakref.finalize(self, _remove, self._handles)
         except ConfigError as error:
             raise MismatchError(f"{origin} cannot be asked with these arguments: {error}") from error
+
+    def __enter__(self) -> "Asker":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+    for handle in handles:
+        handle.remove()

@@ -117,7 +117,8 @@ class Pass:
         """Labels for the loss of this pass: the given ones or, for the true Fisher, drawn from the model.
 
         Args:
-            logits: (..., C) outputs for each label.
+            logits: (..., C) outputs for each label: of a causal language model ``logits[:, :-1]``, with
+                ``labels[:, 1:]``, whose loss must then not shift them once more.
             labels: (...) integers; negative ones (as -100) are to be ignored, and stay.
 
         Returns:
@@ -186,7 +187,7 @@ def fit_sides(
             raise MismatchError(f"layer {layer.name!r} has no factors: fit them with the same watch(...) patterns.")
         fit = partial(
             fit_side, config.projection, seed=config.seed, rank=rank_of(layer.name, config.rank),
-            damping=config.whitening,
+            damping=config.whitening or 0.0,
         )  # fmt: skip
         inputs, outputs = found[layer.name]
         sides[layer.name] = (

@@ -331,10 +331,12 @@ class Run(Blocks, Hooked):
             return super()._require_projection()
         if (source / MANIFEST).exists():
             other = Manifest.load(source)
-            if other.fitted is None or (other.projection, other.rank) != (self._projection, self._rank):
+            mine = {key: getattr(self._config, key) for key in ("projection", "rank", "seed", "whitening")}
+            theirs = {key: getattr(other, key) for key in mine}
+            if other.fitted is None or theirs != mine:
                 raise MismatchError(
-                    f"fitted={str(source)!r} has projection={other.projection!r} and rank={other.rank}, where this run "
-                    f"has {self._projection!r} and {self._rank}: fit another, or take its arguments."
+                    f"fitted={str(source)!r} has {_named(theirs)}, where this run has {_named(mine)}: fit another, or "
+                    "take its arguments."
                 )
             self._settle_projection(load_sides(source, other.fitted))
         else:
@@ -352,7 +354,7 @@ class Run(Blocks, Hooked):
                 seed=self._seed, dtype=self._config.dtype, layers=self.specs,
                 coverage=self._coverage, id_type=id_type, on_repeat=self._config.on_repeat, world_size=world_size(),
                 provenance=provenance(), parameters=self.digests(), fitted=self._fitted,
-                fidelity=self._config.fidelity, gradient=self._gradient,
+                fidelity=self._config.fidelity, gradient=self._gradient, whitening=self._config.whitening,
                 no_statistics=None if self._gradient == "plain" else f"its rows are of gradient={self._gradient!r}",
             )  # fmt: skip
         assert fresh is not None
@@ -383,3 +385,7 @@ class Run(Blocks, Hooked):
             CheckpointWarning,
             stacklevel=2,
         )
+
+
+def _named(arguments: dict[str, Any]) -> str:
+    return ", ".join(f"{key}={value!r}" for key, value in arguments.items() if value is not None)

@@ -164,9 +164,8 @@ def score(
     log: loghook.Log, query: loghook.Query, questions: Sequence[Question], passages: Sequence[Passage], damping: float
 ) -> dict[str, np.ndarray]:
     """Score every passage for every question with every method: (questions, passages), in the passages' order."""
-    place = {data_id: i for i, data_id in enumerate(log.data_ids)}
-    order = [place[passage.data_id] for passage in passages]
-    scores = {m: log.influence(query, m, damping=damping).values[:, order] for m in METHODS if m != "bm25"}
+    ids = [passage.data_id for passage in passages]
+    scores = {m: log.influence(query, m, damping=damping).align(ids).values for m in METHODS if m != "bm25"}
     return scores | {"bm25": bm25([question.text for question in questions], [passage.text for passage in passages])}
 
 

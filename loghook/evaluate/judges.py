@@ -144,8 +144,7 @@ def recall_at(scores: ArrayLike, relevant: Relevant, k: int) -> Estimate:
 def mrr(scores: ArrayLike, relevant: Relevant) -> Estimate:
     """Mean reciprocal rank of a query's first relevant sample.
 
-    Where it ties with others, the rank is the one that it has on average in a random order of them: r relevant and t
-    irrelevant samples put t / (r + 1) irrelevant ones before it.
+    Where it ties with others, it is the mean over random orders of them.
 
     Args:
         scores: (Q, N).
@@ -155,9 +154,16 @@ def mrr(scores: ArrayLike, relevant: Relevant) -> Estimate:
     relevant_QN = _relevant(relevant, scores_QN.shape)
     best_Q1 = np.where(relevant_QN, scores_QN, -np.inf).max(axis=1, keepdims=True)
     tied_QN = scores_QN == best_Q1
-    irrelevant_Q = (tied_QN & ~relevant_QN).sum(axis=1)
-    rank_Q = 1 + (scores_QN > best_Q1).sum(axis=1) + irrelevant_Q / ((tied_QN & relevant_QN).sum(axis=1) + 1)
-    return estimate(1 / rank_Q)
+    above_Q, relevant_Q = (scores_QN > best_Q1).sum(axis=1), (tied_QN & relevant_QN).sum(axis=1)
+    return estimate(list(map(_reciprocal, above_Q, relevant_Q, tied_QN.sum(axis=1) - relevant_Q)))
+
+
+def _reciprocal(above: int, relevant: int, irrelevant: int) -> float:
+    """Mean of 1 / rank of the first of the relevant samples in random orders of them and irrelevant ones."""
+    before = np.arange(irrelevant + 1)  # how many irrelevant ones come first; their chances follow one another
+    left = irrelevant - before[:-1]
+    chance = np.cumprod([relevant / (relevant + irrelevant), *(left / (relevant + left - 1 + (relevant + left == 1)))])
+    return float((chance / (above + 1 + before)).sum())
 
 
 def _within(scores_QN: NDArray[np.float64], k: int) -> NDArray[np.float64]:
@@ -169,15 +175,22 @@ def _within(scores_QN: NDArray[np.float64], k: int) -> NDArray[np.float64]:
 
 
 def _relevant(relevant: Relevant, shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    if isinstance(relevant, np.ndarray) and relevant.dtype == bool:
-        relevant_QN = relevant
+    each_Q = [np.asarray(list(each)) for each in relevant]
+    # Places repeat none, so that a 0 or 1 for each sample can only mean what bools mean.
+    if len({each.shape for each in each_Q}) == 1 and all(
+        each.dtype == bool or (each.shape == shape[1:] and np.isin(each, (0, 1)).all()) for each in each_Q
+    ):
+        relevant_QN = np.array(each_Q, dtype=bool)
     else:
-        places = [np.asarray(list(each), dtype=np.int64) for each in relevant]
-        relevant_QN = np.zeros((len(places), shape[1]), dtype=bool)
-        for row, each in zip(relevant_QN, places, strict=True):
-            if len(each) and not 0 <= each.min() <= each.max() < shape[1]:
-                raise ConfigError(f"relevant places {each.tolist()} must lie between 0 and {shape[1] - 1}.")
-            row[each] = True
+        relevant_QN = np.zeros((len(each_Q), shape[1]), dtype=bool)
+        for row, places in zip(relevant_QN, each_Q, strict=True):
+            whole = not places.size or (places.dtype.kind in "iu" and 0 <= places.min() <= places.max() < shape[1])
+            if not whole or len(set(places.tolist())) < places.size:
+                raise ConfigError(
+                    f"relevant places {places.tolist()[:20]} must be whole numbers between 0 and {shape[1] - 1}, each "
+                    f"once; or pass a bool for each of the {shape[1]} samples."
+                )
+            row[places.astype(np.int64)] = True
     if relevant_QN.shape != shape:
         raise ConfigError(f"relevant is for {relevant_QN.shape} and scores are {shape}: pass one set for each query.")
     if not relevant_QN.any(axis=1).all():

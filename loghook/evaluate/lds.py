@@ -81,7 +81,8 @@ def lds(
     if len(members_mN) < 2:
         raise ConfigError(f"{shapes}: a correlation needs at least two subsets.")
     predicted_Qm = scores_QN @ members_mN.T.astype(np.float64)
-    per_query = correlations(_ranks(predicted_Qm), _ranks(-losses_mQ.T))
+    rounding_Q = 1e-12 * np.abs(scores_QN).sum(axis=1)  # of the sums, which must not break ties
+    per_query = correlations(_ranks(predicted_Qm, rounding_Q), _ranks(-losses_mQ.T, np.zeros(len(scores_QN))))
     low, high = interval(per_query, confidence=confidence, resamples=resamples, seed=seed)
     return Lds(float(per_query.mean()), low, high, per_query)
 
@@ -116,10 +117,12 @@ def floats(name: str, values: ArrayLike, ndim: int) -> NDArray[np.float64]:
     return array
 
 
-def _ranks(values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Ranks along the last axis, from 1, ties at their mean: (Q, m) -> (Q, m)."""
-    ranks = np.empty_like(values)
-    for row, out in zip(values, ranks, strict=True):
-        ordered = np.sort(row)
-        out[:] = (np.searchsorted(ordered, row, "left") + np.searchsorted(ordered, row, "right") + 1) / 2
-    return ranks
+def _ranks(values_Qm: NDArray[np.float64], rounding_Q: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Ranks along the last axis, from 1, ties at their mean; neighbours that differ by mere rounding tie: (Q, m)."""
+    ranks_Qm = np.empty_like(values_Qm)
+    for values, ranks, rounding in zip(values_Qm, ranks_Qm, rounding_Q, strict=True):
+        order = np.argsort(values, kind="stable")
+        group = np.cumsum(np.diff(values[order], prepend=values[order[:1]]) > rounding)
+        last = np.cumsum(np.bincount(group))
+        ranks[order] = ((last + np.append(0, last[:-1]) + 1) / 2)[group]
+    return ranks_Qm

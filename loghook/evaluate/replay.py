@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -98,6 +99,8 @@ class Training:
     optimizer: Optimizer
 
     def __post_init__(self) -> None:
+        batches = [(np.asarray(ids).tolist(), batch) for ids, batch in self.batches]  # tensors and arrays have no hash
+        object.__setattr__(self, "batches", batches)
         if not self.batches or len(self.rates) != len(self.batches):
             raise ConfigError(f"{len(self.rates)} rates for {len(self.batches)} batches: pass one for each step.")
 

@@ -33,8 +33,9 @@ class Trust:
     """What ``trust`` found; print it.
 
     Attributes:
-        how: where the noise is known from: "a second log", "parts of the log's coordinates" or "no projection"; and
-            whether the dtype in which rows are stored changed them in a way that it says nothing of.
+        how: where the noise is known from: "a second log", "parts of the log's coordinates" or "no random projection"
+            (whole gradients and "pca" have no seed); and whether the dtype in which rows are stored changed them in a
+            way that it says nothing of.
         correlation: (Q,) Pearson correlation over rows between two seeds' scores, seen or estimated.
         together: (Q,) that of the mean of two seeds with the mean of two others (Spearman and Brown).
         overlap: (Q,) how many of the top k two seeds share: seen with a second log, else expected.
@@ -121,11 +122,16 @@ def trust(
     values_QN = _spread_out(first.values, normalize)
     top_Qk = np.argsort(-values_QN, axis=1, kind="stable")[:, :k]
     if other is not None:
+        if _shares(log) and other[0].fingerprint == log.fingerprint:
+            raise ConfigError(
+                f"other={other[0].path} has the same projection as the log, so that it says nothing of the seed's "
+                "chance: log with another seed= (and, for projection='whitened', without fitted=)."
+            )
         second = engine.influence(*other, **asked)
         second_QN = _spread_out(Scores.combine([first, second], [0, 1]).values, normalize)
         correlation, level = correlations(values_QN, second_QN), _level(values_QN, second_QN)
         how, overlap = "a second log", shared_top(values_QN, second_QN, k)
-    elif any(any(projected(spec)) for spec in log.layout.layers):
+    elif shares := _shares(log):
         halves_Q, quarters_Q = np.zeros(len(query)), np.zeros(len(query))
         for deal in range(DEALS):
             one, two = _parts(log, query, 2, asked, seed + deal)
@@ -133,15 +139,16 @@ def trust(
             halves_Q += correlations(one, two) / DEALS
             quarters = _parts(log, query, 4, asked, seed + deal)
             quarters_Q += np.mean([correlations(a, b) for a, b in itertools.combinations(quarters, 2)], axis=0) / DEALS
-        correlation, how, overlap = extended(halves_Q, quarters_Q), "parts of the log's coordinates", None
+        correlation = extended(halves_Q, quarters_Q, float(np.mean(shares)))
+        how, overlap = "parts of the log's coordinates", None
     else:
-        correlation, how, overlap = np.ones(len(values_QN)), "no projection", None
+        correlation, how, overlap = np.ones(len(values_QN)), "no random projection", None
     if normalize is None:  # noise is about as large as a row; for unit rows it depends on the score itself
         own = engine.self_influence(log, curvature, None).astype(np.float64)
         level = np.broadcast_to(np.sqrt(own / max(own.mean(), 1e-300)), values_QN.shape)
     elif normalize == "relatif":
         level = np.ones_like(values_QN)
-    if other is None and log.codec.coded and (how == "no projection" or log.codec.name.startswith("lowrank")):
+    if other is None and log.codec.coded and (how == "no random projection" or log.codec.name.startswith("lowrank")):
         how += f" (what {log.codec.name} rows changed is not in it: `loghook compress` prints that)"
     stays, true = membership(values_QN, correlation, level, top_Qk, rng)
     return Trust(
@@ -156,18 +163,24 @@ def trust(
     )
 
 
-def extended(halves_Q: Array, quarters_Q: Array) -> Array:
+def extended(halves_Q: Array, quarters_Q: Array, share: float) -> Array:
     """Correlation between seeds at the whole rank, from that between halves and between quarters of it: (Q,).
 
-    Noise over signal is (1 - r) / r. From quarters to halves it fell by a factor, and from halves to the whole it is
-    taken to fall by the same one again. Averaging over one side's coordinates alone would halve it each time (Spearman
-    and Brown), over both sides' at once quarter it, which is the least factor that is believed; a preconditioner,
-    fitted anew at each rank, makes it fall more slowly. The factor is the queries' median, as a single query's is too
-    noisy.
+    ``share`` is the rank over the width, of the projected sides. The coordinates are drawn without replacement, so that
+    what is noise in one part is missing in the others: with k of n coordinates in p parts, noise D (the variance of a
+    part's scores less their covariance with another's) and covariance C the signal is C + D k / (n p), and the noise of
+    the whole is less by 1 - k / n than that of k coordinates drawn one by one (Cochran 1977, section 2.6).
+
+    From quarters to halves noise over signal fell by a factor, and from halves to the whole it is taken to fall by the
+    same one again. Averaging over one side's coordinates alone would halve it each time, over both sides' at once
+    quarter it, which is the least factor that is believed; a preconditioner, fitted anew at each rank, makes it fall
+    more slowly. The factor is the queries' median, as a single query's is too noisy.
     """
-    halves, quarters = ((1 - r) / r for r in (np.clip(halves_Q, 1e-3, 1.0), np.clip(quarters_Q, 1e-3, 1.0)))
+    halves, quarters = (
+        (1 - r) / np.clip(r + (1 - r) * share / parts, 1e-3, None) for r, parts in ((halves_Q, 2), (quarters_Q, 4))
+    )
     falls = float(np.clip(np.median(halves) / max(float(np.median(quarters)), 1e-12), 0.25, 1.0))
-    return np.asarray(1 / (1 + halves * falls), dtype=np.float64)
+    return np.asarray(1 / (1 + halves * falls * (1 - share)), dtype=np.float64)
 
 
 def membership(
@@ -209,6 +222,18 @@ def _parts(log: Reader, query: Query, parts: int, asked: dict[str, Any], seed: i
         )
     made = [Part(log, part, parts, seed) for part in range(parts)]
     return [_spread_out(engine.influence(part, part.query(query), **asked).values, asked["normalize"]) for part in made]
+
+
+def _shares(log: Reader) -> list[float]:
+    """Of every side that a seed projects, its rank over how many coordinates there were to draw from."""
+    if log.manifest.projection == "pca":
+        return []
+    return [
+        k / (1 << (width - 1).bit_length())
+        for spec in log.layout.layers
+        for k, width in ((spec.k_out, spec.out_features), (spec.k_in, spec.in_features + spec.bias))
+        if k < width
+    ]
 
 
 def projected(spec: LayerSpec) -> tuple[bool, bool]:

@@ -3,6 +3,7 @@
 import json
 import warnings
 from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
 
 import numpy as np
 import torch
@@ -41,6 +42,7 @@ def influence(
     """Score every row of a log, or those that another ``scan`` chooses, for every question; see ``Log.influence``."""
     curvature = Curvature(method=method, damping=damping, damping_abs=damping_abs)
     normalize = curvature.normalize(normalize)
+    top = int(top) if isinstance(top, np.integer) else top
     if top is not None and (type(top) is not int or top < 1):
         raise ConfigError(f"top={top!r} must be a whole number of at least 1, or None for all scores.")
     if top is not None and per_layer:
@@ -65,10 +67,7 @@ def influence(
     found = _scan(reader, matrix, chosen, query_dtype, sizes, top, per_layer) if scan is None else (*scan(matrix), None)
     values, places, by_layer = found
     if not np.isfinite(values).all():
-        amount = curvature.damping_abs or curvature.damping
-        raise ConfigError(
-            f"scores are not finite with method={method!r} and damping {amount:.3g}: take a larger one (0.1 is usual)."
-        )
+        raise _not_finite("scores are", curvature)
     return Scores(
         values=values,
         query_ids=query.data_ids,
@@ -82,6 +81,14 @@ def influence(
         fingerprint=reader.fingerprint,
         log=str(reader.path),
         fidelity=_fidelity(reader, method, damping, damping_abs, normalize) if layers is query_dtype is None else None,
+    )
+
+
+def _not_finite(what: str, curvature: Curvature) -> ConfigError:
+    amount = curvature.damping_abs or curvature.damping
+    return ConfigError(
+        f"{what} not finite with method={curvature.method!r} and damping {amount:.3g}: take a larger one (0.1 is "
+        "usual)."
     )
 
 
@@ -109,7 +116,10 @@ def self_influence(reader: Reader, curvature: Curvature, layers: Sequence[str] |
     _warn_unfinished(reader)
     rows = _prepare(reader, curvature, choose_layers(reader, layers), own_rows=True)[2]
     assert rows is not None
-    return rows.float().numpy()
+    values = rows.float().numpy()
+    if not np.isfinite(values).all():
+        raise _not_finite("self-influence is", curvature)
+    return values
 
 
 def _warn_unfinished(reader: Reader) -> None:
@@ -130,14 +140,15 @@ def choose_layers(reader: Reader, layers: Sequence[str] | None) -> list[LayerSpe
     if layers is None:
         return list(reader.layout.layers)
     wanted = [layers] if isinstance(layers, str) else list(layers)
-    unknown = [name for name in wanted if name not in reader.layers]
+    unknown = [p for p in wanted if not any(fnmatchcase(name, p) for name in reader.layers)]
     if not wanted:
         raise ConfigError(f"layers=[] leaves nothing to score: name some of {listed(reader.layers)}, or pass None.")
     if unknown:
         raise ConfigError(
-            f"layers={wanted}: {unknown[0]!r} is not in the log, which has {listed(reader.layers)}: see log.layers."
+            f"layers={wanted}: {unknown[0]!r} fits no layer of the log, which has {listed(reader.layers)}: see "
+            "log.layers."
         )
-    return [spec for spec in reader.layout.layers if spec.name in wanted]
+    return [spec for spec in reader.layout.layers if any(fnmatchcase(spec.name, p) for p in wanted)]
 
 
 def check_match(reader: Reader, query: Query) -> None:

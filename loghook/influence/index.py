@@ -13,7 +13,7 @@ from loghook.influence.fidelity import TOP, as_questions, compared_methods
 from loghook.influence.precondition import progress
 from loghook.influence.scores import Scores
 from loghook.influence.solvers import gram_basis
-from loghook.log.files import loading, save_tensors
+from loghook.log.files import loading, save_checked
 from loghook.log.query import Query
 from loghook.log.reader import Reader
 from loghook.processes import combine, share
@@ -98,7 +98,7 @@ class Index:
         if self._reader.seal is None:
             raise StateError(f"{self._reader.path} is not finished: its index would be stale, so finalise it first.")
         header = {"seal": self._reader.seal, "factory": self.factory}
-        save_tensors(path, "index", header, {"basis": self.basis, "rows": self.rows})
+        save_checked(path, "index", header, {"basis": self.basis, "rows": self.rows})
 
     def _rescore(self, matrix: Tensor, top: int, candidates: int) -> tuple[np.ndarray, np.ndarray]:
         """Exact scores and places of the best candidates of preconditioned questions (Q, width)."""

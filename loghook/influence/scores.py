@@ -13,7 +13,7 @@ import torch
 
 from loghook.errors import ConfigError, MismatchError
 from loghook.log.disk import write_atomically
-from loghook.log.files import loading, save_tensors
+from loghook.log.files import loading, save_checked
 
 if TYPE_CHECKING:
     import pandas
@@ -96,6 +96,42 @@ class Scores:
         if self.places is not None:
             raise ConfigError("these scores keep only the best rows (top=...): score again without top for opponents.")
         return self._ranked(k, best=False)
+
+    def distinct(self, k: int) -> list[list[int | str]]:
+        """The ids of each question's strongest proponents, each once: k, or as many as every question has."""
+        found = []
+        for values, where in zip(self.values, self._all_places(), strict=True):
+            ids: dict[int | str, None] = {}
+            for i in np.argsort(-values, kind="stable"):
+                if len(ids) == k:
+                    break
+                ids[self.data_ids[where[i]]] = None
+            found.append(list(ids))
+        return [ids[: min(map(len, found))] for ids in found]
+
+    def align(
+        self, data_ids: Sequence[int | str] | None = None, query_ids: Sequence[int | str] | None = None
+    ) -> "Scores":
+        """The same scores in the order of these ids, of rows and of questions, and of no others; None: as they are.
+
+        A log has the order of its loop; a data set's own is often handier.
+
+        Raises:
+            ConfigError: of rows, if only the best were kept.
+            MismatchError: for an id that was not scored, or more than once.
+        """
+        if data_ids is not None and self.places is not None:
+            raise ConfigError("scores that keep only the best rows (top=...) have no other order: score without top.")
+        rows = slice(None) if query_ids is None else _places("query_id", self.query_ids, query_ids)
+        columns = slice(None) if data_ids is None else _places("data_id", self.data_ids, data_ids)
+        return dataclasses.replace(
+            self,
+            values=self.values[rows][:, columns],
+            query_ids=self.query_ids if query_ids is None else list(query_ids),  # type: ignore[arg-type]
+            data_ids=self.data_ids if data_ids is None else list(data_ids),  # type: ignore[arg-type]
+            places=None if self.places is None else self.places[rows],
+            by_layer=None if self.by_layer is None else self.by_layer[:, rows][:, :, columns],
+        )
 
     def among(self, candidates: Sequence[Sequence[int | str]]) -> "Scores":
         """Only some rows of each question (as many for each), best first.
@@ -180,8 +216,9 @@ class Scores:
             ConfigError: nothing to combine, scores of top rows only, or weights that do not fit.
             MismatchError: ids that repeat, or that one has and another has not.
         """
+        scores = [] if isinstance(scores, Scores) else list(scores)
         if not scores:
-            raise ConfigError("Scores.combine got no scores: pass at least one.")
+            raise ConfigError("Scores.combine got no list of scores: pass at least one.")
         weights = tuple(float(w) for w in ([1 / len(scores)] * len(scores) if weights is None else weights))
         if len(weights) != len(scores) or not np.isfinite(weights).all():
             raise ConfigError(f"weights={weights} must be {len(scores)} finite numbers, one for each of the scores.")
@@ -192,8 +229,8 @@ class Scores:
         for part, weight in zip(scores, weights, strict=True):
             if part.places is not None:
                 raise ConfigError("scores that keep only the best rows (top=...) do not combine: score without top.")
-            rows = _order("query_id", part.query_ids, first.query_ids)[:, None]
-            pairs = rows, _order("data_id", part.data_ids, first.data_ids)
+            rows = _places("query_id", part.query_ids, first.query_ids, all_of_them=True)[:, None]
+            pairs = rows, _places("data_id", part.data_ids, first.data_ids, all_of_them=True)
             size = part.values.std(axis=1, dtype=np.float64, keepdims=True) if standardize else np.ones((1, 1))
             factor = weight / np.where(size > 0, size, 1)
             values += (part.values * factor)[pairs]
@@ -221,7 +258,7 @@ class Scores:
         tensors = {"data_ids": torch.frombuffer(ids, dtype=torch.uint8)} | {
             key: torch.from_numpy(np.array(v, order="C")) for key in _ARRAYS if (v := getattr(self, key)) is not None
         }
-        save_tensors(path, "scores", header, tensors)
+        save_checked(path, "scores", header, tensors)
 
     @staticmethod
     def load(path: str | Path) -> "Scores":
@@ -232,9 +269,7 @@ class Scores:
             CorruptLogError: if it is none of ours, or damaged.
         """
         with loading(path, "scores") as (header, tensors):
-            header = {"weights": None, "fidelity": None} | header  # files from before there were these
-            if "data_ids" not in header:  # files from before have them there
-                header["data_ids"] = json.loads(tensors["data_ids"].numpy().tobytes())
+            header["data_ids"] = json.loads(tensors["data_ids"].numpy().tobytes())
             if set(header) != {"data_ids", *_HEADER}:
                 raise ValueError(f"its header has {sorted(header)}")
             header |= {key: tuple(header[key]) for key in ("layers", "weights") if header[key] is not None}
@@ -252,8 +287,8 @@ class Scores:
         return np.broadcast_to(np.arange(self.values.shape[1]), self.values.shape)
 
     def _ranked(self, k: int, *, best: bool) -> list[list[Record]]:
-        if k < 1:
-            raise ConfigError(f"k={k} must be at least 1.")
+        if not isinstance(k, int | np.integer) or k < 1:
+            raise ConfigError(f"k={k!r} must be a whole number of at least 1.")
         places, ranked = self._all_places(), []
         for values, where in zip(self.values, places, strict=True):
             order = np.argsort(-values if best else values, kind="stable")[:k]
@@ -261,7 +296,7 @@ class Scores:
         return ranked
 
 
-def _order(kind: str, mine: Sequence[Any], wanted: Sequence[Any]) -> np.ndarray:
+def _places(kind: str, mine: Sequence[Any], wanted: Sequence[Any], *, all_of_them: bool = False) -> np.ndarray:
     """Where each wanted id is among mine."""
     places = {name: place for place, name in enumerate(mine)}
     if len(places) < len(mine) or len(set(wanted)) < len(wanted):
@@ -270,8 +305,11 @@ def _order(kind: str, mine: Sequence[Any], wanted: Sequence[Any]) -> np.ndarray:
             f"{kind} {odd!r} is there more than once, so that its scores cannot be matched: log each id once "
             "(inside run.passes(), or with on_repeat='first')."
         )
-    if odd_ones := [*(name for name in wanted if name not in places), *(set(mine) - set(wanted))]:
+    missing = [name for name in wanted if name not in places]
+    if all_of_them and (odd_ones := [*missing, *(set(mine) - set(wanted))]):
         raise MismatchError(f"{kind} {odd_ones[0]!r} is in some of the scores only: score the same ids with every log.")
+    if missing:
+        raise MismatchError(f"{kind} {missing[0]!r} was not scored: these scores have no such id (of this type).")
     return np.array([places[name] for name in wanted], dtype=np.int64)
 
 

@@ -64,8 +64,9 @@ class Diagonal:
         return self.basis.rotate_back(self.rotated(rows)).flatten(1)
 
     def quadratic(self, rows: Tensor) -> Tensor:
-        rotated = self.basis.rotate(rows.unflatten(1, self.inverse.shape))
-        return (rotated.square() * self.inverse.to(rows.dtype)).sum((1, 2))
+        # Roots: of a layer with gradients of 1e-20 the squares and their inverse do not fit in float32.
+        rotated = self.basis.rotate(rows.unflatten(1, self.inverse.shape)) * self.inverse.sqrt().to(rows.dtype)
+        return rotated.square().sum((1, 2))
 
 
 class Dense:
@@ -94,10 +95,15 @@ class LowRank:
     """
 
     def __init__(self, rows: Tensor, damping: float) -> None:
+        # The span is that of rows at unit norm: of small rows nothing may be taken for rounding of the large ones.
+        sizes = nonzero(rows.norm(dim=1, keepdim=True))
+        self._rows = rows / sizes
+        _, mix = gram_basis(self._rows @ self._rows.T)
+        inside = rows @ self._rows.T @ mix
+        values, turn = torch.linalg.eigh(inside.T @ inside / len(rows))
         # The basis is mix^T rows; questions are few, so that two products with the rows cost less than to form it.
-        values, self._mix = gram_basis(rows @ rows.T)
-        self._rows = rows
-        self._inverse = 1 / (values / len(rows) + damping)
+        self._mix = mix @ turn
+        self._inverse = 1 / (values.clamp(min=0) + damping)
         self._damping = damping
 
     def apply(self, rows: Tensor) -> Tensor:

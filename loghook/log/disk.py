@@ -72,18 +72,21 @@ def write_all(descriptor: int, data: memoryview, offset: int) -> None:
         data, offset = data[written:], offset + written
 
 
+LOGGED = (
+    "What was committed is intact, what came after it is lost. Make room or mend the folder, then start again with "
+)
+LOGGED += "resume=True."
+
+
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def writing(path: Path, remedy: str = LOGGED) -> Iterator[None]:
     """Turn errors of the operating system into a WriteError that says what to do."""
     try:
         yield
     except OSError as error:
         if isinstance(error, LoghookError):
             raise
-        raise WriteError(
-            f"writing to {path} failed ({error}). What was committed is intact, what came after it is lost. Make room "
-            "or mend the folder, then start again with resume=True."
-        ) from error
+        raise WriteError(f"writing to {path} failed ({error}). {remedy}") from error
 
 
 _locks: "weakref.WeakSet[IO[str]]" = weakref.WeakSet()

@@ -54,25 +54,46 @@ def no_log(path: Path) -> str:
     return f"{nothing}: check the path."
 
 
-def save_tensors(path: str | Path, kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
+def save_tensors(path: Path, kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
     """Write a file of a kind: contiguous tensors, and what is said of them as JSON; returns its checksum."""
     data = safetensors.torch.save(dict(tensors), {f"loghook_{kind}": json.dumps(header)})
-    write_atomically(Path(path), data)
+    write_atomically(path, data)
     return checksum(data)
+
+
+def save_checked(path: str | Path, kind: str, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+    """Write a file that has its checksum in itself, for ``loading``."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        raise ConfigError(f"{path} is a folder: give the name of a file in it.")
+    save_tensors(path, kind, header | {"checksum": _digest(header, tensors)}, tensors)
+
+
+def _digest(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
+    """Checksum of what is said, and of every tensor's name, dtype, shape and bytes."""
+    parts = [
+        [name, str(tensor.dtype), list(tensor.shape), checksum(tensor.reshape(-1).view(torch.uint8).numpy().data)]
+        for name, tensor in sorted(tensors.items())
+    ]
+    return checksum(canonical_json([header, *parts]))
 
 
 @contextlib.contextmanager
 def loading(path: str | Path, kind: str) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
-    """Read what ``save_tensors`` wrote, (header, tensors); what fails in the block means that the file is none."""
-    if Path(path).is_dir():
-        is_one = holds_factors(Path(path)) or f"{path} is a folder, which loghook.load opens if it is a log"
+    """Read what ``save_checked`` wrote, (header, tensors); what fails in the block means that the file is none."""
+    path = Path(path).expanduser()
+    if path.is_dir():
+        is_one = holds_factors(path) or f"{path} is a folder, which loghook.load opens if it is a log"
         raise ConfigError(f"{is_one}: it is no {kind} file.")
     keys: Mapping[str, str] = {}
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             keys = file.metadata() or {}
             header = json.loads(keys[f"loghook_{kind}"])
-            yield header, {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            if header.pop("checksum") != _digest(header, tensors):
+                raise ValueError("it does not match its checksum")
+            yield header, tensors
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
         for key, other in _FILES.items():
             if key in keys and kind not in key:

@@ -18,7 +18,14 @@ from loghook.log.format import MANIFEST, Manifest, shard_name
 from loghook.log.records import REMEDY, Commits, all_commits, read_commits, sum_up
 from loghook.log.shard import SHARD_HEADER, close_shard
 
-ARGUMENTS = ("projection", "rank", "seed", "dtype", "gradient")  # of ``init``, which make rows what they are
+ARGUMENTS = (
+    "projection",
+    "rank",
+    "seed",
+    "whitening",
+    "dtype",
+    "gradient",
+)  # of ``init``, which make rows what they are
 SEAL_TIMEOUT = 600.0  # seconds that rank 0 waits for the others
 TELLING = 10.0  # after which it says so
 _OURS = ("rows-*.safetensors", "statistics-*.safetensors", "commits-*.jsonl", "lock-*", MANIFEST, PROJECTION, KEPT)

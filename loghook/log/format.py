@@ -145,6 +145,7 @@ class Manifest:
     # None, or what ``loghook.tune`` measured: {"pearson", "reference", "samples", "queries", "scoring"}
     fidelity: dict[str, Any] | None = None
     gradient: str = "plain"  # what rows are of: "plain", "normalized" or "adam"
+    whitening: float | None = None  # the damping of a whitened projection
     version: int = VERSION  # the format's version
 
     @property
@@ -166,7 +167,7 @@ class Manifest:
     def encode(self) -> bytes:
         """Return the bytes of ``loghook.json``; it has the last fields only where they say something."""
         body = {"format": "loghook", "fingerprint": self.fingerprint} | dataclasses.asdict(self)
-        for key, absent in (("fitted", None), ("fidelity", None), ("gradient", "plain")):
+        for key, absent in (("fitted", None), ("fidelity", None), ("gradient", "plain"), ("whitening", None)):
             if body[key] == absent:
                 del body[key]
         body["checksum"] = checksum(canonical_json(body))

@@ -37,6 +37,7 @@ from loghook.processes import on_cpu
 
 SEVERAL = "several"  # in place of a digest of parameter values, where rows are gradients at different ones
 RECODED = 2**22  # values of rows that are written in another dtype at a time
+AS_IT_WAS = "The log is as it was. Make room, or a folder that can be written, and call this again."
 GENERATION_STEP = 10**10  # snapshots of maintenance are numbered from here, out of the way of every writer's
 
 
@@ -132,7 +133,7 @@ def merge(out: str | Path, runs: Sequence[str | Path]) -> Changed:
     for path, manifest in zip(paths, manifests, strict=True):
         for name in ("fingerprint", "layers", "dtype", "id_type", "on_repeat"):
             if getattr(manifest, name) != getattr(first, name):
-                raise MismatchError(f"{path} and {paths[0]} differ in {name}: only runs that agree can be merged.")
+                raise MismatchError(f"{path} and {paths[0]} {_difference(manifest, first, name)}")
     done = _entry("merge", runs=[_origin(m) for m in manifests])
     values = {m.parameters.get("last") or m.parameters.get("first") for m in manifests} - {None}
     parameters: dict[str, str | None] = {"last": SEVERAL} if len(values) > 1 else first.parameters
@@ -163,7 +164,25 @@ def compress(source: str | Path, out: str | Path, dtype: str) -> Changed:
         raise ConfigError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
     path, manifest = Path(source), Manifest.load(Path(source))
     done = _entry("compress", runs=[_origin(manifest)], dtype=manifest.dtype)
+    if dtype != manifest.dtype:
+        manifest.fidelity = None  # it was measured of rows in the other
     return _build(Path(out), [(path, manifest)], dtype, [done], manifest.parameters)
+
+
+def _difference(one: Manifest, other: Manifest, name: str) -> str:
+    """Say why two runs cannot be merged that have not the same ``name``."""
+    if name == "fingerprint":
+        for key in ("projection", "rank", "seed", "gradient"):
+            if getattr(one, key) != getattr(other, key):
+                name = key
+        if name == "fingerprint" and one.fitted != other.fitted:
+            return (
+                f"have {one.projection} projections that were fitted apart: log one of them again with "
+                "init(fitted=path of the other), and fit once before you split the data next time."
+            )
+    values = getattr(one, name), getattr(other, name)
+    shown = "" if name in ("fingerprint", "layers") else " ({!r} and {!r})".format(*values)
+    return f"differ in {name}{shown}: only runs that agree can be merged."
 
 
 def _entry(what: str, **facts: Any) -> dict[str, Any]:
@@ -194,7 +213,7 @@ def _build(
         first, run_id=run_id, world_size=sum(m.world_size for m in manifests), generation=0, sealed=None, dtype=dtype,
         no_statistics=reasons[0] if reasons else None, history=history, parameters=parameters,
     )  # fmt: skip
-    with writing(building):
+    with writing(building, AS_IT_WAS):
         building.mkdir(parents=True)
         try:
             logs: list[Commits] = []
@@ -219,7 +238,7 @@ def _build(
 
 @contextmanager
 def _locked(path: Path, manifest: Manifest) -> Iterator[None]:
-    with writing(path), ExitStack() as held:
+    with writing(path, AS_IT_WAS), ExitStack() as held:
         for rank in range(manifest.world_size):
             held.enter_context(lock(path / lock_name(rank)))
         yield

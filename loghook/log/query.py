@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from loghook.errors import CheckpointWarning, ConfigError, MismatchError, StateError
-from loghook.log.files import loading, save_tensors
+from loghook.log.files import loading, save_checked
 from loghook.log.format import LayerSpec, Layout, Made, listed
 from loghook.processes import everyone
 
@@ -132,7 +132,7 @@ class Query:
             "direction": self.direction,
             "gradient": self.made.gradient,
         }
-        save_tensors(path, "query", header, {"rows": self.matrix.contiguous()})
+        save_checked(path, "query", header, {"rows": self.matrix.contiguous()})
 
     @staticmethod
     def load(path: str | Path) -> "Query":

@@ -331,6 +331,8 @@ _previous: dict[int, Any] = {}  # the handlers that were there before ours
 def _guard(writer: Writer) -> None:
     """Commit this writer's rows if the process is told to end before ``_release``."""
     _writers.append(writer)
+    atexit.unregister(_leave)  # here and not on import: a process of multiprocessing forgets what its parent registered
+    atexit.register(_leave)
     if threading.current_thread() is not threading.main_thread():
         return  # only the main thread may install handlers; leaving the interpreter still commits
     for number in _SIGNALS:
@@ -369,7 +371,6 @@ def _terminate(number: int, frame: FrameType | None) -> None:
     os.kill(os.getpid(), number)  # the parent sees a process that ended by this signal
 
 
-@atexit.register
 def _leave() -> None:
     """Close what is open when the interpreter ends by itself, by an exception or by SystemExit."""
     with contextlib.ExitStack() as stack:  # all of them, also where one raises

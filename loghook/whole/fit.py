@@ -337,7 +337,7 @@ class Fit(Blocks, Hooked):
             query: whole gradients of the questions, or refined ones.
             batches: ids -> (ids of a batch, batch) pairs that yield those samples.
             loss: batch -> its summed loss, through the watched model.
-            top: how many candidates of each question are taken from ``scores``.
+            top: how many candidates of each question are taken from ``scores``, each id once.
             options: as in ``score``.
 
         Returns:
@@ -348,7 +348,7 @@ class Fit(Blocks, Hooked):
             raise ConfigError("batches= is a function here: of a list of ids it yields (ids, batch) of those samples.")
         if list(scores.query_ids) != list(query.data_ids):
             raise MismatchError("scores and query hold different questions: pass both in the same order.")
-        candidates = [[record.data_id for record in ranked] for ranked in scores.top(top)]
+        candidates = scores.distinct(top)
         wanted = list(dict.fromkeys(i for ids in candidates for i in ids))
         scoring = self.score(query, **options)
         for ids, batch in batches(wanted):

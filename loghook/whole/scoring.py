@@ -10,12 +10,11 @@ from torch import Tensor
 
 from loghook.capture.batch import Blocks, Given, Ids, check_ids
 from loghook.capture.whole import Products
-from loghook.errors import StateError
+from loghook.errors import NotFiniteError, StateError
 from loghook.influence.precondition import Curvature
 from loghook.influence.scores import Scores
 from loghook.influence.solvers import Diagonal, Identity, nonzero
 from loghook.log.query import Query, require_one_query
-from loghook.log.writer import not_finite
 from loghook.processes import everyone
 from loghook.project.projection import Side
 from loghook.statistics import Eigenbasis
@@ -28,8 +27,8 @@ class Scoring(Blocks):
     """A scoring pass: call it around each batch's forward and backward, then take ``scores()``.
 
     Attributes:
-        lost: with low-rank questions, the largest share of a question's squared norm that the approximation left out
-            in any layer; else None.
+        lost: with low-rank questions, the largest share of its squared norm that the approximation left out of any
+            question in any layer; else None.
     """
 
     def __init__(
@@ -65,7 +64,12 @@ class Scoring(Blocks):
         parts = torch.stack(found).cpu()  # (L, B, Q), and own
         total = parts if self._per_layer else parts.sum(0, keepdim=True)
         if not bool(torch.isfinite(total).all()):
-            raise not_finite(ids, total.sum(0))
+            odd = [ids[i] for i in (~torch.isfinite(total.sum((0, 2)))).nonzero().flatten().tolist()]
+            raise NotFiniteError(
+                f"scores of {len(odd)} samples are not finite (data_id {str(odd[:5])[1:-1]}), and this batch was not "
+                "kept: look at the loss of these samples; take a larger damping where there is next to no curvature.",
+                odd,
+            )
         self._seen.update(dict.fromkeys(ids[i] for i in first))
         self._parts.append(total[:, first])
 
