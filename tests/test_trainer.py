@@ -518,6 +518,22 @@ class OwnMeans(Trainer):
         return (losses.sum(1) / (labels != -100).sum(1)).mean()
 
 
+class RareClass(Trainer):
+    """Only a class that is in none of the first batches has a weight."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        logits = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+        return F.cross_entropy(logits, inputs["labels"], weight=torch.tensor([1.0, 1.0, 5.0]))
+
+
+class ZLoss(Trainer):
+    """A mean over positions, padding included, beside the mean over labels."""
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        outputs = model(**inputs)
+        return outputs.loss + 0.1 * outputs.logits.logsumexp(-1).square().mean()
+
+
 class Passes(Trainer):
     """A subclass with a data loader of its own that forgets the ids."""
 
@@ -529,7 +545,10 @@ def test_errors_leave_the_trainer_as_it_was(folder):
     auxiliary, certain = Auxiliary(LlamaConfig(**CONFIG)), make_model("num_items")
     certain.lm_head.weight.data *= 30  # where all labels are equally likely, all means are equal
     floats = [{**s, "labels": float(s["labels"])} for s in samples("ignores")]
+    rare = [{**s, "labels": s["labels"] % 2} for s in samples("ignores")]
     cases = [
+        (UnsupportedError, "is neither", {"subclass": RareClass, "kind": "ignores", "data": rare}, {}),
+        (UnsupportedError, "is neither", {"subclass": ZLoss}, {}),
         (ConfigError, r"id_column='key' is no column .* \(it has 'input_ids', 'labels'", {}, {"id_column": "key"}),
         (UnsupportedError, "the loss of Auxiliary is neither", {"model": auxiliary}, {}),
         (UnsupportedError, "is neither", {"function": mean_of_sums}, {}),

@@ -4,6 +4,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,8 +16,11 @@ from loghook.capture.segments import from_cu_seqlens, from_position_ids
 from loghook.errors import BatchError, ConfigError, UnsupportedError
 
 IGNORED = -100  # the label that transformers' losses leave out
+TRIALS = 32  # of labels with other classes
 TOLERANCE = 1e-5  # by which losses may differ that are taken for equal: less than an auxiliary loss adds
 
+# Labels of all, of one part and of the other, each with the inputs that differ from the batch's.
+Trial = tuple[tuple[Tensor, Mapping[str, Any]], ...]
 Count = Callable[[Mapping[str, Any], Any], Any]
 
 
@@ -171,13 +175,12 @@ def _find_count(trainer: Any, inputs: Mapping[str, Any], items: Any) -> Count:
             "with log_training(..., scale=lambda batch, num_items: n), n times the loss being a sum over samples."
         )
 
-    def loss(labels: Tensor, items: Any) -> Tensor:
-        return trainer.compute_loss(trainer.model, {**inputs, "labels": labels}, num_items_in_batch=items)
+    def loss(labels: Tensor, items: Any, **cut: Any) -> Tensor:
+        return trainer.compute_loss(trainer.model, {**inputs, **cut, "labels": labels}, num_items_in_batch=items)
 
     none = torch.full_like(labels, IGNORED)
     first = none.clone()
     first[..., 0] = 0
-    parts = _in_parts(labels)
     cause = None
     with _trials(trainer, labels.device):
         loss(labels, items)  # what fails here would fail in training as well
@@ -192,12 +195,8 @@ def _find_count(trainer: Any, inputs: Mapping[str, Any], items: Any) -> Count:
                 shift = int(labels.dim() > 1 and math.isnan(loss(first, items)))
                 # transformers does not see a causal model under the compiler's wrapper, and smooths labels unshifted.
                 unlike = shift and trainer.label_smoother is not None and trainer.args.torch_compile
-                counts = [int((part[..., shift:] != IGNORED).sum()) for part in parts]
-                means = [loss(part, items) for part in parts]
-                sums = [n * float(mean) if n else 0.0 for n, mean in zip(counts, means, strict=True)]
-                tolerance = max(TOLERANCE, torch.finfo(means[0].dtype).eps)  # a loss may be in half precision
-                # A mean with weights, or of samples' own means, is no sum of what its parts are.
-                if math.isclose(sums[0], sums[1] + sums[2], rel_tol=tolerance) and not unlike:
+                classes = getattr(getattr(trainer.model, "config", None), "num_labels", 0)
+                if not unlike and _adds_up(partial(loss, items=items), labels, inputs, shift, classes):
                     return lambda inputs, _: (inputs["labels"][..., shift:] != IGNORED).sum()
         except (IndexError, RuntimeError) as error:  # a loss to which -100 is a class like others
             if isinstance(error, torch.OutOfMemoryError):
@@ -225,14 +224,52 @@ def _trials(trainer: Any, device: torch.device) -> Iterator[None]:
         trainer.model.train(training)
 
 
-def _in_parts(labels: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Labels of several classes where there are some, and two parts of them that differ in classes and in samples."""
+def _adds_up(
+    loss: Callable[..., Tensor], labels: Tensor, inputs: Mapping[str, Any], shift: int,
+    classes: int,
+) -> bool:  # fmt: skip
+    """Whether a loss is the plain mean over labels: the sum over all is that of its parts.
+
+    Not so for a mean with weights, or of samples' own means. Terms without labels see no difference in parts of the
+    labels; they do in parts of the samples that have unlike numbers of them.
+    """
+    for trial in (*_in_labels(labels, classes), *_in_samples(labels, inputs)):
+        sums, exact = [], TOLERANCE
+        for part, cut in trial:
+            n, mean = int((part[..., shift:] != IGNORED).sum()), loss(part, **cut)
+            sums.append(n * float(mean) if n else 0.0)
+            exact = max(exact, torch.finfo(mean.dtype).eps)  # a loss may be in half precision
+        if not math.isclose(sums[0], sums[1] + sums[2], rel_tol=exact):
+            return False
+    return True
+
+
+def _in_labels(labels: Tensor, classes: int) -> Iterator[Trial]:
+    """Labels of several classes where there are some, and two parts of them that differ in classes and in samples.
+
+    Of labels of whole samples all classes have their turn (or the first some hundred), as each may have a weight.
+    """
     counted = labels != IGNORED
     place = (counted.flatten().cumsum(0) - 1).view(labels.shape)
     row = torch.arange(len(labels), device=labels.device).view(-1, *[1] * (labels.dim() - 1))
-    mixed = torch.where(place % 3 == 2, labels, place % 3).where(counted, IGNORED)
     one = place % (3 + row) == 0
-    return mixed, mixed.where(one, IGNORED), mixed.where(~one, IGNORED)
+    made = [torch.where(place % 3 == 2, labels, place % 3)]
+    if labels.dim() == 1:
+        made += [(place + start) % classes for start in range(2, classes, len(labels))][:TRIALS]
+    for mixed in (m.where(counted, IGNORED) for m in made):
+        yield (mixed, {}), (mixed.where(one, IGNORED), {}), (mixed.where(~one, IGNORED), {})
+
+
+def _in_samples(labels: Tensor, inputs: Mapping[str, Any]) -> list[Trial]:
+    """All of a batch, and two halves of its samples; the first has half of its labels."""
+    size, cut = len(labels), len(labels) // 2
+    tensors = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.dim() and k != "labels"}
+    if size < 2 or any(len(value) != size for value in tensors.values()):
+        return []  # packed, or with parts of another batch axis
+    every = torch.arange(labels[0].numel(), device=labels.device).view(labels.shape[1:]) % 2 == 0
+    thinned = torch.cat([labels[:cut].where(every, IGNORED), labels[cut:]]) if labels.dim() > 1 else labels
+    halves = ((thinned[part], {k: v[part] for k, v in tensors.items()}) for part in (slice(0, cut), slice(cut, None)))
+    return [((thinned, {}), *halves)]
 
 
 def _refuse(trainer: Any) -> None:
