@@ -74,11 +74,15 @@ def init(
         LogExistsError: a run is there already and neither ``resume`` nor ``overwrite`` was given, or there are factors.
     """
     config = Config(
-        path=Path(path).expanduser(), rank=rank, projection=projection, whitening=whitening,
-        fitted=None if fitted is None else Path(fitted), seed=seed, dtype=dtype, on_repeat=on_repeat,
+        path=_absolute(path), rank=rank, projection=projection, whitening=whitening,
+        fitted=None if fitted is None else _absolute(fitted), seed=seed, dtype=dtype, on_repeat=on_repeat,
         shard_bytes=shard_bytes, commit_seconds=commit_seconds, fidelity=fidelity, gradient=gradient,
     )  # fmt: skip
     return Run(config, resume=resume, overwrite=overwrite)
+
+
+def _absolute(path: str | Path) -> Path:
+    return Path(path).expanduser().absolute()  # a program may change its folder while it logs
 
 
 def fit(path: str | Path, *, fisher: str = "empirical", resume: bool = False, overwrite: bool = False) -> Fit:
@@ -94,7 +98,7 @@ def fit(path: str | Path, *, fisher: str = "empirical", resume: bool = False, ov
     Raises:
         LogExistsError: factors are there already and neither ``resume`` nor ``overwrite`` was given, or there is a log.
     """
-    return Fit(Path(path).expanduser(), fisher=fisher, resume=resume, overwrite=overwrite)
+    return Fit(_absolute(path), fisher=fisher, resume=resume, overwrite=overwrite)
 
 
 def load(path: str | Path) -> "Log":

@@ -26,7 +26,7 @@ from transformers.pytorch_utils import Conv1D
 
 import loghook
 from loghook.capture import adapters, tap
-from loghook.errors import BatchError, DeliveryError, UnsupportedError
+from loghook.errors import BatchError, ConfigError, DeliveryError, UnsupportedError
 from loghook.project import outer
 from tests.harness import TOLERANCE, assert_rows_exact, check_against_oracle, log_batch
 
@@ -1002,3 +1002,52 @@ def test_flattened_layers_of_a_sequence_first_model(tmp_path):
         loss(model, x).backward()
     run.finalize()
     assert_rows_exact(loghook.load(tmp_path), model, loss, x, 1e-9)
+
+
+@pytest.mark.parametrize("rank", [3, 64])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"dilation": (2, 2), "padding": (2, 2), "stride": (1, 1)},
+        {"padding": 0},
+        {"padding": (3, 0), "stride": 2, "dilation": 1},
+        {"padding": "same", "stride": (1, 1), "dilation": (1, 3)},
+    ],
+)
+def test_convolutions_that_were_changed_after_they_were_made(changed, rank):
+    """As segmentation models do with a backbone's strides."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(2, 4, 3, stride=2, padding=1), nn.Tanh())
+    for name, value in changed.items():
+        setattr(model[0], name, value)
+    x, options = torch.randn(3, 2, 9, 9), {"rank": rank} if rank < 4 else {"projection": "none"}
+    run_case(model, x, torch.float32, **options)
+
+
+def test_what_replaces_a_layers_computation_is_left_out(tmp_path, capsys):
+    class Tiled(nn.Conv2d):
+        def _conv_forward(self, x, weight, bias):
+            return F.conv2d(F.pad(x, (1, 1, 1, 1), "circular"), weight, bias)
+
+    class Conv1D(nn.Module):  # of one's own
+        def __init__(self):
+            super().__init__()
+            self.nf, self.w = 3, nn.Parameter(torch.ones(3, 3))
+
+        def forward(self, x):
+            return x @ self.w * 2
+
+    model = nn.ModuleDict(
+        {"tiled": Tiled(2, 2, 3), "patched": nn.Linear(3, 3), "own": Conv1D(), "good": nn.Linear(3, 3)}
+    )
+    model["patched"].forward = lambda x: 2 * x
+    run = loghook.init(tmp_path / "run", rank=2)
+    run.watch(model)
+    shown = capsys.readouterr().out
+    assert run.layers == ("good",)
+    for why in ("Tiled overrides _conv_forward", "forward was replaced on the module", "no adapter for Conv1D"):
+        assert why in shown
+    with pytest.raises(ConfigError, match="patched: forward was replaced"):
+        loghook.init(tmp_path / "other").watch(model, exclude="good")
+    with pytest.raises(UnsupportedError, match=r"'0.weight' has no shape yet"):
+        loghook.init(tmp_path / "lazy").watch(nn.Sequential(nn.LazyConv1d(3, 2), nn.Linear(2, 2)))

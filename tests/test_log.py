@@ -454,7 +454,7 @@ def test_a_loader_that_is_used_up_after_the_first_pass_is_noticed(tmp_path):
 
 def test_nothing_is_written_into_a_folder_that_took_the_place_of_the_runs_own(tmp_path):
     old = begun(tmp_path / "run", make_model())
-    shutil.rmtree(tmp_path / "run")
+    (tmp_path / "run").rename(tmp_path / "gone")  # at once: its writer may be at work
     new = begun(tmp_path / "run", make_model(), ids=range(10, 14))
     new.finalize()
     files = {file.name: file.read_bytes() for file in (tmp_path / "run").iterdir()}
@@ -511,3 +511,47 @@ def test_all_runs_are_committed_at_exit_also_if_one_cannot_be(tmp_path):
     )  # fmt: skip
     assert "was deleted, or replaced" in done.stderr
     assert loghook.load(tmp_path / "b").data_ids == [0, 1]
+
+
+def test_a_program_may_change_its_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    model, x = make_model(), data(20)
+    run = loghook.init("run", rank=4)
+    run.watch(model)
+    monkeypatch.chdir("elsewhere")
+    for start in (0, 10):
+        with run(data_id=range(start, start + 10)):
+            loss_fn(model, x[start : start + 10]).backward()
+        monkeypatch.chdir(tmp_path)
+        log = loghook.load("run") if start else None
+    run.finalize()
+    monkeypatch.chdir("elsewhere")
+    assert not list((tmp_path / "elsewhere").iterdir())
+    log = loghook.load("../run")
+    monkeypatch.chdir(tmp_path)
+    assert log.data_ids == list(range(20)) and not log.verify() and len(log.rows("0")[:]) == 20
+
+
+def test_passes_are_gone_through_once(tmp_path, capsys):
+    model, x = make_model(), data(8)
+
+    def go_through(run, ids):
+        for _ in run.passes():
+            with run(data_id=ids):
+                loss_fn(model, x[: len(ids)]).backward()
+
+    run = loghook.init(tmp_path / "run", rank=4)
+    run.watch(model)
+    go_through(run, range(8))
+    with pytest.raises(StateError, match="put the epochs inside"):
+        go_through(run, range(8, 16))
+    run.close()
+    run = loghook.init(tmp_path / "run", rank=4, resume=True)
+    run.watch(model)
+    go_through(run, range(8))
+    assert "an earlier process completed all passes" in capsys.readouterr().out
+    run.finalize()
+    with pytest.raises(StateError, match="is finalised"):
+        go_through(run, range(8))
+    assert len(loghook.load(run.path)) == 8

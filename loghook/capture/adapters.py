@@ -5,7 +5,7 @@ A new type is a new class under ``@adapter(Type)``; nothing else changes (docs/a
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -117,7 +117,9 @@ def find_adapter(module: nn.Module) -> Adapter | None:
     if known is not None:
         return _REGISTRY[known]
     # transformers' Conv1D is recognised by name and attribute, so that ``import loghook`` needs no transformers.
-    return _CONV1D if type(module).__name__ == "Conv1D" and hasattr(module, "nf") else None
+    kind = type(module)
+    known_by_name = kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")
+    return _CONV1D if known_by_name and hasattr(module, "nf") else None
 
 
 @adapter(nn.Linear)
@@ -178,12 +180,12 @@ class ConvAdapter(Adapter):
                 f"a convolution got an input of shape {tuple(x.shape)} without a batch axis: pass it with its batch "
                 "axis first, so that there is a row per sample."
             )
-        if any(module._reversed_padding_repeated_twice):
-            mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
-            x = F.pad(x, module._reversed_padding_repeated_twice, mode=mode)
+        strides, gaps = _each(module.stride, n), _each(module.dilation, n)
+        if any(padding := _padding(module, gaps)):
+            x = F.pad(x, padding, mode="constant" if module.padding_mode == "zeros" else module.padding_mode)
         x = x.reshape(-1, x.shape[1] // groups, *x.shape[2:])  # groups as samples: each sees the same projection
         if side.matrix is None:
-            for i, (size, step, gap) in enumerate(zip(module.kernel_size, module.stride, module.dilation, strict=True)):
+            for i, (size, step, gap) in enumerate(zip(module.kernel_size, strides, gaps, strict=True)):
                 x = x.unfold(2 + i, (size - 1) * gap + 1, step)[..., ::gap]
             patches = x.movedim(1, 1 + n).flatten(1, n).flatten(2)
             z = project_input(patches, None, bias)
@@ -191,9 +193,31 @@ class ConvAdapter(Adapter):
             matrix = side.matrix.to(x.dtype)
             kernels = (matrix[:, :-1] if bias else matrix).reshape(side.k, x.shape[1], *module.kernel_size)
             offset = matrix[:, -1] if bias else None
-            z = _CONVOLVE[n](x, kernels, offset, module.stride, 0, module.dilation)
+            z = _CONVOLVE[n](x, kernels, offset, strides, 0, gaps)
             z = z.flatten(2).transpose(1, 2)
         return z if groups == 1 else z.unflatten(0, (-1, groups)).transpose(1, 2)
+
+
+def _each(value: int | tuple[int, ...], n: int) -> tuple[int, ...]:
+    return (value,) * n if isinstance(value, int) else tuple(value)
+
+
+def _padding(module: nn.Conv1d | nn.Conv2d | nn.Conv3d, gaps: tuple[int, ...]) -> Sequence[int]:
+    """How a convolution pads now, as ``F.pad`` takes it, the last axis first.
+
+    Of zeros torch reads ``padding`` at each call, as strides and dilations, which segmentation models set afterwards;
+    of other modes what the constructor made of it.
+    """
+    if module.padding_mode != "zeros":
+        return module._reversed_padding_repeated_twice
+    if module.padding == "valid":
+        return ()
+    sizes = zip(module.kernel_size, gaps, strict=True)
+    if module.padding == "same":
+        ends = [(gap * (size - 1) // 2, gap * (size - 1) - gap * (size - 1) // 2) for size, gap in sizes]
+    else:
+        ends = [(p, p) for p in _each(module.padding, len(gaps))]  # type: ignore[arg-type]
+    return [p for pair in reversed(ends) for p in pair]
 
 
 @adapter(nn.Embedding)

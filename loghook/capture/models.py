@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from loghook.capture.experts import projections
@@ -95,6 +96,8 @@ def refuse(model: nn.Module) -> None:
                 "FSDP1 with offloaded parameters does not say where a layer computes: use FSDP2 (fully_shard with "
                 "CPUOffloadPolicy), or no offloading."
             )
+    if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
+        raise UnsupportedError(f"{lazy[0]!r} has no shape yet (a lazy module): run one batch through the model first.")
     sharded = [m for m in model.modules() if type(m).__name__.startswith("FSDP")]
     for name, parameter in model.named_parameters():
         mesh = getattr(parameter, "device_mesh", None)

@@ -44,6 +44,7 @@ class Run(Blocks, Hooked):
         self._step = max(steps.values(), default=0)  # number of the next block
         self._fresh_step = steps.get(process_rank(), 0)  # the first that no earlier process committed
         self._pass: Pass | None = None
+        self._completed: set[int] = set()  # passes that this process went through
         self._rehearsal: Plan | None = None  # a plan that measures blocks, which then write nothing
         self._id_type = ""
         self._closed = False
@@ -160,8 +161,17 @@ class Run(Blocks, Hooked):
         fits = self._projection in FITTED
         if fits and self._config.fitted is not None:
             self._require_projection()
-        gathered = False
-        for index, kind in enumerate(("covariance", "log") if fits else ("log",)):
+        gathered, kinds = False, ("covariance", "log") if fits else ("log",)
+        if not self._was_sealed:
+            self._require_open()
+        if len(kinds) - 1 in self._completed:
+            raise StateError(
+                "the passes of this run are over, and going through them again would log nothing: put the epochs "
+                "inside `for _ in run.passes():`, or log without passes()."
+            )
+        if len(kinds) - 1 in done and process_rank() == 0:
+            print(f"{self.path}: an earlier process completed all passes. run.finalize() seals the run.")
+        for index, kind in enumerate(kinds):
             if index in done or self._session.sealed or (kind == "covariance" and self._fitted):
                 continue
             self._pass = Pass(index, kind)
@@ -185,6 +195,7 @@ class Run(Blocks, Hooked):
                 if self._elsewhere is not None and self._elsewhere == self.digests():
                     self._warn_of_other_values()  # training would have moved them on
                 done.add(index)
+                self._completed.add(index)
             finally:
                 self._pass = None
 

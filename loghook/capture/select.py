@@ -24,7 +24,7 @@ FUSED_EXPERTS = "fused experts are watched only where a pattern such as '*expert
 _FAITHFUL = {
     "bitsandbytes.Linear4bit", "bitsandbytes.Linear8bitLt", "torchao.Float8Linear", "transformers.FalconLinear",
     "transformers.FP8Linear", "transformers.FbgemmFp8Linear", "transformers.CompressedTensorsFP8Linear",
-    "transformers.MetalLinear", "loghook.ExpertProjection",
+    "transformers.MetalLinear", "whisper.Conv1d", "whisper.Linear", "loghook.ExpertProjection",
 }  # fmt: skip
 
 
@@ -100,9 +100,8 @@ def select(
             reasons[name] = "nn.MultiheadAttention reads its weight without calling it"
         elif projections(module):
             reasons[name] = FUSED_EXPERTS
-        elif found is not None and _overrides_forward(module):
-            kind = type(module).__name__
-            reasons[name] = f"{kind} overrides forward; vouch for it with @loghook.adapter({kind})"
+        elif found is not None and (why := _unlike_its_base(module)):
+            reasons[name] = why
         elif any(p.is_complex() for p in module.parameters(recurse=False)):
             reasons[name] = "complex parameters"
         elif found is None:
@@ -116,9 +115,11 @@ def select(
         else:
             chosen[name] = (module, found)
     if not chosen:
+        left_out = [name for name in reasons if find_adapter(modules[name]) is not None]
+        left = "".join(f" {name or '(model)'}: {reasons[name]}." for name in left_out[:3])
         raise ConfigError(
             f"include={list(watch.include)} with exclude={list(watch.exclude)} selects no linear or convolution layer: "
-            "widen include or narrow exclude."
+            f"widen include or narrow exclude.{left}"
         )
     specs = []
     for name, (module, found) in chosen.items():
@@ -152,13 +153,19 @@ def _left_out(name: str, wanted: Sequence[str], exclude: str | Sequence[str]) ->
     return matches(name, exclude) and not named
 
 
-def _overrides_forward(module: nn.Module) -> bool:
-    """Whether a subclass of a known layer computes something of its own, so that the base's adapter may not fit it."""
+def _unlike_its_base(module: nn.Module) -> str | None:
+    """Why a module may compute something else than the known layer that it is a kind of, or None."""
     known, kind = registered_type(module), type(module)
-    if known is None or kind.forward is known.forward:
-        return False
-    definer = next(cls for cls in kind.__mro__ if "forward" in vars(cls))
-    return f"{definer.__module__.partition('.')[0]}.{definer.__name__}" not in _FAITHFUL
+    if known is None:
+        return None
+    for name in ("forward", "_conv_forward"):  # the second is what a convolution's own forward calls
+        if name in vars(module) and not hasattr(module, "_hf_hook") and not hasattr(module, "_original_forward"):
+            return f"{name} was replaced on the module"  # but not by accelerate's, which calls the one that was there
+        if getattr(kind, name, None) is not getattr(known, name, None):
+            definer = next(cls for cls in kind.__mro__ if name in vars(cls))
+            if f"{definer.__module__.partition('.')[0]}.{definer.__name__}" not in _FAITHFUL:
+                return f"{kind.__name__} overrides {name}; vouch for it with @loghook.adapter({kind.__name__})"
+    return None
 
 
 def draw_sides(specs: Iterable[LayerSpec], kind: str, seed: int) -> Sides:
@@ -183,7 +190,7 @@ def find_logged(model: nn.Module, manifest: Manifest, origin: Path) -> list[Laye
     modules, layers = dict(named_modules(model)), []
     for spec in manifest.layers:
         module = modules.get(spec.name)
-        found = None if module is None or _overrides_forward(module) else find_adapter(module)
+        found = None if module is None or _unlike_its_base(module) else find_adapter(module)
         if module is None or found is None:
             raise MismatchError(
                 f"the model has no layer {spec.name!r} as in {origin}: attach the model that was logged."
