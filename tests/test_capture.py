@@ -1051,3 +1051,12 @@ def test_what_replaces_a_layers_computation_is_left_out(tmp_path, capsys):
         loghook.init(tmp_path / "other").watch(model, exclude="good")
     with pytest.raises(UnsupportedError, match=r"'0.weight' has no shape yet"):
         loghook.init(tmp_path / "lazy").watch(nn.Sequential(nn.LazyConv1d(3, 2), nn.Linear(2, 2)))
+
+
+def test_a_tied_weight_is_named_where_it_is_used_otherwise(tmp_path, capsys):
+    model = nn.ModuleDict({"words": nn.Embedding(11, 5), "decoder": nn.Linear(5, 11, bias=False)})
+    model["decoder"].weight = model["words"].weight
+    loghook.init(tmp_path / "run", rank=4).watch(model)
+    shown = capsys.readouterr().out
+    assert "100.0% of 55 parameters" in shown
+    assert "words (tied to decoder, whose rows are of its own use of the weight)" in shown

@@ -118,7 +118,7 @@ def mixing_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
 def coverage(model: nn.Module, watched: Collection[str], reasons: dict[str, str]) -> dict[str, Any]:
     """Make the record of what the watched layers hold, and what is left out and why; see ``Manifest.coverage``."""
     flattened = _flattened(model)
-    counted: set[Any] = set()
+    counted: dict[Any, str] = {}  # by which module
     covered = 0
     left_out: list[dict[str, Any]] = []
     modules = sorted(named_modules(model), key=lambda item: _owner(item[0]) not in watched)  # tied weights are covered
@@ -126,11 +126,15 @@ def coverage(model: nn.Module, watched: Collection[str], reasons: dict[str, str]
         own: dict[Any, int] = {id(p): p.numel() for p in module.parameters(recurse=False) if not in_flat_parameter(p)}
         own.update(flattened.get(module, {}))
         size = sum(n for key, n in own.items() if key not in counted)
-        counted.update(own)
+        shared = [counted[key] for key in own if key in counted]
+        counted |= dict.fromkeys(own.keys() - counted.keys(), name)
         if _owner(name) in watched:
             covered += size
         elif size:
             left_out.append({"name": name, "parameters": size, "reason": reasons.get(name, "not included")})
+        elif shared and _owner(shared[0]) in watched:
+            reason = f"tied to {shared[0]}, whose rows are of its own use of the weight"
+            left_out.append({"name": name, "parameters": 0, "reason": reason})
     left_out.sort(key=lambda item: -item["parameters"])
     total = covered + sum(item["parameters"] for item in left_out)
     return {"covered": covered, "total": total, "not_covered": left_out}
