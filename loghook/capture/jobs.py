@@ -1,0 +1,129 @@
+"""What a block makes of its layers' calls: rows as a log has them, rows of updates, or a job on whole gradients.
+
+A job says how a layer's inputs are projected, what shapes its leaves have, what its work (``loghook.capture.work``)
+takes besides, and what becomes of what arrived. ``Queue`` takes eager calls for it. Some wait there for others:
+
+- Rows of several layers are formed together: one product of many matrices in place of many small products. A layer's
+  own are so small that waking the threads, or a launch on a GPU, costs more than the arithmetic. A compiled backward
+  has no use for this: it fuses by itself.
+- What is no sum over a layer's calls is made of all of them at once.
+
+Shape suffixes as in ``loghook.project.outer``; n layers.
+"""
+
+from collections.abc import Hashable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from loghook.capture.layers import Layer, Slots
+from loghook.capture.work import Call, Held, Made, make, wide_context
+from loghook.project.projection import Side
+
+Result = TypeVar("Result")
+
+
+@dataclass(eq=False)
+class Place:
+    """What the layers of a block have in common that compute on one device and in one dtype; brought there once."""
+
+    device: torch.device
+    dtype: torch.dtype
+    job: "Job[Any]"
+    scale: float | Tensor  # what gradients are multiplied by: a number, or (B,)
+    kept: Tensor | None  # (B,) which rows count in sums over them, or None for all
+    _moved: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
+
+    def to(self, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor on the device; to bring it there may wait for the device."""
+        key = id(t), dtype or t.dtype
+        if key not in self._moved:
+            self._moved[key] = t, t.to(self.device, dtype)  # the tensor as well, so that its id stays its own
+        return self._moved[key][1]
+
+    @cached_property
+    def zero(self) -> Tensor:
+        return torch.zeros((), device=self.device, dtype=self.dtype)
+
+    @cached_property
+    def queue(self) -> "Queue":
+        return Queue(self.job)
+
+    @cached_property
+    def scale_here(self) -> Tensor:
+        """The scale as a number, or (B, 1, 1); filled there, since to copy it waits for what the device has to do."""
+        scale = self.scale
+        if not isinstance(scale, Tensor):
+            return torch.full((), scale, device=self.device, dtype=self.dtype)
+        return (scale[:, None, None] if scale.dim() else scale).to(self.device, self.dtype)
+
+
+class Queue:
+    """Takes the eager calls of a block's layers at one place, for its job: at once, or when others have come."""
+
+    def __init__(self, job: "Job[Any]") -> None:
+        self._job = job
+        self._waiting: dict[Hashable, list[tuple[Slots, Call]]] = {}
+        self._bytes = 0
+
+    def take(self, slots: Slots, call: Call) -> Made | None:
+        """Let a call wait, or return what is made of it."""
+        waits = self._job.defer(slots, call)
+        if waits is None:
+            leaves = slots.leaves
+            wanted = {"moments": leaves.moments is not None, "outputs": leaves.outputs is not None}
+            return make(self._job.kind, call, slots.held, leaves.main.dtype, **wanted)
+        self._waiting.setdefault(self._job.alike(slots, waits), []).append((slots, waits))
+        self._bytes += waits.x.nbytes + waits.g_BSO.nbytes
+        if self._bytes >= self._job.limit:
+            self.form()
+        return None
+
+    def form(self) -> None:
+        """Make what is to be made of all calls that wait."""
+        waiting, self._waiting, self._bytes = self._waiting, {}, 0
+        for group in waiting.values():
+            with torch.no_grad(), wide_context(group[0][1].x.device.type):
+                self._job.form(group)
+
+
+class Job(Generic[Result]):
+    kind: ClassVar[str]  # the name of its work
+    limit: float = float("inf")  # how many bytes may wait
+    at_once = False  # whether what it makes of a layer's gradient is no sum over the layer's calls
+    sums = True  # whether it adds samples up, so that each must count alike
+    projects = False  # whether it uses the layers' projections
+
+    def open(self, layer: Layer, place: Place) -> tuple[Side, Held]:
+        """The projection of the layer's inputs in a block, and what the work takes besides calls."""
+        return Side(layer.input_side.width, None), ()
+
+    def leaves(self, layer: Layer, size: int) -> dict[str, tuple[int, ...]]:
+        """Shapes of what the layer delivers in a block of ``size`` rows, by the names of leaves."""
+        raise NotImplementedError
+
+    def defer(self, slots: Slots, call: Call) -> Call | None:
+        """What is to wait for other calls, or None where the work is done at once."""
+        raise NotImplementedError
+
+    def alike(self, slots: Slots, call: Call) -> Hashable:
+        """A key that those calls share that are formed together."""
+        raise NotImplementedError
+
+    def form(self, group: Sequence[tuple[Slots, Call]]) -> None:
+        """Fill the leaves with what is made of calls that waited."""
+        raise NotImplementedError
+
+    def collect(self, opened: Sequence[Slots], scale: float | Tensor) -> Result:
+        """Make the block's result of what its layers' leaves received."""
+        raise NotImplementedError
+
+
+def scale_for(rows: Tensor, scale: float | Tensor) -> float | Tensor:
+    """The scale for rows: a number of the CPU may multiply them anywhere, nothing else of another device may."""
+    if not isinstance(scale, Tensor) or (scale.device.type == "cpu" and not scale.dim()):
+        return scale
+    return scale[:, None].to(rows) if scale.dim() else scale.to(rows.device)
