@@ -1,7 +1,6 @@
 """One ``with run(...)`` block: leaves in, hooks live, one delivery of every watched layer checked on the way out."""
 
-import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -9,7 +8,7 @@ from torch import Tensor
 
 from loghook.capture.hook import OPEN
 from loghook.capture.jobs import Job, Place, Result
-from loghook.capture.layers import Layer, Leaves, Shared, Slots
+from loghook.capture.layers import Deliveries, Layer, Leaves, Shared, Slots
 from loghook.capture.rows import Updates
 from loghook.capture.segments import Documents
 from loghook.errors import BatchError, DeliveryError, UnsupportedError
@@ -33,22 +32,16 @@ def opened(
             OPEN[one.layer.key] = one
             slots.append(one)
         yield found
-        _close(layers)
         _check(slots, masks)
         _require_one_call(slots, job)
-        for queue in {id(s.queue): s.queue for s in slots}.values():
-            queue.form()
+        for place in dict.fromkeys(s.place for s in slots):
+            place.form()
         found.append(job.collect(slots, scale))
         for one in slots:
             one.clear()
     finally:
-        _close(layers)
-
-
-def _close(layers: Sequence[Layer]) -> None:
-    """Make every hook inert again."""
-    for layer in layers:
-        OPEN.pop(layer.key, None)
+        for layer in layers:
+            OPEN.pop(layer.key, None)
 
 
 def _prepare(
@@ -86,8 +79,7 @@ def _prepare(
         leaves = Leaves(**{name: place.zero.expand(shape).requires_grad_() for name, shape in shapes.items()})
         slots = Slots(
             layer=layer,
-            job=job,
-            queue=place.queue,
+            place=place,
             leaves=leaves,
             samples=place.zero.expand(size),
             input_side=input_side,
@@ -95,9 +87,10 @@ def _prepare(
             documents=None if documents is None else Documents(*(place.to(t) for t in documents)),
             mask=None if mask is None else place.to(mask, place.dtype),
             keep=None if keep is None else place.to(keep, place.dtype),
-            shared=shared,
+            deliveries=Deliveries(shared),
         )
-        leaves.main.register_post_accumulate_grad_hook(_counting(slots))
+        # The hook must not hold the leaf: their cycle would keep rows alive.
+        leaves.main.register_post_accumulate_grad_hook(lambda _, deliveries=slots.deliveries: deliveries.count())
         yield slots
 
 
@@ -105,18 +98,6 @@ def _count(mask: Tensor, counted: Tensor | None) -> Tensor:
     """A mask by token, in which only those count that are ``counted``."""
     mask = mask[:, None] if mask.dim() == 1 else mask
     return mask if counted is None else mask * counted.to(mask.device)
-
-
-def _counting(slots: Slots) -> Callable[[Tensor], None]:
-    """Return a hook that counts a delivery; it must not hold the leaf, or their cycle would keep rows alive."""
-    reference = weakref.ref(slots)
-
-    def hook(_: Tensor) -> None:
-        told = reference()
-        if told is not None:
-            told.count()
-
-    return hook
 
 
 def _check(opened: Sequence[Slots], masks: Mapping[str, Tensor]) -> None:

@@ -1,7 +1,7 @@
 """What a block makes of its layers' calls: rows as a log has them, rows of updates, or a job on whole gradients.
 
 A job says how a layer's inputs are projected, what shapes its leaves have, what its work (``loghook.capture.work``)
-takes besides, and what becomes of what arrived. ``Queue`` takes eager calls for it. Some wait there for others:
+takes besides, and what becomes of what arrived. ``Place`` takes eager calls for it. Some wait there for others:
 
 - Rows of several layers are formed together: one product of many matrices in place of many small products. A layer's
   own are so small that waking the threads, or a launch on a GPU, costs more than the arithmetic. A compiled backward
@@ -28,7 +28,7 @@ Result = TypeVar("Result")
 
 @dataclass(eq=False)
 class Place:
-    """What the layers of a block have in common that compute on one device and in one dtype; brought there once."""
+    """What the layers of a block share that compute on one device and in one dtype, and their calls that wait."""
 
     device: torch.device
     dtype: torch.dtype
@@ -36,6 +36,11 @@ class Place:
     scale: float | Tensor  # what gradients are multiplied by: a number, or (B,)
     kept: Tensor | None  # (B,) which rows count in sums over them, or None for all
     _moved: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _waiting: dict[Hashable, list[tuple[Slots, Call]]] = field(default_factory=dict)
+    _bytes: int = 0  # how many wait
+
+    def __post_init__(self) -> None:
+        self.zero = torch.zeros((), device=self.device, dtype=self.dtype)
 
     def to(self, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor on the device; to bring it there may wait for the device."""
@@ -45,14 +50,6 @@ class Place:
         return self._moved[key][1]
 
     @cached_property
-    def zero(self) -> Tensor:
-        return torch.zeros((), device=self.device, dtype=self.dtype)
-
-    @cached_property
-    def queue(self) -> "Queue":
-        return Queue(self.job)
-
-    @cached_property
     def scale_here(self) -> Tensor:
         """The scale as a number, or (B, 1, 1); filled there, since to copy it waits for what the device has to do."""
         scale = self.scale
@@ -60,25 +57,16 @@ class Place:
             return torch.full((), scale, device=self.device, dtype=self.dtype)
         return (scale[:, None, None] if scale.dim() else scale).to(self.device, self.dtype)
 
-
-class Queue:
-    """Takes the eager calls of a block's layers at one place, for its job: at once, or when others have come."""
-
-    def __init__(self, job: "Job[Any]") -> None:
-        self._job = job
-        self._waiting: dict[Hashable, list[tuple[Slots, Call]]] = {}
-        self._bytes = 0
-
     def take(self, slots: Slots, call: Call) -> Made | None:
-        """Let a call wait, or return what is made of it."""
-        waits = self._job.defer(slots, call)
+        """Let a layer's eager call wait, or return what is made of it."""
+        waits = self.job.defer(slots, call)
         if waits is None:
-            leaves = slots.leaves
-            wanted = {"moments": leaves.moments is not None, "outputs": leaves.outputs is not None}
-            return make(self._job.kind, call, slots.held, leaves.main.dtype, **wanted)
-        self._waiting.setdefault(self._job.alike(slots, waits), []).append((slots, waits))
-        self._bytes += waits.x.nbytes + waits.g_BSO.nbytes
-        if self._bytes >= self._job.limit:
+            moments, outputs = slots.leaves.moments is not None, slots.leaves.outputs is not None
+            return make(self.job.kind, call, slots.held, self.dtype, moments=moments, outputs=outputs)
+        alike, kept = waits
+        self._waiting.setdefault(alike, []).append((slots, kept))
+        self._bytes += kept.x.nbytes + kept.g_BSO.nbytes
+        if self._bytes >= self.job.limit:
             self.form()
         return None
 
@@ -86,8 +74,8 @@ class Queue:
         """Make what is to be made of all calls that wait."""
         waiting, self._waiting, self._bytes = self._waiting, {}, 0
         for group in waiting.values():
-            with torch.no_grad(), wide_context(group[0][1].x.device.type):
-                self._job.form(group)
+            with torch.no_grad(), wide_context(self.device.type):
+                self.job.form(group)
 
 
 class Job(Generic[Result]):
@@ -105,12 +93,8 @@ class Job(Generic[Result]):
         """Shapes of what the layer delivers in a block of ``size`` rows, by the names of leaves."""
         raise NotImplementedError
 
-    def defer(self, slots: Slots, call: Call) -> Call | None:
-        """What is to wait for other calls, or None where the work is done at once."""
-        raise NotImplementedError
-
-    def alike(self, slots: Slots, call: Call) -> Hashable:
-        """A key that those calls share that are formed together."""
+    def defer(self, slots: Slots, call: Call) -> tuple[Hashable, Call] | None:
+        """What is to wait, with a key that those calls share that are formed together; None: it is made at once."""
         raise NotImplementedError
 
     def form(self, group: Sequence[tuple[Slots, Call]]) -> None:

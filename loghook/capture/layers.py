@@ -15,7 +15,7 @@ from loghook.log.format import LayerSpec
 from loghook.project.projection import Side
 
 if TYPE_CHECKING:
-    from loghook.capture.jobs import Job, Queue
+    from loghook.capture.jobs import Place
     from loghook.capture.optimizer import Moments
 
 
@@ -130,11 +130,17 @@ class Deliveries:
         checkpoint whose input needs no gradient   0    1..           0           0
     """
 
+    shared: Shared
     ran: int = 0  # forward, with a graph, outside the backward pass
     quiet: int = 0  # forward, without a graph, as it does first in a reentrant checkpoint
     recomputed: int = 0  # inside the backward pass, as it does when a checkpoint recomputes
     passes: set[int] = field(default_factory=set)  # autograd's numbers of backward passes that delivered
     calls: int = 0  # how many eager calls did
+
+    def count(self) -> None:
+        """Note that the backward pass that is under way delivers."""
+        self.passes.add(torch._C._current_graph_task_id())
+        self.shared.delivered = True
 
     @property
     def too_many(self) -> bool:
@@ -151,8 +157,7 @@ class Slots:
     """One layer in one block: its leaves, what its hook has to know, and what the hook counts."""
 
     layer: "Layer"
-    job: "Job[Any]"  # what is made of its calls
-    queue: "Queue"  # which takes them where they are not compiled
+    place: "Place"  # where it computes, and the block's job
     leaves: Leaves
     # (B,), one for each row of the block. A tensor, since the compiler takes a number for fixed and compiles anew for
     # every other one.
@@ -162,10 +167,9 @@ class Slots:
     documents: Documents | None  # which tokens make a row, where rows are not samples
     mask: Tensor | None  # (B, S) what each token counts in moments and means, or None
     keep: Tensor | None  # (B,) 0 for samples that were logged before, or None (with documents it is part of the mask)
-    shared: Shared  # what the block's layers have in common
+    deliveries: Deliveries
     # an input that was projected before the layer's forward, its version, and the result
     early: tuple[Tensor, int, Tensor] | None = None
-    deliveries: Deliveries = field(default_factory=Deliveries)
     masked: bool = False  # whether the mask fitted this layer
     misfit: Exception | None = None  # what is wrong with a call that has no rows
 
@@ -174,19 +178,18 @@ class Slots:
         return self.samples.shape[0]
 
     @property
+    def shared(self) -> Shared:
+        return self.deliveries.shared
+
+    @property
     def delivered(self) -> bool:
         return bool(self.deliveries.passes)
 
-    def count(self) -> None:
-        """Note that the backward pass that is under way delivers."""
-        self.deliveries.passes.add(torch._C._current_graph_task_id())
-        self.shared.delivered = True
-
     def take(self, call: Call) -> Made | None:
         """Take an eager call in the backward pass that is under way; returns what is made of it if it need not wait."""
-        self.count()
+        self.deliveries.count()
         self.deliveries.calls += 1
-        return self.queue.take(self, call)
+        return self.place.take(self, call)
 
     def clear(self) -> None:
         """Let go of tensors: the user may keep the loss, and with it the graph and what its nodes hold."""

@@ -47,24 +47,23 @@ class Rows(Job[Captured]):
             shapes["outputs"] = size, spec.out_features + 1
         return shapes
 
-    def defer(self, slots: Slots, call: Call) -> Call | None:
-        """Ordinary layers wait, their output gradients projected.
+    def defer(self, slots: Slots, call: Call) -> tuple[Hashable, Call] | None:
+        """Ordinary layers wait for others of their shape, with output gradients projected.
 
         A side without a projection may be the user's own tensor, which may change before rows are formed.
         """
         (p_out_kO,), leaves = slots.held, slots.leaves
+        copied = p_out_kO is not None and slots.input_side.matrix is not None
         plain = (
             call.documents_DL is None and call.x.dim() == 3 and leaves.activations is None and leaves.outputs is None
         )
-        if not plain or p_out_kO is None or slots.input_side.matrix is None:
+        if not copied or not plain:
             return None
-        return call._replace(g_BSO=project_output(call.g_BSO, p_out_kO))
-
-    def alike(self, slots: Slots, call: Call) -> Hashable:
-        return call.x.shape, call.g_BSO.shape, call.x.dtype, call.g_BSO.dtype
+        g_BSk = project_output(call.g_BSO, p_out_kO)
+        return (call.x.shape, g_BSk.shape, call.x.dtype, g_BSk.dtype), Call(g_BSk, call.x, call.weight_BS)
 
     def form(self, group: Sequence[tuple[Slots, Call]]) -> None:
-        wide = group[0][0].leaves.main.dtype
+        wide = group[0][0].place.dtype
         x_nBSk = torch.stack([call.x for _, call in group]).to(wide)
         g_nBSk = torch.stack([call.g_BSO for _, call in group]).to(wide)
         sums: Sequence[Tensor | None] = [None] * len(group)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from loghook.capture.jobs import Job, Place, scale_for
 from loghook.capture.layers import Layer, Slots, arrived
-from loghook.capture.work import Call, Held, by_document, make
+from loghook.capture.work import Call, Held, by_row, make
 from loghook.project.blocks import square_size
 from loghook.project.projection import Side
 
@@ -27,22 +27,18 @@ class Whole(Job[dict[str, Tensor]]):
         """Multiply what was delivered as it follows from the gradients' scale."""
         raise NotImplementedError
 
-    def defer(self, slots: Slots, call: Call) -> Call | None:
+    def defer(self, slots: Slots, call: Call) -> tuple[Hashable, Call] | None:
         """A layer's calls wait for one another where the work needs all and there may be several."""
         if not self.at_once or not slots.deliveries.several_calls:
             return None
-        wide = slots.leaves.main.dtype
-        g_BSO, x = by_document(call.documents_DL, call.g_BSO.to(wide), call.x.to(wide))
-        return Call(g_BSO.clone(), x.clone(), None, None, None)  # the user may change what these are views of
-
-    def alike(self, slots: Slots, call: Call) -> Hashable:
-        return id(slots)
+        g_BSO, x = by_row(call, slots.place.dtype)
+        return id(slots), Call(g_BSO.clone(), x.clone())  # the user may change what these are views of
 
     def form(self, group: Sequence[tuple[Slots, Call]]) -> None:
         """Take the tokens of a sample's calls for tokens of one call."""
         slots, calls = group[0][0], [call for _, call in group]
-        one = Call(torch.cat([c.g_BSO for c in calls], 1), torch.cat([c.x for c in calls], 1), None, None, None)
-        slots.leaves.add(make(self.kind, one, slots.held, one.x.dtype, moments=False, outputs=False))
+        one = Call(torch.cat([c.g_BSO for c in calls], 1), torch.cat([c.x for c in calls], 1))
+        slots.leaves.add(make(self.kind, one, slots.held, slots.place.dtype, moments=False, outputs=False))
 
     def collect(self, opened: Sequence[Slots], scale: float | Tensor) -> dict[str, Tensor]:
         there = {s.layer: arrived(s.leaves.main) for s in opened if s.delivered}

@@ -38,9 +38,11 @@ class Call(NamedTuple):
 
     g_BSO: Tensor  # output gradients; projected ones (B, S, k_out) where rows wait to be formed
     x: Tensor  # inputs (B, S, k_in) or, in groups, (B, S, G, k_in), projected if the job says so
-    weight_BS: Tensor | None  # how much each token counts in moments and means, or None: each once. Rows never use it
-    documents_DL: Tensor | None  # which tokens make a row (see ``gather_tokens``); there are then D rows, not B
-    activations: Tensor | None  # inputs summed over tokens, if they are logged
+    weight_BS: Tensor | None = (
+        None  # how much each token counts in moments and means, or None: each once. Rows never use it
+    )
+    documents_DL: Tensor | None = None  # which tokens make a row (see ``gather_tokens``); there are then D rows, not B
+    activations: Tensor | None = None  # inputs summed over tokens, if they are logged
 
 
 class Made(NamedTuple):
@@ -74,7 +76,7 @@ def _rows(call: Call, held: Held, wide: torch.dtype, with_moments: bool) -> tupl
 
 def _update_rows(call: Call, held: Held, wide: torch.dtype, _: bool) -> tuple[Tensor, None]:
     """Rows of an update; held is what ``update_rows`` takes besides output gradients and whole inputs."""
-    return update_rows(*_by_row(call, wide), *held), None
+    return update_rows(*by_row(call, wide), *held), None
 
 
 def _covariance(call: Call, held: Held, wide: torch.dtype, _: bool) -> tuple[Tensor, None]:
@@ -84,7 +86,7 @@ def _covariance(call: Call, held: Held, wide: torch.dtype, _: bool) -> tuple[Ten
 
 def _eigenvalues(call: Call, held: Held, wide: torch.dtype, _: bool) -> tuple[Tensor, None]:
     """Sum over samples, those that are kept, of the squares of their gradients: (O, I)."""
-    (g_BSO, x), (p_out, keep_B) = _by_row(call, wide), held
+    (g_BSO, x), (p_out, keep_B) = by_row(call, wide), held
     small = g_BSO.device.type == "cpu" and not torch.compiler.is_compiling()  # the compiler unrolls the loop
     if x.dim() == 3:
         g_BSO, p_out = project_output(g_BSO, p_out), None
@@ -103,7 +105,7 @@ def _products(call: Call, held: Held, wide: torch.dtype, _: bool) -> tuple[Tenso
     queries are rotated already); inverse: None, or (O, I), with which a sample's own weights its gradient's squares;
     left and right: queries (Q, O, I) and None, or their halves (Q, O, r) and (Q, r, I).
     """
-    (g_BSO, x), (p_out, inverse, left, right) = _by_row(call, wide), held
+    (g_BSO, x), (p_out, inverse, left, right) = by_row(call, wide), held
     assert left is not None
     S, (Q, outputs, r), inputs = x.shape[1], left.shape, x.shape[-1]
     scores = x.new_empty(len(x), Q + (inverse is not None))
@@ -170,7 +172,7 @@ def by_document(documents_DL: Tensor | None, *tokens: Tensor) -> tuple[Tensor, .
     return tokens if documents_DL is None else tuple(gather_tokens(t, documents_DL) for t in tokens)
 
 
-def _by_row(call: Call, wide: torch.dtype) -> tuple[Tensor, ...]:
+def by_row(call: Call, wide: torch.dtype) -> tuple[Tensor, ...]:
     """Output gradients and inputs in the dtype of sums, by document where rows are not samples."""
     return by_document(call.documents_DL, call.g_BSO.to(wide), call.x.to(wide))
 
