@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,46 +15,16 @@ from loghook.capture.segments import Documents
 from loghook.errors import BatchError, DeliveryError, UnsupportedError
 
 
-@contextmanager
-def opened(
+def prepare(
     layers: Sequence[Layer],
     size: int,  # how many rows
-    job: Job[Result],
+    job: Job[Any],
     scale: float | Tensor,  # what gradients are multiplied by, see ``unscaled``
     masks: Mapping[str, Tensor],  # {layer: (B, S) or (B,), which tokens count in moments and means}; else all do
     keep: Tensor | None,  # (B,) bool, which samples (or documents) count in them (repeats do not), or None for all
     documents: Documents | None,  # which tokens make a row, or None: those of a sample
-) -> Iterator[list[Result]]:
-    """Open layers for one batch; the list holds the job's result once the context ends without an error."""
-    found: list[Result] = []
-    slots: list[Slots] = []
-    try:
-        for one in _prepare(layers, size, job, scale, masks, keep, documents):
-            OPEN[one.layer.key] = one
-            slots.append(one)
-        yield found
-        _check(slots, masks)
-        _require_one_call(slots, job)
-        for place in dict.fromkeys(s.place for s in slots):
-            place.form()
-        found.append(job.collect(slots, scale))
-        for one in slots:
-            one.clear()
-    finally:
-        for layer in layers:
-            OPEN.pop(layer.key, None)
-
-
-def _prepare(
-    layers: Sequence[Layer],
-    size: int,
-    job: Job[Result],
-    scale: float | Tensor,
-    masks: Mapping[str, Tensor],
-    keep: Tensor | None,
-    documents: Documents | None,
-) -> Iterator[Slots]:
-    """Give every layer fresh leaves."""
+) -> list[Slots]:
+    """Make fresh leaves for every layer, and what its hook needs besides."""
     shared, kept, counted = Shared(), keep, None
     if documents is not None:
         # Repeats and tokens that belong to no document are told by token from here on.
@@ -64,6 +35,7 @@ def _prepare(
         counted = keep[:, None]
     given = {id(mask): _count(mask, counted) for mask in {id(mask): mask for mask in masks.values()}.values()}
     places: dict[tuple[torch.device, torch.dtype], Place] = {}
+    prepared: list[Slots] = []
     for layer in layers:
         layer.fired = False
         mask = given[id(masks[layer.name])] if layer.name in masks else None if documents is None else counted
@@ -91,13 +63,35 @@ def _prepare(
         )
         # The hook must not hold the leaf: their cycle would keep rows alive.
         leaves.main.register_post_accumulate_grad_hook(lambda _, deliveries=slots.deliveries: deliveries.count())
-        yield slots
+        prepared.append(slots)
+    return prepared
 
 
 def _count(mask: Tensor, counted: Tensor | None) -> Tensor:
     """A mask by token, in which only those count that are ``counted``."""
     mask = mask[:, None] if mask.dim() == 1 else mask
     return mask if counted is None else mask * counted.to(mask.device)
+
+
+@contextmanager
+def opened(
+    slots: Sequence[Slots], job: Job[Result], scale: float | Tensor, masks: Mapping[str, Tensor]
+) -> Iterator[list[Result]]:
+    """Make hooks live; the list holds the job's result once the context ends without an error. See ``prepare``."""
+    result: list[Result] = []
+    OPEN.update((s.layer.key, s) for s in slots)
+    try:
+        yield result
+        _check(slots, masks)
+        _require_one_call(slots, job)
+        for place in dict.fromkeys(s.place for s in slots):
+            place.form()
+        result.append(job.collect(slots, scale))
+        for s in slots:
+            s.clear()
+    finally:
+        for s in slots:
+            OPEN.pop(s.layer.key, None)
 
 
 def _check(opened: Sequence[Slots], masks: Mapping[str, Tensor]) -> None:
