@@ -123,14 +123,17 @@ def _check(opened: Sequence[Slots], masks: Mapping[str, Tensor]) -> None:
 
 def _require_one_call(opened: Sequence[Slots], job: Job[Result]) -> None:
     """Raise where a gradient came in parts, and what is asked for is no sum of what would be made of the parts."""
-    counts = [(s, s.leaves.calls.grad) for s in opened if s.leaves.calls is not None]
-    compiled = [(s, count) for s, count in counts if count is not None]
-    device = opened[0].leaves.main.device
-    # A device is waited for only where there are compiled calls.
-    numbers = torch.cat([count.to(device) for _, count in compiled]).tolist() if compiled else []
-    calls = {s: s.deliveries.calls + n for (s, _), n in zip(compiled, numbers, strict=True)}
-    if isinstance(job, Updates):
-        calls = {s: s.deliveries.calls for s, _ in counts} | calls
+    if not job.at_once:
+        return
+    # Eager calls can wait for one another, but for updates.
+    calls = {s: s.deliveries.calls for s in opened} if isinstance(job, Updates) else {}
+    compiled = {
+        s: s.leaves.calls.grad for s in opened if s.leaves.calls is not None and s.leaves.calls.grad is not None
+    }
+    if compiled:  # only then a device is waited for
+        device = opened[0].leaves.main.device
+        numbers = torch.cat([count.to(device) for count in compiled.values()]).tolist()
+        calls |= {s: s.deliveries.calls + n for s, n in zip(compiled, numbers, strict=True)}
     several = next((s.layer.name for s, n in calls.items() if n > 1), None)
     if several is None:
         return

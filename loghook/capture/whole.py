@@ -38,7 +38,7 @@ class Whole(Job[dict[str, Tensor]]):
         """Take the tokens of a sample's calls for tokens of one call."""
         slots, calls = group[0][0], [call for _, call in group]
         one = Call(torch.cat([c.g_BSO for c in calls], 1), torch.cat([c.x for c in calls], 1))
-        slots.leaves.add(make(self.kind, one, slots.held, slots.place.dtype, moments=False, outputs=False))
+        slots.leaves.add(make(self.kind, one, slots.held, slots.place.dtype))
 
     def collect(self, opened: Sequence[Slots], scale: float | Tensor) -> dict[str, Tensor]:
         there = {s.layer: arrived(s.leaves.main) for s in opened if s.delivered}

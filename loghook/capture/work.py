@@ -54,7 +54,7 @@ class Made(NamedTuple):
     outputs: Tensor | None = None  # (B, O + 1): output gradients summed over tokens, the last value as above
 
 
-def make(kind: str, call: Call, held: Held, wide: torch.dtype, *, moments: bool, outputs: bool) -> Made:
+def make(kind: str, call: Call, held: Held, wide: torch.dtype, *, moments: bool = False, outputs: bool = False) -> Made:
     """Do a job's work on one call, in ``wide``; moments and summed outputs only where they are asked for."""
     main, summed = WORK[kind](call, held, wide, moments)
     total = sum_tokens(call.g_BSO.to(wide), call.weight_BS, call.documents_DL) if outputs else None
