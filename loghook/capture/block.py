@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loghook.capture.hook import OPEN
 from loghook.capture.jobs import Job, Place, Result
-from loghook.capture.layers import Deliveries, Layer, Leaves, Shared, Slots
+from loghook.capture.layers import Deliveries, Layer, Shared, Slots
 from loghook.capture.rows import Updates
 from loghook.capture.segments import Documents
 from loghook.errors import BatchError, DeliveryError, UnsupportedError
@@ -44,15 +44,10 @@ def prepare(
             places[where] = Place(*where, job, scale, kept)
         place = places[where]
         input_side, held = job.open(layer, place)
-        shapes = job.leaves(layer, size)
-        if job.at_once:
-            shapes["calls"] = (1,)
-        # Nobody reads a leaf, so that one stored value serves for all of them.
-        leaves = Leaves(**{name: place.zero.expand(shape).requires_grad_() for name, shape in shapes.items()})
         slots = Slots(
             layer=layer,
             place=place,
-            leaves=leaves,
+            leaves=job.leaves(layer, size, place.leaf),
             samples=place.zero.expand(size),
             input_side=input_side,
             held=held,
@@ -62,7 +57,7 @@ def prepare(
             deliveries=Deliveries(shared),
         )
         # The hook must not hold the leaf: their cycle would keep rows alive.
-        leaves.main.register_post_accumulate_grad_hook(lambda _, deliveries=slots.deliveries: deliveries.count())
+        slots.leaves.main.register_post_accumulate_grad_hook(lambda _, deliveries=slots.deliveries: deliveries.count())
         prepared.append(slots)
     return prepared
 

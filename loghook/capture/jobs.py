@@ -11,7 +11,7 @@ takes besides, and what becomes of what arrived. ``Place`` takes eager calls for
 Shape suffixes as in ``loghook.project.outer``; n layers.
 """
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, Generic, TypeVar
@@ -19,7 +19,7 @@ from typing import Any, ClassVar, Generic, TypeVar
 import torch
 from torch import Tensor
 
-from loghook.capture.layers import Layer, Slots
+from loghook.capture.layers import Layer, Leaves, Slots
 from loghook.capture.work import Call, Held, Made, make, wide_context
 from loghook.project.projection import Side
 
@@ -49,6 +49,10 @@ class Place:
             self._moved[key] = t, t.to(self.device, dtype)  # the tensor as well, so that its id stays its own
         return self._moved[key][1]
 
+    def leaf(self, *shape: int) -> Tensor:
+        """A leaf. Nobody reads it, so that one stored value serves for all of them."""
+        return self.zero.expand(shape).requires_grad_()
+
     @cached_property
     def scale_here(self) -> Tensor:
         """The scale as a number, or (B, 1, 1); filled there, since to copy it waits for what the device has to do."""
@@ -58,7 +62,9 @@ class Place:
         return (scale[:, None, None] if scale.dim() else scale).to(self.device, self.dtype)
 
     def take(self, slots: Slots, call: Call) -> Made | None:
-        """Let a layer's eager call wait, or return what is made of it."""
+        """Let a layer's eager call wait, or return what is made of it; in the backward pass that is under way."""
+        slots.deliveries.count()
+        slots.deliveries.calls += 1
         waits = self.job.defer(slots, call)
         if waits is None:
             moments, outputs = slots.leaves.moments is not None, slots.leaves.outputs is not None
@@ -89,8 +95,8 @@ class Job(Generic[Result]):
         """The projection of the layer's inputs in a block, and what the work takes besides calls."""
         return Side(layer.input_side.width, None), ()
 
-    def leaves(self, layer: Layer, size: int) -> dict[str, tuple[int, ...]]:
-        """Shapes of what the layer delivers in a block of ``size`` rows, by the names of leaves."""
+    def leaves(self, layer: Layer, size: int, leaf: Callable[..., Tensor]) -> Leaves:
+        """Make the leaves of a block of ``size`` rows; ``leaf`` makes one of a shape."""
         raise NotImplementedError
 
     def defer(self, slots: Slots, call: Call) -> tuple[Hashable, Call] | None:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from loghook.capture.adapters import Adapter
 from loghook.capture.segments import Documents
-from loghook.capture.work import Call, Held, Made
+from loghook.capture.work import Held
 from loghook.errors import UnsupportedError
 from loghook.log.format import LayerSpec
 from loghook.project.projection import Side
@@ -98,15 +98,15 @@ class Leaves(NamedTuple):
     outputs: Tensor | None = None
     calls: Tensor | None = None  # (1,) how many compiled calls delivered; None where nobody asks
 
-    def add(self, made: Made) -> None:
-        for leaf, value in zip(self, made, strict=False):
-            if leaf is not None and value is not None:
-                leaf.grad = value if leaf.grad is None else leaf.grad + value
-
     def clear(self) -> None:
         for leaf in self:
             if leaf is not None:
                 leaf.grad = None
+
+
+def deliver(leaf: Tensor, value: Tensor) -> None:
+    """Do what autograd does with a leaf's gradient."""
+    leaf.grad = value if leaf.grad is None else leaf.grad + value
 
 
 def arrived(leaf: Tensor) -> Tensor:
@@ -184,12 +184,6 @@ class Slots:
     @property
     def delivered(self) -> bool:
         return bool(self.deliveries.passes)
-
-    def take(self, call: Call) -> Made | None:
-        """Take an eager call in the backward pass that is under way; returns what is made of it if it need not wait."""
-        self.deliveries.count()
-        self.deliveries.calls += 1
-        return self.place.take(self, call)
 
     def clear(self) -> None:
         """Let go of tensors: the user may keep the loss, and with it the graph and what its nodes hold."""

@@ -1,6 +1,6 @@
 """Jobs of a log: rows of gradients, or of what an optimiser makes of them."""
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from torch.nn.utils.parametrize import is_parametrized
 
 from loghook.capture.jobs import Job, Place, scale_for
-from loghook.capture.layers import Layer, Slots, arrived
-from loghook.capture.work import Call, Held, Made
+from loghook.capture.layers import Layer, Leaves, Slots, arrived, deliver
+from loghook.capture.work import Call, Held
 from loghook.project.outer import outer, project_output, second_moment
 from loghook.project.projection import Side
 
@@ -36,16 +36,15 @@ class Rows(Job[Captured]):
         inputs, outputs = (side.to(place.device, _narrow(layer)) for side in layer.sides)
         return inputs, (outputs.matrix,)
 
-    def leaves(self, layer: Layer, size: int) -> dict[str, tuple[int, ...]]:
+    def leaves(self, layer: Layer, size: int, leaf: Callable[..., Tensor]) -> Leaves:
         spec = layer.spec
-        shapes: dict[str, tuple[int, ...]] = {"main": (size, spec.k_out, spec.k_in)}
-        if self._moments:
-            shapes["moments"] = (spec.k_in**2 + spec.k_out**2 + 1,)
-        if spec.activations:
-            shapes["activations"] = size, spec.channels + 1
-        if spec.output_gradients:
-            shapes["outputs"] = size, spec.out_features + 1
-        return shapes
+        return Leaves(
+            leaf(size, spec.k_out, spec.k_in),
+            leaf(spec.k_in**2 + spec.k_out**2 + 1) if self._moments else None,
+            leaf(size, spec.channels + 1) if spec.activations else None,
+            leaf(size, spec.out_features + 1) if spec.output_gradients else None,
+            leaf(1) if self.at_once else None,
+        )
 
     def defer(self, slots: Slots, call: Call) -> tuple[Hashable, Call] | None:
         """Ordinary layers wait for others of their shape, with output gradients projected.
@@ -79,7 +78,9 @@ class Rows(Job[Captured]):
             tokens = x_nBSk.new_full((n, 1), B * S) if weight_nN is None else weight_nN.sum(1, keepdim=True)
             sums = torch.cat([inputs, outputs, tokens], 1).unbind()
         for (slots, _), rows, summed in zip(group, outer(g_nBSk, x_nBSk), sums, strict=True):
-            slots.leaves.add(Made(rows, summed))
+            deliver(slots.leaves.main, rows)
+            if summed is not None and slots.leaves.moments is not None:
+                deliver(slots.leaves.moments, summed)
 
     def collect(self, opened: Sequence[Slots], scale: float | Tensor) -> Captured:
         layers, device = [s.layer for s in opened], opened[0].leaves.main.device

@@ -15,10 +15,11 @@ from torch import Tensor
 
 from loghook.capture.adapters import as_tokens
 from loghook.capture.layers import Slots
-from loghook.capture.work import Call, make, wide_context
+from loghook.capture.work import Call, Made, make, wide_context
 from loghook.errors import UnsupportedError
 
-_NOTHING = (None,) * 8  # for what has no gradient
+_PASSED = (None,) * 8  # gradients of all that is passed between output and leaves
+_NOTHING = Made(None)
 
 
 class Tap(torch.autograd.Function):
@@ -54,15 +55,15 @@ class Tap(torch.autograd.Function):
         # Sums over tokens run in float32 or wider, also where the user calls backward() under autocast.
         with wide_context(g.device.type):
             call = Call(output_gradient(ctx.dims, g, x), x, weight_BS, documents_DL, activations)
-            made, told = None, None
+            made, told = _NOTHING, None
             if ctx.slots is None:
                 _, need_moments, _, need_outputs, need_calls = ctx.needs_input_grad[9:14]
                 made = make(ctx.kind, call, held, ctx.wide, moments=need_moments, outputs=need_outputs)
                 told = x.new_ones(1) if need_calls else None
             # Not in autograd.grad, nor in backward(inputs=...); the last tensor that forward got is a leaf.
             elif torch._C._will_engine_execute_node(ctx.next_functions[-1][0]):
-                made = ctx.slots.take(call)
-        return g, *_NOTHING, *(made or _NOTHING[:4]), told, *(None for _ in held)
+                made = ctx.slots.place.take(ctx.slots, call) or _NOTHING
+        return g, *_PASSED, *made, told, *(None,) * len(held)
 
 
 class Misfit(torch.autograd.Function):

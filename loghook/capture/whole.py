@@ -1,13 +1,13 @@
 """Jobs on whole gradients: their statistics and scores, and no gradient kept."""
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from loghook.capture.jobs import Job, Place, scale_for
-from loghook.capture.layers import Layer, Slots, arrived
+from loghook.capture.layers import Layer, Leaves, Slots, arrived, deliver
 from loghook.capture.work import Call, Held, by_row, make
 from loghook.project.blocks import square_size
 from loghook.project.projection import Side
@@ -20,8 +20,8 @@ class Whole(Job[dict[str, Tensor]]):
         """Shape of what the layer delivers in a block of ``size`` rows."""
         raise NotImplementedError
 
-    def leaves(self, layer: Layer, size: int) -> dict[str, tuple[int, ...]]:
-        return {"main": self.shape(layer, size)}
+    def leaves(self, layer: Layer, size: int, leaf: Callable[..., Tensor]) -> Leaves:
+        return Leaves(leaf(*self.shape(layer, size)), calls=leaf(1) if self.at_once else None)
 
     def finish(self, layer: Layer, delivered: Tensor, scale: float | Tensor) -> Tensor:
         """Multiply what was delivered as it follows from the gradients' scale."""
@@ -38,7 +38,9 @@ class Whole(Job[dict[str, Tensor]]):
         """Take the tokens of a sample's calls for tokens of one call."""
         slots, calls = group[0][0], [call for _, call in group]
         one = Call(torch.cat([c.g_BSO for c in calls], 1), torch.cat([c.x for c in calls], 1))
-        slots.leaves.add(make(self.kind, one, slots.held, slots.place.dtype))
+        made = make(self.kind, one, slots.held, slots.place.dtype).main
+        assert made is not None
+        deliver(slots.leaves.main, made)
 
     def collect(self, opened: Sequence[Slots], scale: float | Tensor) -> dict[str, Tensor]:
         there = {s.layer: arrived(s.leaves.main) for s in opened if s.delivered}

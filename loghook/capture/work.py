@@ -48,7 +48,7 @@ class Call(NamedTuple):
 class Made(NamedTuple):
     """What is made of a call; the leaves of a layer have the same order."""
 
-    main: Tensor  # rows (B, k_out, k_in), or what the job makes instead
+    main: Tensor | None  # rows (B, k_out, k_in), or what the job makes instead
     moments: Tensor | None = None  # see ``moments``
     activations: Tensor | None = None  # (B, channels + 1): the last value counts tokens
     outputs: Tensor | None = None  # (B, O + 1): output gradients summed over tokens, the last value as above
