@@ -118,18 +118,10 @@ def _check(opened: Sequence[Slots], masks: Mapping[str, Tensor]) -> None:
 
 def _require_one_call(opened: Sequence[Slots], job: Job[Result]) -> None:
     """Raise where a gradient came in parts, and what is asked for is no sum of what would be made of the parts."""
-    if not job.at_once:
-        return
-    # Eager calls can wait for one another, but for updates.
-    calls = {s: s.deliveries.calls for s in opened} if isinstance(job, Updates) else {}
-    compiled = {
-        s: s.leaves.calls.grad for s in opened if s.leaves.calls is not None and s.leaves.calls.grad is not None
-    }
-    if compiled:  # only then a device is waited for
-        device = opened[0].leaves.main.device
-        numbers = torch.cat([count.to(device) for count in compiled.values()]).tolist()
-        calls |= {s: s.deliveries.calls + n for s, n in zip(compiled, numbers, strict=True)}
-    several = next((s.layer.name for s, n in calls.items() if n > 1), None)
+    counted = [(s, s.leaves.calls.grad) for s in opened if s.leaves.calls is not None]
+    counts = {s: count.to(opened[0].leaves.main.device) for s, count in counted if count is not None}
+    numbers = torch.cat(list(counts.values())).tolist() if counts else []
+    several = next((s.layer.name for s, n in zip(counts, numbers, strict=True) if n + s.deliveries.waited > 1), None)
     if several is None:
         return
     if isinstance(job, Updates):

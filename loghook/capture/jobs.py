@@ -1,7 +1,7 @@
 """What a block makes of its layers' calls: rows as a log has them, rows of updates, or a job on whole gradients.
 
 A job says how a layer's inputs are projected, what shapes its leaves have, what its work (``loghook.capture.work``)
-takes besides, and what becomes of what arrived. ``Place`` takes eager calls for it. Some wait there for others:
+takes besides, and what becomes of what arrived. Where nothing is compiled, calls may wait for others in a ``Place``:
 
 - Rows of several layers are formed together: one product of many matrices in place of many small products. A layer's
   own are so small that waking the threads, or a launch on a GPU, costs more than the arithmetic. A compiled backward
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from loghook.capture.layers import Layer, Leaves, Slots
-from loghook.capture.work import Call, Held, Made, make, wide_context
+from loghook.capture.work import Call, Held, wide_context
 from loghook.project.projection import Side
 
 Result = TypeVar("Result")
@@ -61,20 +61,14 @@ class Place:
             return torch.full((), scale, device=self.device, dtype=self.dtype)
         return (scale[:, None, None] if scale.dim() else scale).to(self.device, self.dtype)
 
-    def take(self, slots: Slots, call: Call) -> Made | None:
-        """Let a layer's eager call wait, or return what is made of it; in the backward pass that is under way."""
+    def keep(self, slots: Slots, alike: Hashable, call: Call) -> None:
+        """Let a layer's call wait, with those that have an equal key, in the backward pass that is under way."""
         slots.deliveries.count()
-        slots.deliveries.calls += 1
-        waits = self.job.defer(slots, call)
-        if waits is None:
-            moments, outputs = slots.leaves.moments is not None, slots.leaves.outputs is not None
-            return make(self.job.kind, call, slots.held, self.dtype, moments=moments, outputs=outputs)
-        alike, kept = waits
-        self._waiting.setdefault(alike, []).append((slots, kept))
-        self._bytes += kept.x.nbytes + kept.g_BSO.nbytes
+        slots.deliveries.waited += 1
+        self._waiting.setdefault(alike, []).append((slots, call))
+        self._bytes += call.x.nbytes + call.g_BSO.nbytes
         if self._bytes >= self.job.limit:
             self.form()
-        return None
 
     def form(self) -> None:
         """Make what is to be made of all calls that wait."""
@@ -100,7 +94,7 @@ class Job(Generic[Result]):
         raise NotImplementedError
 
     def defer(self, slots: Slots, call: Call) -> tuple[Hashable, Call] | None:
-        """What is to wait, with a key that those calls share that are formed together; None: it is made at once."""
+        """A key that those calls share that are formed together, and what is to wait; None: it is made at once."""
         raise NotImplementedError
 
     def form(self, group: Sequence[tuple[Slots, Call]]) -> None:

@@ -96,7 +96,7 @@ class Leaves(NamedTuple):
     moments: Tensor | None = None
     activations: Tensor | None = None
     outputs: Tensor | None = None
-    calls: Tensor | None = None  # (1,) how many compiled calls delivered; None where nobody asks
+    calls: Tensor | None = None  # (1,) how many calls delivered that did not wait; None where nobody asks
 
     def clear(self) -> None:
         for leaf in self:
@@ -135,7 +135,7 @@ class Deliveries:
     quiet: int = 0  # forward, without a graph, as it does first in a reentrant checkpoint
     recomputed: int = 0  # inside the backward pass, as it does when a checkpoint recomputes
     passes: set[int] = field(default_factory=set)  # autograd's numbers of backward passes that delivered
-    calls: int = 0  # how many eager calls did
+    waited: int = 0  # calls that waited for others
 
     def count(self) -> None:
         """Note that the backward pass that is under way delivers."""
@@ -187,6 +187,6 @@ class Slots:
 
     def clear(self) -> None:
         """Let go of tensors: the user may keep the loss, and with it the graph and what its nodes hold."""
-        self.early, self.misfit, self.held = None, None, ()
+        self.early = self.misfit = None
         self.shared.source = self.shared.key = self.shared.projected = None
         self.leaves.clear()

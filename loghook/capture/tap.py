@@ -36,7 +36,7 @@ class Tap(torch.autograd.Function):
         channel_dim: int,  # axis of features in `y`
         batch_dim: int,  # axis of samples in `y`
         kind: str,  # of job
-        slots: Slots | None,  # which take the call, or None where it is compiled
+        slots: Slots | None,  # to let the call wait, or None where it is compiled
         main: Tensor,  # like the next four a leaf, see ``Leaves``
         moments: Tensor | None,
         activation_sums: Tensor | None,
@@ -55,15 +55,17 @@ class Tap(torch.autograd.Function):
         # Sums over tokens run in float32 or wider, also where the user calls backward() under autocast.
         with wide_context(g.device.type):
             call = Call(output_gradient(ctx.dims, g, x), x, weight_BS, documents_DL, activations)
-            made, told = _NOTHING, None
-            if ctx.slots is None:
+            made, told, slots = _NOTHING, None, ctx.slots
+            waits = None if slots is None else slots.place.job.defer(slots, call)
+            if waits is None:
                 _, need_moments, _, need_outputs, need_calls = ctx.needs_input_grad[9:14]
+                held = held if slots is None else slots.held
                 made = make(ctx.kind, call, held, ctx.wide, moments=need_moments, outputs=need_outputs)
                 told = x.new_ones(1) if need_calls else None
             # Not in autograd.grad, nor in backward(inputs=...); the last tensor that forward got is a leaf.
             elif torch._C._will_engine_execute_node(ctx.next_functions[-1][0]):
-                made = ctx.slots.place.take(ctx.slots, call) or _NOTHING
-        return g, *_PASSED, *made, told, *(None,) * len(held)
+                slots.place.keep(slots, *waits)
+        return g, *_PASSED, *made, told, *(None,) * (len(ctx.needs_input_grad) - 14)
 
 
 class Misfit(torch.autograd.Function):
