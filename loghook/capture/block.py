@@ -120,7 +120,7 @@ def _require_one_call(opened: Sequence[Slots], job: Job[Result]) -> None:
     """Raise where a gradient came in parts, and what is asked for is no sum of what would be made of the parts."""
     counted = [(s, s.leaves.calls.grad) for s in opened if s.leaves.calls is not None]
     counts = {s: count.to(opened[0].leaves.main.device) for s, count in counted if count is not None}
-    numbers = torch.cat(list(counts.values())).tolist() if counts else []
+    numbers = torch.cat(list(counts.values())).cpu().tolist() if counts else []
     several = next((s.layer.name for s, n in zip(counts, numbers, strict=True) if n + s.deliveries.waited > 1), None)
     if several is None:
         return
