@@ -25,7 +25,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import loghook
-from loghook.capture import adapters, tap
+from loghook.capture import adapters
+from loghook.capture.rows import Rows
 from loghook.errors import BatchError, ConfigError, DeliveryError, UnsupportedError
 from loghook.project import outer
 from tests.harness import TOLERANCE, assert_rows_exact, check_against_oracle, log_batch
@@ -775,7 +776,7 @@ def test_kept_losses_do_not_keep_rows_alive(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 def test_rows_formed_a_few_layers_at_a_time(dtype, monkeypatch):
-    monkeypatch.setattr(tap, "BYTES", 4000)
+    monkeypatch.setattr(Rows, "limit", 4000)
     check_against_oracle(tiny_llama().to(dtype), causal_loss, text_batch(), dtype, rank=8)
     run_case(Twice(), torch.randn(4, 3, 6), dtype, rank=3)
 

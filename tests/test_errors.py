@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import loghook
-from loghook.capture.block import Captured
+from loghook.capture.rows import Captured
 from loghook.capture.session import pack
 from loghook.errors import (
     BatchError,

@@ -422,7 +422,7 @@ def test_methods_that_need_statistics_refuse_and_the_others_work(tmp_path, kind)
     plain, other = logged(tmp_path / "plain", "plain", model, None, x, rank=3)
     with pytest.raises(MismatchError, match="kind of gradient"):
         log.influence(other, "dot")
-    with pytest.raises(MismatchError, match="fingerprint"):
+    with pytest.raises(MismatchError, match="differ in gradient"):
         maintain.merge(tmp_path / "both", [log.path, plain.path])
     kinds = [json.loads((source.path / "loghook.json").read_text()).get("gradient") for source in (log, plain)]
     assert kinds == [kind, None]

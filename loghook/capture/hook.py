@@ -11,7 +11,8 @@ from torch.utils.hooks import RemovableHandle
 from loghook.capture.experts import ExpertProjection
 from loghook.capture.layers import Layer, Slots
 from loghook.capture.segments import list_tokens
-from loghook.capture.tap import Misfit, PendingTap, Tap, sum_tokens
+from loghook.capture.tap import Misfit, Tap
+from loghook.capture.work import sum_tokens
 from loghook.errors import BatchError, UnsupportedError
 
 # The leaves of open blocks by layer. They lie in a global of their own, because the compiler takes whatever it reaches
@@ -76,7 +77,7 @@ def make_hook(layer: Layer) -> Hook:
             # A call on something else than the batch does no harm where the loss does not depend on it: DoRA multiplies
             # an adapter's matrices by calling them on an identity, and detaches the product.
             slots.misfit = error.with_traceback(None)  # whose frames would hold the activations of all that called
-            return Misfit.apply(y, slots.leaves.rows, slots.misfit)
+            return Misfit.apply(y, slots.leaves.main, slots.misfit)
         activations, leaves = None, slots.leaves
         if leaves.activations is not None:
             tokens = _regrouped(layer, slots, layer.adapter.tokens(x.detach())).to(leaves.activations.dtype)
@@ -89,28 +90,19 @@ def make_hook(layer: Layer) -> Hook:
             else:
                 slots.deliveries.ran += 1
                 slots.shared.restarted |= slots.shared.delivered
-        if slots.job is not None:
-            return slots.job.tap(layer, slots, y, projected, weight, documents)
-        later = slots.pending is not None and documents is None and projected.dim() == 3
-        if later and not torch.compiler.is_compiling():
-            dims = layer.adapter.channel_dim, layer.batch_dim
-            return PendingTap.apply(y, projected, weight, dims, leaves.calls, slots)
-        return Tap.apply(
+        call = (
             y,
             projected,
             weight,
-            slots.output_side.matrix,
-            activations,
             documents,
+            activations,
             layer.adapter.channel_dim,
             layer.batch_dim,
-            leaves.rows,
-            leaves.moments,
-            leaves.activations,
-            leaves.outputs,
-            leaves.calls if slots.update else None,
-            *slots.update,
+            slots.place.job.kind,
         )
+        if torch.compiler.is_compiling():
+            return Tap.apply(*call, None, *leaves, *slots.held)
+        return Tap.apply(*call, slots, *leaves)
 
     return Hook(hook)
 

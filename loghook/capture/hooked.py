@@ -14,15 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from loghook.capture.batch import Given, Ids, Mask, check_ids, check_masks, unscaled
-from loghook.capture.block import Block, Captured, nothing_delivered
+from loghook.capture.block import nothing_delivered, opened, prepare
 from loghook.capture.experts import ExpertProjection, watched
 from loghook.capture.hook import make_early_hook, make_hook
+from loghook.capture.jobs import Job, Result
 from loghook.capture.layers import Layer
 from loghook.capture.models import mixing_modules, parameters_digest, refuse, unwrap, values_digest
 from loghook.capture.optimizer import bind
+from loghook.capture.rows import Rows, Updates
 from loghook.capture.segments import arrange
 from loghook.capture.select import Rank, Watch, find_logged, select
-from loghook.capture.whole import Job
 from loghook.errors import ConfigError, DeliveryError, MismatchError, StateError, UnsupportedError
 from loghook.log.files import Sides, load_sides
 from loghook.log.format import LayerSpec, Layout, Made, Manifest
@@ -111,9 +112,9 @@ class Hooked:
 
     @contextmanager
     def _capture(
-        self, size: int, given: Given, *, keep: np.ndarray | None = None, logs: bool = False, job: Job | None = None
-    ) -> Iterator[list[Captured]]:
-        """Open the layers for one batch; the list holds what was captured once the context ends without an error."""
+        self, size: int, given: Given, job: Job[Result], keep: np.ndarray | None = None
+    ) -> Iterator[list[Result]]:
+        """Open the layers for one batch; the list holds the job's result once the context ends without an error."""
         self._require_outside()
         if self._names and not self._handles:
             raise StateError(
@@ -131,27 +132,27 @@ class Hooked:
                 )
         documents = None if given.segments is None else arrange(given.segments, size)
         masks = check_masks(given.mask, size if documents is None else len(documents.number_BS), self._names)
-        updates = (self._gradient if logs else self._asked) != "plain"
-        sums = job.sums if job is not None else logs and not updates  # over samples, of which each must count alike
-        factor = unscaled(given.scale, given.scaler, None if sums else size)
-        if job is None:
+        factor = unscaled(given.scale, given.scaler, None if job.sums else size)
+        if job.projects:
             self._require_projection()
-        block = Block(self._layers, size, factor, logs, updates, job)
-        captured: list[Captured] = []
+        kept = None if keep is None or keep.all() else torch.from_numpy(keep)
         self._open = True
         experts = [layer.module.owner for layer in self._layers if isinstance(layer.module, ExpertProjection)]
         try:
-            block.open(masks, None if keep is None or keep.all() else torch.from_numpy(keep), documents)
-            with watched(experts):
+            slots = prepare(self._layers, size, job, factor, masks, kept, documents)
+            with opened(slots, job, factor, masks) as captured, watched(experts):
                 yield captured
-            captured.append(block.collect(block.close(), masks=masks))
         except RuntimeError as error:
             if "does not require grad" in str(error) and not any(layer.fired for layer in self._layers):
                 raise DeliveryError(nothing_delivered(self._layers)) from error  # backward() failed for want of a graph
             raise
         finally:
-            block.close()
             self._open = False
+
+    def _rows(self, *, logs: bool) -> Rows:
+        """The job of a block that logs, or asks."""
+        gradient = self._gradient if logs else self._asked
+        return Rows(moments=logs) if gradient == "plain" else Updates(linear=gradient == "normalized")
 
     def _require_projection(self) -> None:
         if self._projection in FITTED and self._fitted is None:
@@ -185,7 +186,7 @@ class Hooked:
         """
         ids = check_ids(data_id)
         query = Query(ids=ids)
-        with self._capture(len(ids), Given(mask, scale, None, segments)) as captured:
+        with self._capture(len(ids), Given(mask, scale, None, segments), self._rows(logs=False)) as captured:
             yield query
         rows = captured[0].rows.cpu()
         if not bool(torch.isfinite(rows).all()):

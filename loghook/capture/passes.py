@@ -15,7 +15,7 @@ from loghook.capture.hooked import Hooked
 from loghook.capture.layers import Layer
 from loghook.capture.select import rank_of
 from loghook.capture.session import Repeats
-from loghook.capture.whole import Job
+from loghook.capture.whole import Whole
 from loghook.errors import MismatchError, NotFiniteError, StateError
 from loghook.processes import combine, everyone, process_rank, share
 from loghook.project.blocks import Factor, blocks_of, square_size
@@ -25,7 +25,7 @@ from loghook.project.projection import Side, fit_side, shared_input_name
 class Gathering:
     """What a job delivers, by layer, summed over the blocks of a pass; ``rule`` says what ids do that come again."""
 
-    def __init__(self, hooked: Hooked, job: Job, rule: str = "first") -> None:
+    def __init__(self, hooked: Hooked, job: Whole, rule: str = "first") -> None:
         self._hooked, self._job, self._rule = hooked, job, rule
         self.totals: dict[str, Tensor] = {}
         self.samples, self.repeats = 0, Repeats()
@@ -34,9 +34,9 @@ class Gathering:
     def block(self, ids: list[int] | list[str], given: Given) -> Iterator[None]:
         """Capture one batch and add it; under a GradScaler one that overflowed is left out."""
         keep, _ = self.repeats.keep(ids, self._rule)
-        with self._hooked._capture(len(ids), given, keep=keep, job=self._job) as captured:
+        with self._hooked._capture(len(ids), given, self._job, keep) as captured:
             yield
-        results = captured[0].results
+        results = captured[0]
         if not _finite(results):
             if given.scaler is not None:
                 return

@@ -118,7 +118,7 @@ class Probe(Hooked):
                 handle.remove()
 
     def _run(self, batch: Any, size: int, segments: Any) -> Found:
-        with self._capture(size, Given(segments=segments)) as captured:
+        with self._capture(size, Given(segments=segments), self._rows(logs=False)) as captured:
             loss = self._loss_fn(self.model, batch)
             loss.backward()
         rows, kinds = captured[0].rows.double().cpu(), self._layout.kinds

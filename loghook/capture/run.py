@@ -224,7 +224,7 @@ class Run(Blocks, Hooked):
             self._session.writer.check()
         ids = check_ids(data_id)
         if self._rehearsal is not None:
-            with self._capture(len(ids), given, logs=True) as captured:
+            with self._capture(len(ids), given, self._rows(logs=True)) as captured:
                 yield
             self._rehearsal.count(captured[0].rows)
             return
@@ -243,7 +243,7 @@ class Run(Blocks, Hooked):
         self._largest = max(self._largest, len(ids))
         if keep.any():
             self._step = max(self._step, self._fresh_step)
-        with self._capture(len(ids), given, keep=keep, logs=True) as captured:
+        with self._capture(len(ids), given, self._rows(logs=True), keep) as captured:
             yield
         writer = self._ready(self._id_type)
         index, flag = self._pass.index if self._pass else -1, given.scaler is not None

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loghook.capture.block import Captured
 from loghook.capture.config import Config
+from loghook.capture.rows import Captured
 from loghook.errors import BatchError, LogExistsError, MismatchError, StateError, WriteError
 from loghook.log.disk import writing
 from loghook.log.folder import Committed, check_same, claim, ranks_on_disk, read_back, seal

@@ -55,9 +55,9 @@ class Scoring(Blocks):
         """Score the samples of one batch; an id that comes again is scored once."""
         ids = check_ids(data_id)
         first = [i for i, one in enumerate(ids) if one not in self._seen and one not in ids[:i]]
-        with self._fit._capture(len(ids), given, job=self._job) as captured:
+        with self._fit._capture(len(ids), given, self._job) as captured:
             yield
-        results = captured[0].results
+        results = captured[0]
         there, _ = self._fit._layers[0].device_and_dtype()
         zero = torch.zeros(self._job.shape(self._fit._layers[0], len(ids)), device=there)
         found = [results.get(name, zero).to(there, torch.float32) for name in self._fit.layers]

@@ -1,0 +1,113 @@
+"""What a block makes of its layers' calls: rows as a log has them, rows of updates, or a job on whole gradients.
+
+A job says how a layer's inputs are projected, what shapes its leaves have, what its work (``loghook.capture.work``)
+takes besides, and what becomes of what arrived. Where nothing is compiled, calls may wait for others in a ``Place``:
+
+- Rows of several layers are formed together: one product of many matrices in place of many small products. A layer's
+  own are so small that waking the threads, or a launch on a GPU, costs more than the arithmetic. A compiled backward
+  has no use for this: it fuses by itself.
+- What is no sum over a layer's calls is made of all of them at once.
+
+Shape suffixes as in ``loghook.project.outer``; n layers.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from loghook.capture.layers import Layer, Leaves, Slots
+from loghook.capture.work import Call, Held, wide_context
+from loghook.project.projection import Side
+
+Result = TypeVar("Result")
+
+
+@dataclass(eq=False)
+class Place:
+    """What the layers of a block share that compute on one device and in one dtype, and their calls that wait."""
+
+    device: torch.device
+    dtype: torch.dtype
+    job: "Job[Any]"
+    scale: float | Tensor  # what gradients are multiplied by: a number, or (B,)
+    kept: Tensor | None  # (B,) which rows count in sums over them, or None for all
+    _moved: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
+    _waiting: dict[Hashable, list[tuple[Slots, Call]]] = field(default_factory=dict)
+    _bytes: int = 0  # how many wait
+
+    def __post_init__(self) -> None:
+        self.zero = torch.zeros((), device=self.device, dtype=self.dtype)
+
+    def to(self, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+        """A tensor on the device; to bring it there may wait for the device."""
+        key = id(t), dtype or t.dtype
+        if key not in self._moved:
+            self._moved[key] = t, t.to(self.device, dtype)  # the tensor as well, so that its id stays its own
+        return self._moved[key][1]
+
+    def leaf(self, *shape: int) -> Tensor:
+        """A leaf. Nobody reads it, so that one stored value serves for all of them."""
+        return self.zero.expand(shape).requires_grad_()
+
+    @cached_property
+    def scale_here(self) -> Tensor:
+        """The scale as a number, or (B, 1, 1); filled there, since to copy it waits for what the device has to do."""
+        scale = self.scale
+        if not isinstance(scale, Tensor):
+            return torch.full((), scale, device=self.device, dtype=self.dtype)
+        return (scale[:, None, None] if scale.dim() else scale).to(self.device, self.dtype)
+
+    def keep(self, slots: Slots, alike: Hashable, call: Call) -> None:
+        """Let a layer's call wait, with those that have an equal key, in the backward pass that is under way."""
+        slots.deliveries.count()
+        slots.deliveries.waited += 1
+        self._waiting.setdefault(alike, []).append((slots, call))
+        self._bytes += call.x.nbytes + call.g_BSO.nbytes
+        if self._bytes >= self.job.limit:
+            self.form()
+
+    def form(self) -> None:
+        """Make what is to be made of all calls that wait."""
+        waiting, self._waiting, self._bytes = self._waiting, {}, 0
+        for group in waiting.values():
+            with torch.no_grad(), wide_context(self.device.type):
+                self.job.form(group)
+
+
+class Job(Generic[Result]):
+    kind: ClassVar[str]  # the name of its work
+    limit: float = float("inf")  # how many bytes may wait
+    at_once = False  # whether what it makes of a layer's gradient is no sum over the layer's calls
+    sums = True  # whether it adds samples up, so that each must count alike
+    projects = False  # whether it uses the layers' projections
+
+    def open(self, layer: Layer, place: Place) -> tuple[Side, Held]:
+        """The projection of the layer's inputs in a block, and what the work takes besides calls."""
+        return Side(layer.input_side.width, None), ()
+
+    def leaves(self, layer: Layer, size: int, leaf: Callable[..., Tensor]) -> Leaves:
+        """Make the leaves of a block of ``size`` rows; ``leaf`` makes one of a shape."""
+        raise NotImplementedError
+
+    def defer(self, slots: Slots, call: Call) -> tuple[Hashable, Call] | None:
+        """A key that those calls share that are formed together, and what is to wait; None: it is made at once."""
+        raise NotImplementedError
+
+    def form(self, group: Sequence[tuple[Slots, Call]]) -> None:
+        """Fill the leaves with what is made of calls that waited."""
+        raise NotImplementedError
+
+    def collect(self, opened: Sequence[Slots], scale: float | Tensor) -> Result:
+        """Make the block's result of what its layers' leaves received."""
+        raise NotImplementedError
+
+
+def scale_for(rows: Tensor, scale: float | Tensor) -> float | Tensor:
+    """The scale for rows: a number of the CPU may multiply them anywhere, nothing else of another device may."""
+    if not isinstance(scale, Tensor) or (scale.device.type == "cpu" and not scale.dim()):
+        return scale
+    return scale[:, None].to(rows) if scale.dim() else scale.to(rows.device)

@@ -1,0 +1,165 @@
+"""Jobs of a log: rows of gradients, or of what an optimiser makes of them."""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn.utils.parametrize import is_parametrized
+
+from loghook.capture.jobs import Job, Place, scale_for
+from loghook.capture.layers import Layer, Leaves, Slots, arrived, deliver
+from loghook.capture.work import Call, Held
+from loghook.project.outer import outer, project_output, second_moment
+from loghook.project.projection import Side
+
+
+@dataclass
+class Captured:
+    rows: Tensor  # (B, width) in float32 or float64, on the device of the first layer
+    moments: Tensor | None  # the vector of statistics (see ``Layout``) summed over the block's tokens, or None
+    asleep: list[str]  # names of layers that may sleep and did; their rows are zero
+
+
+class Rows(Job[Captured]):
+    """Rows of gradients in projected space, and the statistics of a log on request."""
+
+    kind, projects = "rows", True
+    limit = 8 * 2**20  # as much as stays in a processor's cache, and little on a device
+
+    def __init__(self, *, moments: bool) -> None:
+        self._moments = self.sums = moments
+
+    def open(self, layer: Layer, place: Place) -> tuple[Side, Held]:
+        inputs, outputs = (side.to(place.device, _narrow(layer)) for side in layer.sides)
+        return inputs, (outputs.matrix,)
+
+    def leaves(self, layer: Layer, size: int, leaf: Callable[..., Tensor]) -> Leaves:
+        spec = layer.spec
+        return Leaves(
+            leaf(size, spec.k_out, spec.k_in),
+            leaf(spec.k_in**2 + spec.k_out**2 + 1) if self._moments else None,
+            leaf(size, spec.channels + 1) if spec.activations else None,
+            leaf(size, spec.out_features + 1) if spec.output_gradients else None,
+            leaf(1) if self.at_once else None,
+        )
+
+    def defer(self, slots: Slots, call: Call) -> tuple[Hashable, Call] | None:
+        """Ordinary layers wait for others of their shape, with output gradients projected.
+
+        A side without a projection may be the user's own tensor, which may change before rows are formed.
+        """
+        (p_out_kO,), leaves = slots.held, slots.leaves
+        copied = p_out_kO is not None and slots.input_side.matrix is not None
+        plain = (
+            call.documents_DL is None and call.x.dim() == 3 and leaves.activations is None and leaves.outputs is None
+        )
+        if not copied or not plain:
+            return None
+        g_BSk = project_output(call.g_BSO, p_out_kO)
+        return (call.x.shape, g_BSk.shape, call.x.dtype, g_BSk.dtype), Call(g_BSk, call.x, call.weight_BS)
+
+    def form(self, group: Sequence[tuple[Slots, Call]]) -> None:
+        wide = group[0][0].place.dtype
+        x_nBSk = torch.stack([call.x for _, call in group]).to(wide)
+        g_nBSk = torch.stack([call.g_BSO for _, call in group]).to(wide)
+        sums: Sequence[Tensor | None] = [None] * len(group)
+        if self._moments:
+            weights, weight_nN = [call.weight_BS for _, call in group], None
+            if any(weight is not None for weight in weights):
+                ones = x_nBSk.new_ones(x_nBSk.shape[1:3])
+                weight_nN = torch.stack([ones if w is None else w.to(ones.dtype).expand_as(ones) for w in weights])
+                weight_nN = weight_nN.flatten(1)
+            inputs = second_moment(x_nBSk.flatten(1, 2), weight_nN).flatten(1)
+            outputs = second_moment(g_nBSk.flatten(1, 2), weight_nN).flatten(1)
+            n, B, S, _ = x_nBSk.shape
+            tokens = x_nBSk.new_full((n, 1), B * S) if weight_nN is None else weight_nN.sum(1, keepdim=True)
+            sums = torch.cat([inputs, outputs, tokens], 1).unbind()
+        for (slots, _), rows, summed in zip(group, outer(g_nBSk, x_nBSk), sums, strict=True):
+            deliver(slots.leaves.main, rows)
+            if summed is not None and slots.leaves.moments is not None:
+                deliver(slots.leaves.moments, summed)
+
+    def collect(self, opened: Sequence[Slots], scale: float | Tensor) -> Captured:
+        layers, device = [s.layer for s in opened], opened[0].leaves.main.device
+        rows = torch.cat([arrived(s.leaves.main).flatten(1).to(device) for s in opened], 1)
+        rows = _scaled(rows, [layer.gain for layer in layers], [layer.spec.width for layer in layers])
+        rows = self._scale_rows(rows, scale)
+        means: dict[str, list[Tensor]] = {"activations": [], "output_gradients": []}
+        for s in opened:
+            for kind, leaf in (("activations", s.leaves.activations), ("output_gradients", s.leaves.outputs)):
+                if leaf is not None:
+                    factor = 1.0 if kind == "activations" else scale_for(leaf, scale)
+                    total, tokens = arrived(leaf).split([leaf.shape[1] - 1, 1], 1)
+                    mean = getattr(s.layer.spec, kind) == "mean"
+                    value = total / tokens.masked_fill(tokens <= 0, 1) if mean else total
+                    means[kind].append((value * factor).to(device))
+        if any(means.values()):
+            rows = torch.cat([rows, *means["activations"], *means["output_gradients"]], 1)
+        moments = None
+        if self._moments:
+            moments = torch.cat([arrived(s.leaves.moments).to(device) for s in opened if s.leaves.moments is not None])
+            gains = [g for layer in layers for g in (layer.input_side.gain**2, layer.output_side.gain**2, 1.0)]
+            sizes = [n for layer in layers for n in (layer.spec.k_in**2, layer.spec.k_out**2, 1)]
+            moments = _scaled(moments, gains, sizes)
+            if not _is_one(scale):  # moments of output gradients by the square of the scale
+                of_outputs = _spread((0.0, 1.0, 0.0) * len(opened), tuple(sizes), moments.dtype, moments.device) > 0
+                moments = torch.where(of_outputs, moments * scale_for(moments, scale) ** 2, moments)
+        return Captured(rows, moments, [s.layer.name for s in opened if not s.delivered])
+
+    def _scale_rows(self, rows: Tensor, scale: float | Tensor) -> Tensor:
+        return rows if _is_one(scale) else rows.mul_(scale_for(rows, scale))
+
+
+class Updates(Rows):
+    """Rows of what an optimiser makes of a gradient, which have no statistics."""
+
+    kind = "update"
+
+    def __init__(self, *, linear: bool) -> None:
+        super().__init__(moments=False)
+        self.at_once = not linear
+
+    def open(self, layer: Layer, place: Place) -> tuple[Side, Held]:
+        assert layer.moments is not None
+        inputs, outputs = (side.to(place.device) for side in layer.sides)
+        moments = layer.moments.read(layer, place.device, place.dtype)
+        return Side(inputs.width, None), (outputs.matrix, inputs.matrix, *moments, place.scale_here)
+
+    def defer(self, slots: Slots, call: Call) -> None:
+        return None
+
+    def _scale_rows(self, rows: Tensor, scale: float | Tensor) -> Tensor:
+        return rows  # updates have it in them
+
+
+def _is_one(scale: float | Tensor) -> bool:
+    return isinstance(scale, float) and scale == 1.0
+
+
+def _narrow(layer: Layer) -> torch.dtype | None:
+    """Half-precision dtype in which a linear layer holds its weights and computed last time, or None.
+
+    Its projections are kept in it, instead of being cast at every call to what the layer's tensors are in.
+    """
+    if not layer.adapter.shares_input or layer.computes_in not in (torch.bfloat16, torch.float16):
+        return None
+    if is_parametrized(layer.module, "weight"):  # reading it would make it anew
+        return None
+    weight = getattr(layer.module, "weight", None)
+    return layer.computes_in if weight is not None and weight.dtype == layer.computes_in else None
+
+
+def _scaled(values: Tensor, gains: Sequence[float], sizes: Sequence[int]) -> Tensor:
+    """Multiply, in place, as many values (..., sum of sizes) with each gain as its size says."""
+    if any(gain != 1.0 for gain in gains):  # not where nothing is projected, and rows are widest
+        values *= _spread(tuple(gains), tuple(sizes), values.dtype, values.device)
+    return values
+
+
+@lru_cache(maxsize=16)
+def _spread(values: tuple[float, ...], sizes: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Repeat each value as often as its size says: (sum of sizes,); kept for the next block."""
+    return torch.from_numpy(np.repeat(values, sizes)).to(device, dtype)
