@@ -1061,3 +1061,75 @@ def test_a_tied_weight_is_named_where_it_is_used_otherwise(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "100.0% of 55 parameters" in shown
     assert "words (tied to decoder, whose rows are of its own use of the weight)" in shown
+
+
+@pytest.mark.parametrize("options", [{"rank": 2}, {"projection": "none"}])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_state_that_is_carried_over_blocks_is_refused(tmp_path, options, compiled):
+    torch.manual_seed(0)
+    model, x = nn.Linear(5, 5), torch.randn(2, 3, 5)
+    run = loghook.init(tmp_path / "run", **options)
+    run.watch(model)
+    forward = torch.compile(model, backend="aot_eager") if compiled else model
+    state = torch.zeros(3, 5)
+    with run(data_id=[0, 1, 2]):
+        state = torch.tanh(forward(x[0] + state))
+        state.square().sum().backward(retain_graph=True)
+    with pytest.raises(DeliveryError, match="detach what is carried on"), run(data_id=[3, 4, 5]):
+        torch.tanh(forward(x[1] + state)).square().sum().backward()
+    state = state.detach()
+    with run(data_id=[3, 4, 5]):
+        torch.tanh(forward(x[1] + state)).square().sum().backward()
+    run.finalize()
+    assert loghook.load(run.path).data_ids == [0, 1, 2, 3, 4, 5]
+
+
+@pytest.mark.parametrize("channels", [3, 4])  # of which one is as many as samples
+def test_sequence_first_models_with_convolutions_and_single_tokens(channels):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kind, self.words = nn.Embedding(5, channels), nn.Embedding(7, channels)
+            self.conv, self.out = nn.Conv1d(channels, channels, 3, padding=1), nn.Linear(channels, 2)
+
+        def forward(self, words, kind):
+            h = self.words(words) + self.kind(kind)  # (S, B, C) + (B, C)
+            h = self.conv(h.permute(1, 2, 0)).permute(2, 0, 1)
+            return self.out(torch.tanh(h))
+
+    torch.manual_seed(0)
+    model, words, kind = Model(), torch.randint(7, (6, 3)), torch.randint(5, (3,))
+    run = loghook.init(tempfile.mkdtemp(), projection="none")
+    run.watch(model, ["*", "words", "kind"], batch_dim=1)
+    with run(data_id=[0, 1, 2]):
+        model(words, kind).square().sum().backward()
+    run.finalize()
+    log = loghook.load(run.path)
+    for i in range(3):
+        model.zero_grad()
+        model(words[:, i : i + 1], kind[i : i + 1]).square().sum().backward()
+        for name, module in model.named_children():
+            expected = module.weight.grad.T if name in ("words", "kind") else module.weight.grad.flatten(1)
+            found = torch.tensor(log.rows(name)[i])[:, : expected.shape[1]]
+            torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_batchnorms_are_looked_for_where_they_are_in_each_pass(tmp_path):
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)), torch.randn(5, 4)
+    run = loghook.init(tmp_path / "run", rank=2, projection="whitened")
+    run.watch(model)
+    model[1] = nn.GroupNorm(2, 4)  # the one that was in training mode is gone
+
+    def go_through():
+        for current in run.passes():
+            with run(data_id=range(5)):
+                model(x).square().sum().backward()
+            if current.kind == "covariance":
+                model[1] = nn.BatchNorm1d(4)
+
+    with pytest.raises(UnsupportedError, match="BatchNorm1d '1' is in training mode"):
+        go_through()
+    model[1].eval()
+    go_through()
+    run.finalize()
+    assert len(loghook.load(run.path)) == 5

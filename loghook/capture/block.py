@@ -7,9 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loghook.capture.hook import OPEN
 from loghook.capture.jobs import Job, Place, Result
-from loghook.capture.layers import Deliveries, Layer, Shared, Slots
+from loghook.capture.layers import OPEN, Deliveries, Layer, Shared, Slots
 from loghook.capture.rows import Updates
 from loghook.capture.segments import Documents
 from loghook.errors import BatchError, DeliveryError, UnsupportedError
@@ -54,7 +53,7 @@ def prepare(
             documents=None if documents is None else Documents(*(place.to(t) for t in documents)),
             mask=None if mask is None else place.to(mask, place.dtype),
             keep=None if keep is None else place.to(keep, place.dtype),
-            deliveries=Deliveries(shared),
+            deliveries=Deliveries(shared, layer.key),
         )
         # The hook must not hold the leaf: their cycle would keep rows alive.
         slots.leaves.main.register_post_accumulate_grad_hook(lambda _, deliveries=slots.deliveries: deliveries.count())
@@ -87,6 +86,7 @@ def opened(
     finally:
         for s in slots:
             OPEN.pop(s.layer.key, None)
+            s.deliveries.closed = True
 
 
 def _check(opened: Sequence[Slots], masks: Mapping[str, Tensor]) -> None:
@@ -101,6 +101,12 @@ def _check(opened: Sequence[Slots], masks: Mapping[str, Tensor]) -> None:
     if awake:
         quiet = all(s.deliveries.quiet for s in awake)
         raise DeliveryError(_partly_delivered([s.layer for s in awake], quiet, len(opened)))
+    if stale := [s.layer.name for s in opened if s.deliveries.stale]:
+        raise DeliveryError(
+            f"backward went through layer {stale[0]!r} as it ran in an earlier block (a state that is carried on, "
+            "retain_graph=True), whose rows are written already: detach what is carried on, or compute all in one "
+            "block. Nothing of this batch was written."
+        )
     if any(s.shared.restarted or s.deliveries.too_many for s in opened):
         raise DeliveryError(
             "two backward passes ran in this block, so rows would add up two losses: open one block for each "

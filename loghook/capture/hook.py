@@ -9,15 +9,11 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from loghook.capture.experts import ExpertProjection
-from loghook.capture.layers import Layer, Slots
+from loghook.capture.layers import OPEN, Layer, Slots
 from loghook.capture.segments import list_tokens
 from loghook.capture.tap import Misfit, Tap
 from loghook.capture.work import sum_tokens
 from loghook.errors import BatchError, UnsupportedError
-
-# The leaves of open blocks by layer. They lie in a global of their own, because the compiler takes whatever it reaches
-# through a module's hooks for fixed in size, and would compile the model anew for every batch size.
-OPEN: dict[int, Slots] = {}
 
 
 class Hook:
@@ -113,7 +109,7 @@ def make_early_hook(layer: Layer) -> Hook:
     Only where it is simple: the hook after the layer's forward takes the result if its input is still the same, and
     projects by itself otherwise.
     """
-    key, plain = layer.key, not (layer.spec.flattened or layer.spec.batch_dim)
+    key, plain = layer.key, not (layer.spec.flattened or layer.batch_dim)
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         slots = None if torch.compiler.is_compiling() else OPEN.get(key)
@@ -169,9 +165,9 @@ def _batch_first(layer: Layer, slots: Slots, x: Tensor) -> Tensor:
     x = x.detach().to(slots.samples.device)  # accelerate's hooks move inputs after this hook was given them
     if layer.spec.flattened:
         return _unflatten(layer, slots, x)
-    shape, moved = tuple(x.shape), layer.spec.batch_dim and (x.dim() > 2 or not layer.spec.channels)
+    shape, moved = tuple(x.shape), layer.batch_dim and x.dim() > (2 if layer.spec.channels else 1)
     if moved:  # (B, features) has no axis of tokens
-        x = x.movedim(layer.spec.batch_dim, 0)
+        x = x.movedim(layer.batch_dim, 0)
     if slots.documents is None and not isinstance(layer.module, ExpertProjection) and len(x) != slots.size:
         raise BatchError(
             f"{len(x)} samples, {slots.size} ids: layer {layer.name!r} got an input of shape {shape}, and its "

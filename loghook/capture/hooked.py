@@ -43,7 +43,7 @@ class Hooked:
         self._fitted: str | None = None  # checksum of a fitted projection that the layers have
         self._layers: list[Layer] = []
         self._models: list[weakref.ref[nn.Module]] = []
-        self._mixing: list[tuple[str, nn.Module]] = []
+        self._mixing: list[tuple[str, nn.Module]] | None = None  # looked for when a block opens, and in each pass anew
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._names: tuple[str, ...] = ()
         self._open = False
@@ -72,7 +72,7 @@ class Hooked:
         bind(model, layers, optimizer, gradient)
         if not self._watches(model):
             self._models.append(weakref.ref(unwrap(model)))
-            self._mixing += mixing_modules(model)
+            self._mixing = None
         for layer in layers:
             # prepend: taps run inside FSDP2's own post-forward hook, whatever the order of wrapping.
             handle = layer.module.register_forward_hook(make_hook(layer), prepend=True, with_kwargs=True)
@@ -98,7 +98,7 @@ class Hooked:
         """Remove the hooks. The model is then as it was before ``watch``."""
         self._require_outside()
         _remove(self._handles)
-        self._handles, self._layers, self._mixing = [], [], []  # and let go of the model
+        self._handles, self._layers, self._mixing = [], [], None  # and let go of the model
 
     def digest(self) -> str | None:
         """Digest of sampled parameter values of the watched models, or None where they are sharded."""
@@ -122,6 +122,8 @@ class Hooked:
                 "questions with loghook.load(path).attach(model)."
             )
         self._require_watched()
+        if self._mixing is None:
+            self._mixing = [found for ref in self._models if (model := ref()) for found in mixing_modules(model)]
         for name, module in self._mixing:
             if module.training or module.running_mean is None:
                 state = "is in training mode" if module.training else "keeps no running statistics"

@@ -19,6 +19,11 @@ if TYPE_CHECKING:
     from loghook.capture.optimizer import Moments
 
 
+# The slots of open blocks by layer. They lie in a global of their own, because the compiler takes whatever it reaches
+# through a module's hooks for fixed in size, and would compile the model anew for every batch size.
+OPEN: "dict[int, Slots]" = {}
+
+
 @dataclass(eq=False)
 class Layer:
     """A watched layer: its module, and how it is read."""
@@ -39,8 +44,8 @@ class Layer:
 
     @property
     def batch_dim(self) -> int:
-        """The axis of samples in the module's output: the first also of a sequence-first model's flattened layers."""
-        return 0 if self.spec.flattened else self.spec.batch_dim
+        """The axis of samples: in a sequence-first model too it is the first of convolutions and flattened layers."""
+        return 0 if self.spec.flattened or self.adapter.channel_dim == 1 else self.spec.batch_dim
 
     @property
     def sides(self) -> tuple[Side, Side]:
@@ -131,14 +136,19 @@ class Deliveries:
     """
 
     shared: Shared
+    key: int  # of the layer
     ran: int = 0  # forward, with a graph, outside the backward pass
     quiet: int = 0  # forward, without a graph, as it does first in a reentrant checkpoint
     recomputed: int = 0  # inside the backward pass, as it does when a checkpoint recomputes
     passes: set[int] = field(default_factory=set)  # autograd's numbers of backward passes that delivered
     waited: int = 0  # calls that waited for others
+    closed: bool = False  # whether the block is over
+    stale: bool = False  # whether a backward pass in this block delivered to the layer in an earlier one
 
     def count(self) -> None:
         """Note that the backward pass that is under way delivers."""
+        if self.closed and self.key in OPEN:
+            OPEN[self.key].deliveries.stale = True
         self.passes.add(torch._C._current_graph_task_id())
         self.shared.delivered = True
 

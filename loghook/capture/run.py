@@ -174,7 +174,7 @@ class Run(Blocks, Hooked):
         for index, kind in enumerate(kinds):
             if index in done or self._session.sealed or (kind == "covariance" and self._fitted):
                 continue
-            self._pass = Pass(index, kind)
+            self._pass, self._mixing = Pass(index, kind), None
             try:
                 if kind == "covariance":
                     self._pass._gathering = Gathering(self, Covariance(), self._rule)

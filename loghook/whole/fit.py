@@ -116,7 +116,7 @@ class Fit(Blocks, Hooked):
                     continue
                 job = Covariance() if kind == "covariance" else Eigenvalues(rotations(store.bases))
                 gathering = Gathering(self, job)
-                self._pass = Pass(index, kind, self.fisher, gathering)
+                self._pass, self._mixing = Pass(index, kind, self.fisher, gathering), None
                 yield self._pass
                 self._commit(kind, store, gathering)
         finally:
