@@ -1133,3 +1133,37 @@ def test_batchnorms_are_looked_for_where_they_are_in_each_pass(tmp_path):
     go_through()
     run.finalize()
     assert len(loghook.load(run.path)) == 5
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_pairs_through_layers_that_see_different_tokens(tmp_path, compiled):
+    """Chosen and rejected of a reward model with patches and a pooled head, or two views of an image."""
+    torch.manual_seed(0)
+    body = nn.Sequential(nn.Conv1d(2, 4, 3, stride=2), nn.Tanh())
+    model = nn.ModuleDict({"words": nn.Linear(2, 2), "body": body, "head": nn.Linear(4, 1)})
+    x = torch.randn(6, 9, 2)  # three pairs: 0 and 3, 1 and 4, 2 and 5
+
+    def scores(x):
+        return model["head"](model["body"](torch.tanh(model["words"](x)).transpose(1, 2)).mean(2))[:, 0]
+
+    def loss(x):
+        chosen, rejected = scores(x).chunk(2)
+        return F.softplus(rejected - chosen).sum()
+
+    run = loghook.init(tmp_path / "run", rank=3)
+    run.watch(model)
+    forward = torch.compile(loss, backend="aot_eager") if compiled else loss
+    with run(data_id=["a", "b", "c"], segments=torch.arange(3).repeat(2)[:, None]):
+        forward(x).backward()
+    run.finalize()
+    log = loghook.load(run.path)
+    for i in range(3):
+        model.zero_grad()
+        loss(x[[i, i + 3]]).backward()
+        for name in log.layers:
+            module = model.get_submodule(name)
+            whole = torch.cat([module.weight.grad.flatten(1), module.bias.grad[:, None]], 1).double().numpy()
+            out, into = log.projection(name)
+            whole = whole if out is None else out @ whole
+            whole = whole if into is None else whole @ into.T
+            assert abs(log.rows(name)[i] - whole).max() < 1e-5 * max(1.0, abs(whole).max())

@@ -53,7 +53,8 @@ class Blocks:
                 are not finite are flagged and left out instead of raising.
             segments: (B, S) integers, for packed batches: each token's place in ``data_id``, -1 for none. A row is
                 then a document (or whatever the numbers say) instead of a sample; ``loghook.segments`` makes it from
-                ``position_ids`` or ``cu_seqlens``, or for single tokens.
+                ``position_ids`` or ``cu_seqlens``, or for single tokens. (B, 1) where a row is whole entries of the
+                batch, as of pairs, whatever tokens a layer sees of them.
 
         Raises:
             BatchError: ids, mask or scale that do not fit the batch.

@@ -65,8 +65,7 @@ def make_hook(layer: Layer) -> Hook:
             else:
                 documents, weight = None, _token_weight(slots, projected)
                 if slots.documents is not None:
-                    slots.documents.check(layer.name, (projected.shape[0], projected.shape[1]))
-                    documents = slots.documents.index_DL
+                    documents = slots.documents.places(layer.name, (projected.shape[0], projected.shape[1]))
         except BatchError as error:
             if torch.compiler.is_compiling():
                 raise
@@ -249,7 +248,10 @@ def _routed_tokens(layer: Layer, slots: Slots, module: ExpertProjection) -> tupl
             )
         number_N = token_N // (module.total // size)
     else:
-        number_N = slots.documents.number_BS.flatten()[token_N]
+        number_BS = slots.documents.number_BS
+        if number_BS.shape[1] == 1:  # of whole entries
+            number_BS = number_BS.expand(-1, module.total // len(number_BS))
+        number_N = number_BS.flatten()[token_N]
     mask = slots.mask
     if mask is not None and slots.documents is None and mask.shape[1] == 1:  # of samples
         return list_tokens(number_N, size), mask[number_N, 0].unsqueeze(0)

@@ -54,15 +54,22 @@ def per_token(batch: int, tokens: int) -> Tensor:
 class Documents(NamedTuple):
     """The checked form of ``segments``."""
 
-    number_BS: Tensor  # (B, S) place in ``data_id`` of each token's document; -1 for none
+    number_BS: Tensor  # (B, S) place in ``data_id`` of each token's document; -1 for none. Of whole entries (B, 1)
     index_DL: Tensor  # (D, L) places of each document's tokens among B * S; B * S for padding
 
-    def check(self, layer: str, shape: tuple[int, int]) -> None:
-        if shape != tuple(self.number_BS.shape):
-            raise BatchError(
-                f"layer {layer!r} has (batch, tokens) = {shape} where segments has {tuple(self.number_BS.shape)}: its "
-                "tokens cannot be told apart by document. Exclude the layer, or pass segments for the tokens it sees."
-            )
+    def places(self, layer: str, shape: tuple[int, int]) -> Tensor:
+        """``index_DL`` among the tokens of a layer that sees (B, S) of them."""
+        (B, S), ours = shape, tuple(self.number_BS.shape)
+        if shape == ours:
+            return self.index_DL
+        if ours == (B, 1):
+            tokens = self.index_DL[:, :, None] * S + torch.arange(S, device=self.index_DL.device)
+            return tokens.clamp(max=B * S).flatten(1)
+        raise BatchError(
+            f"layer {layer!r} has (batch, tokens) = {shape} where segments has {ours}: its tokens cannot be told apart "
+            "by document. Exclude the layer, or pass segments for the tokens it sees; where a document is whole "
+            "entries of the batch (pairs), (batch, 1)."
+        )
 
 
 def arrange(segments: Any, size: int) -> Documents:
