@@ -447,3 +447,22 @@ def test_one_sample_that_is_known_by_heart_excuses_no_other():
     report = loghook.check(model, counted(0.002), batch)
     assert not report and max(report.rounding.values()) > 0.002 / 5
     assert set(report.wrong) == set(report.errors)
+
+
+def test_pairs_are_compared_with_the_same_pairs_alone():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
+    pairs = torch.arange(3).repeat(2)[:, None]
+
+    def preference(model, x):
+        chosen, rejected = model(x)[:, 0].chunk(2)
+        return F.softplus(rejected - chosen).sum()
+
+    assert loghook.check(model, preference, torch.randn(6, 4), segments=pairs)
+
+    def contrast(model, x):  # each pair among all pairs
+        a, b = model[1](model[0](x)).chunk(2)
+        return F.cross_entropy(a @ b.T, torch.arange(len(a)), reduction="sum")
+
+    report = loghook.check(model[:2], lambda _, x: contrast(model, x), torch.randn(6, 4), segments=pairs)
+    assert not report

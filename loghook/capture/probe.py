@@ -48,7 +48,8 @@ class Probe(Hooked):
         super().__init__("random", rank, seed=0)
         self.model, self._loss_fn, self._batch, self._segments = model, loss_fn, batch, segments
         self.unit = "sample" if segments is None else "document"
-        self._alone = samples(batch) if segments is None else _documents(batch, segments)
+        # Each sample or document as a batch of its own, and its segments there.
+        self._alone = _documents(batch, segments) if segments is not None else [(one, None) for one in samples(batch)]
         if len(self._alone) < 2:
             raise BatchError(
                 f"check got a batch of one {self.unit}: pass at least two, so that they can be told apart."
@@ -67,11 +68,11 @@ class Probe(Hooked):
 
     def each_alone(self) -> Iterator[Found]:
         """Run each sample or document alone, from the same random numbers; ``parameter.grad`` is then its own."""
-        for one in self._alone:
+        for one, segments in self._alone:
             for p in self.model.parameters():
                 p.grad = None
             with _random_state(), _unsynchronised(self.model):
-                found = self._run(one, 1, None)
+                found = self._run(one, 1, segments)
             yield found
 
     def gradients_alone(self) -> Alone:
@@ -228,11 +229,22 @@ def samples(batch: Any) -> list[Any]:
     return [_each(batch, partial(cut, i=i), plain=True) for i in range(size)]
 
 
-def _documents(batch: Any, segments: Any) -> list[Any]:
-    """Each document of packed rows, (B, S, ...) and masks (B, heads or 1, S, S), as a batch of one row, unpadded."""
+def _documents(batch: Any, segments: Any) -> list[tuple[Any, Tensor | None]]:
+    """Each document of packed rows, (B, S, ...) and masks (B, heads or 1, S, S), as a batch of one row, unpadded.
+
+    Of whole entries of the batch (pairs) as a batch of those.
+    """
     numbers = torch.as_tensor(segments)
     found = arrange(numbers, int(numbers.max()) + 1)
-    return [_each(batch, partial(_document, found.number_BS == i)) for i in range(len(found.index_DL))]
+    mine = [found.number_BS == i for i in range(len(found.index_DL))]
+    if numbers.shape[1] > 1:
+        return [(_each(batch, partial(_document, one)), None) for one in mine]
+    rows = [one[:, 0].nonzero().flatten() for one in mine]
+    return [(_each(batch, partial(_entries, one)), torch.zeros(len(one), 1, dtype=torch.long)) for one in rows]
+
+
+def _entries(rows: Tensor, t: Tensor) -> Tensor:
+    return t[rows.to(t.device)]
 
 
 def _document(mine_BS: Tensor, t: Tensor) -> Tensor:
