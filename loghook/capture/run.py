@@ -1,7 +1,6 @@
 """``Run``: the user's handle around a training loop. It conducts capture and writer and holds no mathematics."""
 
 import dataclasses
-import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -361,7 +360,7 @@ class Run(Blocks, Hooked):
         old = fresh = self._session.manifest
         if old is None or self._layers:
             fresh = Manifest(
-                run_id=old.run_id if old else self._agree_on_id(), projection=self._projection, rank=self._rank,
+                run_id=old.run_id if old else self._session.agree_on_id(), projection=self._projection, rank=self._rank,
                 seed=self._seed, dtype=self._config.dtype, layers=self.specs,
                 coverage=self._coverage, id_type=id_type, on_repeat=self._config.on_repeat, world_size=world_size(),
                 provenance=provenance(), parameters=self.digests(), fitted=self._fitted,
@@ -377,15 +376,6 @@ class Run(Blocks, Hooked):
             else:
                 self._warn_of_other_values()
         return writer
-
-    def _agree_on_id(self) -> str:
-        run_id, path = shared((uuid.uuid4().hex, str(self.path)))
-        if path != str(self.path):
-            raise ConfigError(
-                f"this process writes to {self.path} and rank 0 to {path}: the ranks of one job write one run, so give "
-                "all of them the same path. Runs of separate jobs are joined by loghook merge."
-            )
-        return str(run_id)
 
     def _warn_of_other_values(self) -> None:
         self._elsewhere = None

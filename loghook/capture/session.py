@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loghook.capture.config import Config
 from loghook.capture.rows import Captured
-from loghook.errors import BatchError, LogExistsError, MismatchError, StateError, WriteError
+from loghook.errors import BatchError, ConfigError, LogExistsError, MismatchError, StateError, WriteError
 from loghook.log.disk import writing
 from loghook.log.folder import Committed, check_same, claim, ranks_on_disk, read_back, seal
 from loghook.log.format import MANIFEST, Manifest
@@ -93,6 +93,16 @@ class Session:
                 f"cannot resume: on_repeat is {before!r} there and {now!r} now. Pass the first one, or none."
             )
         return before or now
+
+    def agree_on_id(self) -> str:
+        """Draw the id of a new run, the same on all ranks."""
+        run_id, path = shared((uuid.uuid4().hex, str(self.path)))
+        if path != str(self.path):
+            raise ConfigError(
+                f"this process writes to {self.path} and rank 0 to {path}: the ranks of one job write one run, so give "
+                "all of them the same path. Runs of separate jobs are joined by loghook merge."
+            )
+        return str(run_id)
 
     def open(self, fresh: Manifest) -> Writer:
         """Open the writer, and with it the manifest, which is ``fresh`` unless the run has one already."""

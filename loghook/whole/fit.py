@@ -25,7 +25,7 @@ from loghook.log.format import MANIFEST, Made
 from loghook.log.query import Query, require_one_query, require_query
 from loghook.processes import process_rank, shared
 from loghook.statistics import Eigenbasis, FactorStore, pack_factors
-from loghook.whole.refine import Damped, GaussNewton, OutputLoss, Outputs, listed, require_sum, solve
+from loghook.whole.refine import Damped, GaussNewton, OutputLoss, Outputs, listed, require_sum, solve, unrolled
 from loghook.whole.scoring import Scoring, rotations
 
 FISHERS = ("empirical", "true")
@@ -306,15 +306,7 @@ class Fit(Blocks, Hooked):
         if not 0 < time < float("inf"):
             raise ConfigError(f"time={time!r} must be positive and finite: the sum of the segment's learning rates.")
         self._require_layers(query)
-        store, columns = self._require_store(), self._layout.kinds["gradients"]
-        sought, left = torch.empty_like(query.matrix), torch.empty_like(query.matrix)
-        # In the eigenbasis of curvature H with eigenvalues l: (1 - exp(-t l)) / l * q and exp(-t l) * q.
-        for name, eigenvalues in store.eigenvalues().items():
-            basis, values = store.bases[name], eigenvalues.double()
-            rotated = basis.rotate(query.matrix[:, columns[name]].unflatten(1, values.shape))
-            moved = torch.where(values > 0, -torch.expm1(-time * values) / values, torch.full_like(values, time))
-            sought[:, columns[name]] = basis.rotate_back(rotated * moved.to(rotated.dtype)).flatten(1)
-            left[:, columns[name]] = basis.rotate_back(rotated * torch.exp(-time * values).to(rotated.dtype)).flatten(1)
+        sought, left = unrolled(query.matrix, self._require_store(), self._layout.kinds["gradients"], time)
         direction = query.with_rows(sought, f"source, time {time:.3g}")
         carried = query.with_rows(left, f"carried over time {time:.3g}")
         direction.parameters = carried.parameters = None  # they are meant for other checkpoints than the questions'

@@ -24,6 +24,7 @@ from loghook.errors import ConfigError, UnsupportedError
 from loghook.influence.solvers import Diagonal, gram_basis, nonzero
 from loghook.log.format import Layout
 from loghook.processes import combine
+from loghook.statistics import FactorStore
 
 Outputs = Callable[[Any], Tensor]
 OutputLoss = Callable[[Tensor, Any], Tensor]
@@ -254,3 +255,15 @@ def listed(batches: Iterable[Any]) -> list[Any]:
     if not found:
         raise ConfigError("no batches to take the curvature from: pass some of the training data.")
     return found
+
+
+def unrolled(rows: Tensor, store: FactorStore, columns: Mapping[str, slice], time: float) -> tuple[Tensor, Tensor]:
+    """(1 - exp(-t H)) H^-1 q and exp(-t H) q of each question (Q, width), H the curvature in its eigenbasis."""
+    sought, left = torch.empty_like(rows), torch.empty_like(rows)
+    for name, eigenvalues in store.eigenvalues().items():
+        basis, values = store.bases[name], eigenvalues.double()
+        rotated = basis.rotate(rows[:, columns[name]].unflatten(1, values.shape))
+        moved = torch.where(values > 0, -torch.expm1(-time * values) / values, torch.full_like(values, time))
+        sought[:, columns[name]] = basis.rotate_back(rotated * moved.to(rotated.dtype)).flatten(1)
+        left[:, columns[name]] = basis.rotate_back(rotated * torch.exp(-time * values).to(rotated.dtype)).flatten(1)
+    return sought, left
