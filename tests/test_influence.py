@@ -293,6 +293,7 @@ def test_scores_in_another_order(logged, tmp_path):
     assert np.allclose(turned.by_layer.sum(0), turned.values, atol=1e-5)
     assert turned.top(1)[1][0].score == turned.values[1].max()
     best = log.influence(query, "ekfac", top=4)
+    assert "3 queries x best 4 of 40 rows" in repr(best) and "3 queries x 40 rows" in repr(scores)
     assert best.align(query_ids=["b"]).top(4) == [best.top(4)[1]]
     with pytest.raises(ConfigError, match="without top"):
         best.align(log.data_ids)

@@ -277,7 +277,8 @@ class Scores:
 
     def __repr__(self) -> str:
         kind = self.method + (f" ({self.normalize})" if self.normalize else "")
-        size = f"{self.values.shape[0]} queries x {len(self.data_ids)} rows"
+        best = "" if self.places is None else f"best {self.values.shape[1]} of "
+        size = f"{self.values.shape[0]} queries x {best}{len(self.data_ids)} rows"
         tuned = "" if self.fidelity is None else f"fidelity={self.fidelity}, "
         return f"Scores({size}, {kind}, damping={self.damping or self.damping_abs}, {tuned}log={self.log!r})"
 
