@@ -29,7 +29,7 @@ Query = Annotated[Path, typer.Argument(help="A query saved with query.save(...).
 Method = Annotated[str, typer.Option(help="dot, cosine, fisher, kfac, ekfac or shampoo.")]
 Damping = Annotated[float, typer.Option(help="Times the mean eigenvalue of each layer.")]
 Normalize = Annotated[str | None, typer.Option(help="unit or relatif.")]
-_LINES = 'a JSON object with "id" and "text" on each line'
+_LINES = 'a JSON object with "id" and "text"'
 
 
 @contextmanager
@@ -240,8 +240,7 @@ def delete(
     id_type = loghook.load(run).manifest.id_type
     wanted = [_parse_id(id_type, text) for text in ids or ()]
     if ids_file is not None:
-        with ids_file.open(encoding="utf-8") as lines:
-            wanted += [_parse_id(id_type, str(json.loads(line))) for line in lines if line.strip()]
+        wanted += [_parse_id(id_type, str(value)) for value in _read_lines(ids_file, "a JSON value")]
     done = maintain.delete(run, wanted, keep_statistics=keep_statistics)
     typer.echo(f"{run}: {done.dropped:,} rows deleted, {done.rows:,} left")
     if not keep_statistics:
@@ -291,7 +290,7 @@ def report(
     run: Run,
     query: Query,
     out: Annotated[Path, typer.Option(help="The page to write.")] = Path("report.html"),
-    texts: Annotated[Path | None, typer.Option(help=f"Texts of rows, {_LINES}.")] = None,
+    texts: Annotated[Path | None, typer.Option(help=f"Texts of rows, {_LINES} on each line.")] = None,
     questions: Annotated[Path | None, typer.Option(help="Texts of questions, in the same form.")] = None,
     method: Method = "ekfac",
     damping: Damping = 0.1,
@@ -309,12 +308,19 @@ def report(
 
 
 def _read_texts(file: Path) -> dict[int | str, str]:
+    records = _read_lines(file, _LINES)
+    odd = [r for r in records if not isinstance(r, dict) or not isinstance(r.get("text"), str) or "id" not in r]
+    if odd:
+        raise ConfigError(f"{file} has {json.dumps(odd[0])[:100]}: it must hold {_LINES} on each line.")
+    return {record["id"]: record["text"] for record in records}
+
+
+def _read_lines(file: Path, what: str) -> list[Any]:
     try:
         with file.open(encoding="utf-8") as lines:
-            records = [json.loads(line) for line in lines if line.strip()]
-        return {record["id"]: record["text"] for record in records}
-    except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{file} cannot be read ({type(error).__name__}: {error}): it must hold {_LINES}.") from error
+            return [json.loads(line) for line in lines if line.strip()]
+    except ValueError as error:
+        raise ConfigError(f"{file} cannot be read ({error}): it must hold {what} on each line.") from error
 
 
 @_command

@@ -154,3 +154,23 @@ def test_a_mask_of_samples_holds_for_the_tokens_of_experts():
     assert (by_sample.moments() == by_token.moments()).all() and not (
         by_sample.moments() == found(None).moments()
     ).all()
+
+
+@pytest.mark.parametrize("mask", [None, [1.0, 0.0, 1.0, 1.0], [[1.0, 1.0, 0.0, 0.0]] * 4])
+def test_whole_entries_count_in_experts_as_their_tokens_do(tmp_path, mask):
+    """Segments of (batch, 1) say the same as (batch, tokens): of entries of nobody, of repeats, under masks."""
+    model = make("mixtral")
+    ids = torch.randint(3, model.config.vocab_size, (4, 4), generator=torch.Generator().manual_seed(3))
+    entries, logs = torch.tensor([[0], [0], [1], [-1]]), []
+    for number, segments in enumerate((entries, entries.expand(4, 4))):
+        run = loghook.init(tmp_path / str(number), rank=4, dtype="float64")
+        run.watch(model, ["*", "*experts*"], may_sleep="*experts*")
+        for _ in run.passes():
+            for data_id in ([0, 1], [1, 2]):  # 1 comes again
+                with run(data_id=data_id, segments=segments, mask=None if mask is None else torch.tensor(mask)):
+                    loss_fn(model, ids).backward()
+        run.finalize()
+        logs.append(loghook.load(run.path))
+    assert torch.equal(*(torch.from_numpy(log.moments()) for log in logs))
+    for name in logs[0].layers:
+        assert torch.equal(*(torch.tensor(log.rows(name)[:]) for log in logs))

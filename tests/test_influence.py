@@ -287,7 +287,8 @@ def test_a_saved_file_with_a_flipped_bit_is_never_read_as_good(logged, tmp_path)
 def test_scores_in_another_order(logged, tmp_path):
     log, query, _ = logged
     scores = log.influence(query, "ekfac", per_layer=True)
-    turned = scores.align(log.data_ids[::-1][:7], ["c", "a"])
+    turned = scores.align(np.array(log.data_ids[::-1][:7]), ["c", "a"])
+    turned.save(tmp_path / "turned")
     assert turned.data_ids == log.data_ids[::-1][:7] and turned.query_ids == ["c", "a"]
     assert np.array_equal(turned.values, scores.values[[2, 0]][:, ::-1][:, :7])
     assert np.allclose(turned.by_layer.sum(0), turned.values, atol=1e-5)
@@ -304,8 +305,8 @@ def test_scores_in_another_order(logged, tmp_path):
 
 def test_layers_by_pattern(logged):
     log, query, _ = logged
-    one, same = (log.influence(query, "ekfac", layers=layers) for layers in (log.layers[:1], log.layers[0][:-1] + "?"))
-    assert len(log.layers[0]) == 1 or one.layers == same.layers[:1]
+    two, same = (log.influence(query, "ekfac", layers=layers) for layers in (["0", "2"], "[02]"))
+    assert two.layers == same.layers == ("0", "2") and np.array_equal(two.values, same.values)
     every = log.influence(query, "ekfac", layers="*")
     assert every.layers == log.layers and np.array_equal(every.values, log.influence(query, "ekfac").values)
     with pytest.raises(ConfigError, match=r"'mlp\.\*' fits no layer of the log"):
@@ -343,7 +344,7 @@ def test_small_rows_are_no_rounding_of_large_ones(tmp_path, spread):
         (model(x) * g * sizes).sum().backward()
     run.finalize()
     log = loghook.load(run.path)
-    rows = log.rows("")[:].reshape(n, -1) if "" in log.layers else log.rows(log.layers[0])[:].reshape(n, -1)
+    rows = log.rows(log.layers[0])[:].reshape(n, -1)
     damping = 0.1 * (rows**2).sum() / n / rows.shape[1]
     gram = rows @ rows.T
     dense = (gram - gram @ np.linalg.solve(n * damping * np.eye(n) + gram, gram)) / damping

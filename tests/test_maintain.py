@@ -273,6 +273,8 @@ def test_commands(path, tmp_path):
     assert "2 rows deleted, 38 left" in call("delete", path, "--ids", 3, "--ids", 4)
     assert "no whole number" in call("delete", path, "--ids", "x", status=1)
     (tmp_path / "ids").write_text("5\n6\n\n")
+    (tmp_path / "odd").write_text("x y")
+    assert "a JSON value on each line" in call("delete", path, "--ids-file", tmp_path / "odd", status=1)
     assert "2 rows deleted, 36 left" in call("delete", path, "--ids-file", tmp_path / "ids")
     assert "40 rows" in call("merge", tmp_path / "out", *[write(tmp_path / n, r).path for n, r in PARTS])
     flip(tmp_path / "out" / "rows-00000-00000.safetensors", 700)

@@ -62,6 +62,9 @@ def test_ids_alone_are_enough_and_the_best_alone_have_no_opponents(logged, tmp_p
     scores.report(tmp_path / "page.html")
     html = (tmp_path / "page.html").read_text()
     assert listed(html) == [expected(records) for records in scores.top(4)] and "Opponents" not in html
+    for nowhere in (tmp_path, tmp_path / "no" / "page.html"):
+        with pytest.raises(ConfigError, match="is a folder, or its folder is not there"):
+            scores.report(nowhere)
     with pytest.raises(ConfigError, match="keep only the best"):
         scores.report(tmp_path / "page.html", bottom=1)
 

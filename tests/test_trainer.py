@@ -518,6 +518,26 @@ class OwnMeans(Trainer):
         return (losses.sum(1) / (labels != -100).sum(1)).mean()
 
 
+class Beside(Bare):
+    """Its batches hold things that cannot be cut into samples."""
+
+    @staticmethod
+    def collate(features):
+        size = len(features)
+        more = {"names": ["a"] * size, "nested": {"deep": torch.ones(3)}, "order": torch.arange(size)}
+        return collate([{key: f[key] for key in ("input_ids", "labels")} for f in features]) | more
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        assert len(inputs["names"]) == len(inputs["labels"]) and "deep" in inputs["nested"]
+        return model(input_ids=inputs["input_ids"][inputs["order"]], labels=inputs["labels"]).loss
+
+
+def test_batches_that_cannot_be_cut_are_taken_as_they_are(folder):
+    trainer = make_trainer(folder, "local_mean", subclass=Beside, remove_unused_columns=False)
+    log = train(trainer, folder / "beside")
+    assert worst(log, reference("local_mean", log), np.argsort(log.data_ids)) <= 1e-5
+
+
 class RareClass(Trainer):
     """Only a class that is in none of the first batches has a weight."""
 

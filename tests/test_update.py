@@ -3,6 +3,7 @@
 import contextlib
 import json
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from transformers.pytorch_utils import Conv1D
 from typer.testing import CliRunner
 
 import loghook
+from loghook.capture.layers import OPEN
 from loghook.cli import app
 from loghook.errors import BatchError, CheckpointWarning, ConfigError, MismatchError, StateError, UnsupportedError
 from loghook.evaluate import trust
@@ -587,3 +589,23 @@ def test_arguments_that_do_not_go_together(tmp_path):
     for options in ({"projection": "whitened"}, {"projection": "pca"}, {"fidelity": {"pearson": 0.9}}):
         with pytest.raises(ConfigError, match="projection='random' or 'none'"):
             loghook.init(tmp_path / "run", gradient="adam", **options)
+
+
+def test_copies_of_moments_go_with_their_block(tmp_path):
+    """Also where the user keeps the loss, and with it the graph."""
+    model = nn.Sequential(nn.Linear(6, 6), nn.Tanh(), nn.Linear(6, 2))
+    optimizer = torch.optim.Adam(model.parameters())
+    model(torch.randn(4, 6)).sum().backward()
+    optimizer.step()
+    run = loghook.init(tmp_path / "run", rank=2, gradient="adam")
+    run.watch(model, optimizer=optimizer)
+    kept, losses = [], []
+    for step in range(2):
+        with run(data_id=[2 * step, 2 * step + 1]):
+            kept += [weakref.ref(t) for s in OPEN.values() for t in s.held if t is not None and t.numel() > 30]
+            losses.append(model(torch.randn(2, 6)).square().sum())
+            losses[-1].backward()
+        with pytest.raises(RuntimeError, match="in the middle"), run(data_id=[8, 9]):
+            losses.append(model(torch.randn(2, 6)).square().sum())
+            raise RuntimeError("in the middle")
+    assert len(kept) >= 4 and not any(reference() is not None for reference in kept)

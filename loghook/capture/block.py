@@ -81,12 +81,10 @@ def opened(
         for place in dict.fromkeys(s.place for s in slots):
             place.form()
         result.append(job.collect(slots, scale))
-        for s in slots:
-            s.clear()
     finally:
         for s in slots:
             OPEN.pop(s.layer.key, None)
-            s.deliveries.closed = True
+            s.close()
 
 
 def _check(opened: Sequence[Slots], masks: Mapping[str, Tensor]) -> None:

@@ -239,23 +239,25 @@ def _fits(slots: Slots) -> None:
 
 def _routed_tokens(layer: Layer, slots: Slots, module: ExpertProjection) -> tuple[Tensor, Tensor | None]:
     """For an expert, which has lost its tokens' batch rows: its tokens by sample (or document), and their weights."""
-    token_N, size = module.token_N, slots.size
+    token_N, mask = module.token_N, slots.mask
+    rows = slots.size if slots.documents is None else len(slots.documents.number_BS)
+    if module.total % rows:
+        raise BatchError(
+            f"layer {layer.name!r} got {module.total} tokens for {rows} entries of the batch, no whole number "
+            "for each: pass one id for each sample, or segments= for packed documents."
+        )
+    row_N = token_N // (module.total // rows)
     if slots.documents is None:
-        if module.total % size:
-            raise BatchError(
-                f"layer {layer.name!r} got {module.total} tokens for {size} ids, no whole number for each: pass one id "
-                "for each sample, or segments= for packed documents."
-            )
-        number_N = token_N // (module.total // size)
+        number_N = row_N
+    elif slots.documents.number_BS.shape[1] == 1:  # of whole entries
+        number_N = slots.documents.number_BS[row_N, 0]
     else:
-        number_BS = slots.documents.number_BS
-        if number_BS.shape[1] == 1:  # of whole entries
-            number_BS = number_BS.expand(-1, module.total // len(number_BS))
-        number_N = number_BS.flatten()[token_N]
-    mask = slots.mask
-    if mask is not None and slots.documents is None and mask.shape[1] == 1:  # of samples
-        return list_tokens(number_N, size), mask[number_N, 0].unsqueeze(0)
+        shape = rows, module.total // rows
+        slots.documents.places(layer.name, shape)  # which raises where these are other tokens
+        number_N = slots.documents.number_BS.flatten()[token_N]
+    if mask is not None and mask.shape[1] == 1:  # of whole entries
+        return list_tokens(number_N, slots.size), mask[row_N, 0].unsqueeze(0)
     if mask is not None and mask.numel() == module.total:
         _fits(slots)
-        return list_tokens(number_N, size), mask.flatten()[token_N].unsqueeze(0)
-    return list_tokens(number_N, size), None if slots.keep is None else slots.keep[number_N].unsqueeze(0)
+        return list_tokens(number_N, slots.size), mask.flatten()[token_N].unsqueeze(0)
+    return list_tokens(number_N, slots.size), None if slots.keep is None else slots.keep[number_N].unsqueeze(0)

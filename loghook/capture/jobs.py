@@ -64,13 +64,14 @@ class Place:
     def keep(self, slots: Slots, alike: Hashable, call: Call) -> None:
         """Let a layer's call wait, with those that have an equal key, in the backward pass that is under way."""
         slots.deliveries.count()
-        if slots.deliveries.closed:
-            return  # nobody will collect it
         slots.deliveries.waited += 1
         self._waiting.setdefault(alike, []).append((slots, call))
         self._bytes += call.x.nbytes + call.g_BSO.nbytes
         if self._bytes >= self.job.limit:
             self.form()
+
+    def close(self) -> None:
+        self._moved, self._waiting = {}, {}
 
     def form(self) -> None:
         """Make what is to be made of all calls that wait."""

@@ -159,8 +159,11 @@ def _unlike_its_base(module: nn.Module) -> str | None:
     if known is None:
         return None
     for name in ("forward", "_conv_forward"):  # the second is what a convolution's own forward calls
-        if name in vars(module) and not hasattr(module, "_hf_hook") and not hasattr(module, "_original_forward"):
-            return f"{name} was replaced on the module"  # but not by accelerate's, which calls the one that was there
+        own = vars(module).get(name)
+        own = getattr(own, "_torchdynamo_orig_callable", own)  # torch.compile(layer.forward)
+        calls_it = hasattr(module, "_hf_hook") or hasattr(module, "_original_forward")  # accelerate's own
+        if own is not None and not calls_it and getattr(own, "__func__", own) is not getattr(kind, name, None):
+            return f"{name} was replaced on the module"
         if getattr(kind, name, None) is not getattr(known, name, None):
             definer = next(cls for cls in kind.__mro__ if name in vars(cls))
             if f"{definer.__module__.partition('.')[0]}.{definer.__name__}" not in _FAITHFUL:

@@ -176,9 +176,10 @@ def _within(scores_QN: NDArray[np.float64], k: int) -> NDArray[np.float64]:
 
 def _relevant(relevant: Relevant, shape: tuple[int, ...]) -> NDArray[np.bool_]:
     each_Q = [np.asarray(list(each)) for each in relevant]
-    # Places repeat none, so that a 0 or 1 for each sample can only mean what bools mean.
+    # Places repeat none, so that a 0 or 1 for each of three or more samples can only mean what bools mean.
     if len({each.shape for each in each_Q}) == 1 and all(
-        each.dtype == bool or (each.shape == shape[1:] and np.isin(each, (0, 1)).all()) for each in each_Q
+        each.dtype == bool or (each.shape == shape[1:] and each.size > 2 and np.isin(each, (0, 1)).all())
+        for each in each_Q
     ):
         relevant_QN = np.array(each_Q, dtype=bool)
     else:

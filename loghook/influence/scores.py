@@ -12,8 +12,7 @@ import numpy as np
 import torch
 
 from loghook.errors import ConfigError, MismatchError
-from loghook.log.disk import write_atomically
-from loghook.log.files import loading, save_checked
+from loghook.log.files import loading, save_checked, write_file
 
 if TYPE_CHECKING:
     import pandas
@@ -122,13 +121,17 @@ class Scores:
         """
         if data_ids is not None and self.places is not None:
             raise ConfigError("scores that keep only the best rows (top=...) have no other order: score without top.")
+        data_ids, query_ids = (
+            None if ids is None else ids.tolist() if hasattr(ids, "tolist") else list(ids)
+            for ids in (data_ids, query_ids)
+        )  # fmt: skip
         rows = slice(None) if query_ids is None else _places("query_id", self.query_ids, query_ids)
         columns = slice(None) if data_ids is None else _places("data_id", self.data_ids, data_ids)
         return dataclasses.replace(
             self,
             values=self.values[rows][:, columns],
-            query_ids=self.query_ids if query_ids is None else list(query_ids),  # type: ignore[arg-type]
-            data_ids=self.data_ids if data_ids is None else list(data_ids),  # type: ignore[arg-type]
+            query_ids=self.query_ids if query_ids is None else query_ids,  # type: ignore[arg-type]
+            data_ids=self.data_ids if data_ids is None else data_ids,  # type: ignore[arg-type]
             places=None if self.places is None else self.places[rows],
             by_layer=None if self.by_layer is None else self.by_layer[:, rows][:, :, columns],
         )
@@ -191,7 +194,7 @@ class Scores:
         from loghook.page import render_scores
 
         bottom = (0 if self.places is not None else 5) if bottom is None else bottom
-        write_atomically(Path(path).expanduser(), render_scores(self, texts, questions, top, bottom).encode())
+        write_file(path, render_scores(self, texts, questions, top, bottom).encode())
 
     @staticmethod
     def combine(
@@ -300,8 +303,9 @@ class Scores:
 def _places(kind: str, mine: Sequence[Any], wanted: Sequence[Any], *, all_of_them: bool = False) -> np.ndarray:
     """Where each wanted id is among mine."""
     places = {name: place for place, name in enumerate(mine)}
-    if len(places) < len(mine) or len(set(wanted)) < len(wanted):
-        odd = next(name for names in (mine, wanted) for name, n in Counter(names).items() if n > 1)
+    several = {name for names in (mine, wanted) for name, n in Counter(names).items() if n > 1}
+    if several and (all_of_them or not several.isdisjoint(wanted)):
+        odd = next(name for name in (*mine, *wanted) if name in several and (all_of_them or name in set(wanted)))
         raise MismatchError(
             f"{kind} {odd!r} is there more than once, so that its scores cannot be matched: log each id once "
             "(inside run.passes(), or with on_repeat='first')."

@@ -195,8 +195,8 @@ def _find_count(trainer: Any, inputs: Mapping[str, Any], items: Any) -> Count:
                 shift = int(labels.dim() > 1 and math.isnan(loss(first, items)))
                 # transformers does not see a causal model under the compiler's wrapper, and smooths labels unshifted.
                 unlike = shift and trainer.label_smoother is not None and trainer.args.torch_compile
-                classes = getattr(getattr(trainer.model, "config", None), "num_labels", 0)
-                if not unlike and _adds_up(partial(loss, items=items), labels, inputs, shift, classes):
+                classes, rough = getattr(getattr(trainer.model, "config", None), "num_labels", 0), _roughness(trainer)
+                if not unlike and _adds_up(partial(loss, items=items), labels, inputs, shift, classes, rough):
                     return lambda inputs, _: (inputs["labels"][..., shift:] != IGNORED).sum()
         except (IndexError, RuntimeError) as error:  # a loss to which -100 is a class like others
             if isinstance(error, torch.OutOfMemoryError):
@@ -225,37 +225,52 @@ def _trials(trainer: Any, device: torch.device) -> Iterator[None]:
 
 
 def _adds_up(
-    loss: Callable[..., Tensor], labels: Tensor, inputs: Mapping[str, Any], shift: int,
-    classes: int,
-) -> bool:  # fmt: skip
+    loss: Callable[..., Tensor], labels: Tensor, inputs: Mapping[str, Any], shift: int, classes: int, rough: float
+) -> bool:
     """Whether a loss is the plain mean over labels: the sum over all is that of its parts.
 
     Not so for a mean with weights, or of samples' own means. Terms without labels see no difference in parts of the
-    labels; they do in parts of the samples that have unlike numbers of them.
+    labels; they do in parts of the samples that have unlike numbers of them, which are as exact as ``rough``.
     """
-    for trial in (*_in_labels(labels, classes), *_in_samples(labels, inputs)):
-        sums, exact = [], TOLERANCE
+
+    def sums(trial: Trial, exact: float) -> bool:
+        found = []
         for part, cut in trial:
             n, mean = int((part[..., shift:] != IGNORED).sum()), loss(part, **cut)
-            sums.append(n * float(mean) if n else 0.0)
-            exact = max(exact, torch.finfo(mean.dtype).eps)  # a loss may be in half precision
-        if not math.isclose(sums[0], sums[1] + sums[2], rel_tol=exact):
-            return False
-    return True
+            found.append(n * float(mean) if n else 0.0)
+            exact = max(exact, 4 * torch.finfo(mean.dtype).eps)  # a loss may be in half precision
+        return math.isclose(found[0], found[1] + found[2], rel_tol=exact)
+
+    if not all(sums(trial, TOLERANCE) for trial in _in_labels(labels, classes)):
+        return False
+    try:
+        return all(sums(trial, rough) for trial in _in_samples(labels, inputs))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # of whatever the model says to a batch that cannot be cut like this
+        return True
+
+
+def _roughness(trainer: Any) -> float:
+    """By how much losses of some samples may differ when others run beside them."""
+    dtypes = {p.dtype for p in trainer.model.parameters() if p.dtype.is_floating_point}
+    dtypes |= {torch.bfloat16} if trainer.args.bf16 else {torch.float16} if trainer.args.fp16 else set()
+    eps = max((torch.finfo(dtype).eps for dtype in dtypes if dtype.itemsize > 1), default=0.0)
+    tf32 = 5e-3 if any(p.is_cuda for p in trainer.model.parameters()) else 0.0
+    return max(TOLERANCE, 4 * eps, tf32)
 
 
 def _in_labels(labels: Tensor, classes: int) -> Iterator[Trial]:
     """Labels of several classes where there are some, and two parts of them that differ in classes and in samples.
 
-    Of labels of whole samples all classes have their turn (or the first some hundred), as each may have a weight.
+    All of the model's classes (or the first ones) have their turn, as each may have a weight.
     """
     counted = labels != IGNORED
     place = (counted.flatten().cumsum(0) - 1).view(labels.shape)
     row = torch.arange(len(labels), device=labels.device).view(-1, *[1] * (labels.dim() - 1))
     one = place % (3 + row) == 0
     made = [torch.where(place % 3 == 2, labels, place % 3)]
-    if labels.dim() == 1:
-        made += [(place + start) % classes for start in range(2, classes, len(labels))][:TRIALS]
+    made += [(place + start) % classes for start in range(2, classes, max(1, int(counted.sum())))][:TRIALS]
     for mixed in (m.where(counted, IGNORED) for m in made):
         yield (mixed, {}), (mixed.where(one, IGNORED), {}), (mixed.where(~one, IGNORED), {})
 
@@ -263,9 +278,10 @@ def _in_labels(labels: Tensor, classes: int) -> Iterator[Trial]:
 def _in_samples(labels: Tensor, inputs: Mapping[str, Any]) -> list[Trial]:
     """All of a batch, and two halves of its samples; the first has half of its labels."""
     size, cut = len(labels), len(labels) // 2
-    tensors = {k: v for k, v in inputs.items() if isinstance(v, Tensor) and v.dim() and k != "labels"}
-    if size < 2 or any(len(value) != size for value in tensors.values()):
-        return []  # packed, or with parts of another batch axis
+    others = {k: v for k, v in inputs.items() if k != "labels" and not isinstance(v, int | float | str | None)}
+    tensors = {k: v for k, v in others.items() if isinstance(v, Tensor) and v.dim() and len(v) == size}
+    if size < 2 or len(tensors) < len(others):
+        return []  # packed, or with parts of another batch axis, or lists
     every = torch.arange(labels[0].numel(), device=labels.device).view(labels.shape[1:]) % 2 == 0
     thinned = torch.cat([labels[:cut].where(every, IGNORED), labels[cut:]]) if labels.dim() > 1 else labels
     halves = ((thinned[part], {k: v[part] for k, v in tensors.items()}) for part in (slice(0, cut), slice(cut, None)))

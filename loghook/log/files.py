@@ -63,10 +63,16 @@ def save_tensors(path: Path, kind: str, header: Mapping[str, Any], tensors: Mapp
 
 def save_checked(path: str | Path, kind: str, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write a file that has its checksum in itself, for ``loading``."""
+    said = json.dumps(header | {"checksum": _digest(header, tensors)})
+    write_file(path, safetensors.torch.save(dict(tensors), {f"loghook_{kind}": said}))
+
+
+def write_file(path: str | Path, data: bytes) -> None:
+    """Write a file where the user says."""
     path = Path(path).expanduser()
-    if path.is_dir():
-        raise ConfigError(f"{path} is a folder: give the name of a file in it.")
-    save_tensors(path, kind, header | {"checksum": _digest(header, tensors)}, tensors)
+    if path.is_dir() or not path.parent.is_dir():
+        raise ConfigError(f"{path} is a folder, or its folder is not there: give the name of a file in one that is.")
+    write_atomically(path, data)
 
 
 def _digest(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
