@@ -37,9 +37,8 @@ class Call(NamedTuple):
 
     g_BSO: Tensor  # output gradients; projected ones (B, S, k_out) where rows wait to be formed
     x: Tensor  # inputs (B, S, k_in) or, in groups, (B, S, G, k_in), projected if the job says so
-    weight_BS: Tensor | None = (
-        None  # how much each token counts in moments and means, or None: each once. Rows never use it
-    )
+    # how much each token counts in moments and means, or None: each once. Rows never use it
+    weight_BS: Tensor | None = None
     documents_DL: Tensor | None = None  # which tokens make a row (see ``gather_tokens``); there are then D rows, not B
     activations: Tensor | None = None  # inputs summed over tokens, if they are logged
 

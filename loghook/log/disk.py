@@ -74,8 +74,8 @@ def write_all(descriptor: int, data: memoryview, offset: int) -> None:
 
 LOGGED = (
     "What was committed is intact, what came after it is lost. Make room or mend the folder, then start again with "
+    "resume=True."
 )
-LOGGED += "resume=True."
 
 
 @contextmanager

@@ -18,14 +18,8 @@ from loghook.log.format import MANIFEST, Manifest, shard_name
 from loghook.log.records import REMEDY, Commits, all_commits, read_commits, sum_up
 from loghook.log.shard import SHARD_HEADER, close_shard
 
-ARGUMENTS = (
-    "projection",
-    "rank",
-    "seed",
-    "whitening",
-    "dtype",
-    "gradient",
-)  # of ``init``, which make rows what they are
+# Arguments of ``init`` that make rows what they are.
+ARGUMENTS = ("projection", "rank", "seed", "whitening", "dtype", "gradient")
 SEAL_TIMEOUT = 600.0  # seconds that rank 0 waits for the others
 TELLING = 10.0  # after which it says so
 _OURS = ("rows-*.safetensors", "statistics-*.safetensors", "commits-*.jsonl", "lock-*", MANIFEST, PROJECTION, KEPT)
