@@ -19,7 +19,7 @@ from loghook.capture.work import Call, Made, make, wide_context
 from loghook.errors import UnsupportedError
 
 _PASSED = (None,) * 8  # gradients of all that is passed between output and leaves
-_LEAVES = slice(9, 14)  # of what is passed
+_FIRST, _END = 9, 14  # places of the leaves in what is passed
 _NOTHING = Made(None)
 
 
@@ -62,14 +62,14 @@ class Tap(torch.autograd.Function):
             made, told, slots = _NOTHING, None, ctx.slots
             waits = None if slots is None else slots.place.job.defer(slots, call)
             if waits is None:
-                _, need_moments, _, need_outputs, need_calls = ctx.needs_input_grad[_LEAVES]
+                _, need_moments, _, need_outputs, need_calls = ctx.needs_input_grad[_FIRST:_END]
                 held = held if slots is None else slots.held
                 made = make(ctx.kind, call, held, ctx.wide, moments=need_moments, outputs=need_outputs)
                 told = x.new_ones(1) if need_calls else None
             # Not in autograd.grad, nor in backward(inputs=...); the last tensor that forward got is a leaf.
             elif torch._C._will_engine_execute_node(ctx.next_functions[-1][0]):
                 slots.place.keep(slots, *waits)
-        return g, *_PASSED, *made, told, *(None,) * (len(ctx.needs_input_grad) - _LEAVES.stop)
+        return g, *_PASSED, *made, told, *(None,) * (len(ctx.needs_input_grad) - _END)
 
 
 class Misfit(torch.autograd.Function):
