@@ -504,9 +504,11 @@ def test_a_loss_function_of_ones_own(folder, function, scale):
 class Weighted(Trainer):
     """Classes that count for more or less than others."""
 
+    weight = torch.tensor([0.2, 1.0, 5.0])
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         logits = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
-        return F.cross_entropy(logits, inputs["labels"], weight=torch.tensor([0.2, 1.0, 5.0]))
+        return F.cross_entropy(logits, inputs["labels"], weight=self.weight)
 
 
 class OwnMeans(Trainer):
@@ -538,12 +540,10 @@ def test_batches_that_cannot_be_cut_are_taken_as_they_are(folder):
     assert worst(log, reference("local_mean", log), np.argsort(log.data_ids)) <= 1e-5
 
 
-class RareClass(Trainer):
+class RareClass(Weighted):
     """Only a class that is in none of the first batches has a weight."""
 
-    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        logits = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
-        return F.cross_entropy(logits, inputs["labels"], weight=torch.tensor([1.0, 1.0, 5.0]))
+    weight = torch.tensor([1.0, 1.0, 5.0])
 
 
 class ZLoss(Trainer):

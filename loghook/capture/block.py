@@ -73,18 +73,21 @@ def opened(
 ) -> Iterator[list[Result]]:
     """Make hooks live; the list holds the job's result once the context ends without an error. See ``prepare``."""
     result: list[Result] = []
+    places = dict.fromkeys(s.place for s in slots)
     OPEN.update((s.layer.key, s) for s in slots)
     try:
         yield result
         _check(slots, masks)
         _require_one_call(slots, job)
-        for place in dict.fromkeys(s.place for s in slots):
+        for place in places:
             place.form()
         result.append(job.collect(slots, scale))
     finally:
         for s in slots:
             OPEN.pop(s.layer.key, None)
             s.close()
+        for place in places:
+            place.close()
 
 
 def _check(opened: Sequence[Slots], masks: Mapping[str, Tensor]) -> None:

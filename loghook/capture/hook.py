@@ -85,16 +85,8 @@ def make_hook(layer: Layer) -> Hook:
             else:
                 slots.deliveries.ran += 1
                 slots.shared.restarted |= slots.shared.delivered
-        call = (
-            y,
-            projected,
-            weight,
-            documents,
-            activations,
-            layer.adapter.channel_dim,
-            layer.batch_dim,
-            slots.place.job.kind,
-        )
+        dims = layer.adapter.channel_dim, layer.batch_dim
+        call = y, projected, weight, documents, activations, *dims, slots.place.job.kind
         if torch.compiler.is_compiling():
             return Tap.apply(*call, None, *leaves, *slots.held)
         return Tap.apply(*call, slots, *leaves)

@@ -199,6 +199,5 @@ class Slots:
         """Let go of tensors: the user may keep the loss, and with it the graph and what its nodes hold."""
         self.deliveries.closed, self.held = True, ()
         self.early = self.misfit = None
-        self.place.close()
         self.shared.source = self.shared.key = self.shared.projected = None
         self.leaves.clear()

@@ -28,7 +28,10 @@ class Whole(Job[dict[str, Tensor]]):
         raise NotImplementedError
 
     def defer(self, slots: Slots, call: Call) -> tuple[Hashable, Call] | None:
-        """A layer's calls wait for one another where the work needs all and there may be several."""
+        """A layer's calls wait for one another where the work needs all and there may be several.
+
+        A pass without gradients counts as one that may come again in a checkpoint.
+        """
         if not self.at_once or not slots.deliveries.several_calls:
             return None
         g_BSO, x = by_row(call, slots.place.dtype)

@@ -162,7 +162,7 @@ def _reciprocal(above: int, relevant: int, irrelevant: int) -> float:
     """Mean of 1 / rank of the first of the relevant samples in random orders of them and irrelevant ones."""
     before = np.arange(irrelevant + 1)  # how many irrelevant ones come first; their chances follow one another
     left = irrelevant - before[:-1]
-    chance = np.cumprod([relevant / (relevant + irrelevant), *(left / (relevant + left - 1 + (relevant + left == 1)))])
+    chance = np.cumprod([relevant / (relevant + irrelevant), *(left / (relevant + left - 1))])
     return float((chance / (above + 1 + before)).sum())
 
 

@@ -304,8 +304,8 @@ def _places(kind: str, mine: Sequence[Any], wanted: Sequence[Any], *, all_of_the
     """Where each wanted id is among mine."""
     places = {name: place for place, name in enumerate(mine)}
     several = {name for names in (mine, wanted) for name, n in Counter(names).items() if n > 1}
-    if several and (all_of_them or not several.isdisjoint(wanted)):
-        odd = next(name for name in (*mine, *wanted) if name in several and (all_of_them or name in set(wanted)))
+    if several := several if all_of_them else several.intersection(wanted):
+        odd = next(name for name in (*mine, *wanted) if name in several)
         raise MismatchError(
             f"{kind} {odd!r} is there more than once, so that its scores cannot be matched: log each id once "
             "(inside run.passes(), or with on_repeat='first')."
