@@ -6,7 +6,10 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+from collections.abc import Iterable, Iterator
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -27,7 +30,7 @@ from transformers.pytorch_utils import Conv1D
 import loghook
 from loghook.capture import adapters
 from loghook.capture.rows import Rows
-from loghook.errors import BatchError, ConfigError, DeliveryError, UnsupportedError
+from loghook.errors import BatchError, ConfigError, DeliveryError, StateError, UnsupportedError
 from loghook.project import outer
 from tests.harness import TOLERANCE, assert_rows_exact, check_against_oracle, log_batch
 
@@ -1167,3 +1170,138 @@ def test_pairs_through_layers_that_see_different_tokens(tmp_path, compiled):
             whole = whole if out is None else out @ whole
             whole = whole if into is None else whole @ into.T
             assert abs(log.rows(name)[i] - whole).max() < 1e-5 * max(1.0, abs(whole).max())
+
+
+@pytest.mark.parametrize(
+    ("projection", "frozen"), [("random", True), ("random", False), ("none", True)]
+)  # where autograd itself keeps the whole input, for the weight's gradient, the program has to copy it
+def test_an_array_that_the_program_writes_anew_between_calls(projection, frozen):
+    """Torch does not count what numpy writes: the same tensor, with other values, is another input."""
+    torch.manual_seed(0)
+    frames, buffer = torch.randn(5, 3, 20, dtype=torch.float64), np.zeros((5, 20))
+    policy = nn.Sequential(nn.Linear(20, 6, bias=False), nn.Tanh(), nn.Linear(6, 3)).double()
+
+    def each(model: nn.Module, inputs: Iterable[torch.Tensor]) -> torch.Tensor:
+        return torch.stack([model(x).square().sum() * (i + 1) for i, x in enumerate(inputs)]).sum()
+
+    def refilled() -> Iterator[torch.Tensor]:
+        for frame in frames.unbind(1):
+            buffer[:] = frame
+            yield torch.from_numpy(buffer)
+
+    log = log_batch(
+        policy, lambda model, _: each(model, refilled()), frames, frozen=frozen, projection=projection, rank=8
+    )
+    assert_rows_exact(log, policy, lambda model, batch: each(model, batch.unbind(1)), frames, 1e-9)
+
+
+class Siblings(nn.Module):
+    """Two layers that read what looks like one input."""
+
+    def __init__(self, first: nn.Module, second: nn.Module, views: Any = lambda x: (x, x)) -> None:
+        super().__init__()
+        self.first, self.second, self.views = first, second, views
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.views(x)
+        return self.first(a).sin() + self.second(b)
+
+
+class ReluLinear(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.linear(x.relu(), self.weight, self.bias)
+
+
+def test_siblings_share_a_projection_only_where_it_is_the_same():
+    torch.manual_seed(0)
+    x = torch.randn(5, 7, 6, dtype=torch.float64)
+
+    @loghook.adapter(ReluLinear)
+    class ReluLinearAdapter(adapters.LinearAdapter):
+        def project(self, module, x, side, bias):
+            return super().project(module, x.relu(), side, bias)
+
+    try:
+        for model, batch in (
+            (Siblings(nn.Linear(6, 6), ReluLinear(6, 6)), x),
+            (
+                Siblings(nn.Linear(6, 6), nn.Linear(6, 6), lambda z: (z.imag, z.conj().imag)),
+                torch.complex(x, x.flip(0)),
+            ),
+        ):
+            log = log_batch(model.double(), lambda model, x: model(x).square().sum(), batch, rank=3)
+            assert_rows_exact(log, model, lambda model, x: model(x).square().sum(), batch, 1e-9)
+    finally:
+        del adapters._REGISTRY[ReluLinear]
+
+
+def test_a_layer_outside_autocast_has_rows_of_its_own_precision():
+    torch.manual_seed(0)
+
+    model, x = Siblings(nn.Linear(32, 32), nn.Linear(32, 32)), torch.randn(5, 9, 32)
+
+    def loss(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            low = model.first(x).float()
+        return (low * 1e-3 + model.second(x)).square().sum()
+
+    alone = log_batch(model, loss, x, rank=8, include="second", dtype="float32")
+    beside = log_batch(model, loss, x, rank=8, dtype="float32")
+    np.testing.assert_allclose(beside.rows("second")[:], alone.rows("second")[:], rtol=1e-5, atol=1e-6)
+
+
+def test_layers_of_no_width_are_left_out(tmp_path, capsys):
+    model = nn.ModuleDict({"extra": nn.Linear(0, 8), "used": nn.Linear(6, 8)})
+    run = loghook.init(tmp_path / "log", rank=2)
+    run.watch(model)
+    assert "extra (no inputs, or no outputs)" in capsys.readouterr().out
+    with run([0, 1]):
+        (model["extra"](torch.ones(2, 0)) + model["used"](torch.ones(2, 6))).sum().backward()
+    run.finalize()
+    assert loghook.load(tmp_path / "log").layers == ("used",)
+
+
+def test_sparse_and_complex_parameters_and_buffers(tmp_path):
+    """Graph networks keep their adjacency matrix as a sparse buffer, or train its values."""
+
+    class Graph(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            adjacency = torch.eye(4).to_sparse()
+            self.register_buffer("rows", torch.eye(4).to_sparse_csr())
+            self.register_buffer("fixed", adjacency)
+            self.trained = nn.Parameter(adjacency.clone())
+            self.phase = nn.Parameter(torch.complex(torch.ones(2), torch.ones(2)))
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(torch.sparse.mm(self.trained, torch.sparse.mm(self.fixed, x.T)).T)
+
+    model, x = Graph(), torch.randn(5, 4)
+    loghook.check(model, lambda model, x: model(x).square().sum(), x)  # which raises where rows are wrong
+    run = loghook.init(tmp_path / "log", rank=2)
+    run.watch(model)
+    before = run.digest()
+    with torch.no_grad():
+        model.phase.imag.mul_(2)
+    assert run.digest() != before
+    run.close()
+
+
+def test_layers_that_changed_after_they_were_watched_are_named(tmp_path):
+    model, x = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), torch.randn(3, 6)
+    run = loghook.init(tmp_path / "log", rank=2)
+    run.watch(model)
+    model[1].bias = None
+    with pytest.raises(StateError, match="'1' has changed since it was watched"), run([0, 1, 2]):
+        model(x).sum().backward()
+
+
+@pytest.mark.parametrize("projection", ["random", "none"])
+def test_transforms_of_torch_func_are_named(tmp_path, projection):
+    model, x = nn.Sequential(nn.Linear(6, 5), nn.Linear(5, 4)), torch.randn(3, 6)
+    run = loghook.init(tmp_path / "log", rank=2, projection=projection)
+    run.watch(model)
+    for transform in (torch.func.vmap(model), torch.func.grad(lambda x: model(x).sum())):
+        with pytest.raises(UnsupportedError, match=r"torch\.func"), run([0, 1, 2]):
+            transform(x)

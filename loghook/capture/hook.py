@@ -48,6 +48,7 @@ def make_hook(layer: Layer) -> Hook:
             if not torch.compiler.is_compiling():
                 slots.deliveries.quiet += 1
             return None
+        _require_backward(layer)
         x = args[0] if args else kwargs.get(first)
         if not isinstance(x, Tensor) or not isinstance(y, Tensor):
             raise UnsupportedError(
@@ -106,6 +107,7 @@ def make_early_hook(layer: Layer) -> Hook:
         slots = None if torch.compiler.is_compiling() else OPEN.get(key)
         if slots is None or module is not layer.module or not args or not torch.is_grad_enabled():
             return
+        _require_backward(layer)
         x = args[0]
         # Tensors of inference mode have no version; the other hook takes them.
         known = plain and isinstance(x, Tensor) and x.device == slots.samples.device and not x.is_inference()
@@ -114,6 +116,15 @@ def make_early_hook(layer: Layer) -> Hook:
             slots.early = x, x._version, _project(layer, slots, module, _batch_first(layer, slots, x))
 
     return Hook(hook)
+
+
+def _require_backward(layer: Layer) -> None:
+    """Raise inside torch.func's transforms: they have no backward pass that a tap could be in."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+        raise UnsupportedError(
+            f"layer {layer.name!r} ran inside a transform of torch.func (grad, jvp, vmap), where rows cannot be taken: "
+            "log a plain forward and loss.backward()."
+        )
 
 
 def _shareable(layer: Layer, slots: Slots, x: Tensor) -> bool:
@@ -129,8 +140,8 @@ def _shareable(layer: Layer, slots: Slots, x: Tensor) -> bool:
         return x.data_ptr() != 0
     except RuntimeError as error:
         raise UnsupportedError(
-            f"layer {layer.name!r} got a tensor without memory of its own, as a sparse one or inside torch.func's "
-            "transforms: log a plain forward and backward pass."
+            f"layer {layer.name!r} got a tensor without memory of its own, as a sparse one: exclude the layer, or "
+            "make its input dense."
         ) from error
 
 
@@ -140,11 +151,14 @@ def _project(layer: Layer, slots: Slots, module: nn.Module, x: Tensor) -> Tensor
         with torch.no_grad():  # an adapter may read the module's parameters
             return layer.adapter.project(module, x, side, bias)
     shared = slots.shared
-    # Address and version identify a tensor for as long as `source` keeps it alive.
-    key = (x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, side)
-    if shared.key != key:
+    # Address and version identify a tensor for as long as `source` keeps it alive, to a layer that has not read it yet:
+    # what one program writes into an array of numpy's, torch does not count.
+    precision = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    key = (x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, x.is_neg(), precision, layer.adapter, side)
+    if shared.key != key or layer.key in shared.readers:
         shared.projected = layer.adapter.project(module, x, side, bias)
-        shared.key, shared.source = key, x
+        shared.key, shared.source, shared.readers = key, x, set()
+    shared.readers.add(layer.key)
     assert shared.projected is not None
     return shared.projected
 
@@ -153,6 +167,8 @@ def _batch_first(layer: Layer, slots: Slots, x: Tensor) -> Tensor:
     """Detach a layer's input and arrange it with the batch first; raise where it has not the block's samples."""
     if x.is_nested or x.dim() < (2 if layer.spec.channels else 1):  # indices need no axis for channels
         raise _not_a_batch(layer, x)
+    if slots.input_side.matrix is None and not x.requires_grad:
+        x = x.clone()  # kept whole, and not by autograd: the program may write its next batch into the same memory
     x = x.detach().to(slots.samples.device)  # accelerate's hooks move inputs after this hook was given them
     if layer.spec.flattened:
         return _unflatten(layer, slots, x)

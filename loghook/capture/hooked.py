@@ -64,7 +64,10 @@ class Hooked:
         layers, coverage = select(model, watch, projection=self._projection, rank=self._rank, seed=self._seed)
         clash = set(self.layers) & {layer.name for layer in layers}
         if clash:
-            raise ConfigError(f"layer name {min(clash)!r} is watched already: use one run for each model.")
+            raise ConfigError(
+                f"layer name {min(clash)!r} is watched already: use one run for each model, or watch both as parts of "
+                "one, nn.ModuleDict({'a': a, 'b': b})."
+            )
         return layers, coverage
 
     def _hook(self, model: nn.Module, layers: list[Layer], optimizer: Any = None, gradient: str = "plain") -> None:
@@ -123,6 +126,8 @@ class Hooked:
             )
         self._require_watched()
         if self._mixing is None:
+            for layer in self._layers:
+                _require_unchanged(layer)
             self._mixing = [found for ref in self._models if (model := ref()) for found in mixing_modules(model)]
         for name, module in self._mixing:
             if module.training or module.running_mean is None:
@@ -219,6 +224,17 @@ class Asker(Hooked):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _require_unchanged(layer: Layer) -> None:
+    """Raise where a layer has been given other widths, or lost its bias, since it was watched."""
+    here, spec = layer.adapter.geometry(layer.module), layer.spec
+    widths = here.in_features, here.out_features, here.groups
+    if widths != (spec.in_features, spec.out_features, spec.groups) or (spec.bias and not here.bias):
+        raise StateError(
+            f"layer {layer.name!r} has changed since it was watched ({spec.in_features} to {spec.out_features} features"
+            f"{', with a bias' * spec.bias}; now {here}): watch the model again with a new run."
+        )
 
 
 def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:

@@ -90,6 +90,7 @@ class Shared:
     source: Tensor | None = None
     key: tuple[Any, ...] | None = None  # which tensor that was, and by which side it was projected
     projected: Tensor | None = None  # the result
+    readers: set[int] = field(default_factory=set)  # keys of the layers that took it
     delivered: bool = False  # whether any layer has delivered yet
     restarted: bool = False  # whether a layer ran forward after that, outside the backward pass
 

@@ -67,12 +67,14 @@ def values_digest(tensors: Iterable[Tensor]) -> str | None:
 
 
 def _plain(t: Tensor) -> Iterator[Tensor]:
-    """Yield a tensor, or the tensors that a wrapper subclass (a quantised weight) is made of."""
+    """Yield a tensor of real numbers, or those that a sparse one or a wrapper subclass (a quantised one) is made of."""
     if is_traceable_wrapper_subclass(t):
         for name in t.__tensor_flatten__()[0]:
             yield from _plain(getattr(t, name))
+    elif t.layout is not torch.strided:
+        yield t.values() if t.layout is not torch.sparse_coo else t.coalesce().values()
     else:
-        yield t
+        yield torch.view_as_real(t) if t.is_complex() else t
 
 
 def in_flat_parameter(parameter: Tensor) -> bool:

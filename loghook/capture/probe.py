@@ -163,7 +163,7 @@ def _from_parameters(layer: Layer, uses: Counter[int]) -> Tensor | None:
 def left_alone(model: nn.Module) -> Iterator[None]:
     """Give a model its gradients and buffers back, and keep optimisers that live in hooks from training it."""
     gradients = [(p, p.grad) for p in model.parameters()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta]
+    buffers = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta and b.layout is torch.strided]
     hooks = [(found, dict(found)) for p in model.parameters() if (found := p._post_accumulate_grad_hooks)]
     for p, _ in gradients:
         p.grad = None  # backward adds in place to what is there

@@ -106,6 +106,8 @@ def select(
             reasons[name] = "complex parameters"
         elif found is None:
             reasons[name] = f"no adapter for {type(module).__name__}"
+        elif 0 in (getattr(module, "in_features", 1), getattr(module, "out_features", 1)):
+            reasons[name] = "no inputs, or no outputs"
         elif not wanted:
             reasons[name] = (
                 "an embedding is watched only where a pattern names it" if not found.default else "not included"
