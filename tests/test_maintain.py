@@ -313,8 +313,79 @@ def test_merged_logs_of_two_checkpoints_say_so_now_and_later(tmp_path):
 
 def test_a_log_that_was_opened_before_rows_were_deleted_says_so(path):
     log = loghook.load(path)
-    maintain.delete(path, [3, 30])
+    maintain.delete(path, [3, 30], keep_statistics=True)
     with pytest.raises(StateError, match="was changed since it was opened"):
         for _ in log.blocks():
             pass
+    with pytest.raises(StateError, match="was changed since it was opened"):
+        log.moments()
+    (line,) = log.verify()
+    assert "load it again" in line
     assert 3 not in loghook.load(path).data_ids
+
+
+def test_an_open_log_calls_no_rows_strays_that_came_later(path):
+    log = loghook.load(path)
+    maintain.reopen(path)
+    model, x = make_model(), data(40)
+    with loghook.init(path, rank=4, dtype="float64", shard_bytes=4000, resume=True) as run:
+        run.watch(model)
+        for _ in run.passes():
+            with run(data_id=[100, 101]):
+                loss_fn(model, x[:2]).backward()
+        run.finalize()
+    (line,) = log.verify()
+    assert "load it again" in line
+    assert not loghook.load(path).verify()
+
+
+@pytest.mark.parametrize("what", ["delete", "repair", "finish"])
+def test_a_run_that_was_changed_before_its_first_block_is_left_alone(path, what):
+    """Recovery deletes what the commit log does not name: of an older generation that would be every row."""
+    maintain.reopen(path)
+    model, x = make_model(), data(40)
+    run = loghook.init(path, rank=4, dtype="float64", shard_bytes=4000, resume=True)
+    run.watch(model)
+    if what == "repair":
+        flip(next(path.glob("rows-00000-00001*")), 700)
+    if what == "finish":
+        with loghook.init(path, rank=4, dtype="float64", shard_bytes=4000, resume=True) as other:
+            other.watch(model)
+            for _ in other.passes():
+                with other(data_id=[100]):
+                    loss_fn(model, x[:1]).backward()
+            other.finalize()
+    else:
+        maintain.delete(path, [5]) if what == "delete" else maintain.repair(path)
+    before = rows(loghook.load(path))
+    with pytest.raises(StateError, match="resume=True"), run(data_id=[200]):
+        loss_fn(model, x[:1]).backward()
+    run.close()
+    assert rows(loghook.load(path)) == before and before
+
+
+@pytest.mark.parametrize("finished", [True, False])
+def test_a_log_that_is_opened_while_maintenance_replaces_it_is_read_anew(path, finished, monkeypatch):
+    if not finished:
+        maintain.reopen(path)
+    original, done = reader.all_commits, []
+
+    def between(folder, manifest):
+        if not done:
+            done.append(maintain.delete(path, [3]))
+        return original(folder, manifest)
+
+    monkeypatch.setattr(reader, "all_commits", between)
+    assert loghook.load(path).data_ids == [i for i in range(40) if i != 3]
+
+
+def test_a_lock_file_of_other_bytes_is_still_a_lock(path):
+    maintain.reopen(path)
+    run = loghook.init(path, rank=4, dtype="float64", shard_bytes=4000, resume=True)
+    run.watch(model := make_model())
+    with run(data_id=[300]):
+        loss_fn(model, data(1)).backward()
+    (path / "lock-00000").write_bytes(b"\xff\xfe")
+    with pytest.raises(LogLockedError, match="an unknown process"):
+        maintain.delete(path, [3])
+    run.close()

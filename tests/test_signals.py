@@ -211,6 +211,23 @@ def test_a_forked_child_dies_of_sigterm_and_commits_nothing(tmp_path):
     assert loghook.load(tmp_path / "run").data_ids == [0, 1, 2, 3]
 
 
+def test_a_forked_child_that_logs_into_its_parents_run_is_told(tmp_path):
+    program = """
+        block(0)
+        if os.fork() == 0:
+            try:
+                block(1)
+            except loghook.LoghookError as error:
+                os._exit(7 if "forked" in str(error) else 1)
+            os._exit(2)
+        assert os.waitstatus_to_exitcode(os.wait()[1]) == 7
+        block(2)
+        run.finalize()
+    """
+    assert python(tmp_path / "run", program).returncode == 0
+    assert loghook.load(tmp_path / "run").data_ids == [0, 1, 4, 5]
+
+
 def test_a_forked_child_keeps_no_lock(tmp_path):
     program = """
         block(0)

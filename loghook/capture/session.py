@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loghook.capture.config import Config
 from loghook.capture.rows import Captured
-from loghook.errors import BatchError, ConfigError, LogExistsError, MismatchError, StateError, WriteError
+from loghook.errors import BatchError, ConfigError, MismatchError, StateError, WriteError
 from loghook.log.disk import writing
 from loghook.log.folder import Committed, check_same, claim, ranks_on_disk, read_back, seal
 from loghook.log.format import MANIFEST, Manifest
@@ -130,7 +130,7 @@ class Session:
         if self.manifest is None:
             return
         known = self.repeats.committed.records.get(process_rank(), 0)
-        if len(writer.records) != known or Manifest.load(self.path).sealed != self.manifest.sealed:
+        if len(writer.records) != known:
             raise StateError(
                 f"another process went on with {self.path} meanwhile: start again with loghook.init(..., resume=True)."
             )
@@ -140,8 +140,6 @@ class Session:
         old = self.manifest
         if process_rank() != 0:
             return old or fresh
-        if old is None and (self.path / MANIFEST).exists():
-            raise LogExistsError(f"{self.path} was taken by another run meanwhile: choose another path.")
         writers = max(fresh.world_size, len(ranks_on_disk(self.path, fresh)))
         if old is None or old.world_size < writers:
             old = dataclasses.replace(old or fresh, world_size=writers)

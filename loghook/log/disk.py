@@ -98,7 +98,7 @@ def lock_name(rank: int) -> str:
 
 def lock(file: Path) -> Any:
     """Take a rank's lock for as long as the returned handle is open; the system frees it if the process dies."""
-    handle = open(file, "a+")  # noqa: SIM115
+    handle = open(file, "a+", errors="replace")  # noqa: SIM115
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:

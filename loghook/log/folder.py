@@ -65,6 +65,20 @@ def check_same(old: Manifest, new: Any, names: Sequence[str] = (*ARGUMENTS, "id_
             raise MismatchError(f"cannot resume: {name} is {shown}. Use the arguments and the model of the first run.")
 
 
+def require_current(path: Path, manifest: Manifest) -> None:
+    """Raise if the run is not the one any more that ``manifest`` was read of; nobody else may be writing it."""
+    if not (path / MANIFEST).exists():
+        return  # a new one, whose rank 0 will write it
+    now = Manifest.load(path)
+    if now.run_id != manifest.run_id:
+        raise LogExistsError(f"{path} was taken by another run meanwhile: choose another path.")
+    if (now.generation, now.sealed) != (manifest.generation, manifest.sealed):
+        raise StateError(
+            f"another process went on with {path} meanwhile, or changed it (delete, repair): start again with "
+            "loghook.init(..., resume=True)."
+        )
+
+
 def seal(path: Path, manifest: Manifest, session: str, active: int) -> dict[str, Any]:
     """Wait until each of ``active`` ranks has ended this ``session``, then sum up all commit logs.
 

@@ -4,12 +4,13 @@ import dataclasses
 import json
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
 
-from loghook.errors import CorruptLogError, VersionError
+from loghook.errors import CorruptLogError, LoghookError, VersionError
 from loghook.log.codec import DTYPES, Codec, make_codec
 from loghook.log.disk import canonical_json, checksum, parse_object, write_atomically
 from loghook.log.files import no_log
@@ -147,6 +148,14 @@ class Manifest:
     gradient: str = "plain"  # what rows are of: "plain", "normalized" or "adam"
     whitening: float | None = None  # the damping of a whitened projection
     version: int = VERSION  # the format's version
+
+    def superseded(self, path: Path) -> bool:
+        """Whether the run at ``path`` is another one now, or maintenance has changed what this says of its rows."""
+        with suppress(LoghookError, OSError):
+            now = Manifest.load(path)
+            same = (now.run_id, now.generation) == (self.run_id, self.generation)
+            return not same or (self.sealed is not None and now.sealed != self.sealed)
+        return False
 
     @property
     def codec(self) -> Codec:

@@ -57,11 +57,9 @@ def repair(path: str | Path) -> Changed:
     Records whose rows do not match their checksum go, and everything after a damaged line of a commit log. Where
     anything went, the statistics are given up, since they cannot be had from the rows: kfac and ekfac then refuse.
     """
-    path = Path(path)
-    manifest = Manifest.load(path)
-    codec = manifest.codec
-    notes: list[str] = []
-    with _locked(path, manifest):
+    path, notes = Path(path), list[str]()
+    with _locked(path) as manifest:
+        codec = manifest.codec
         logs = [read_commits(path, manifest, rank, notes) for rank in range(manifest.world_size)]
         if manifest.sealed is not None and not notes and sum_up(logs) != manifest.sealed:
             notes.append(f"{path}: the commit logs are not those that were sealed: rows may be missing")
@@ -96,8 +94,7 @@ def delete(path: str | Path, ids: Sequence[int | str], *, keep_statistics: bool 
             they go as well, and these methods refuse.
     """
     path, gone = Path(path), set(ids)
-    manifest = Manifest.load(path)
-    with _locked(path, manifest):
+    with _locked(path) as manifest:
         logs = list(all_commits(path, manifest))
         unknown = gone - {i for log in logs for r in log.records for i in (*r.get("ids", ()), *r["flagged"])}
         if unknown or not gone:
@@ -109,10 +106,9 @@ def delete(path: str | Path, ids: Sequence[int | str], *, keep_statistics: bool 
 def reopen(path: str | Path) -> None:
     """Open a finished run for more rows: ``init(path, resume=True)`` then logs the ids that are not there yet."""
     path = Path(path)
-    manifest = Manifest.load(path)
-    if manifest.sealed is None:
-        raise StateError(f"{path} is not finished: go on with loghook.init({str(path)!r}, resume=True).")
-    with _locked(path, manifest):
+    with _locked(path) as manifest:
+        if manifest.sealed is None:
+            raise StateError(f"{path} is not finished: go on with loghook.init({str(path)!r}, resume=True).")
         records = [len(log.records) for log in all_commits(path, manifest)]
         done = _entry("append", rows=manifest.sealed["rows"], records=records)
         manifest.sealed, manifest.history = None, [*manifest.history, done]
@@ -237,11 +233,13 @@ def _build(
 
 
 @contextmanager
-def _locked(path: Path, manifest: Manifest) -> Iterator[None]:
+def _locked(path: Path) -> Iterator[Manifest]:
+    """Let nobody else write to a run; yields its manifest as it then is."""
+    writers = range(Manifest.load(path).world_size)
     with writing(path, AS_IT_WAS), ExitStack() as held:
-        for rank in range(manifest.world_size):
+        for rank in writers:
             held.enter_context(lock(path / lock_name(rank)))
-        yield
+        yield Manifest.load(path)
 
 
 def _ids_of(logs: Sequence[Commits]) -> list[int | str]:

@@ -16,7 +16,7 @@ from loghook.log.files import load_moments, load_sides
 from loghook.log.format import Layout, Manifest, commits_name, shard_name
 from loghook.log.query import find_columns
 from loghook.log.records import all_commits
-from loghook.log.shard import BLOCK_BYTES, Shard
+from loghook.log.shard import BLOCK_BYTES, CHANGED, Shard
 
 T = TypeVar("T")
 
@@ -56,9 +56,10 @@ class Reader:
         self.cache: dict[Any, Any] = {}  # what was computed from the rows, for as long as the log is open
         self.warned = False
         self._mapped: dict[Shard, None] = {}  # those that were looked at out of order, the latest last
-        before = None
+        before = gone = None
         for _ in range(TRIES):
-            self._open()
+            if not self._open():
+                continue  # maintenance put another generation of files in place while it was read
             growing = self.manifest.sealed is None and self.manifest.no_statistics is None
             try:
                 # The writer of a growing run replaces its snapshots, so that an open log takes what it found.
@@ -69,9 +70,10 @@ class Reader:
                 if not isinstance(error.__cause__, FileNotFoundError) or self._snapshots == before:
                     raise
                 gone, before = error, self._snapshots
-        raise gone
+        raise gone or StateError(f"{self.path} was changed again and again while it was opened: try later.")
 
-    def _open(self) -> None:
+    def _open(self) -> bool:
+        """Read what is committed; returns whether it is still that of the manifest."""
         self.manifest = Manifest.load(self.path)
         self.layout = Layout(self.manifest.layers)
         self.codec = self.manifest.codec
@@ -82,7 +84,13 @@ class Reader:
         self.repeats = 0
         self.unmeasured = 0
         self.asleep: dict[str, int] = {}
-        self._read_records()
+        try:
+            self._read_records()
+        except CorruptLogError:
+            if self.manifest.superseded(self.path):
+                return False
+            raise
+        return not self.manifest.superseded(self.path)
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -147,7 +155,12 @@ class Reader:
 
     def _read_moments(self) -> np.ndarray:
         width = self.layout.moments_width
-        snapshots = [load_moments(self.path, entry, width) for entry in self._snapshots]
+        try:
+            snapshots = [load_moments(self.path, entry, width) for entry in self._snapshots]
+        except CorruptLogError as error:
+            if isinstance(error.__cause__, FileNotFoundError) and self.manifest.superseded(self.path):
+                raise StateError(CHANGED.format(self.path)) from error
+            raise
         return sum(snapshots[1:], snapshots[0]) if snapshots else np.zeros(width)
 
     def blocks(
@@ -232,6 +245,8 @@ class Reader:
         Returns:
             One line for each problem, with the file and what to do; empty if all is well.
         """
+        if self.manifest.superseded(self.path):
+            return [CHANGED.format(self.path)]
         shards = tqdm(self._shards, "verifying", unit=" shards", delay=2, leave=False, disable=None)
         problems = [line for shard in shards for line in _problems(list, shard.verify())]
         if self.manifest.fitted is not None:
@@ -248,8 +263,8 @@ class Reader:
         known = {shard.file.name for shard in self._shards} | {entry["file"] for entry in self._snapshots}
         known |= {commits_name(rank, m.generation) for rank in range(m.world_size)}
         return [
-            f"{file}: no record names this file, so that it is of another run or left over: delete it, or restore the "
-            "run from a copy."
+            f"{file}: no record names this file, so that it is left over from maintenance that was killed, which "
+            "`loghook repair` clears away, or of another run: restore the run from a copy."
             for kind in ("rows-*.safetensors", "statistics-*.safetensors", "commits-*.jsonl")
             for file in sorted(self.path.glob(kind))
             if file.name not in known

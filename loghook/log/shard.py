@@ -6,7 +6,7 @@ import mmap
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import FileIO
 from pathlib import Path
@@ -15,7 +15,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from loghook.errors import CorruptLogError, LoghookError, StateError
+from loghook.errors import CorruptLogError, StateError
 from loghook.log.codec import Codec
 from loghook.log.disk import write_all
 from loghook.log.format import Manifest
@@ -24,6 +24,7 @@ SHARD_HEADER = 512  # bytes before the first row, length prefix included: consta
 BLOCK_BYTES = 32 * 2**20  # what one step of a scan looks at
 READ_BYTES = 2**20  # what is read and checked at a time: it stays in the processor's cache
 REMEDY = "restore it from a copy, or log its samples again"
+CHANGED = "{} was changed since it was opened (append, delete, repair): load it again."
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8",
 }  # fmt: skip
@@ -152,18 +153,9 @@ class Shard:
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise  # too many open files are no fault of this one
-            if isinstance(error, FileNotFoundError) and self._replaced():
-                folder = self.file.parent
-                raise StateError(
-                    f"{folder} was changed since it was opened (delete, repair): load it again."
-                ) from error
+            if isinstance(error, FileNotFoundError) and self.manifest.superseded(self.file.parent):
+                raise StateError(CHANGED.format(self.file.parent)) from error
             raise CorruptLogError(f"{self.file} cannot be read ({error}): {REMEDY}.") from error
-
-    def _replaced(self) -> bool:
-        """Whether maintenance has made a new generation of files meanwhile."""
-        with suppress(LoghookError, OSError):
-            return Manifest.load(self.file.parent).generation != self.manifest.generation
-        return False
 
     def release(self, start: int, stop: int) -> None:
         """Let go of scanned pages, so that a scan's resident memory stays flat; they remain in the page cache."""

@@ -28,10 +28,10 @@ import torch
 import xxhash
 from torch import Tensor
 
-from loghook.errors import NotFiniteError, WriteError
+from loghook.errors import NotFiniteError, StateError, WriteError
 from loghook.log.disk import lock, lock_name, sync_folder, write_all, writing
 from loghook.log.files import load_moments, save_moments
-from loghook.log.folder import recover
+from loghook.log.folder import recover, require_current
 from loghook.log.format import Layout, Manifest, shard_name, statistics_name
 from loghook.log.records import encode_record
 from loghook.log.shard import ShardFile
@@ -103,6 +103,7 @@ class Writer:
         self._folder = os.fstat(self._lock.fileno())  # of the lock's file, by which the folder is known again
         self.moments = np.zeros(Layout(manifest.layers).moments_width)
         try:
+            require_current(path, manifest)  # recovery deletes what the commit log of this generation does not name
             log = recover(path, manifest, rank)
             if log.rows:
                 self.moments = load_moments(path, log.rows[-1]["statistics"], len(self.moments))
@@ -380,6 +381,11 @@ def _leave() -> None:
 
 def _forked() -> None:
     """Let a child, such as a loader's worker, die of a signal as it would without us: the threads are not its own."""
+    for writer in _writers:
+        writer._broken = StateError(
+            "this process was forked from the one that logs, and cannot write to its run: log in the parent, or give "
+            "each process a run of its own and join them with loghook merge."
+        )
     _writers.clear()
     _restore()
 
