@@ -298,12 +298,13 @@ def test_few_questions_lose_nothing_in_integer_products(low, dtype, queries, err
     assert ((found - matrix.double() @ rows.T).abs() <= error * bound).all()
 
 
-def test_layers_too_wide_for_integer_sums_are_decoded(monkeypatch, low, exact):
-    expected = low["int8"].influence(exact[1], "dot").values
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layers_too_wide_for_integer_sums_are_multiplied_in_float32(monkeypatch, low, exact, dtype):
+    expected = low[dtype].influence(exact[1], "dot").values
     monkeypatch.setattr(products, "WIDEST", 10)
-    _, as_stored = products.products(low["int8"], exact[1].matrix, low["int8"].layout.layers)
-    assert not as_stored
-    np.testing.assert_allclose(low["int8"].influence(exact[1], "dot").values, expected, rtol=1e-3, atol=1e-4)
+    monkeypatch.setattr(products.torch, "_int_mm", lambda *_: pytest.fail("an integer product"))
+    monkeypatch.setattr(low[dtype].codec, "decode", lambda *_: pytest.fail("decoded"))
+    np.testing.assert_allclose(low[dtype].influence(exact[1], "dot").values, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_compress_reports_what_is_left(tmp_path, exact):

@@ -153,7 +153,10 @@ def replay(
     Raises:
         ConfigError: losses of a wrong shape, or derivatives that are not finite.
     """
-    steps, every = len(training.batches), every or math.isqrt(len(training.batches))
+    steps = len(training.batches)
+    every = math.isqrt(steps) if every is None else every
+    if every < 1 or (chunk is not None and chunk < 1):
+        raise ConfigError(f"every={every} steps and chunk={chunk} queries must be at least 1, or None.")
     now: tuple[Tensors, Any] = (training.parameters, training.optimizer.start(training.parameters))
     ones, kept = [training.weights(t, {}) for t in range(steps)], []
     for t in range(steps):

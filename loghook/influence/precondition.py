@@ -11,6 +11,7 @@ from tqdm import tqdm
 
 from loghook.errors import ConfigError
 from loghook.influence.solvers import Dense, Diagonal, Identity, LowRank, Solver, Zero
+from loghook.log.disk import plain
 from loghook.log.format import LayerSpec
 from loghook.log.reader import Reader
 from loghook.processes import combine, share
@@ -33,6 +34,8 @@ class Curvature:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ConfigError(f"method={self.method!r} is unknown: choose one of {', '.join(METHODS)}.")
+        for name in ("damping", "damping_abs"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
         value = self.damping if self.damping_abs is None else self.damping_abs
         if not isinstance(value, int | float) or not 0 < value < float("inf"):
             name = "damping" if self.damping_abs is None else "damping_abs"
@@ -82,7 +85,7 @@ def solvers(reader: Reader, curvature: Curvature, layers: Sequence[LayerSpec]) -
     if curvature.plain:
         yield {spec.name: Identity() for spec in layers}
     elif curvature.method == "fisher":
-        for group in _groups(layers, len(reader)):
+        for group in in_memory(layers, len(reader)):
             yield _fit_fisher(reader, curvature, group)
     else:
         shampoo = curvature.method == "shampoo"
@@ -169,7 +172,7 @@ def _fit_fisher(reader: Reader, curvature: Curvature, group: Sequence[LayerSpec]
     return fitted
 
 
-def _groups(layers: Sequence[LayerSpec], rows: int) -> Iterator[list[LayerSpec]]:
+def in_memory(layers: Sequence[LayerSpec], rows: int) -> Iterator[list[LayerSpec]]:
     """Split layers so that a group's matrices, (min(w, N), w) in float64 and their factors, fit in FIT_BYTES."""
     group: list[LayerSpec] = []
     size = 0

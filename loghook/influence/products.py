@@ -48,6 +48,7 @@ def products(
             matrix = codec.decode(signs)
         if max(spec.width for spec in chosen) <= WIDEST and integer_products_are_exact():
             return _integers(codec, matrix, numbers, len(reader.layers)), True
+        return _codes(codec, matrix, numbers), True
     if isinstance(codec, LowRankCodec) and len(matrix) * codec.terms <= TERMS:
         return _bilinear(codec, matrix, numbers), True
     return _floats(reader, matrix, chosen), not codec.coded
@@ -103,6 +104,35 @@ def _integers(codec: LowBitCodec, matrix: Tensor, numbers: Sequence[int], layers
                     sums.addcmul_(found * sizes, scale[:, None])
             sums.addmm_(scales, shifts)
         return out[:, : count * queries].unflatten(1, (count, -1)).sum(1).T
+
+    return multiply
+
+
+def _codes(codec: LowBitCodec, matrix: Tensor, numbers: Sequence[int]) -> Product:
+    """What ``_integers`` does, in float32: for processors without exact integer products, and layers too wide for them.
+
+    Rows are not decoded, which for one bit would be to rotate them back: the questions are rotated instead.
+    """
+    slope, shift = AFFINE[codec.bits]
+    parts = [
+        (part, [codec.turned(q).T.contiguous() for q in matrix[:, part.columns].float().split(part.width, 1)])
+        for part in codec.alike(numbers)
+    ]
+    widest = max(part.width for part, _ in parts)
+    wide = torch.empty(
+        max(LEAST_ROWS, CHUNK // 4 // widest), widest
+    )  # of four bytes each, as many as stay in the cache
+
+    def multiply(block: Tensor) -> Tensor:
+        out = torch.zeros(len(block), len(matrix))
+        for rows, sums in zip(block.split(len(wide)), out.split(len(wide)), strict=True):
+            scales = codec.scales(rows)
+            for part, questions in parts:
+                by_layer = codec.packed(rows, part).transpose(0, 1).contiguous().numpy()
+                for scale, packed, q in zip(scales[:, part.layers].T, by_layer, questions, strict=True):
+                    values = wide[: len(rows), : part.width].copy_(unpack(packed, codec.bits)[:, : part.width])
+                    sums.addcmul_((values @ q).mul_(slope).add_(q.sum(0) * shift), scale[:, None])
+        return out.T
 
     return multiply
 

@@ -10,9 +10,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import xxhash
 
 from loghook.errors import LoghookError, LogLockedError, WriteError
+
+
+def absolute(path: str | Path) -> Path:
+    """A path that a user gave, with its ``~``; absolute, since a program may change its folder."""
+    return Path(path).expanduser().absolute()
+
+
+def plain(number: Any) -> Any:
+    """A number of numpy's as Python's own: JSON knows no others. Anything else is as it was."""
+    return number.item() if isinstance(number, np.generic) else number
 
 
 def checksum(data: bytes | memoryview) -> str:

@@ -5,6 +5,7 @@ import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
@@ -42,6 +43,11 @@ class LayerSpec:
     def width(self) -> int:
         """Values of its gradient in a row."""
         return self.k_in * self.k_out
+
+
+def fits(name: str, pattern: str) -> bool:
+    """Whether a layer is meant by a name or an fnmatch pattern; a name may hold ``[`` and mean itself."""
+    return name == pattern or fnmatchcase(name, pattern)
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:

@@ -12,6 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from loghook.errors import CorruptLogError, StateError
+from loghook.log.disk import absolute
 from loghook.log.files import load_moments, load_sides
 from loghook.log.format import Layout, Manifest, commits_name, shard_name
 from loghook.log.query import find_columns
@@ -52,7 +53,7 @@ class Reader:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser().absolute()  # a program may change its folder
+        self.path = absolute(path)
         self.cache: dict[Any, Any] = {}  # what was computed from the rows, for as long as the log is open
         self.warned = False
         self._mapped: dict[Shard, None] = {}  # those that were looked at out of order, the latest last

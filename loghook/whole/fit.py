@@ -19,7 +19,7 @@ from loghook.errors import CheckpointWarning, ConfigError, LogExistsError, Misma
 from loghook.influence.precondition import PLAIN, Curvature
 from loghook.influence.scores import Scores
 from loghook.influence.solvers import Diagonal, Identity
-from loghook.log.disk import lock, lock_name, writing
+from loghook.log.disk import lock, lock_name, plain, writing
 from loghook.log.files import FACTORS
 from loghook.log.format import MANIFEST, Made
 from loghook.log.query import Query, require_one_query, require_query
@@ -213,6 +213,7 @@ class Fit(Blocks, Hooked):
                 f"this query is preconditioned already ({query.direction}): score it with method='dot' and without "
                 "normalize, since what its curvature says of samples is not known."
             )
+        rank = plain(rank)
         if rank is not None and (type(rank) is not int or rank < 1):
             raise ConfigError(f"rank={rank!r} must be a whole number of at least 1, or None for whole questions.")
         return Scoring(self, query, curvature, rank=rank, normalize=normalize, per_layer=per_layer)

@@ -251,7 +251,9 @@ def _small_logs(
         runs = []
         for i, init in enumerate(inits):
             fitted = {"fitted": fit.path} if init["projection"] in FITTED else {}
-            run = Run(Config(path=folder / str(i), **(init | fitted)), resume=False, overwrite=False)
+            # The first of an id alone, as the reference has it: a sampler may pad with repeats.
+            config = Config(path=folder / str(i), **({"on_repeat": "first"} | init | fitted))
+            run = Run(config, resume=False, overwrite=False)
             runs.append(stack.enter_context(run))
             with contextlib.redirect_stdout(io.StringIO()):
                 run.watch(fit.model, **fit.watched)
