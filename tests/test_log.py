@@ -18,9 +18,9 @@ from torch import nn
 from typer.testing import CliRunner
 
 import loghook
-from loghook.evaluate.retrain import retrain
 from loghook.cli import app
 from loghook.errors import CheckpointWarning, CorruptLogError, LogLockedError, MismatchError, StateError, WriteError
+from loghook.evaluate.retrain import retrain
 from loghook.log import maintain, reader
 from loghook.log.writer import Writer
 from tests.test_influence import data, loss_fn, make_log, make_model
