@@ -16,12 +16,12 @@ import xxhash
 from torch import Tensor
 
 from loghook.errors import CorruptLogError, MismatchError, StateError, VersionError
-from loghook.log.disk import sync_folder, write_atomically
+from loghook.log.disk import replacing, write_atomically
 from loghook.log.files import FACTORS
 from loghook.log.format import LayerSpec, Layout, parse_object
 from loghook.project.blocks import Factor, cut
 
-VERSION = 1
+FACTORS_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,11 @@ class FactorStore:
     files: dict[str, str] = field(default_factory=dict)  # {file name: checksum}, for the passes that are done
 
     def save(self) -> None:
-        body = {"format": "loghook-factors", "version": VERSION, "layers": [dataclasses.asdict(s) for s in self.layers]}
+        body = {
+            "format": "loghook-factors",
+            "version": FACTORS_VERSION,
+            "layers": [dataclasses.asdict(s) for s in self.layers],
+        }
         body |= {key: getattr(self, key) for key in ("fisher", "samples", "parameters", "files")}
         write_atomically(self.path / FACTORS, json.dumps(body, indent=1).encode())
 
@@ -86,8 +90,10 @@ class FactorStore:
             body = parse_object(file.read_bytes())
             if body["format"] != "loghook-factors":
                 raise ValueError("its format is not 'loghook-factors'")
-            if body["version"] != VERSION:
-                raise VersionError(f"{file} has version {body['version']!r:.20}, not {VERSION}: upgrade loghook.")
+            if body["version"] != FACTORS_VERSION:
+                raise VersionError(
+                    f"{file} has version {body['version']!r:.20}, not {FACTORS_VERSION}: upgrade loghook."
+                )
             layers = tuple(LayerSpec(**layer) for layer in body["layers"])
             keys = ("fisher", "samples", "parameters", "files")
             return cls(path=path, layers=layers, **{key: body[key] for key in keys})
@@ -109,15 +115,11 @@ class FactorStore:
     def commit(self, kind: str, tensors: Mapping[str, Tensor], samples: int) -> None:
         """Write what a pass found; it counts once ``factors.json`` names it. A tensor that comes twice is kept once."""
         file = self.path / f"{kind}.safetensors"
-        temporary = file.with_suffix(".tmp")
         owners: dict[int, str] = {}
         same = {name: owners.setdefault(id(tensor), name) for name, tensor in tensors.items()}
         kept = {name: tensor.contiguous() for name, tensor in tensors.items() if same[name] == name}
-        safetensors.torch.save_file(kept, temporary, {"loghook_same": json.dumps(same)})
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, file)
-        sync_folder(self.path)
+        with replacing(file) as temporary:
+            safetensors.torch.save_file(kept, temporary, {"loghook_same": json.dumps(same)})
         self.files[file.name] = _checksum(file)
         self.samples[kind] = samples
         self.save()

@@ -191,7 +191,7 @@ def test_scores_are_those_of_the_decoded_rows(tmp_path, monkeypatch, low, exact,
     query = exact[1]
     maintain.compress(low[dtype].path, tmp_path / "decoded", "float64")
     decoded, log = loghook.load(tmp_path / "decoded"), loghook.load(low[dtype].path)
-    monkeypatch.setattr(products, "CHUNK", 100)
+    monkeypatch.setattr(products, "UNPACKED", 100)
     monkeypatch.setattr(reader, "BLOCK_BYTES", 3000)
     for method in METHODS:
         for options in ({}, {"normalize": "unit"}, {"layers": log.layers[1:]}):
@@ -439,7 +439,7 @@ def test_repeats_and_many_shards_become_few(tmp_path, exact, dtype):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_floats_are_widened_a_few_rows_at_a_time(tmp_path, monkeypatch, dtype):
     log, query, _ = make_log(tmp_path / "run", n=80, dtype=dtype)
-    monkeypatch.setattr(products, "CHUNK", 1)
+    monkeypatch.setattr(products, "UNPACKED", 1)
     monkeypatch.setattr(products, "LEAST_ROWS", 28)  # seven rows
     rows = log.gather(np.arange(80)).double().numpy()
     found = log.influence(query, "dot", per_layer=True)

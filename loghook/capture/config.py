@@ -8,6 +8,7 @@ from typing import Any
 from loghook.errors import ConfigError
 from loghook.log.codec import DTYPES
 from loghook.log.disk import plain
+from loghook.log.format import ON_REPEAT
 from loghook.project.outer import GRADIENTS
 from loghook.project.projection import FITTED
 
@@ -15,7 +16,7 @@ _CHOICES: dict[str, Sequence[str | None]] = {
     "projection": ("random", *FITTED, "none"),
     "dtype": DTYPES,
     "gradient": GRADIENTS,
-    "on_repeat": (None, "error", "first", "all"),
+    "on_repeat": ON_REPEAT,
 }
 
 

@@ -7,10 +7,9 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
-from tqdm import tqdm
 
 from loghook.errors import ConfigError
-from loghook.evaluate.lds import Lds, floats, lds
+from loghook.evaluate.lds import Estimate, floats, lds
 from loghook.influence import engine
 from loghook.influence.precondition import in_memory
 from loghook.influence.solvers import gram_basis
@@ -18,6 +17,7 @@ from loghook.log.format import LayerSpec
 from loghook.log.query import Query
 from loghook.log.reader import Reader
 from loghook.processes import on_cpu
+from loghook.progress import bar
 
 DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
@@ -29,7 +29,7 @@ class Setting:
     method: str  # of ``Log.influence``
     damping: float  # relative to each layer's mean eigenvalue
     criterion: float  # what the choice is made by, more is better; see ``Sweep.criterion``
-    held_out: Lds | None  # the LDS on the queries that the choice did not see, or None without ground truth
+    held_out: Estimate | None  # the LDS on the queries that the choice did not see, or None without ground truth
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,10 @@ def held_out_likelihood(log: Reader, dampings: Sequence[float], seed: int = 0) -
     fit = np.zeros(len(log), dtype=bool)
     fit[np.random.default_rng(seed).permutation(len(log))[: len(log) // 2]] = True
     totals = np.zeros(len(dampings))
-    with tqdm(total=len(log.layers), desc="held-out rows", unit=" layers", delay=2, leave=False, disable=None) as bar:
+    with bar(None, "held-out rows", "layers", len(log.layers)) as done:
         for group in in_memory(log.layout.layers, len(log)):
             totals += _likelihoods(log, group, torch.from_numpy(fit), dampings)
-            bar.update(len(group))
+            done.update(len(group))
     yield from zip(dampings, (totals / log.layout.gradient_width).tolist(), strict=True)
 
 

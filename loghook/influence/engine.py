@@ -18,7 +18,7 @@ from loghook.log.files import kept_name, load_kept, save_kept
 from loghook.log.format import LayerSpec, checksum, fits, listed
 from loghook.log.query import Query, require_one_query, require_query
 from loghook.log.reader import Reader
-from loghook.processes import combine, gather, on_cpu, share
+from loghook.processes import combine, everyone, gather, on_cpu, share
 
 # preconditioned questions (Q, gradient_width) -> the best scores of each, and their places
 Scan = Callable[[Tensor], tuple[np.ndarray, np.ndarray]]
@@ -224,13 +224,10 @@ def _recall(reader: Reader, curvature: Curvature, chosen: Sequence[LayerSpec]) -
     """The rows' self-influence, (rows,) float64, if it was computed before: from memory, or from the file."""
     key = _key(curvature, chosen)
     if key not in reader.cache and reader.seal is not None:
-        found = torch.zeros(len(reader) + 1, dtype=torch.float64)  # the last says whether there is one
-        if share()[0] == 0:  # the others take what it found, so that all or none compute
-            kept = load_kept(reader.path, reader.seal).get(key)
-            if kept is not None and kept.shape == (len(reader),) and kept.dtype == np.float64:
-                found[:-1], found[-1] = torch.from_numpy(kept), 1
-        if combine(found)[-1] > 0:
-            reader.cache[key] = found[:-1]
+        # The others take what rank 0 found, so that all or none compute.
+        kept = everyone(load_kept(reader.path, reader.seal).get(key) if share()[0] == 0 else None)[0]
+        if kept is not None and kept.shape == (len(reader),) and kept.dtype == np.float64:
+            reader.cache[key] = torch.from_numpy(kept)
     return reader.cache.get(key)
 
 

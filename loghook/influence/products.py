@@ -19,7 +19,7 @@ from loghook.log.codec.lowrank import LowRankCodec
 from loghook.log.format import LayerSpec
 from loghook.log.reader import Reader
 
-CHUNK = 2**20  # values of a layer that are unpacked at a time: one byte each, they stay in the cache
+UNPACKED = 2**20  # values of a layer that are unpacked at a time: one byte each, they stay in the cache
 LEAST_ROWS = 256  # fewer would not be worth a product
 WIDEST = 2**17  # more products of two bytes may not fit in a sum of 32 bits
 BASE = 254  # of the digits, which are -127 to 127
@@ -62,7 +62,7 @@ def _floats(reader: Reader, matrix: Tensor, chosen: Sequence[LayerSpec]) -> Prod
         start = runs.pop().start if runs and runs[-1].stop == part.start else part.start
         runs.append(slice(start, part.stop))
     # Narrow floats are widened here, always into the same memory: new memory for every block costs more.
-    wide = torch.empty(max(LEAST_ROWS // 4, CHUNK // reader.codec.width), reader.codec.width, dtype=matrix.dtype)
+    wide = torch.empty(max(LEAST_ROWS // 4, UNPACKED // reader.codec.width), reader.codec.width, dtype=matrix.dtype)
 
     def multiply(block: Tensor) -> Tensor:
         if block.dtype != matrix.dtype:
@@ -89,7 +89,7 @@ def _integers(codec: LowBitCodec, matrix: Tensor, numbers: Sequence[int], layers
             fitted.append(([c.contiguous() for c in columns], sizes * slope))
             shifts[i] = digits.sum(0) * sizes * shift
         parts.append((part, fitted))
-    step = max(LEAST_ROWS, CHUNK // max(part.width for part, _ in parts))
+    step = max(LEAST_ROWS, UNPACKED // max(part.width for part, _ in parts))
 
     def multiply(block: Tensor) -> Tensor:
         out = torch.zeros(len(block), shifts.shape[1])
@@ -120,7 +120,7 @@ def _codes(codec: LowBitCodec, matrix: Tensor, numbers: Sequence[int]) -> Produc
     ]
     widest = max(part.width for part, _ in parts)
     wide = torch.empty(
-        max(LEAST_ROWS, CHUNK // 4 // widest), widest
+        max(LEAST_ROWS, UNPACKED // 4 // widest), widest
     )  # of four bytes each, as many as stay in the cache
 
     def multiply(block: Tensor) -> Tensor:

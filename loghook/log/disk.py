@@ -53,12 +53,20 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def write_atomically(file: Path, data: bytes) -> None:
-    """Write a small file so that a reader sees the old one or the new one, also after a power cut."""
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Yield where to write a file so that a reader sees the old one or the new one, also after a power cut."""
     temporary = file.with_name(file.name + ".tmp")
-    write_flushed(temporary, data)
+    yield temporary
+    with open(temporary, "rb") as handle:
+        os.fsync(handle.fileno())
     os.replace(temporary, file)
     sync_folder(file.parent)
+
+
+def write_atomically(file: Path, data: bytes) -> None:
+    with replacing(file) as temporary:
+        temporary.write_bytes(data)
 
 
 def write_flushed(file: Path, data: bytes) -> None:

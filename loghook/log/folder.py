@@ -15,7 +15,7 @@ from loghook.errors import ConfigError, CorruptLogError, LogExistsError, Mismatc
 from loghook.log.disk import lock, lock_name, sync_folder, writing
 from loghook.log.files import KEPT, PROJECTION, holds_factors
 from loghook.log.format import MANIFEST, Manifest, shard_name
-from loghook.log.records import REMEDY, Commits, all_commits, read_commits, sum_up
+from loghook.log.records import REPAIR, Commits, all_commits, read_commits, sum_up
 from loghook.log.shard import SHARD_HEADER, close_shard
 
 # Arguments of ``init`` that make rows what they are.
@@ -143,7 +143,7 @@ def recover(path: Path, manifest: Manifest, rank: int, *, snapshots: int = 2) ->
     ends = {path / shard_name(rank, index): rows for index, rows in log.shard_ends.items()}
     for shard, rows in ends.items():
         if not shard.is_file() or shard.stat().st_size < SHARD_HEADER + rows * codec.row_bytes:
-            raise CorruptLogError(f"{shard} is missing or shorter than its records say: {REMEDY}.")
+            raise CorruptLogError(f"{shard} is missing or shorter than its records say: {REPAIR}.")
     if log.rest:
         with open(log.file, "r+b") as handle:
             handle.truncate(len(log.data))

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from loghook.errors import CorruptLogError, StateError
 from loghook.log.disk import absolute
@@ -18,6 +17,7 @@ from loghook.log.format import Layout, Manifest, commits_name, shard_name
 from loghook.log.query import find_columns
 from loghook.log.records import all_commits
 from loghook.log.shard import BLOCK_BYTES, Shard
+from loghook.progress import bar
 
 T = TypeVar("T")
 
@@ -57,8 +57,7 @@ class Reader:
         self.cache: dict[Any, Any] = {}  # what was computed from the rows, for as long as the log is open
         self.warned = False
         self._mapped: dict[Shard, None] = {}  # those that were looked at out of order, the latest last
-        before = None
-        for _ in range(TRIES):
+        for left in reversed(range(TRIES)):
             self._open()
             growing = self.manifest.sealed is None and self.manifest.no_statistics is None
             try:
@@ -67,10 +66,8 @@ class Reader:
                 return
             except CorruptLogError as error:
                 # Two commits since the records were read have deleted the snapshot that they name: read them again.
-                if not isinstance(error.__cause__, FileNotFoundError) or self._snapshots == before:
+                if not left or not isinstance(error.__cause__, FileNotFoundError):
                     raise
-                gone, before = error, self._snapshots
-        raise gone
 
     def _open(self) -> None:
         self.manifest = Manifest.load(self.path)
@@ -233,8 +230,9 @@ class Reader:
         Returns:
             One line for each problem, with the file and what to do; empty if all is well.
         """
-        shards = tqdm(self._shards, "verifying", unit=" shards", delay=2, leave=False, disable=None)
-        problems = [line for shard in shards for line in _problems(list, shard.verify())]
+        problems = [
+            line for shard in bar(self._shards, "verifying", "shards") for line in _problems(list, shard.verify())
+        ]
         if self.manifest.fitted is not None:
             problems += _problems(load_sides, self.path, self.manifest.fitted)
         if self.finished:

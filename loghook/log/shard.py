@@ -23,7 +23,7 @@ from loghook.log.format import Manifest
 SHARD_HEADER = 512  # bytes before the first row, length prefix included: constant, so that a shard can grow
 BLOCK_BYTES = 32 * 2**20  # what one step of a scan looks at
 READ_BYTES = 2**20  # what is read and checked at a time: it stays in the processor's cache
-REMEDY = "restore it from a copy, or log its samples again"
+LOG_AGAIN = "restore it from a copy, or log its samples again"
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8",
 }  # fmt: skip
@@ -127,7 +127,7 @@ class Shard:
             for start, rows, expected in self.parts:
                 if _checksum(file, rows * self.codec.row_bytes) != expected:
                     rows_named = f"rows {start} to {start + rows - 1}"
-                    raise CorruptLogError(f"{self.file}: {rows_named} do not match their checksum: {REMEDY}.")
+                    raise CorruptLogError(f"{self.file}: {rows_named} do not match their checksum: {LOG_AGAIN}.")
                 stop = start + rows
                 if stop == self.rows or (stop - first) * self.codec.row_bytes >= BLOCK_BYTES:
                     yield first, stop
@@ -142,12 +142,12 @@ class Shard:
             with open(self.file, "rb", buffering=0) as file:
                 size = file.seek(0, 2)
                 if size < end:
-                    raise CorruptLogError(f"{self.file} has {size:,} bytes where {end:,} were committed: {REMEDY}.")
+                    raise CorruptLogError(f"{self.file} has {size:,} bytes where {end:,} were committed: {LOG_AGAIN}.")
                 file.seek(0)
                 if not self._header_is_ours(file.read(SHARD_HEADER)):
-                    raise CorruptLogError(f"{self.file} has a header that is not this run's: {REMEDY}.")
+                    raise CorruptLogError(f"{self.file} has a header that is not this run's: {LOG_AGAIN}.")
                 if self.manifest.sealed is not None and size != end:
-                    raise CorruptLogError(f"{self.file} has {size:,} bytes where {end:,} were sealed: {REMEDY}.")
+                    raise CorruptLogError(f"{self.file} has {size:,} bytes where {end:,} were sealed: {LOG_AGAIN}.")
                 yield file
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
@@ -157,7 +157,7 @@ class Shard:
                 raise StateError(
                     f"{folder} was changed since it was opened (delete, repair): load it again."
                 ) from error
-            raise CorruptLogError(f"{self.file} cannot be read ({error}): {REMEDY}.") from error
+            raise CorruptLogError(f"{self.file} cannot be read ({error}): {LOG_AGAIN}.") from error
 
     def _replaced(self) -> bool:
         """Whether maintenance has made a new generation of files meanwhile."""

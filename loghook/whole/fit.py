@@ -25,12 +25,12 @@ from loghook.log.format import MANIFEST, Made
 from loghook.log.query import Query, require_one_query, require_query
 from loghook.processes import process_rank, shared
 from loghook.statistics import Eigenbasis, FactorStore, pack_factors
-from loghook.whole.refine import Damped, GaussNewton, OutputLoss, Outputs, listed, require_sum, solve, unrolled
+from loghook.whole.refine import Damped, GaussNewton, OutputLoss, Outputs, require_batches, require_sum, solve, unrolled
 from loghook.whole.scoring import Scoring, rotations
 
 FISHERS = ("empirical", "true")
 PASSES = ("covariance", "eigenvalues")
-METHODS = ("ekfac", "kfac", *PLAIN)
+WHOLE_METHODS = ("ekfac", "kfac", *PLAIN)
 
 
 class Fit(Blocks, Hooked):
@@ -271,7 +271,7 @@ class Fit(Blocks, Hooked):
         g = query.matrix.to(self._layers[0].device_and_dtype()[0])
         bases = {name: basis.to(g) for name, basis in self._require_store().bases.items()}
         preconditioner = self._inverses(bases, Curvature(method="ekfac", damping_abs=amount))
-        matrix = GaussNewton(self._layers, self._layout, listed(batches), outputs, loss)
+        matrix = GaussNewton(self._layers, self._layout, require_batches(batches), outputs, loss)
         require_sum(matrix)
         u, residuals = solve(
             Damped(matrix, amount, preconditioner), g, solver=solver, iterations=iterations, tolerance=tolerance,
@@ -359,9 +359,9 @@ class Fit(Blocks, Hooked):
 
     def _inverses(self, bases: Mapping[str, Eigenbasis], curvature: Curvature) -> dict[str, Diagonal]:
         """A layer that never got a gradient contributes nothing."""
-        if curvature.method not in METHODS:
+        if curvature.method not in WHOLE_METHODS:
             raise ConfigError(
-                f"method={curvature.method!r} has no whole-gradient form: choose from {', '.join(METHODS)}."
+                f"method={curvature.method!r} has no whole-gradient form: choose from {', '.join(WHOLE_METHODS)}."
             )
         values = {name: basis.products for name, basis in bases.items()}
         if curvature.method == "ekfac":
