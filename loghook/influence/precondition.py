@@ -9,13 +9,13 @@ import torch
 from torch import Tensor
 
 from loghook.errors import ConfigError
+from loghook.factors import Eigenbasis, eigenbasis
 from loghook.influence.solvers import Dense, Diagonal, Identity, LowRank, Solver
 from loghook.log.disk import plain
 from loghook.log.format import LayerSpec
 from loghook.log.reader import Reader
 from loghook.processes import combine, share
 from loghook.progress import bar
-from loghook.statistics import Eigenbasis, eigenbasis
 
 METHODS = ("dot", "cosine", "fisher", "kfac", "ekfac", "shampoo")
 PLAIN = ("dot", "cosine")  # those without curvature
@@ -129,7 +129,7 @@ def _row_bases(reader: Reader, layers: Sequence[LayerSpec]) -> dict[str, Eigenba
                 for total, side in zip(sums[spec.name], (rows.flatten(0, 1), rows.mT.flatten(0, 1)), strict=True):
                     total += (side.T @ side).double()  # a block is short, the log is long
         for name, sides in sums.items():
-            reader.cache["row basis", name] = Eigenbasis.of(*(combine(side) / len(reader) for side in sides))
+            reader.cache["row basis", name] = Eigenbasis.of_moments(*(combine(side) / len(reader) for side in sides))
     return {spec.name: reader.cache["row basis", spec.name] for spec in layers}
 
 

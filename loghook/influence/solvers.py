@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loghook.errors import ConfigError
-from loghook.statistics import Eigenbasis
+from loghook.factors import Eigenbasis
 
 
 def nonzero(sizes: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ import socket
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
@@ -14,6 +15,8 @@ import numpy as np
 import xxhash
 
 from loghook.errors import LoghookError, LogLockedError, WriteError
+
+READ_BYTES = 2**20  # what is read and checked at a time: it stays in the processor's cache
 
 
 def absolute(path: str | Path) -> Path:
@@ -29,6 +32,21 @@ def plain(number: Any) -> Any:
 def checksum(data: bytes | memoryview) -> str:
     """128-bit XXH3, as 32 hexadecimal digits."""
     return xxhash.xxh3_128_hexdigest(data)
+
+
+def checksum_next(file: FileIO, size: int) -> str:
+    """Checksum of the next bytes of a file, with flat memory; both calls in the loop let other threads run."""
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(min(size, READ_BYTES)))
+    while size and (n := file.readinto(buffer[:size])):
+        digest.update(buffer[:n])
+        size -= n
+    return digest.hexdigest()
+
+
+def checksum_of(file: Path) -> str:
+    """Checksum of a whole file."""
+    with open(file, "rb", buffering=0) as handle:
+        return checksum_next(handle, file.stat().st_size)
 
 
 def canonical_json(value: Any) -> bytes:

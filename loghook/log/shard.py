@@ -12,17 +12,15 @@ from io import FileIO
 from pathlib import Path
 
 import torch
-import xxhash
 from torch import Tensor
 
 from loghook.errors import CorruptLogError, LoghookError, StateError
 from loghook.log.codec import Codec
-from loghook.log.disk import write_all
+from loghook.log.disk import checksum_next, write_all
 from loghook.log.format import Manifest
 
 SHARD_HEADER = 512  # bytes before the first row, length prefix included: constant, so that a shard can grow
 BLOCK_BYTES = 32 * 2**20  # what one step of a scan looks at
-READ_BYTES = 2**20  # what is read and checked at a time: it stays in the processor's cache
 LOG_AGAIN = "restore it from a copy, or log its samples again"
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8",
@@ -125,7 +123,7 @@ class Shard:
         self.good, first = False, 0
         with self._opened() as file:
             for start, rows, expected in self.parts:
-                if _checksum(file, rows * self.codec.row_bytes) != expected:
+                if checksum_next(file, rows * self.codec.row_bytes) != expected:
                     rows_named = f"rows {start} to {start + rows - 1}"
                     raise CorruptLogError(f"{self.file}: {rows_named} do not match their checksum: {LOG_AGAIN}.")
                 stop = start + rows
@@ -182,12 +180,3 @@ class Shard:
             return False
         expected = shard_header(stated, self.codec, self.manifest.run_id)
         return header == expected and (stated == 0 or stated >= self.rows)
-
-
-def _checksum(file: FileIO, size: int) -> str:
-    """Checksum of the next bytes of a file, with flat memory; both calls in the loop let other threads run."""
-    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(min(size, READ_BYTES)))
-    while size and (n := file.readinto(buffer[:size])):
-        digest.update(buffer[:n])
-        size -= n
-    return digest.hexdigest()

@@ -16,6 +16,7 @@ from loghook.capture.passes import Gathering, Pass, decompose
 from loghook.capture.select import HEAD, Watch
 from loghook.capture.whole import Covariance, Eigenvalues
 from loghook.errors import CheckpointWarning, ConfigError, LogExistsError, MismatchError, StateError
+from loghook.factors import Eigenbasis, FactorStore, pack_factors
 from loghook.influence.precondition import PLAIN, Curvature
 from loghook.influence.scores import Scores
 from loghook.influence.solvers import Diagonal, Identity
@@ -24,7 +25,6 @@ from loghook.log.files import FACTORS
 from loghook.log.format import MANIFEST, Made
 from loghook.log.query import Query, require_one_query, require_query
 from loghook.processes import process_rank, shared
-from loghook.statistics import Eigenbasis, FactorStore, pack_factors
 from loghook.whole.refine import Damped, GaussNewton, OutputLoss, Outputs, require_batches, require_sum, solve, unrolled
 from loghook.whole.scoring import Scoring, rotations
 

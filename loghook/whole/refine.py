@@ -20,11 +20,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from loghook.capture.layers import Layer
 from loghook.capture.probe import batch_size, samples
 from loghook.errors import ConfigError, UnsupportedError
+from loghook.factors import FactorStore
 from loghook.influence.solvers import Diagonal, gram_basis, nonzero
 from loghook.log.format import Layout
 from loghook.processes import combine
 from loghook.progress import bar
-from loghook.statistics import FactorStore
 
 Outputs = Callable[[Any], Tensor]
 OutputLoss = Callable[[Tensor, Any], Tensor]
