@@ -75,7 +75,7 @@ def seal(path: Path, manifest: Manifest, session: str, active: int) -> dict[str,
             recover(path, manifest, rank, snapshots=1)
     begun, told = time.monotonic(), False
     while True:
-        logs = list(all_commits(path, manifest))
+        logs = all_commits(path, manifest)
         missing = [r for r in range(active) if not (logs[r].records and logs[r].records[-1].get("end") == session)]
         if not missing:
             return sum_up(logs)

@@ -98,7 +98,7 @@ def delete(path: str | Path, ids: Sequence[int | str], *, keep_statistics: bool 
     path, gone = absolute(path), set(ids)
     manifest = Manifest.load(path)
     with _locked(path, manifest):
-        logs = list(all_commits(path, manifest))
+        logs = all_commits(path, manifest)
         unknown = gone - {i for log in logs for r in log.records for i in (*r.get("ids", ()), *r["flagged"])}
         if unknown or not gone:
             raise ConfigError(f"the log {path} holds no rows of {sorted(map(repr, unknown))[:5]}: check the ids.")
@@ -260,7 +260,7 @@ def _rewrite(
     for log in logs:
         dropped += _copy_log(path, manifest, log, path, new, log.rank, gone=gone, mend=what == "repair")
     sync_folder(path)
-    written = list(all_commits(path, new))
+    written = all_commits(path, new)
     still, seal = set(_ids_of(written)), sum_up(written)
     new.sealed = seal if manifest.sealed is not None else None
     new.history = [*manifest.history, _entry(what, rows=seal["rows"], dropped=len(dropped), notes=list(notes))]

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,19 +95,15 @@ def read_commits(path: Path, manifest: Manifest, rank: int, damage: list[str] | 
     return Commits(rank, file, records, data[:position], data[position:])
 
 
-def all_commits(path: Path, manifest: Manifest) -> Iterator[Commits]:
-    """Read the commit logs of all of a run's writers, in the order of ranks; in the end they must match its seal."""
-    digest, rows = xxhash.xxh3_128(), 0
-    for rank in range(manifest.world_size):
-        log = read_commits(path, manifest, rank)
-        digest.update(log.data)
-        rows += sum(record["rows"] for record in log.rows)
-        yield log
-    if manifest.sealed not in (None, {"rows": rows, "digest": digest.hexdigest()}):
+def all_commits(path: Path, manifest: Manifest) -> list[Commits]:
+    """Read the commit logs of all of a run's writers, in the order of ranks; they must match its seal."""
+    logs = [read_commits(path, manifest, rank) for rank in range(manifest.world_size)]
+    if manifest.sealed is not None and manifest.sealed != (found := sum_up(logs)):
         raise CorruptLogError(
-            f"{path}: the commit logs hold {rows:,} rows where {manifest.sealed['rows']:,} were sealed, or were "
-            f"altered: {REPAIR}."
+            f"{path}: the commit logs hold {found['rows']:,} rows where {manifest.sealed['rows']:,} were sealed, or "
+            f"were altered: {REPAIR}."
         )
+    return logs
 
 
 def sum_up(logs: Iterable[Commits]) -> dict[str, Any]:
