@@ -20,8 +20,8 @@ import loghook
 from loghook.evaluate import trust
 from loghook.evaluate.lds import lds
 from loghook.evaluate.sweep import held_out_likelihood
+from loghook.factors import eigenbasis
 from loghook.influence.fidelity import correlations
-from loghook.statistics import eigenbasis
 
 DAMPINGS = (1e-4, 1e-3, 3e-3, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0)
 ASKED = (("dot", 0.1), ("cosine", 0.1), ("fisher", 0.1), ("ekfac", 0.1), ("ekfac", 0.01))

@@ -19,6 +19,7 @@ from loghook.influence.index import Index
 from loghook.influence.precondition import Curvature
 from loghook.influence.scores import Scores
 from loghook.log import maintain
+from loghook.log.disk import absolute
 from loghook.log.files import load_sides
 from loghook.log.query import Query, find_columns
 from loghook.log.reader import Reader
@@ -74,15 +75,11 @@ def init(
         LogExistsError: a run is there already and neither ``resume`` nor ``overwrite`` was given, or there are factors.
     """
     config = Config(
-        path=_absolute(path), rank=rank, projection=projection, whitening=whitening,
-        fitted=None if fitted is None else _absolute(fitted), seed=seed, dtype=dtype, on_repeat=on_repeat,
+        path=absolute(path), rank=rank, projection=projection, whitening=whitening,
+        fitted=None if fitted is None else absolute(fitted), seed=seed, dtype=dtype, on_repeat=on_repeat,
         shard_bytes=shard_bytes, commit_seconds=commit_seconds, fidelity=fidelity, gradient=gradient,
     )  # fmt: skip
     return Run(config, resume=resume, overwrite=overwrite)
-
-
-def _absolute(path: str | Path) -> Path:
-    return Path(path).expanduser().absolute()  # a program may change its folder while it logs
 
 
 def fit(path: str | Path, *, fisher: str = "empirical", resume: bool = False, overwrite: bool = False) -> Fit:
@@ -98,7 +95,7 @@ def fit(path: str | Path, *, fisher: str = "empirical", resume: bool = False, ov
     Raises:
         LogExistsError: factors are there already and neither ``resume`` nor ``overwrite`` was given, or there is a log.
     """
-    return Fit(_absolute(path), fisher=fisher, resume=resume, overwrite=overwrite)
+    return Fit(absolute(path), fisher=fisher, resume=resume, overwrite=overwrite)
 
 
 def load(path: str | Path) -> "Log":
@@ -158,15 +155,6 @@ class Log(Reader):
             UnfinishedWarning: once for an open log, if its run is not finished, so that rows may be missing.
             CheckpointWarning: if the query was made with other parameter values than the log ended with.
         """
-        engine.check_match(self, query)
-        mine = self.manifest.parameters.get("last") or self.manifest.parameters.get("first")
-        if mine and query.parameters and mine != query.parameters:
-            warnings.warn(
-                "the query was made with other parameter values than the log ended with: scores compare gradients at "
-                "different points. Load the checkpoint that the log was made with.",
-                CheckpointWarning,
-                stacklevel=2,
-            )
         return engine.influence(
             self, query, method=method, damping=damping, damping_abs=damping_abs, normalize=normalize, layers=layers,
             top=top, per_layer=per_layer, query_dtype=query_dtype,

@@ -124,6 +124,11 @@ def test_saved_and_loaded(tmp_path, logged):
         loghook.load(tmp_path / "other").index(6).save(file)
 
 
+def test_rows_as_questions_take_no_candidate_of_what_is_asked_for(logged):
+    log, _ = logged
+    assert 0 <= log.index(6).recall(np.int64(5), 10, candidates=10) <= 1
+
+
 def test_refusals(monkeypatch, tmp_path, logged):
     log, query = logged
     index = log.index(6)
@@ -131,8 +136,11 @@ def test_refusals(monkeypatch, tmp_path, logged):
         index.search(query, method="cosine")
     with pytest.raises(ConfigError, match=r"cannot take normalize, only damping.*use log"):
         index.search(query, normalize="unit")
-    with pytest.raises(ConfigError, match="candidates=4 must be at least top=5"):
-        index.search(query, 5, candidates=4)
+    for ask in (index.search, index.recall):
+        with pytest.raises(ConfigError, match="candidates=4 must be at least top=5"):
+            ask(query, 5, candidates=4)
+        with pytest.raises(ConfigError, match="top=None must be a whole number"):
+            ask(query, top=None)
     with pytest.raises(ConfigError, match="at least 1"):
         log.index(0)
     with pytest.raises(ConfigError, match="'nothing' is none that faiss knows"):

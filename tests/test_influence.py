@@ -1,5 +1,6 @@
 """Scores against dense references, and what must not change them: repetition, batch, shard and block size."""
 
+import contextlib
 import gc
 
 import numpy as np
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import loghook
-from loghook.errors import ConfigError, CorruptLogError, MismatchError
+from loghook import evaluate
+from loghook.errors import CheckpointWarning, ConfigError, CorruptLogError, MismatchError
 from loghook.influence import precondition, products
 from loghook.log import reader
 from tests import dense
@@ -408,6 +410,60 @@ def test_query_from_another_checkpoint_warns(logged):
         loss_fn(other, data(1)).backward()
     with pytest.warns(UserWarning, match="other parameter values"):
         log.influence(moved)
+    four = loghook.Query.concat([moved] * 4)
+    members, losses = np.random.default_rng(0).random((3, 40)) < 0.5, np.zeros((3, 4))
+    for ask in (
+        lambda: log.index(6, "Flat").search(moved),
+        lambda: evaluate.trust(log, moved, "dot", normalize="unit", nulls=0, other=(log, moved)),
+        lambda: evaluate.sweep(log, four, members=members, losses=losses, dampings=(0.1,)),
+    ):
+        with pytest.warns(CheckpointWarning, match="other parameter values"), contextlib.suppress(ConfigError):
+            ask()
+
+
+def test_the_line_that_asked_is_shown_with_the_warning(logged):
+    log, query, _ = logged
+    moved = loghook.Query(query.data_ids).fill(query.matrix, query.made, "of another checkpoint")
+    for ask in (log.influence, log.index(6, "Flat").search):
+        with pytest.warns(CheckpointWarning) as met:
+            ask(moved)
+        assert [warning.filename for warning in met] == [__file__]
+
+
+def test_numbers_of_numpy_are_numbers(tmp_path):
+    log, query, _ = make_log(tmp_path / "log", rank=np.int64(4), seed=np.int32(3), shard_bytes=np.int64(10_000))
+    assert log.manifest.rank == 4 and log.manifest.seed == 3
+    assert make_log(tmp_path / "by_name", rank={"*": np.int64(2)})[0].layout.layers[0].k_in == 2
+    scores = log.influence(query, damping=np.float32(0.5), top=np.int64(3))
+    np.testing.assert_array_equal(scores.values, log.influence(query, damping=0.5, top=3).values)
+    scores.save(tmp_path / "scores")
+    assert loghook.Scores.load(tmp_path / "scores").damping == 0.5
+    np.testing.assert_array_equal(log.self_influence(damping_abs=np.float64(2)), log.self_influence(damping_abs=2))
+    for wrong in (np.float32(0), np.float64("nan"), np.float32("inf"), "0.1"):
+        with pytest.raises(ConfigError, match="positive and finite"):
+            log.influence(query, damping=wrong)
+
+
+def test_a_name_with_brackets_names_itself(tmp_path):
+    model = nn.Module()
+    for name in ("a[0]", "a0"):
+        model.add_module(name, nn.Linear(3, 2))
+    run = loghook.init(tmp_path, rank={"a[0]": 1, "*": 2})
+    run.watch(model, include=["a[0]", "a0"])
+    x = torch.randn(6, 1, 3)
+    with run(data_id=range(6)):
+        sum(getattr(model, name)(x).square().sum() for name in ("a[0]", "a0")).backward()
+    with run.query(data_id=["q"]) as query:
+        sum(getattr(model, name)(x[:1]).square().sum() for name in ("a[0]", "a0")).backward()
+    run.finalize()
+    log = loghook.load(tmp_path)
+    assert log.layers == ("a[0]", "a0")
+    scores = log.influence(query, "dot", per_layer=True)
+    np.testing.assert_allclose(
+        log.influence(query, "dot", layers=[log.layers[1]]).values, scores.by_layer[1], rtol=1e-6
+    )
+    # A name is also a pattern where it fits others, as before: here of "a0".
+    assert log.influence(query, "dot", layers=[log.layers[0]]).layers == ("a[0]", "a0")
 
 
 def test_mislabelled_rows_have_large_self_influence(tmp_path):

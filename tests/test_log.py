@@ -20,7 +20,8 @@ from typer.testing import CliRunner
 import loghook
 from loghook.cli import app
 from loghook.errors import CheckpointWarning, CorruptLogError, LogLockedError, MismatchError, StateError, WriteError
-from loghook.log import reader
+from loghook.evaluate.retrain import retrain
+from loghook.log import maintain, reader
 from loghook.log.writer import Writer
 from tests.test_influence import data, loss_fn, make_log, make_model
 
@@ -309,6 +310,46 @@ def test_a_pass_that_goes_on_with_other_parameters_warns_unless_it_trains(tmp_pa
     assert all("other parameter values than it goes on with" in str(w.message) for w in told)
     shown = CliRunner().invoke(app, ["info", str(tmp_path)]).output
     assert f"parameters {'changed' if moved or trained else 'unchanged'} while logging" in shown
+
+
+def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
+    (home := tmp_path / "home").mkdir()
+    (elsewhere := tmp_path / "elsewhere").mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(elsewhere)
+    model, x = nn.Linear(5, 4), torch.randn(16, 2, 5)
+    for name in ("one", "two"):
+        run = loghook.init(f"~/{name}", rank=2)
+        run.watch(model)
+        with run(data_id=[f"{name}{i}" for i in range(16)]):
+            model(x).square().sum().backward()
+        with run.query(data_id=["q"]) as query:
+            model(x[:1]).square().sum().backward()
+        run.finalize()
+        run.close()
+    log = loghook.load("~/one")
+    log.compress("~/small", "int8", queries=2)
+    maintain.compress("~/one", "~/wide", "float64")
+    maintain.merge("~/both", ["~/one", "~/two"])
+    maintain.delete("~/both", ["one3"])
+    maintain.repair("~/both")
+    maintain.reopen("~/two")
+    query.save("~/query")
+    scores = log.influence(loghook.Query.load("~/query"), "dot")
+    scores.save("~/scores")
+    loghook.Scores.load("~/scores").report("~/page.html")
+    log.index(2, "Flat").save("~/index")
+    log.load_index("~/index")
+    fit = loghook.fit("~/factors")
+    fit.watch(model)
+    for _ in fit.passes():
+        with fit(data_id=range(16)):
+            model(x).square().sum().backward()
+    run = loghook.init("~/fitted", rank=2, projection="pca", fitted="~/factors")
+    run.watch(model)
+    retrain(lambda members, seed: [1.0], np.ones((1, 4), bool), [0], "~/results", workers=0)
+    written = {"one", "two", "small", "wide", "both", "query", "scores", "page.html", "index", "factors", "results"}
+    assert written <= {file.name for file in home.iterdir()} and not list(elsewhere.iterdir())
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/task"), reason="counts the process's threads")

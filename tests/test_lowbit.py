@@ -191,7 +191,7 @@ def test_scores_are_those_of_the_decoded_rows(tmp_path, monkeypatch, low, exact,
     query = exact[1]
     maintain.compress(low[dtype].path, tmp_path / "decoded", "float64")
     decoded, log = loghook.load(tmp_path / "decoded"), loghook.load(low[dtype].path)
-    monkeypatch.setattr(products, "CHUNK", 100)
+    monkeypatch.setattr(products, "UNPACKED", 100)
     monkeypatch.setattr(reader, "BLOCK_BYTES", 3000)
     for method in METHODS:
         for options in ({}, {"normalize": "unit"}, {"layers": log.layers[1:]}):
@@ -298,12 +298,13 @@ def test_few_questions_lose_nothing_in_integer_products(low, dtype, queries, err
     assert ((found - matrix.double() @ rows.T).abs() <= error * bound).all()
 
 
-def test_layers_too_wide_for_integer_sums_are_decoded(monkeypatch, low, exact):
-    expected = low["int8"].influence(exact[1], "dot").values
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_layers_too_wide_for_integer_sums_are_multiplied_in_float32(monkeypatch, low, exact, dtype):
+    expected = low[dtype].influence(exact[1], "dot").values
     monkeypatch.setattr(products, "WIDEST", 10)
-    _, as_stored = products.products(low["int8"], exact[1].matrix, low["int8"].layout.layers)
-    assert not as_stored
-    np.testing.assert_allclose(low["int8"].influence(exact[1], "dot").values, expected, rtol=1e-3, atol=1e-4)
+    monkeypatch.setattr(products.torch, "_int_mm", lambda *_: pytest.fail("an integer product"))
+    monkeypatch.setattr(low[dtype].codec, "decode", lambda *_: pytest.fail("decoded"))
+    np.testing.assert_allclose(low[dtype].influence(exact[1], "dot").values, expected, rtol=1e-3, atol=1e-4)
 
 
 def test_compress_reports_what_is_left(tmp_path, exact):
@@ -438,7 +439,7 @@ def test_repeats_and_many_shards_become_few(tmp_path, exact, dtype):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_narrow_floats_are_widened_a_few_rows_at_a_time(tmp_path, monkeypatch, dtype):
     log, query, _ = make_log(tmp_path / "run", n=80, dtype=dtype)
-    monkeypatch.setattr(products, "CHUNK", 1)
+    monkeypatch.setattr(products, "UNPACKED", 1)
     monkeypatch.setattr(products, "LEAST_ROWS", 28)  # seven rows
     rows = log.gather(np.arange(80)).double().numpy()
     found = log.influence(query, "dot", per_layer=True)

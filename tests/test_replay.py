@@ -144,3 +144,6 @@ def test_wrong_use_is_refused():
     )  # fmt: skip
     with pytest.raises(ConfigError, match="one for each of the 4 ids"):
         replay(summed, queries)
+    for wrong in ({"every": 0}, {"every": -1}, {"chunk": 0}):
+        with pytest.raises(ConfigError, match="at least 1, or None"):
+            replay(training, queries, **wrong)

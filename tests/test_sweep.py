@@ -60,6 +60,30 @@ def test_without_truth_too_little_and_too_much_damping_lose(tmp_path):
     assert "held-out rows" in str(found)
 
 
+def test_one_method_by_name_and_an_array_of_dampings(tmp_path):
+    log, *_ = make_log(tmp_path)
+    found = sweep(log, methods="fisher", dampings=np.logspace(-2, 0, 3))
+    assert [one.damping for one in found.settings] == pytest.approx([0.01, 0.1, 1]) and found.best.method == "fisher"
+
+
+@pytest.mark.parametrize("columns", [3, 9])
+def test_losses_of_other_questions_are_refused(tmp_path, columns):
+    log, query, _ = make_log(tmp_path)
+    query = loghook.Query.concat([query, query])
+    with pytest.raises(ConfigError, match=rf"losses \(20, {columns}\) must be .*\(20, 6\)"):
+        sweep(log, query, members=random_subsets(40, 20), losses=np.zeros((20, columns)))
+
+
+def test_layers_that_fit_in_memory_share_a_scan(tmp_path, monkeypatch):
+    log, *_ = make_log(tmp_path, n=30)
+    scans, blocks = [], type(log).blocks
+    monkeypatch.setattr(type(log), "blocks", lambda self, *a, **k: scans.append(1) or blocks(self, *a, **k))
+    together = dict(held_out_likelihood(log, (0.1,)))
+    assert len(scans) == 1
+    monkeypatch.setattr("loghook.influence.precondition.FIT_BYTES", 1)
+    assert dict(held_out_likelihood(log, (0.1,))) == pytest.approx(together) and len(scans) == 1 + len(log.layers)
+
+
 def test_what_cannot_be_swept_is_refused(tmp_path):
     log, query, _ = make_log(tmp_path)
     for arguments, says in (
@@ -68,6 +92,7 @@ def test_what_cannot_be_swept_is_refused(tmp_path):
         ({"members": np.ones((2, 40), bool), "losses": np.ones((2, 3)), "query": query}, "at least 4 questions"),
         ({"dampings": ()}, "at least one"),
         ({"dampings": (0.1, -1)}, "positive"),
+        ({"methods": "ekfac"}, "cannot be tuned without retraining"),
     ):
         with pytest.raises(ConfigError, match=says):
             sweep(log, **arguments)

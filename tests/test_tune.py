@@ -89,6 +89,11 @@ def test_the_choice_reproduces_whole_scores_within_the_budget(tmp_path):
     assert loghook.Scores.load(tmp_path / "scores").fidelity == scores.fidelity
     other = {"method": "cosine"}
     assert log.influence(query, **other).fidelity is None
+    log.manifest.fidelity = log.manifest.fidelity | {"scoring": other}
+    for same in (other, other | {"damping": 3.0}, {"method": "cosine", "normalize": "unit"}):
+        assert log.influence(query, **same).fidelity == scores.fidelity
+    for others in (tuned.best.scoring, {"method": "dot"}, other | {"normalize": "relatif"}):
+        assert log.influence(query, **others).fidelity is None
     with fit.query(data_id=["a", "b", "c"]) as whole:
         loss(model, x[60:63]).backward()
     scoring = fit.score(whole, damping=0.1)
@@ -262,3 +267,16 @@ def test_groups_that_fit_the_budget_are_found_where_the_best_one_does_not():
             methods=[{"method": "cosine"}],
             **options,
         )
+
+
+def test_samples_that_come_again_count_once():
+    """As the reference has them; a sampler that fills its last batch repeats some."""
+    model, x, fit, samples, queries = setting()
+
+    def padded():
+        yield from samples()
+        yield [0, 1, 1, 59], x[[0, 1, 1, 59]]
+
+    options = {"ranks": (4,), "dtypes": ("float32",), "projections": [{"projection": "random"}]}
+    one, other = (loghook.tune(fit, walk, queries, lambda b: loss(model, b), **options) for walk in (samples, padded))
+    assert other.samples == 60 and other.best.fidelity == pytest.approx(one.best.fidelity, abs=1e-6)

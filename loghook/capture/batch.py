@@ -3,7 +3,6 @@
 from collections.abc import Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import numpy as np
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from loghook.errors import BatchError
+from loghook.log.format import fits
 
 Ids = Sequence[int] | Sequence[str] | np.ndarray | Tensor
 Mask = Tensor | Mapping[str, Tensor]
@@ -98,7 +98,7 @@ def check_masks(mask: Any, size: int, layers: Sequence[str]) -> dict[str, Tensor
             raise BatchError(f"mask has shape {tuple(value.shape)} in a block of {size} ids: pass (batch, tokens).")
         if value.device.type == "cpu" and not bool((value >= 0).all()):  # on a device that would wait for it
             raise BatchError("mask holds negative numbers or nan: it says how much each token counts, mostly 0 or 1.")
-    found = {name: [p for p in masks if fnmatchcase(name, p)] for name in layers}
+    found = {name: [p for p in masks if fits(name, p)] for name in layers}
     unused = masks.keys() - {patterns[0] for patterns in found.values() if patterns}
     if unused:
         raise BatchError(f"mask={{{min(unused)!r}: ...}} serves no watched layer: the first that fits a name is used.")

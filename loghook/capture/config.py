@@ -7,6 +7,8 @@ from typing import Any
 
 from loghook.errors import ConfigError
 from loghook.log.codec import DTYPES
+from loghook.log.disk import plain
+from loghook.log.format import ON_REPEAT
 from loghook.project.outer import GRADIENTS
 from loghook.project.projection import FITTED
 
@@ -14,7 +16,7 @@ _CHOICES: dict[str, Sequence[str | None]] = {
     "projection": ("random", *FITTED, "none"),
     "dtype": DTYPES,
     "gradient": GRADIENTS,
-    "on_repeat": (None, "error", "first", "all"),
+    "on_repeat": ON_REPEAT,
 }
 
 
@@ -36,6 +38,10 @@ class Config:
     gradient: str = "plain"
 
     def __post_init__(self) -> None:
+        for name in ("seed", "whitening", "shard_bytes", "commit_seconds"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
+        rank = {k: plain(v) for k, v in self.rank.items()} if isinstance(self.rank, Mapping) else plain(self.rank)
+        object.__setattr__(self, "rank", rank)
         ranks = list(self.rank.values()) if isinstance(self.rank, Mapping) else [self.rank]
         if not ranks or not all(type(rank) is int and rank >= 1 for rank in ranks):
             raise ConfigError(

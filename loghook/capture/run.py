@@ -19,6 +19,7 @@ from loghook.capture.select import FUSED_EXPERTS, HEAD, Watch, rank_of
 from loghook.capture.session import Session, pack
 from loghook.capture.whole import Covariance
 from loghook.errors import BatchError, CheckpointWarning, ConfigError, LoghookError, MismatchError, StateError
+from loghook.factors import FactorStore
 from loghook.log.disk import writing
 from loghook.log.files import Sides, load_sides, save_sides
 from loghook.log.folder import ARGUMENTS, check_same
@@ -26,7 +27,6 @@ from loghook.log.format import MANIFEST, Manifest
 from loghook.log.writer import Writer
 from loghook.processes import process_rank, provenance, shared, world_size
 from loghook.project.projection import FITTED
-from loghook.statistics import FactorStore
 
 
 class Run(Blocks, Hooked):

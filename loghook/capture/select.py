@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from loghook.capture.layers import Layer
 from loghook.capture.models import coverage, named_modules
 from loghook.errors import ConfigError, MismatchError
 from loghook.log.files import Sides
-from loghook.log.format import LayerSpec, Manifest, listed
+from loghook.log.format import LayerSpec, Manifest, fits, listed
 from loghook.project.projection import Side, draw_side, shared_input_name
 
 HEAD = "*lm_head"  # what is left out by default: wide, and often bypassed by fused losses
@@ -60,13 +59,13 @@ def rank_of(name: str, rank: Rank) -> int:
     if not isinstance(rank, Mapping):
         return rank
     for pattern, value in rank.items():
-        if fnmatchcase(name, pattern):
+        if fits(name, pattern):
             return value
     raise ConfigError(f"rank={dict(rank)} has no pattern that fits layer {name!r}: add one, such as '*': 32.")
 
 
 def matches(name: str, wanted: Sequence[str]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in wanted)
+    return any(fits(name, pattern) for pattern in wanted)
 
 
 def select(
@@ -146,7 +145,7 @@ def select(
 def _named_by(name: str, module: nn.Module, pattern: str) -> bool:
     """Whether a pattern names a module; an expert's projection also answers to the name of the whole."""
     owner = name.rsplit(".", 2)[0] if isinstance(module, ExpertProjection) else name
-    return fnmatchcase(name, pattern) or fnmatchcase(owner, pattern)
+    return fits(name, pattern) or fits(owner, pattern)
 
 
 def _left_out(name: str, wanted: Sequence[str], exclude: str | Sequence[str]) -> bool:

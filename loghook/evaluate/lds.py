@@ -24,10 +24,6 @@ class Estimate:
     per_query: NDArray[np.float64] = field(repr=False)  # (Q,) float64
 
 
-class Lds(Estimate):
-    """``per_query`` are Spearman correlations over subsets, 0 where predictions or losses are all equal."""
-
-
 def random_subsets(n: int, m: int, fraction: float = 0.5, seed: int = 0) -> NDArray[np.bool_]:
     """Draw m subsets of n samples, each of ``round(fraction * n)`` without replacement: (m, n) bool.
 
@@ -54,7 +50,7 @@ def lds(
     confidence: float = 0.95,
     resamples: int = 2000,
     seed: int = 0,
-) -> Lds:
+) -> Estimate:
     """Correlate summed scores with measured losses.
 
     For each query, the Spearman correlation over subsets (ties share their mean rank) between the summed scores of a
@@ -68,6 +64,9 @@ def lds(
         confidence: of the bootstrap interval, which resamples queries (not subsets).
         resamples: of the bootstrap.
         seed: of the bootstrap.
+
+    Returns:
+        The mean over queries with its interval; ``per_query`` is 0 where predictions or losses are all equal.
 
     Raises:
         ConfigError: shapes that do not fit, fewer than two subsets, or values that are not finite.
@@ -84,7 +83,7 @@ def lds(
     rounding_Q = 1e-12 * np.abs(scores_QN).sum(axis=1)  # of the sums, which must not break ties
     per_query = correlations(_ranks(predicted_Qm, rounding_Q), _ranks(-losses_mQ.T, np.zeros(len(scores_QN))))
     low, high = interval(per_query, confidence=confidence, resamples=resamples, seed=seed)
-    return Lds(float(per_query.mean()), low, high, per_query)
+    return Estimate(float(per_query.mean()), low, high, per_query)
 
 
 def interval(

@@ -17,10 +17,10 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from loghook.errors import ConfigError
 from loghook.influence.scores import Scores
+from loghook.progress import bar
 
 Tensors = dict[str, Tensor]
 
@@ -153,7 +153,10 @@ def replay(
     Raises:
         ConfigError: losses of a wrong shape, or derivatives that are not finite.
     """
-    steps, every = len(training.batches), every or math.isqrt(len(training.batches))
+    steps = len(training.batches)
+    every = math.isqrt(steps) if every is None else every
+    if every < 1 or (chunk is not None and chunk < 1):
+        raise ConfigError(f"every={every} steps and chunk={chunk} queries must be at least 1, or None.")
     now: tuple[Tensors, Any] = (training.parameters, training.optimizer.start(training.parameters))
     ones, kept = [training.weights(t, {}) for t in range(steps)], []
     for t in range(steps):
@@ -164,7 +167,7 @@ def replay(
     adjoint = torch.vmap(pull, chunk_size=chunk)(torch.eye(len(losses_Q)).to(losses_Q))
     place = {i: n for n, i in enumerate(dict.fromkeys(i for ids, _ in training.batches for i in ids))}
     slopes_QN = losses_Q.new_zeros(len(losses_Q), len(place))
-    with tqdm(total=steps, desc="replaying", unit=" steps", delay=2, leave=False, disable=None) as bar:
+    with bar(None, "replaying", "steps", steps) as done:
         for first in reversed(range(0, steps, every)):
             states = [kept.pop()]
             for t in range(first, min(first + every, steps) - 1):
@@ -174,7 +177,7 @@ def replay(
                 *adjoint, slopes_QB = torch.vmap(pull, chunk_size=chunk)(tuple(adjoint))
                 columns = torch.tensor([place[i] for i in training.batches[t][0]], device=slopes_QN.device)
                 slopes_QN.index_add_(1, columns, slopes_QB)
-                bar.update()
+                done.update()
     if not bool(torch.isfinite(slopes_QN).all()):
         raise ConfigError(
             "derivatives through the training are not finite: with Adam pass a larger eps_root (as 1e-12), and look "

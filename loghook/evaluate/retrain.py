@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
 from loghook.errors import ConfigError, RetrainingError
-from loghook.log.disk import lock, write_atomically
+from loghook.log.disk import absolute, lock, write_atomically
 
 Train = Callable[[NDArray[np.bool_], int], ArrayLike]
 Job = tuple[int, int]  # place of the subset, and the seed
@@ -70,7 +70,7 @@ def retrain(
         raise ConfigError(f"seeds={list(seeds)} must be different and at least one: equal ones measure the same.")
     if workers < 0:
         raise ConfigError(f"workers={workers} must be 0 (this process) or a number of processes.")
-    folder = Path(path)
+    folder = absolute(path)
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / "lock"):
         _check_plan(folder, subsets_mN, seeds, recipe)

@@ -7,16 +7,17 @@ import numpy as np
 import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
-from tqdm import tqdm
 
 from loghook.errors import ConfigError
-from loghook.evaluate.lds import Lds, lds
+from loghook.evaluate.lds import Estimate, floats, lds
 from loghook.influence import engine
+from loghook.influence.precondition import in_memory
 from loghook.influence.solvers import gram_basis
 from loghook.log.format import LayerSpec
 from loghook.log.query import Query
 from loghook.log.reader import Reader
 from loghook.processes import on_cpu
+from loghook.progress import bar
 
 DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
@@ -28,7 +29,7 @@ class Setting:
     method: str  # of ``Log.influence``
     damping: float  # relative to each layer's mean eigenvalue
     criterion: float  # what the choice is made by, more is better; see ``Sweep.criterion``
-    held_out: Lds | None  # the LDS on the queries that the choice did not see, or None without ground truth
+    held_out: Estimate | None  # the LDS on the queries that the choice did not see, or None without ground truth
 
 
 @dataclass(frozen=True)
@@ -60,8 +61,8 @@ def sweep(
     log: Reader,
     query: Query | None = None,
     *,
-    methods: Sequence[str] | None = None,
-    dampings: Sequence[float] = DAMPINGS,
+    methods: str | Sequence[str] | None = None,
+    dampings: ArrayLike = DAMPINGS,
     members: ArrayLike | None = None,
     losses: ArrayLike | None = None,
     normalize: str | None = None,
@@ -77,36 +78,43 @@ def sweep(
         log: an open log.
         query: at least four questions; not needed without ground truth.
         methods: "fisher" and "ekfac" by default; without ground truth "fisher" alone.
-        dampings: relative to the mean eigenvalue.
+        dampings: relative to the mean eigenvalue: one or several.
         members: (m, rows) bool, which rows each retraining used.
         losses: (m, queries) of each question after each retraining.
         normalize: as for ``Log.influence``; with ground truth only.
         seed: of the split in halves.
 
     Raises:
-        ConfigError: too few queries or rows, one of ``members`` and ``losses`` alone, no dampings, or a method that
-            cannot be tuned without ground truth.
+        ConfigError: too few queries or rows, one of ``members`` and ``losses`` alone or of a shape that does not fit,
+            no dampings, or a method that cannot be tuned without ground truth.
     """
-    if not dampings or not all(0 < damping < float("inf") for damping in dampings):
-        raise ConfigError(f"dampings={dampings} must be positive numbers, at least one.")
+    tried = np.atleast_1d(np.asarray(dampings, dtype=np.float64)).tolist()
+    methods = [methods] if isinstance(methods, str) else None if methods is None else list(methods)
+    if not tried or not all(0 < damping < float("inf") for damping in tried):
+        raise ConfigError(f"dampings={tried} must be positive numbers, at least one.")
     if (members is None) != (losses is None):
         raise ConfigError("ground truth is both members= and losses=: pass the two, or neither.")
     if members is None or losses is None:
-        if methods not in (None, ["fisher"], ("fisher",)):
+        if methods not in (None, ["fisher"]):
             raise ConfigError(  # EK-FAC's eigenvalues are averages: the rule would always take the smallest damping
                 f"methods={methods} cannot be tuned without retraining: pass members= and losses=, keep damping=0.1, "
                 "or sweep method 'fisher'."
             )
-        settings = [Setting("fisher", d, v, None) for d, v in held_out_likelihood(log, dampings, seed)]
+        settings = [Setting("fisher", d, v, None) for d, v in held_out_likelihood(log, tried, seed)]
         return Sweep(tuple(settings), "log-likelihood of held-out rows, nats a value")
     if query is None or len(query) < 4:
         raise ConfigError("sweep against ground truth needs a query of at least 4 questions: half of them choose.")
-    losses = np.asarray(losses)
+    losses = floats("losses", losses, 2)
+    if losses.shape != (len(np.asarray(members)), len(query)):
+        raise ConfigError(
+            f"losses {losses.shape} must be (retrainings, queries), here {(len(np.asarray(members)), len(query))}: a "
+            "row for each row of members, a column for each question."
+        )
     order = np.random.default_rng(seed).permutation(len(query))
     choose, report = order[: len(order) // 2], order[len(order) // 2 :]
     found = []
     for method in methods or ("fisher", "ekfac"):
-        for damping in dampings:
+        for damping in tried:
             values = engine.influence(log, query, method=method, damping=damping, normalize=normalize).values
             mean = lds(values[choose], members, losses[:, choose], resamples=1).mean
             found.append(Setting(method, damping, mean, lds(values[report], members, losses[:, report])))
@@ -127,35 +135,53 @@ def held_out_likelihood(log: Reader, dampings: Sequence[float], seed: int = 0) -
     fit = np.zeros(len(log), dtype=bool)
     fit[np.random.default_rng(seed).permutation(len(log))[: len(log) // 2]] = True
     totals = np.zeros(len(dampings))
-    for spec in tqdm(log.layout.layers, "held-out rows", unit=" layers", delay=2, leave=False, disable=None):
-        totals += _likelihoods(log, spec, torch.from_numpy(fit), dampings)
+    with bar(None, "held-out rows", "layers", len(log.layers)) as done:
+        for group in in_memory(log.layout.layers, len(log)):
+            totals += _likelihoods(log, group, torch.from_numpy(fit), dampings)
+            done.update(len(group))
     yield from zip(dampings, (totals / log.layout.gradient_width).tolist(), strict=True)
 
 
-def _likelihoods(log: Reader, spec: LayerSpec, fit: Tensor, dampings: Sequence[float]) -> np.ndarray:
-    """One layer's mean log-likelihood of the rows that were not fitted, for each damping: (dampings,) float64."""
-    n, width, columns = int(fit.sum()), spec.width, log.layout.kinds["gradients"][spec.name]
-    few = n < width
-    sums = torch.zeros(2, *((0, 0) if few else (width, width)), dtype=torch.float64)
-    kept: list[Tensor] = []
+def _likelihoods(log: Reader, group: Sequence[LayerSpec], fit: Tensor, dampings: Sequence[float]) -> np.ndarray:
+    """Mean log-likelihood of the rows that were not fitted, summed over some layers, for each damping, in one scan.
+
+    (dampings,) float64.
+    """
+    n, columns = int(fit.sum()), log.layout.kinds["gradients"]
+    kept: dict[str, list[Tensor]] = {spec.name: [] for spec in group if n < spec.width}  # rows, where they are few
+    sums = {s.name: torch.zeros(2, s.width, s.width, dtype=torch.float64) for s in group if s.name not in kept}
     for place, block in log.blocks():
-        rows = block[:, columns].double()
-        if few:
-            kept.append(rows)
+        for spec in group:
+            rows = block[:, columns[spec.name]].double()
+            if spec.name in kept:
+                kept[spec.name].append(rows)
+            else:
+                for total, part in zip(sums[spec.name], (rows[~fit[place]], rows[fit[place]]), strict=True):
+                    total.addmm_(part.T, part)
+    found = np.zeros(len(dampings))
+    for spec in group:
+        if spec.name in kept:  # the same through rows' inner products: eigenvectors (r, width) of what the fitted span
+            rows = torch.cat(kept.pop(spec.name))
+            values, mix = gram_basis(rows[fit] @ rows[fit].T)
+            basis, others = mix.T @ rows[fit], rows[~fit]
+            energy = (others @ basis.T).square().mean(0)
+            outside = (others.square().sum(1).mean() - energy.sum()).clamp(min=0)
         else:
-            for which, part in enumerate((rows[~fit[place]], rows[fit[place]])):
-                sums[which].addmm_(part.T, part)
-    if few:  # the same through the rows' inner products: eigenvectors (r, width) of what the fitted rows span
-        rows = torch.cat(kept)
-        values, mix = gram_basis(rows[fit] @ rows[fit].T)
-        basis, others = mix.T @ rows[fit], rows[~fit]
-        energy = (others @ basis.T).square().mean(0)
-        outside = (others.square().sum(1).mean() - energy.sum()).clamp(min=0)
-    else:
-        values, vectors = torch.linalg.eigh(sums[1])
-        energy = (vectors * (sums[0] @ vectors)).sum(0) / (len(fit) - n)
-        outside = torch.zeros((), dtype=torch.float64)
-    values = values.clamp(min=0) / n
+            others, fitted = sums.pop(spec.name)
+            values, vectors = torch.linalg.eigh(fitted)
+            energy = (vectors * (others @ vectors)).sum(0) / (len(fit) - n)
+            outside = torch.zeros((), dtype=torch.float64)
+        found += _log_likelihood(values.clamp(min=0) / n, energy, outside, spec.width, dampings)
+    return found
+
+
+def _log_likelihood(
+    values: Tensor, energy: Tensor, outside: Tensor, width: int, dampings: Sequence[float]
+) -> np.ndarray:
+    """Mean log-likelihood of rows under a Gaussian, for each damping: (dampings,) float64.
+
+    Its covariance has these eigenvalues (r,), and the rows this mean square along each eigenvector (r,) and outside.
+    """
     mean = values.sum() / width
     if mean == 0:  # a layer that slept: nothing to tell dampings apart by
         return np.zeros(len(dampings))

@@ -3,22 +3,22 @@
 import json
 import warnings
 from collections.abc import Callable, Sequence
-from fnmatch import fnmatchcase
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loghook.errors import ConfigError, MismatchError, UnfinishedWarning
+from loghook.errors import CheckpointWarning, ConfigError, MismatchError, UnfinishedWarning
 from loghook.influence.precondition import Curvature, progress, solvers, working_dtype
 from loghook.influence.products import Product, products
 from loghook.influence.scores import Scores
 from loghook.influence.solvers import Solver, nonzero
+from loghook.log.disk import plain
 from loghook.log.files import kept_name, load_kept, save_kept
-from loghook.log.format import LayerSpec, checksum, listed
+from loghook.log.format import LayerSpec, checksum, fits, listed
 from loghook.log.query import Query, require_one_query, require_query
 from loghook.log.reader import Reader
-from loghook.processes import combine, gather, on_cpu, share
+from loghook.processes import combine, everyone, gather, on_cpu, share
 
 # preconditioned questions (Q, gradient_width) -> the best scores of each, and their places
 Scan = Callable[[Tensor], tuple[np.ndarray, np.ndarray]]
@@ -42,7 +42,7 @@ def influence(
     """Score every row of a log, or those that another ``scan`` chooses, for every question; see ``Log.influence``."""
     curvature = Curvature(method=method, damping=damping, damping_abs=damping_abs)
     normalize = curvature.normalize(normalize)
-    top = int(top) if isinstance(top, np.integer) else top
+    top = plain(top)
     if top is not None and (type(top) is not int or top < 1):
         raise ConfigError(f"top={top!r} must be a whole number of at least 1, or None for all scores.")
     if top is not None and per_layer:
@@ -80,7 +80,7 @@ def influence(
         **curvature.stated,
         fingerprint=reader.fingerprint,
         log=str(reader.path),
-        fidelity=_fidelity(reader, method, damping, damping_abs, normalize) if layers is query_dtype is None else None,
+        fidelity=_fidelity(reader, curvature, normalize) if layers is query_dtype is None else None,
     )
 
 
@@ -99,15 +99,19 @@ def _named(method: str, reader: Reader, query_dtype: str | None) -> str:
     return f"{method} ({', '.join(notes)})" if notes else method
 
 
-def _fidelity(
-    reader: Reader, method: str, damping: float, damping_abs: float | None, normalize: str | None
-) -> float | None:
+def _fidelity(reader: Reader, curvature: Curvature, normalize: str | None) -> float | None:
     """What was measured of this scoring, if it was just this one that was measured."""
     tuned = reader.manifest.fidelity
-    if tuned is None or damping_abs is not None or normalize is not None:
+    if tuned is None:
         return None
-    scoring = {"damping": damping} | tuned["scoring"]
-    return float(tuned["pearson"]) if scoring == {"method": method, "damping": damping} else None
+    measured = dict(tuned["scoring"])
+    asked = measured.pop("normalize", None)
+    try:
+        how = Curvature(**measured)
+        same = (how.method, how.stated, how.normalize(asked)) == (curvature.method, curvature.stated, normalize)
+    except (ConfigError, TypeError):  # arguments of another kind, or of a later loghook
+        return None
+    return float(tuned["pearson"]) if same else None
 
 
 @on_cpu
@@ -140,7 +144,7 @@ def choose_layers(reader: Reader, layers: Sequence[str] | None) -> list[LayerSpe
     if layers is None:
         return list(reader.layout.layers)
     wanted = [layers] if isinstance(layers, str) else list(layers)
-    unknown = [p for p in wanted if not any(fnmatchcase(name, p) for name in reader.layers)]
+    unknown = [p for p in wanted if not any(fits(name, p) for name in reader.layers)]
     if not wanted:
         raise ConfigError(f"layers=[] leaves nothing to score: name some of {listed(reader.layers)}, or pass None.")
     if unknown:
@@ -148,21 +152,31 @@ def choose_layers(reader: Reader, layers: Sequence[str] | None) -> list[LayerSpe
             f"layers={wanted}: {unknown[0]!r} fits no layer of the log, which has {listed(reader.layers)}: see "
             "log.layers."
         )
-    return [spec for spec in reader.layout.layers if any(fnmatchcase(spec.name, p) for p in wanted)]
+    return [spec for spec in reader.layout.layers if any(fits(spec.name, p) for p in wanted)]
 
 
 def check_match(reader: Reader, query: Query) -> None:
-    """Raise unless query and log share layers and projection."""
+    """Raise unless query and log share layers and projection, and warn unless they share parameter values.
+
+    The line that is shown is that which called ``on_cpu``'s function.
+    """
     require_query(query)
-    if query.fingerprint == reader.fingerprint:
-        return
-    what = "another rank, projection, seed or kind of gradient"
-    if odd := set(reader.layers) ^ set(query.layers):
-        what = f"other layers (for instance {min(odd)!r} is in one of the two only)"
-    raise MismatchError(
-        f"the query was made with {what} than {reader.path}: make it with log.attach(model).query(...), on the same "
-        "model."
-    )
+    if query.fingerprint != reader.fingerprint:
+        what = "another rank, projection, seed or kind of gradient"
+        if odd := set(reader.layers) ^ set(query.layers):
+            what = f"other layers (for instance {min(odd)!r} is in one of the two only)"
+        raise MismatchError(
+            f"the query was made with {what} than {reader.path}: make it with log.attach(model).query(...), on the "
+            "same model."
+        )
+    mine = reader.manifest.parameters.get("last") or reader.manifest.parameters.get("first")
+    if mine and query.parameters and mine != query.parameters:
+        warnings.warn(
+            "the query was made with other parameter values than the log ended with: scores compare gradients at "
+            "different points. Load the checkpoint that the log was made with.",
+            CheckpointWarning,
+            stacklevel=5,
+        )
 
 
 def _prepare(
@@ -210,13 +224,10 @@ def _recall(reader: Reader, curvature: Curvature, chosen: Sequence[LayerSpec]) -
     """The rows' self-influence, (rows,) float64, if it was computed before: from memory, or from the file."""
     key = _key(curvature, chosen)
     if key not in reader.cache and reader.seal is not None:
-        found = torch.zeros(len(reader) + 1, dtype=torch.float64)  # the last says whether there is one
-        if share()[0] == 0:  # the others take what it found, so that all or none compute
-            kept = load_kept(reader.path, reader.seal).get(key)
-            if kept is not None and kept.shape == (len(reader),) and kept.dtype == np.float64:
-                found[:-1], found[-1] = torch.from_numpy(kept), 1
-        if combine(found)[-1] > 0:
-            reader.cache[key] = found[:-1]
+        # The others take what rank 0 found, so that all or none compute.
+        kept = everyone(load_kept(reader.path, reader.seal).get(key) if share()[0] == 0 else None)[0]
+        if kept is not None and kept.shape == (len(reader),) and kept.dtype == np.float64:
+            reader.cache[key] = torch.from_numpy(kept)
     return reader.cache.get(key)
 
 

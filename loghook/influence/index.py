@@ -13,6 +13,7 @@ from loghook.influence.fidelity import TOP, as_questions, compared_methods
 from loghook.influence.precondition import progress
 from loghook.influence.scores import Scores
 from loghook.influence.solvers import gram_basis
+from loghook.log.disk import plain
 from loghook.log.files import loading, save_checked
 from loghook.log.query import Query
 from loghook.log.reader import Reader
@@ -62,8 +63,7 @@ class Index:
         if method == "cosine" or options.keys() - OPTIONS:
             wrong = [*(options.keys() - OPTIONS), "method='cosine'"][0]
             raise ConfigError(f"an index cannot take {wrong}, only {', '.join(OPTIONS)}: use log.influence(..., top=).")
-        if candidates < top:
-            raise ConfigError(f"candidates={candidates} must be at least top={top}.")
+        _check_top(top, candidates)
 
         def scan(matrix: Tensor) -> tuple[np.ndarray, np.ndarray]:
             return self._rescore(matrix, top, min(candidates, len(self.rows)))
@@ -78,10 +78,12 @@ class Index:
         ``query`` may be how many of the log's rows to ask, each left out of its own ranking. The other arguments are as
         in ``search``.
         """
+        _check_top(top, candidates)
         own: list[set[int]] = []
-        if isinstance(query, int):
+        if isinstance(query := plain(query), int):
             places, query = as_questions(self._reader, query, seed=0)
             own, top = [{place} for place in places.tolist()], top + 1
+            candidates = max(candidates, top)
         own = own or [set()] * len(query)
         found = self.search(query, top, method, candidates=candidates, **options).places
         true = influence(self._reader, query, method=method, top=top, **options).places
@@ -151,6 +153,15 @@ def load(reader: Reader, path: str | Path) -> Index:
     if seal != reader.seal:
         raise MismatchError(f"{path} indexes other rows than those of {reader.path}: build it again, log.index().")
     return Index(reader, basis, rows, factory)
+
+
+def _check_top(top: int, candidates: int) -> None:
+    if type(plain(top)) is not int or top < 1:
+        raise ConfigError(
+            f"top={top!r} must be a whole number of at least 1: log.influence(...) gives the scores of all rows."
+        )
+    if candidates < top:
+        raise ConfigError(f"candidates={candidates} must be at least top={top}.")
 
 
 def leading_directions(rows: Tensor, dimensions: int) -> Tensor:

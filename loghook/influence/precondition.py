@@ -7,14 +7,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from loghook.errors import ConfigError
-from loghook.influence.solvers import Dense, Diagonal, Identity, LowRank, Solver, Zero
+from loghook.factors import Eigenbasis, eigenbasis
+from loghook.influence.solvers import Dense, Diagonal, Identity, LowRank, Solver
+from loghook.log.disk import plain
 from loghook.log.format import LayerSpec
 from loghook.log.reader import Reader
 from loghook.processes import combine, share
-from loghook.statistics import Eigenbasis, eigenbasis
+from loghook.progress import bar
 
 METHODS = ("dot", "cosine", "fisher", "kfac", "ekfac", "shampoo")
 PLAIN = ("dot", "cosine")  # those without curvature
@@ -33,6 +34,8 @@ class Curvature:
     def __post_init__(self) -> None:
         if self.method not in METHODS:
             raise ConfigError(f"method={self.method!r} is unknown: choose one of {', '.join(METHODS)}.")
+        for name in ("damping", "damping_abs"):
+            object.__setattr__(self, name, plain(getattr(self, name)))
         value = self.damping if self.damping_abs is None else self.damping_abs
         if not isinstance(value, int | float) or not 0 < value < float("inf"):
             name = "damping" if self.damping_abs is None else "damping_abs"
@@ -71,25 +74,25 @@ def progress(reader: Reader, what: str, *, stored: bool = False) -> Iterator[tup
     With ``stored`` rows come as they lie in the shard.
     """
     dtype = working_dtype(reader)
-    with tqdm(total=len(reader), desc=what, unit=" rows", delay=2, leave=False, disable=None) as bar:
+    with bar(None, what, "rows", len(reader)) as done:
         for place, block in reader.blocks(share=share(), stored=stored):
             yield place, block if stored else block.to(dtype)
-            bar.update(len(block))
+            done.update(len(block))
 
 
 def solvers(reader: Reader, curvature: Curvature, layers: Sequence[LayerSpec]) -> Iterator[dict[str, Solver]]:
-    """Fit a solver for each layer: {name: solver}, in groups whose curvature fits in memory together."""
+    """Fit a solver for each layer: {name: solver}, in groups whose curvature fits in memory together.
+
+    A layer without any gradient in the log has none: it has no curvature, and nothing to say.
+    """
     if curvature.plain:
         yield {spec.name: Identity() for spec in layers}
     elif curvature.method == "fisher":
-        for group in _groups(layers, len(reader)):
+        for group in in_memory(layers, len(reader)):
             yield _fit_fisher(reader, curvature, group)
     else:
         shampoo = curvature.method == "shampoo"
         bases = _row_bases(reader, layers) if shampoo else _token_bases(reader, layers)
-        silent = [spec for spec in layers if spec.name not in bases]
-        if silent:
-            yield {spec.name: Zero() for spec in silent}  # layers that may sleep and always did
         eigenvalues = {name: basis.products for name, basis in bases.items()}
         if curvature.method != "kfac":
             eigenvalues = _corrected_eigenvalues(reader, "shampoo" if shampoo else "ekfac", bases)
@@ -109,7 +112,7 @@ def _token_bases(reader: Reader, layers: Sequence[LayerSpec]) -> dict[str, Eigen
             "method='shampoo', 'fisher', 'dot' or 'cosine', or log again with the right mask."
         )
     missing = [name for name in heard if ("basis", name) not in reader.cache]
-    for name in tqdm(missing, desc="eigenbases", unit=" layers", delay=2, leave=False, disable=None):
+    for name in bar(missing, "eigenbases", "layers"):
         reader.cache["basis", name] = eigenbasis(reader.layout, moments, name)
     return {name: reader.cache["basis", name] for name in heard}
 
@@ -126,7 +129,7 @@ def _row_bases(reader: Reader, layers: Sequence[LayerSpec]) -> dict[str, Eigenba
                 for total, side in zip(sums[spec.name], (rows.flatten(0, 1), rows.mT.flatten(0, 1)), strict=True):
                     total += (side.T @ side).double()  # a block is short, the log is long
         for name, sides in sums.items():
-            reader.cache["row basis", name] = Eigenbasis.of(*(combine(side) / len(reader) for side in sides))
+            reader.cache["row basis", name] = Eigenbasis.of_moments(*(combine(side) / len(reader) for side in sides))
     return {spec.name: reader.cache["row basis", spec.name] for spec in layers}
 
 
@@ -158,18 +161,16 @@ def _fit_fisher(reader: Reader, curvature: Curvature, group: Sequence[LayerSpec]
     fitted: dict[str, Solver] = {}
     for spec in group:
         total = combine(sums.pop(spec.name))
-        # The mean eigenvalue is trace / w, which is the mean squared norm of a row over w.
-        if spec.name in few:
-            mean = float(total.square().sum()) / len(reader) / spec.width
-            fitted[spec.name] = LowRank(total, curvature.amount(mean)) if mean > 0 else Zero()
-        else:
-            total /= len(reader)
-            mean = float(total.diagonal().mean())
-            fitted[spec.name] = Dense(total, curvature.amount(mean)) if mean > 0 else Zero()
+        # The mean squared norm of a row; the mean eigenvalue is this trace over the width.
+        trace = float(total.square().sum() if spec.name in few else total.trace()) / len(reader)
+        if trace == 0:
+            continue
+        damping = curvature.amount(trace / spec.width)
+        fitted[spec.name] = LowRank(total, damping) if spec.name in few else Dense(total.div_(len(reader)), damping)
     return fitted
 
 
-def _groups(layers: Sequence[LayerSpec], rows: int) -> Iterator[list[LayerSpec]]:
+def in_memory(layers: Sequence[LayerSpec], rows: int) -> Iterator[list[LayerSpec]]:
     """Split layers so that a group's matrices, (min(w, N), w) in float64 and their factors, fit in FIT_BYTES."""
     group: list[LayerSpec] = []
     size = 0

@@ -19,7 +19,7 @@ from loghook.log.codec.lowrank import LowRankCodec
 from loghook.log.format import LayerSpec
 from loghook.log.reader import Reader
 
-CHUNK = 2**20  # values of a layer that are unpacked at a time: one byte each, they stay in the cache
+UNPACKED = 2**20  # values of a layer that are unpacked at a time: one byte each, they stay in the cache
 LEAST_ROWS = 256  # fewer would not be worth a product
 WIDEST = 2**17  # more products of two bytes may not fit in a sum of 32 bits
 BASE = 254  # of the digits, which are -127 to 127
@@ -48,6 +48,7 @@ def products(
             matrix = codec.decode(signs)
         if max(spec.width for spec in chosen) <= WIDEST and integer_products_are_exact():
             return _integers(codec, matrix, numbers, len(reader.layers)), True
+        return _codes(codec, matrix, numbers), True
     if isinstance(codec, LowRankCodec) and len(matrix) * codec.terms <= TERMS:
         return _bilinear(codec, matrix, numbers), True
     return _floats(reader, matrix, chosen), not codec.coded
@@ -61,7 +62,7 @@ def _floats(reader: Reader, matrix: Tensor, chosen: Sequence[LayerSpec]) -> Prod
         start = runs.pop().start if runs and runs[-1].stop == part.start else part.start
         runs.append(slice(start, part.stop))
     # Narrow floats are widened here, always into the same memory: new memory for every block costs more.
-    wide = torch.empty(max(LEAST_ROWS // 4, CHUNK // reader.codec.width), reader.codec.width, dtype=matrix.dtype)
+    wide = torch.empty(max(LEAST_ROWS // 4, UNPACKED // reader.codec.width), reader.codec.width, dtype=matrix.dtype)
 
     def multiply(block: Tensor) -> Tensor:
         if block.dtype != matrix.dtype:
@@ -88,7 +89,7 @@ def _integers(codec: LowBitCodec, matrix: Tensor, numbers: Sequence[int], layers
             fitted.append(([c.contiguous() for c in columns], sizes * slope))
             shifts[i] = digits.sum(0) * sizes * shift
         parts.append((part, fitted))
-    step = max(LEAST_ROWS, CHUNK // max(part.width for part, _ in parts))
+    step = max(LEAST_ROWS, UNPACKED // max(part.width for part, _ in parts))
 
     def multiply(block: Tensor) -> Tensor:
         out = torch.zeros(len(block), shifts.shape[1])
@@ -103,6 +104,35 @@ def _integers(codec: LowBitCodec, matrix: Tensor, numbers: Sequence[int], layers
                     sums.addcmul_(found * sizes, scale[:, None])
             sums.addmm_(scales, shifts)
         return out[:, : count * queries].unflatten(1, (count, -1)).sum(1).T
+
+    return multiply
+
+
+def _codes(codec: LowBitCodec, matrix: Tensor, numbers: Sequence[int]) -> Product:
+    """What ``_integers`` does, in float32: for processors without exact integer products, and layers too wide for them.
+
+    Rows are not decoded, which for one bit would be to rotate them back: the questions are rotated instead.
+    """
+    slope, shift = AFFINE[codec.bits]
+    parts = [
+        (part, [codec.turned(q).T.contiguous() for q in matrix[:, part.columns].float().split(part.width, 1)])
+        for part in codec.alike(numbers)
+    ]
+    widest = max(part.width for part, _ in parts)
+    wide = torch.empty(
+        max(LEAST_ROWS, UNPACKED // 4 // widest), widest
+    )  # of four bytes each, as many as stay in the cache
+
+    def multiply(block: Tensor) -> Tensor:
+        out = torch.zeros(len(block), len(matrix))
+        for rows, sums in zip(block.split(len(wide)), out.split(len(wide)), strict=True):
+            scales = codec.scales(rows)
+            for part, questions in parts:
+                by_layer = codec.packed(rows, part).transpose(0, 1).contiguous().numpy()
+                for scale, packed, q in zip(scales[:, part.layers].T, by_layer, questions, strict=True):
+                    values = wide[: len(rows), : part.width].copy_(unpack(packed, codec.bits)[:, : part.width])
+                    sums.addcmul_((values @ q).mul_(slope).add_(q.sum(0) * shift), scale[:, None])
+        return out.T
 
     return multiply
 

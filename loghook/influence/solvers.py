@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from loghook.errors import ConfigError
-from loghook.statistics import Eigenbasis
+from loghook.factors import Eigenbasis
 
 
 def nonzero(sizes: Tensor) -> Tensor:
@@ -120,13 +120,3 @@ class LowRank:
     def _coordinates(self, rows: Tensor) -> Tensor:
         """In the basis: (n, w) -> (n, r)."""
         return rows @ self._rows.T @ self._mix
-
-
-class Zero:
-    """A layer without any gradient in the log: it has no curvature, and nothing to say."""
-
-    def apply(self, rows: Tensor) -> Tensor:
-        return torch.zeros_like(rows)
-
-    def quadratic(self, rows: Tensor) -> Tensor:
-        return rows.new_zeros(len(rows))

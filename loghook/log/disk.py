@@ -7,17 +7,46 @@ import socket
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
+import numpy as np
 import xxhash
 
 from loghook.errors import LoghookError, LogLockedError, WriteError
+
+READ_BYTES = 2**20  # what is read and checked at a time: it stays in the processor's cache
+
+
+def absolute(path: str | Path) -> Path:
+    """A path that a user gave, with its ``~``; absolute, since a program may change its folder."""
+    return Path(path).expanduser().absolute()
+
+
+def plain(number: Any) -> Any:
+    """A number of numpy's as Python's own: JSON knows no others. Anything else is as it was."""
+    return number.item() if isinstance(number, np.generic) else number
 
 
 def checksum(data: bytes | memoryview) -> str:
     """128-bit XXH3, as 32 hexadecimal digits."""
     return xxhash.xxh3_128_hexdigest(data)
+
+
+def checksum_next(file: FileIO, size: int) -> str:
+    """Checksum of the next bytes of a file, with flat memory; both calls in the loop let other threads run."""
+    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(min(size, READ_BYTES)))
+    while size and (n := file.readinto(buffer[:size])):
+        digest.update(buffer[:n])
+        size -= n
+    return digest.hexdigest()
+
+
+def checksum_of(file: Path) -> str:
+    """Checksum of a whole file."""
+    with open(file, "rb", buffering=0) as handle:
+        return checksum_next(handle, file.stat().st_size)
 
 
 def canonical_json(value: Any) -> bytes:
@@ -42,12 +71,20 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return dict(pairs)
 
 
-def write_atomically(file: Path, data: bytes) -> None:
-    """Write a small file so that a reader sees the old one or the new one, also after a power cut."""
+@contextmanager
+def replacing(file: Path) -> Iterator[Path]:
+    """Yield where to write a file so that a reader sees the old one or the new one, also after a power cut."""
     temporary = file.with_name(file.name + ".tmp")
-    write_flushed(temporary, data)
+    yield temporary
+    with open(temporary, "rb") as handle:
+        os.fsync(handle.fileno())
     os.replace(temporary, file)
     sync_folder(file.parent)
+
+
+def write_atomically(file: Path, data: bytes) -> None:
+    with replacing(file) as temporary:
+        temporary.write_bytes(data)
 
 
 def write_flushed(file: Path, data: bytes) -> None:

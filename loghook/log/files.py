@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 
 from loghook.errors import ConfigError, CorruptLogError
-from loghook.log.disk import canonical_json, checksum, parse_object, sync_folder, write_atomically, write_flushed
+from loghook.log.disk import (
+    absolute,
+    canonical_json,
+    checksum,
+    parse_object,
+    sync_folder,
+    write_atomically,
+    write_flushed,
+)
 from loghook.project.projection import Side
 
 FACTORS = "factors.json"
@@ -69,7 +77,7 @@ def save_checked(path: str | Path, kind: str, header: dict[str, Any], tensors: M
 
 def write_file(path: str | Path, data: bytes) -> None:
     """Write a file where the user says."""
-    path = Path(path).expanduser()
+    path = absolute(path)
     if path.is_dir() or not path.parent.is_dir():
         raise ConfigError(f"{path} is a folder, or its folder is not there: give the name of a file in one that is.")
     write_atomically(path, data)
@@ -87,7 +95,7 @@ def _digest(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:
 @contextlib.contextmanager
 def loading(path: str | Path, kind: str) -> Iterator[tuple[dict[str, Any], dict[str, Tensor]]]:
     """Read what ``save_checked`` wrote, (header, tensors); what fails in the block means that the file is none."""
-    path = Path(path).expanduser()
+    path = absolute(path)
     if path.is_dir():
         is_one = holds_factors(path) or f"{path} is a folder, which loghook.load opens if it is a log"
         raise ConfigError(f"{is_one}: it is no {kind} file.")

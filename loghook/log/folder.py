@@ -15,7 +15,7 @@ from loghook.errors import ConfigError, CorruptLogError, LogExistsError, Mismatc
 from loghook.log.disk import lock, lock_name, sync_folder, writing
 from loghook.log.files import KEPT, PROJECTION, holds_factors
 from loghook.log.format import MANIFEST, Manifest, shard_name
-from loghook.log.records import REMEDY, Commits, all_commits, read_commits, sum_up
+from loghook.log.records import REPAIR, Commits, all_commits, read_commits, sum_up
 from loghook.log.shard import SHARD_HEADER, close_shard
 
 # Arguments of ``init`` that make rows what they are.
@@ -89,7 +89,7 @@ def seal(path: Path, manifest: Manifest, session: str, active: int) -> dict[str,
             recover(path, manifest, rank, snapshots=1)
     begun, told = time.monotonic(), False
     while True:
-        logs = list(all_commits(path, manifest))
+        logs = all_commits(path, manifest)
         missing = [r for r in range(active) if not (logs[r].records and logs[r].records[-1].get("end") == session)]
         if not missing:
             return sum_up(logs)
@@ -157,7 +157,7 @@ def recover(path: Path, manifest: Manifest, rank: int, *, snapshots: int = 2) ->
     ends = {path / shard_name(rank, index): rows for index, rows in log.shard_ends.items()}
     for shard, rows in ends.items():
         if not shard.is_file() or shard.stat().st_size < SHARD_HEADER + rows * codec.row_bytes:
-            raise CorruptLogError(f"{shard} is missing or shorter than its records say: {REMEDY}.")
+            raise CorruptLogError(f"{shard} is missing or shorter than its records say: {REPAIR}.")
     if log.rest:
         with open(log.file, "r+b") as handle:
             handle.truncate(len(log.data))

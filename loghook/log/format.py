@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
@@ -17,6 +18,7 @@ from loghook.log.files import no_log
 from loghook.project.outer import GRADIENTS
 
 VERSION = 3
+ON_REPEAT = (None, "error", "first", "all")  # what happens to a data_id that comes again
 MANIFEST = "loghook.json"
 
 
@@ -45,11 +47,24 @@ class LayerSpec:
         return self.k_in * self.k_out
 
 
+def fits(name: str, pattern: str) -> bool:
+    """Whether a layer is meant by a name or an fnmatch pattern; a name may hold ``[`` and mean itself."""
+    return name == pattern or fnmatchcase(name, pattern)
+
+
+def grouped(names: Iterable[str]) -> dict[str, list[str]]:
+    """Layers whose names differ in numbers only: {pattern: names}."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        found.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    return found
+
+
 def listed(names: Iterable[str], most: int = 8) -> str:
     """Join layers' names for a message: where they are many, alike ones as one pattern."""
     names = list(names)
     if len(names) > most:
-        names = list(dict.fromkeys(re.sub(r"\d+", "*", name) for name in names))
+        names = list(grouped(names))
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
@@ -231,7 +246,7 @@ def _check_values(m: Manifest) -> None:
         "run_id": re.fullmatch("[0-9a-f]{32}", m.run_id),
         "dtype": m.dtype in DTYPES,
         "id_type": m.id_type in ("int", "str"),
-        "on_repeat": m.on_repeat in (None, "first", "all", "error"),
+        "on_repeat": m.on_repeat in ON_REPEAT,
         "gradient": m.gradient in GRADIENTS,
         "world_size": 1 <= m.world_size <= 1_000_000,
         "generation": 0 <= m.generation < 1 << 40,

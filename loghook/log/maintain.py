@@ -26,7 +26,7 @@ import torch
 
 from loghook.errors import ConfigError, CorruptLogError, LogExistsError, MismatchError, StateError
 from loghook.log.codec import DTYPES, Codec
-from loghook.log.disk import checksum, lock, lock_name, sync_folder, write_atomically, write_flushed, writing
+from loghook.log.disk import absolute, checksum, lock, lock_name, sync_folder, write_atomically, write_flushed, writing
 from loghook.log.files import KEPT, PROJECTION, load_moments, load_sides, save_moments
 from loghook.log.format import Layout, Manifest, commits_name, shard_name, statistics_name
 from loghook.log.reader import Reader
@@ -57,7 +57,7 @@ def repair(path: str | Path) -> Changed:
     Records whose rows do not match their checksum go, and everything after a damaged line of a commit log. Where
     anything went, the statistics are given up, since they cannot be had from the rows: kfac and ekfac then refuse.
     """
-    path, notes = Path(path), list[str]()
+    path, notes = absolute(path), list[str]()
     with _locked(path) as manifest:
         codec = manifest.codec
         logs = [read_commits(path, manifest, rank, notes) for rank in range(manifest.world_size)]
@@ -93,9 +93,9 @@ def delete(path: str | Path, ids: Sequence[int | str], *, keep_statistics: bool 
         keep_statistics: keep the statistics of kfac and ekfac, in which the withdrawn data still counts; otherwise
             they go as well, and these methods refuse.
     """
-    path, gone = Path(path), set(ids)
+    path, gone = absolute(path), set(ids)
     with _locked(path) as manifest:
-        logs = list(all_commits(path, manifest))
+        logs = all_commits(path, manifest)
         unknown = gone - {i for log in logs for r in log.records for i in (*r.get("ids", ()), *r["flagged"])}
         if unknown or not gone:
             raise ConfigError(f"the log {path} holds no rows of {sorted(map(repr, unknown))[:5]}: check the ids.")
@@ -105,7 +105,7 @@ def delete(path: str | Path, ids: Sequence[int | str], *, keep_statistics: bool 
 
 def reopen(path: str | Path) -> None:
     """Open a finished run for more rows: ``init(path, resume=True)`` then logs the ids that are not there yet."""
-    path = Path(path)
+    path = absolute(path)
     with _locked(path) as manifest:
         if manifest.sealed is None:
             raise StateError(f"{path} is not finished: go on with loghook.init({str(path)!r}, resume=True).")
@@ -121,7 +121,7 @@ def merge(out: str | Path, runs: Sequence[str | Path]) -> Changed:
     Ids that clash follow the runs' rule for repeats: under "first" a reader takes the first by (pass, step, rank), but
     the statistics count all; a note says so.
     """
-    out, paths = Path(out), [Path(run) for run in runs]
+    out, paths = absolute(out), [absolute(run) for run in runs]
     if len(paths) < 2:
         raise ConfigError(f"merge got {len(paths)} runs: pass at least two.")
     manifests = [Manifest.load(path) for path in paths]
@@ -158,11 +158,12 @@ def compress(source: str | Path, out: str | Path, dtype: str) -> Changed:
     """
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
-    path, manifest = Path(source), Manifest.load(Path(source))
+    path = absolute(source)
+    manifest = Manifest.load(path)
     done = _entry("compress", runs=[_origin(manifest)], dtype=manifest.dtype)
     if dtype != manifest.dtype:
         manifest.fidelity = None  # it was measured of rows in the other
-    return _build(Path(out), [(path, manifest)], dtype, [done], manifest.parameters)
+    return _build(absolute(out), [(path, manifest)], dtype, [done], manifest.parameters)
 
 
 def _difference(one: Manifest, other: Manifest, name: str) -> str:
@@ -257,7 +258,7 @@ def _rewrite(
     for log in logs:
         dropped += _copy_log(path, manifest, log, path, new, log.rank, gone=gone, mend=what == "repair")
     sync_folder(path)
-    written = list(all_commits(path, new))
+    written = all_commits(path, new)
     still, seal = set(_ids_of(written)), sum_up(written)
     new.sealed = seal if manifest.sealed is not None else None
     new.history = [*manifest.history, _entry(what, rows=seal["rows"], dropped=len(dropped), notes=list(notes))]

@@ -9,14 +9,15 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from loghook.errors import CorruptLogError, StateError
+from loghook.log.disk import absolute
 from loghook.log.files import load_moments, load_sides
 from loghook.log.format import Layout, Manifest, commits_name, shard_name
 from loghook.log.query import find_columns
 from loghook.log.records import all_commits
 from loghook.log.shard import BLOCK_BYTES, CHANGED, Shard
+from loghook.progress import bar
 
 T = TypeVar("T")
 
@@ -52,29 +53,26 @@ class Reader:
     """
 
     def __init__(self, path: str | Path) -> None:
-        self.path = Path(path).expanduser().absolute()  # a program may change its folder
+        self.path = absolute(path)
         self.cache: dict[Any, Any] = {}  # what was computed from the rows, for as long as the log is open
         self.warned = False
         self._mapped: dict[Shard, None] = {}  # those that were looked at out of order, the latest last
-        before = gone = None
-        for _ in range(TRIES):
-            if not self._open():
-                continue  # maintenance put another generation of files in place while it was read
-            growing = self.manifest.sealed is None and self.manifest.no_statistics is None
+        for left in reversed(range(TRIES)):
+            self.manifest, failure = Manifest.load(self.path), None
             try:
-                # The writer of a growing run replaces its snapshots, so that an open log takes what it found.
-                self._moments = self._read_moments() if growing else None
+                self._open()
+            except (CorruptLogError, StateError) as error:
+                failure = error
+            # Maintenance may have put another generation in place meanwhile, or two commits of a growing run have
+            # deleted the snapshot that its records named.
+            gone = failure is not None and isinstance(failure.__cause__, FileNotFoundError)
+            replaced = gone or self.manifest.superseded(self.path)
+            if failure is None and not replaced:
                 return
-            except CorruptLogError as error:
-                # Two commits since the records were read have deleted the snapshot that they name: read them again.
-                if not isinstance(error.__cause__, FileNotFoundError) or self._snapshots == before:
-                    raise
-                gone, before = error, self._snapshots
-        raise gone or StateError(f"{self.path} was changed again and again while it was opened: try later.")
+            if not left or not replaced:
+                raise failure or StateError(CHANGED.format(self.path))
 
-    def _open(self) -> bool:
-        """Read what is committed; returns whether it is still that of the manifest."""
-        self.manifest = Manifest.load(self.path)
+    def _open(self) -> None:
         self.layout = Layout(self.manifest.layers)
         self.codec = self.manifest.codec
         self._shards: list[Shard] = []
@@ -84,13 +82,10 @@ class Reader:
         self.repeats = 0
         self.unmeasured = 0
         self.asleep: dict[str, int] = {}
-        try:
-            self._read_records()
-        except CorruptLogError:
-            if self.manifest.superseded(self.path):
-                return False
-            raise
-        return not self.manifest.superseded(self.path)
+        self._read_records()
+        growing = self.manifest.sealed is None and self.manifest.no_statistics is None
+        # The writer of a growing run replaces its snapshots, so that an open log takes what it found.
+        self._moments = self._read_moments() if growing else None
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -247,8 +242,9 @@ class Reader:
         """
         if self.manifest.superseded(self.path):
             return [CHANGED.format(self.path)]
-        shards = tqdm(self._shards, "verifying", unit=" shards", delay=2, leave=False, disable=None)
-        problems = [line for shard in shards for line in _problems(list, shard.verify())]
+        problems = [
+            line for shard in bar(self._shards, "verifying", "shards") for line in _problems(list, shard.verify())
+        ]
         if self.manifest.fitted is not None:
             problems += _problems(load_sides, self.path, self.manifest.fitted)
         if self.finished:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from loghook.errors import CorruptLogError
 from loghook.log.disk import checksum, parse_object
 from loghook.log.format import Manifest, commits_name
 
-REMEDY = "restore it from a copy, or run `loghook repair` on the run"
+REPAIR = "restore it from a copy, or run `loghook repair` on the run"
 _COMMON = {"n", "run", "flagged", "dropped", "unmeasured", "asleep"}
 _ROWS = _COMMON | {"shard", "start", "rows", "checksum", "ids", "steps", "statistics"}
 _KINDS = (_ROWS, _COMMON | {"pass_end"}, _COMMON | {"end"})
@@ -67,7 +67,7 @@ def read_commits(path: Path, manifest: Manifest, rank: int, damage: list[str] | 
     try:
         data = file.read_bytes() if file.exists() else b""
     except OSError as error:
-        raise CorruptLogError(f"{file} cannot be read ({error}): {REMEDY}.") from error
+        raise CorruptLogError(f"{file} cannot be read ({error}): {REPAIR}.") from error
     records: list[dict[str, Any]] = []
     ends: dict[int, int] = {}
     position = 0
@@ -90,24 +90,20 @@ def read_commits(path: Path, manifest: Manifest, rank: int, damage: list[str] | 
     except ValueError as error:
         wrong = f"{file}: record {len(records)} {error}"
         if damage is None:
-            raise CorruptLogError(f"{wrong}: {REMEDY}.") from error
+            raise CorruptLogError(f"{wrong}: {REPAIR}.") from error
         damage.append(wrong)
     return Commits(rank, file, records, data[:position], data[position:])
 
 
-def all_commits(path: Path, manifest: Manifest) -> Iterator[Commits]:
-    """Read the commit logs of all of a run's writers, in the order of ranks; in the end they must match its seal."""
-    digest, rows = xxhash.xxh3_128(), 0
-    for rank in range(manifest.world_size):
-        log = read_commits(path, manifest, rank)
-        digest.update(log.data)
-        rows += sum(record["rows"] for record in log.rows)
-        yield log
-    if manifest.sealed not in (None, {"rows": rows, "digest": digest.hexdigest()}):
+def all_commits(path: Path, manifest: Manifest) -> list[Commits]:
+    """Read the commit logs of all of a run's writers, in the order of ranks; they must match its seal."""
+    logs = [read_commits(path, manifest, rank) for rank in range(manifest.world_size)]
+    if manifest.sealed is not None and manifest.sealed != (found := sum_up(logs)):
         raise CorruptLogError(
-            f"{path}: the commit logs hold {rows:,} rows where {manifest.sealed['rows']:,} were sealed, or were "
-            f"altered: {REMEDY}."
+            f"{path}: the commit logs hold {found['rows']:,} rows where {manifest.sealed['rows']:,} were sealed, or "
+            f"were altered: {REPAIR}."
         )
+    return logs
 
 
 def sum_up(logs: Iterable[Commits]) -> dict[str, Any]:

@@ -12,18 +12,16 @@ from io import FileIO
 from pathlib import Path
 
 import torch
-import xxhash
 from torch import Tensor
 
 from loghook.errors import CorruptLogError, StateError
 from loghook.log.codec import Codec
-from loghook.log.disk import write_all
+from loghook.log.disk import checksum_next, write_all
 from loghook.log.format import Manifest
 
 SHARD_HEADER = 512  # bytes before the first row, length prefix included: constant, so that a shard can grow
 BLOCK_BYTES = 32 * 2**20  # what one step of a scan looks at
-READ_BYTES = 2**20  # what is read and checked at a time: it stays in the processor's cache
-REMEDY = "restore it from a copy, or log its samples again"
+LOG_AGAIN = "restore it from a copy, or log its samples again"
 CHANGED = "{} was changed since it was opened (append, delete, repair): load it again."
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8",
@@ -126,9 +124,9 @@ class Shard:
         self.good, first = False, 0
         with self._opened() as file:
             for start, rows, expected in self.parts:
-                if _checksum(file, rows * self.codec.row_bytes) != expected:
+                if checksum_next(file, rows * self.codec.row_bytes) != expected:
                     rows_named = f"rows {start} to {start + rows - 1}"
-                    raise CorruptLogError(f"{self.file}: {rows_named} do not match their checksum: {REMEDY}.")
+                    raise CorruptLogError(f"{self.file}: {rows_named} do not match their checksum: {LOG_AGAIN}.")
                 stop = start + rows
                 if stop == self.rows or (stop - first) * self.codec.row_bytes >= BLOCK_BYTES:
                     yield first, stop
@@ -143,19 +141,19 @@ class Shard:
             with open(self.file, "rb", buffering=0) as file:
                 size = file.seek(0, 2)
                 if size < end:
-                    raise CorruptLogError(f"{self.file} has {size:,} bytes where {end:,} were committed: {REMEDY}.")
+                    raise CorruptLogError(f"{self.file} has {size:,} bytes where {end:,} were committed: {LOG_AGAIN}.")
                 file.seek(0)
                 if not self._header_is_ours(file.read(SHARD_HEADER)):
-                    raise CorruptLogError(f"{self.file} has a header that is not this run's: {REMEDY}.")
+                    raise CorruptLogError(f"{self.file} has a header that is not this run's: {LOG_AGAIN}.")
                 if self.manifest.sealed is not None and size != end:
-                    raise CorruptLogError(f"{self.file} has {size:,} bytes where {end:,} were sealed: {REMEDY}.")
+                    raise CorruptLogError(f"{self.file} has {size:,} bytes where {end:,} were sealed: {LOG_AGAIN}.")
                 yield file
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE):
                 raise  # too many open files are no fault of this one
             if isinstance(error, FileNotFoundError) and self.manifest.superseded(self.file.parent):
                 raise StateError(CHANGED.format(self.file.parent)) from error
-            raise CorruptLogError(f"{self.file} cannot be read ({error}): {REMEDY}.") from error
+            raise CorruptLogError(f"{self.file} cannot be read ({error}): {LOG_AGAIN}.") from error
 
     def release(self, start: int, stop: int) -> None:
         """Let go of scanned pages, so that a scan's resident memory stays flat; they remain in the page cache."""
@@ -174,12 +172,3 @@ class Shard:
             return False
         expected = shard_header(stated, self.codec, self.manifest.run_id)
         return header == expected and (stated == 0 or stated >= self.rows)
-
-
-def _checksum(file: FileIO, size: int) -> str:
-    """Checksum of the next bytes of a file, with flat memory; both calls in the loop let other threads run."""
-    digest, buffer = xxhash.xxh3_128(), memoryview(bytearray(min(size, READ_BYTES)))
-    while size and (n := file.readinto(buffer[:size])):
-        digest.update(buffer[:n])
-        size -= n
-    return digest.hexdigest()

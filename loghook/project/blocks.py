@@ -24,9 +24,9 @@ def square_size(width: int) -> int:
     return sum((part.stop - part.start) ** 2 for part in cut(width))
 
 
-def blocks_of(flat: Tensor, width: int) -> list[Tensor]:
+def blocks_of(flat: Tensor, width: int, limit: int = BLOCK) -> list[Tensor]:
     """Give the flattened blocks of a (width, width) matrix their shapes back."""
-    sizes = [part.stop - part.start for part in cut(width)]
+    sizes = [part.stop - part.start for part in cut(width, limit)]
     return [block.view(n, n) for n, block in zip(sizes, flat.split([n * n for n in sizes]), strict=True)]
 
 
@@ -58,10 +58,10 @@ class Factor:
     vectors: Sequence[Tensor]  # for each block its eigenvectors as columns
 
     @classmethod
-    def of(cls, flat: Tensor, width: int) -> "Factor":
+    def of(cls, flat: Tensor, width: int, limit: int = BLOCK) -> "Factor":
         """Decompose flattened blocks (see ``second_moment_blocks``), already divided by the number of tokens."""
         values, vectors = [], []
-        for block in map(Tensor.double, blocks_of(flat, width)):
+        for block in map(Tensor.double, blocks_of(flat, width, limit)):
             w, v = torch.linalg.eigh((block + block.T) / 2)
             # Eigenvectors are free in sign; this choice survives other rounding, as of another number of processes.
             values.append(w.clamp(min=0))

@@ -2,20 +2,19 @@
 
 import itertools
 import math
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from loghook.errors import ConfigError
-from loghook.log.format import LayerSpec, Layout
+from loghook.log.format import LayerSpec, Layout, grouped
 
 PROJECTIONS: tuple[dict[str, Any], ...] = (
     {"projection": "random"},
     {"projection": "pca"},
     *({"projection": "whitened", "whitening": whitening} for whitening in (0.01, 0.1, 1.0)),
 )
-METHODS: tuple[dict[str, Any], ...] = (
+SCORINGS: tuple[dict[str, Any], ...] = (
     {"method": "dot"},
     *({"method": "ekfac", "damping": damping} for damping in (0.01, 0.1, 1.0)),
     {"method": "fisher", "damping": 0.1},  # dear, and its damping matters less
@@ -46,7 +45,7 @@ class Candidate:
         """A line of ``Tuned``'s table."""
         kind = self.init["projection"] + (f" {self.init['whitening']:g}" if "whitening" in self.init else "")
         how = " ".join(str(value) for value in self.scoring.values())
-        kinds = ", ".join(pattern.rpartition(".")[2] for pattern in groups(self.layers))
+        kinds = ", ".join(pattern.rpartition(".")[2] for pattern in grouped(self.layers))
         size, fidelity = f"{self.bytes:,}", f"{self.fidelity:.3f}"
         return ROW.format(kind, self.init["rank"], self.init["dtype"], size, fidelity, how, kinds)
 
@@ -61,7 +60,8 @@ def plans(
 ) -> Iterator[tuple[dict[str, Any], list[str]]]:
     """Arguments of ``loghook.init`` and the dtypes in which such rows, or those of some layers, fit the budget."""
     widest = max(max(spec.in_features + spec.bias, spec.out_features) for spec in specs)
-    grouped = groups([spec.name for spec in specs]).values() if subsets else [[spec.name for spec in specs]]
+    names = [spec.name for spec in specs]
+    smallest_sets = list(grouped(names).values()) if subsets else [names]
     smallest: float = math.inf
     for projection, rank in itertools.product(projections, ranks):
         if rank > widest:
@@ -72,7 +72,7 @@ def plans(
         for dtype in dtypes:
             if dtype == "int1" and projection["projection"] != "whitened":
                 continue
-            least = min(Layout(s for s in small if s.name in names).codec(dtype).row_bytes for names in grouped)
+            least = min(Layout(s for s in small if s.name in some).codec(dtype).row_bytes for some in smallest_sets)
             smallest = min(smallest, least)
             fits += [dtype] * (least <= limit)
         if fits:
@@ -87,11 +87,3 @@ def plans(
             f"bytes_per_sample={limit:,} is less than the smallest row to be tried takes ({smallest:,}): allow more, "
             "or try lower ranks or fewer bits."
         )
-
-
-def groups(layers: Sequence[str]) -> dict[str, list[str]]:
-    """Layers whose names differ in numbers only: {pattern: names}."""
-    found: dict[str, list[str]] = {}
-    for name in layers:
-        found.setdefault(re.sub(r"\d+", "*", name), []).append(name)
-    return found

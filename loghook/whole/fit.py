@@ -16,21 +16,21 @@ from loghook.capture.passes import Gathering, Pass, decompose
 from loghook.capture.select import HEAD, Watch
 from loghook.capture.whole import Covariance, Eigenvalues
 from loghook.errors import CheckpointWarning, ConfigError, LogExistsError, MismatchError, StateError
+from loghook.factors import Eigenbasis, FactorStore, pack_factors
 from loghook.influence.precondition import PLAIN, Curvature
 from loghook.influence.scores import Scores
 from loghook.influence.solvers import Diagonal, Identity
-from loghook.log.disk import lock, lock_name, writing
+from loghook.log.disk import lock, lock_name, plain, writing
 from loghook.log.files import FACTORS
 from loghook.log.format import MANIFEST, Made
 from loghook.log.query import Query, require_one_query, require_query
 from loghook.processes import process_rank, shared
-from loghook.statistics import Eigenbasis, FactorStore, pack_factors
-from loghook.whole.refine import Damped, GaussNewton, OutputLoss, Outputs, listed, require_sum, solve, unrolled
+from loghook.whole.refine import Damped, GaussNewton, OutputLoss, Outputs, require_batches, require_sum, solve, unrolled
 from loghook.whole.scoring import Scoring, rotations
 
 FISHERS = ("empirical", "true")
 PASSES = ("covariance", "eigenvalues")
-METHODS = ("ekfac", "kfac", *PLAIN)
+WHOLE_METHODS = ("ekfac", "kfac", *PLAIN)
 
 
 class Fit(Blocks, Hooked):
@@ -213,6 +213,7 @@ class Fit(Blocks, Hooked):
                 f"this query is preconditioned already ({query.direction}): score it with method='dot' and without "
                 "normalize, since what its curvature says of samples is not known."
             )
+        rank = plain(rank)
         if rank is not None and (type(rank) is not int or rank < 1):
             raise ConfigError(f"rank={rank!r} must be a whole number of at least 1, or None for whole questions.")
         return Scoring(self, query, curvature, rank=rank, normalize=normalize, per_layer=per_layer)
@@ -270,7 +271,7 @@ class Fit(Blocks, Hooked):
         g = query.matrix.to(self._layers[0].device_and_dtype()[0])
         bases = {name: basis.to(g) for name, basis in self._require_store().bases.items()}
         preconditioner = self._inverses(bases, Curvature(method="ekfac", damping_abs=amount))
-        matrix = GaussNewton(self._layers, self._layout, listed(batches), outputs, loss)
+        matrix = GaussNewton(self._layers, self._layout, require_batches(batches), outputs, loss)
         require_sum(matrix)
         u, residuals = solve(
             Damped(matrix, amount, preconditioner), g, solver=solver, iterations=iterations, tolerance=tolerance,
@@ -358,9 +359,9 @@ class Fit(Blocks, Hooked):
 
     def _inverses(self, bases: Mapping[str, Eigenbasis], curvature: Curvature) -> dict[str, Diagonal]:
         """A layer that never got a gradient contributes nothing."""
-        if curvature.method not in METHODS:
+        if curvature.method not in WHOLE_METHODS:
             raise ConfigError(
-                f"method={curvature.method!r} has no whole-gradient form: choose from {', '.join(METHODS)}."
+                f"method={curvature.method!r} has no whole-gradient form: choose from {', '.join(WHOLE_METHODS)}."
             )
         values = {name: basis.products for name, basis in bases.items()}
         if curvature.method == "ekfac":

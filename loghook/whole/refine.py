@@ -16,15 +16,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from tqdm import tqdm
 
 from loghook.capture.layers import Layer
 from loghook.capture.probe import batch_size, samples
 from loghook.errors import ConfigError, UnsupportedError
+from loghook.factors import FactorStore
 from loghook.influence.solvers import Diagonal, gram_basis, nonzero
 from loghook.log.format import Layout
 from loghook.processes import combine
-from loghook.statistics import FactorStore
+from loghook.progress import bar
 
 Outputs = Callable[[Any], Tensor]
 OutputLoss = Callable[[Tensor, Any], Tensor]
@@ -66,7 +66,7 @@ class GaussNewton:
                 p.requires_grad_(True)
             # Fused attention kernels have no second derivative.
             with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-                for batch in tqdm(batches, "Gauss-Newton", unit=" batches", delay=2, leave=False, disable=None):
+                for batch in bar(batches, "Gauss-Newton", "batches"):
                     self._add(vectors, batch, parameters, out)
                     samples += batch_size(batch)
         finally:
@@ -201,14 +201,14 @@ def stochastic(system: Damped, g: Tensor, iterations: int, step: float, momentum
     batches, largest = system.matrix.batches, 1.0
     start = torch.randn(1, g.shape[1], generator=torch.Generator().manual_seed(0), device="cpu").to(g)
     steps = batches[:iterations]  # those that there will be a step for
-    for batch in tqdm(steps, "largest stable step", unit=" batches", delay=2, leave=False, disable=None):
+    for batch in bar(steps, "largest stable step", "batches"):
         v = start
         for _ in range(POWER_STEPS):
             v = system.precondition(system.times(v / v.norm(), [batch]))
         largest = max(largest, float(v.norm()))
     u = system.precondition(g)
     velocity, residuals = torch.zeros_like(u), []
-    for i in tqdm(range(iterations), "refining", unit=" steps", delay=2, leave=False, disable=None):
+    for i in bar(range(iterations), "refining", "steps"):
         r = g - system.times(u, [batches[i % len(batches)]])
         residuals.append(float((r.norm(dim=1) / nonzero(g.norm(dim=1))).mean()))
         velocity = momentum * velocity + (1 - momentum) * system.precondition(r)
@@ -248,7 +248,8 @@ def require_sum(matrix: GaussNewton) -> None:
         )
 
 
-def listed(batches: Iterable[Any]) -> list[Any]:
+def require_batches(batches: Iterable[Any]) -> list[Any]:
+    """The batches as a list; raise for none, or a function."""
     if callable(batches):
         raise ConfigError("batches= are batches here, such as list(loader)[:20], and no function that yields them.")
     found = list(batches)

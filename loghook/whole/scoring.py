@@ -11,13 +11,13 @@ from torch import Tensor
 from loghook.capture.batch import Blocks, Given, Ids, check_ids
 from loghook.capture.whole import Products
 from loghook.errors import NotFiniteError, StateError
+from loghook.factors import Eigenbasis
 from loghook.influence.precondition import Curvature
 from loghook.influence.scores import Scores
 from loghook.influence.solvers import Diagonal, Identity, nonzero
 from loghook.log.query import Query, require_one_query
 from loghook.processes import everyone
 from loghook.project.projection import Side
-from loghook.statistics import Eigenbasis
 
 if TYPE_CHECKING:
     from loghook.whole.fit import Fit

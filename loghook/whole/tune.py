@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from loghook.capture.batch import Ids, Mask
 from loghook.capture.config import Config
@@ -27,11 +26,12 @@ from loghook.influence.engine import influence
 from loghook.influence.fidelity import likeness
 from loghook.influence.scores import Scores
 from loghook.log import maintain
-from loghook.log.format import Layout
+from loghook.log.format import Layout, grouped
 from loghook.log.query import Query
 from loghook.log.reader import Reader
+from loghook.progress import bar
 from loghook.project.projection import FITTED
-from loghook.whole.candidates import METHODS, PROJECTIONS, ROW, Candidate, groups, plans
+from loghook.whole.candidates import PROJECTIONS, ROW, SCORINGS, Candidate, plans
 from loghook.whole.fit import Fit
 from loghook.whole.refine import OutputLoss, Outputs
 from loghook.whole.scoring import Scoring
@@ -112,7 +112,7 @@ def tune(
     projections: Sequence[dict[str, Any]] = PROJECTIONS,
     ranks: Sequence[int] = (16, 32, 64),
     dtypes: Sequence[str] = ("float32", "int8", "int1"),
-    methods: Sequence[dict[str, Any]] = METHODS,
+    methods: Sequence[dict[str, Any]] = SCORINGS,
     damping: float | None = None,
     mask: Callable[[Any], Mask | None] = lambda batch: None,
 ) -> Tuned:
@@ -176,8 +176,7 @@ def tune(
         wanted, liked = reference.values, ""
         if judge is not None:
             wanted, liked = _liked(judge, reference)
-        bar = tqdm(logs, "tuning", unit=" logs", delay=2, leave=False, disable=None)
-        for (init, path, query), (_, fits) in zip(bar, tried, strict=True):
+        for (init, path, query), (_, fits) in zip(bar(logs, "tuning", "logs"), tried, strict=True):
             for dtype in fits:
                 stored = path if dtype == "float32" else path.with_name(f"{path.name}-{dtype}")
                 if stored != path:
@@ -251,7 +250,9 @@ def _small_logs(
         runs = []
         for i, init in enumerate(inits):
             fitted = {"fitted": fit.path} if init["projection"] in FITTED else {}
-            run = Run(Config(path=folder / str(i), **(init | fitted)), resume=False, overwrite=False)
+            # The first of an id alone, as the reference has it: a sampler may pad with repeats.
+            config = Config(path=folder / str(i), **({"on_repeat": "first"} | init | fitted))
+            run = Run(config, resume=False, overwrite=False)
             runs.append(stack.enter_context(run))
             with contextlib.redirect_stdout(io.StringIO()):
                 run.watch(fit.model, **fit.watched)
@@ -277,40 +278,39 @@ def _measured(
     limit: float,
 ) -> Iterator[Candidate]:
     """The best scoring of one log, for all its layers or for each number of groups of them, of rows within a limit."""
-    grouped = list(groups(log.layers).values())
-    best: dict[int, Candidate] = {}
-
-    def layout(chosen: Sequence[int]) -> Layout:
-        names = {name for i in chosen for name in grouped[i]}
-        return Layout(spec for spec in log.layout.layers if spec.name in names)
-
-    def size(chosen: Sequence[int]) -> int:
-        return layout(chosen).codec(init["dtype"]).row_bytes
-
-    everything = list(range(len(grouped)))
+    groups = grouped(log.layers)
+    best: dict[int, Candidate] = {}  # by the number of groups
     for how in methods:
         scores = influence(log, query, per_layer=True, **how)
-        parts = list(_by_group(scores).values())
         # Norms are over all layers, so that normalised scores do not add up to those of some.
         if subsets and scores.normalize is None:
-            grown = _grown(parts, lambda values: likeness(values, wanted), lambda chosen: size(chosen) <= limit)
-            found = ((chosen, fidelity) for chosen, _, fidelity in grown)
+            grown = _grown(
+                _by_group(scores),
+                lambda values: likeness(values, wanted),
+                lambda patterns: _layout(log, groups, patterns).codec(init["dtype"]).row_bytes <= limit,
+            )
+            found = [(patterns, fidelity) for patterns, _, fidelity in grown]
         else:
-            found = ((c, likeness(scores.values, wanted)) for c in (everything,) if size(c) <= limit)
-        for chosen, fidelity in found:
-            if len(chosen) not in best or fidelity > best[len(chosen)].fidelity:
-                names = tuple(spec.name for spec in layout(chosen).layers)
-                best[len(chosen)] = Candidate(
-                    init=init, layers=names, scoring=how, bytes=size(chosen), fidelity=fidelity
-                )
+            found = [(list(groups), likeness(scores.values, wanted))]
+        for patterns, fidelity in found:
+            layout = _layout(log, groups, patterns)
+            size = layout.codec(init["dtype"]).row_bytes
+            if size <= limit and (len(patterns) not in best or fidelity > best[len(patterns)].fidelity):
+                names = tuple(spec.name for spec in layout.layers)
+                best[len(patterns)] = Candidate(init=init, layers=names, scoring=how, bytes=size, fidelity=fidelity)
     yield from best.values()
+
+
+def _layout(log: Reader, groups: dict[str, list[str]], patterns: Sequence[str]) -> Layout:
+    """The layout of rows that hold some groups of layers."""
+    names = {name for pattern in patterns for name in groups[pattern]}
+    return Layout(spec for spec in log.layout.layers if spec.name in names)
 
 
 def _liked(judge: Judge, reference: Scores) -> tuple[np.ndarray, str]:
     """Scores (Q, N) of the groups of layers that a judge likes best, added up, and what to say of them."""
-    parts = _by_group(reference)
-    chosen, scores, liked = max(_grown(list(parts.values()), judge), key=lambda one: one[2])
-    kinds = ", ".join(list(parts)[i].rpartition(".")[2] for i in chosen)
+    chosen, scores, liked = max(_grown(_by_group(reference), judge), key=lambda one: one[2])
+    kinds = ", ".join(pattern.rpartition(".")[2] for pattern in chosen)
     return scores, f", of {kinds}, judged {liked:.3f}"
 
 
@@ -320,17 +320,18 @@ def _by_group(scores: Scores) -> dict[str, np.ndarray]:
     place = {name: i for i, name in enumerate(scores.layers)}
     return {
         pattern: scores.by_layer[[place[name] for name in names]].sum(0)
-        for pattern, names in groups(scores.layers).items()
+        for pattern, names in grouped(scores.layers).items()
     }
 
 
 def _grown(
-    parts: Sequence[np.ndarray], judge: Judge, fits: Callable[[list[int]], bool] = lambda chosen: True
-) -> Iterator[tuple[list[int], np.ndarray, float]]:
+    parts: dict[str, np.ndarray], judge: Judge, fits: Callable[[list[str]], bool] = lambda patterns: True
+) -> Iterator[tuple[list[str], np.ndarray, float]]:
     """Add up scores (Q, N) of groups, the one that helps most of those that fit: groups so far, scores, judgement."""
-    chosen: list[int] = []
-    total = np.zeros_like(parts[0])
-    while rest := [i for i in range(len(parts)) if i not in chosen and fits([*chosen, i])]:
-        liked, best = max((float(judge(total + parts[i])), i) for i in rest)
+    chosen: list[str] = []
+    total: Any = 0
+    while rest := [pattern for pattern in parts if pattern not in chosen and fits([*chosen, pattern])]:
+        judged = {pattern: float(judge(total + parts[pattern])) for pattern in rest}
+        best = max(rest, key=judged.__getitem__)
         chosen, total = [*chosen, best], total + parts[best]
-        yield chosen, total, liked
+        yield chosen, total, judged[best]

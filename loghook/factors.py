@@ -12,16 +12,15 @@ import numpy as np
 import safetensors
 import safetensors.torch
 import torch
-import xxhash
 from torch import Tensor
 
 from loghook.errors import CorruptLogError, MismatchError, StateError, VersionError
-from loghook.log.disk import sync_folder, write_atomically
+from loghook.log.disk import checksum_of, replacing, write_atomically
 from loghook.log.files import FACTORS
 from loghook.log.format import LayerSpec, Layout, parse_object
 from loghook.project.blocks import Factor, cut
 
-VERSION = 1
+FACTORS_VERSION = 1
 
 
 @dataclass(frozen=True)
@@ -33,10 +32,13 @@ class Eigenbasis:
     products: Tensor  # (k_out, k_in) products of eigenvalues, those of S kron A (KFAC)
 
     @classmethod
-    def of(cls, inputs: Tensor, outputs: Tensor) -> "Eigenbasis":
-        """Decompose the two factors, in float64."""
-        (in_values, q_in), (out_values, q_out) = (torch.linalg.eigh((m + m.T) / 2) for m in (inputs, outputs))
-        return cls(q_in, q_out, out_values.clamp(min=0)[:, None] * in_values.clamp(min=0))
+    def of(cls, inputs: Factor, outputs: Factor) -> "Eigenbasis":
+        return cls(inputs.basis, outputs.basis, outputs.values[:, None] * inputs.values)
+
+    @classmethod
+    def of_moments(cls, inputs: Tensor, outputs: Tensor) -> "Eigenbasis":
+        """Decompose the factors (k_in, k_in) and (k_out, k_out) of a log, whole at any width."""
+        return cls.of(*(Factor.of(m.flatten(), len(m), limit=len(m)) for m in (inputs, outputs)))
 
     def to(self, like: Tensor) -> "Eigenbasis":
         """A copy with the device and dtype of a tensor, for rows that are there many times."""
@@ -57,7 +59,7 @@ def eigenbasis(layout: Layout, moments: np.ndarray, layer: str) -> Eigenbasis:
     for part in sides:
         width = round((part.stop - part.start) ** 0.5)
         factors.append(torch.from_numpy(moments)[part].view(width, width) / float(moments[count]))
-    return Eigenbasis.of(*factors)
+    return Eigenbasis.of_moments(*factors)
 
 
 @dataclass(kw_only=True)
@@ -73,7 +75,11 @@ class FactorStore:
     files: dict[str, str] = field(default_factory=dict)  # {file name: checksum}, for the passes that are done
 
     def save(self) -> None:
-        body = {"format": "loghook-factors", "version": VERSION, "layers": [dataclasses.asdict(s) for s in self.layers]}
+        body = {
+            "format": "loghook-factors",
+            "version": FACTORS_VERSION,
+            "layers": [dataclasses.asdict(s) for s in self.layers],
+        }
         body |= {key: getattr(self, key) for key in ("fisher", "samples", "parameters", "files")}
         write_atomically(self.path / FACTORS, json.dumps(body, indent=1).encode())
 
@@ -86,8 +92,10 @@ class FactorStore:
             body = parse_object(file.read_bytes())
             if body["format"] != "loghook-factors":
                 raise ValueError("its format is not 'loghook-factors'")
-            if body["version"] != VERSION:
-                raise VersionError(f"{file} has version {body['version']!r:.20}, not {VERSION}: upgrade loghook.")
+            if body["version"] != FACTORS_VERSION:
+                raise VersionError(
+                    f"{file} has version {body['version']!r:.20}, not {FACTORS_VERSION}: upgrade loghook."
+                )
             layers = tuple(LayerSpec(**layer) for layer in body["layers"])
             keys = ("fisher", "samples", "parameters", "files")
             return cls(path=path, layers=layers, **{key: body[key] for key in keys})
@@ -109,16 +117,12 @@ class FactorStore:
     def commit(self, kind: str, tensors: Mapping[str, Tensor], samples: int) -> None:
         """Write what a pass found; it counts once ``factors.json`` names it. A tensor that comes twice is kept once."""
         file = self.path / f"{kind}.safetensors"
-        temporary = file.with_suffix(".tmp")
         owners: dict[int, str] = {}
         same = {name: owners.setdefault(id(tensor), name) for name, tensor in tensors.items()}
         kept = {name: tensor.contiguous() for name, tensor in tensors.items() if same[name] == name}
-        safetensors.torch.save_file(kept, temporary, {"loghook_same": json.dumps(same)})
-        with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
-        os.replace(temporary, file)
-        sync_folder(self.path)
-        self.files[file.name] = _checksum(file)
+        with replacing(file) as temporary:
+            safetensors.torch.save_file(kept, temporary, {"loghook_same": json.dumps(same)})
+        self.files[file.name] = checksum_of(file)
         self.samples[kind] = samples
         self.save()
 
@@ -127,39 +131,26 @@ class FactorStore:
         file = self.path / f"{kind}.safetensors"
         if not self.done(kind):
             raise StateError(f"{self.path} has no {kind} yet: go through run.passes() first.")
-        if not file.is_file() or _checksum(file) != self.files[file.name]:
+        if not file.is_file() or checksum_of(file) != self.files[file.name]:
             raise CorruptLogError(f"{file} does not match its checksum: restore it from a copy, or fit again.")
         return file
 
     def factors(self) -> dict[str, tuple[Factor, Factor]]:
         """Eigendecompositions of each layer's (input, output) second moments."""
-        found = {}
         with safetensors.safe_open(os.fspath(self.check("covariance")), framework="pt") as file:
-            same = json.loads(file.metadata()["loghook_same"])
-            kept: dict[str, Tensor] = {}
+            owners = json.loads(file.metadata()["loghook_same"])
+            kept = {name: file.get_tensor(name).double() for name in file.keys()}  # noqa: SIM118
 
-            def take(name: str) -> Tensor:
-                owner = same[name]
-                if owner not in kept:
-                    kept[owner] = file.get_tensor(owner).double()
-                return kept[owner]
+        def factor(name: str) -> Factor:
+            values = kept[owners[name]]
+            return Factor(values, [kept[owners[f"{name}/{i}"]] for i in range(len(cut(len(values))))])
 
-            for spec in self.layers:
-                pair = []
-                for side in ("in", "out"):
-                    values = take(f"{spec.name}/{side}")
-                    parts = [take(f"{spec.name}/{side}/{i}") for i in range(len(cut(len(values))))]
-                    pair.append(Factor(values, parts))
-                found[spec.name] = (pair[0], pair[1])
-        return found
+        return {spec.name: (factor(f"{spec.name}/in"), factor(f"{spec.name}/out")) for spec in self.layers}
 
     @cached_property
     def bases(self) -> dict[str, Eigenbasis]:
         """Each layer's eigenbasis; a pass that is complete is never changed."""
-        return {
-            name: Eigenbasis(inputs.basis, outputs.basis, outputs.values[:, None] * inputs.values)
-            for name, (inputs, outputs) in self.factors().items()
-        }
+        return {name: Eigenbasis.of(*pair) for name, pair in self.factors().items()}
 
     def eigenvalues(self) -> dict[str, Tensor]:
         """EK-FAC's corrected eigenvalues of each layer, means over samples: (O, I) float32."""
@@ -176,11 +167,3 @@ def pack_factors(factors: Mapping[str, tuple[Factor, Factor]]) -> dict[str, Tens
             for i, vectors in enumerate(factor.vectors):
                 tensors[f"{name}/{side}/{i}"] = narrow.setdefault(id(vectors), vectors.float())
     return tensors
-
-
-def _checksum(file: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with open(file, "rb") as handle:
-        while data := handle.read(1 << 24):
-            digest.update(data)
-    return digest.hexdigest()
