@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -61,7 +62,7 @@ def _command(function: Callable[..., Any]) -> Callable[..., Any]:
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
                 return function(*args, **kwargs)
-        except (LoghookError, FileNotFoundError) as error:
+        except (LoghookError, OSError, UnicodeError) as error:
             typer.secho(f"error: {error}", fg="red", err=True)
             raise typer.Exit(1) from error
 
@@ -238,6 +239,8 @@ def delete(
     Without --keep-statistics the statistics go too: kfac and ekfac, which need them, can then score the log no more.
     """
     id_type = loghook.load(run).manifest.id_type
+    if not ids and ids_file is None:
+        raise ConfigError("nothing names the rows to delete: pass --ids or --ids-file.")
     wanted = [_parse_id(id_type, text) for text in ids or ()]
     if ids_file is not None:
         wanted += [_parse_id(id_type, str(value)) for value in _read_lines(ids_file, "a JSON value")]
@@ -248,10 +251,20 @@ def delete(
 
 
 def _parse_id(id_type: str, text: str) -> int | str:
-    try:
-        return int(text) if id_type == "int" else text
-    except ValueError as error:
-        raise ConfigError(f"data_id {text!r} is no whole number, and the ids of this log are: check --ids.") from error
+    if id_type == "int" and not re.fullmatch(r"[+-]?[0-9]+", text):  # int() would take 1_20 for 120
+        raise ConfigError(f"data_id {text!r} is no whole number, and the ids of this log are: check --ids.")
+    return int(text) if id_type == "int" else text
+
+
+def _shown(data_id: int | str) -> str:
+    """An id as a terminal may show it: one line, and no commands to it."""
+    return str(data_id) if str(data_id).isprintable() else ascii(data_id)
+
+
+def _require_folder(file: Path | None) -> None:
+    """Raise before anything is computed where a file could not be written afterwards."""
+    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
+        raise ConfigError(f"{file} cannot be written: choose a file in a folder that exists.")
 
 
 @_command
@@ -261,14 +274,15 @@ def score(
     method: Method = "ekfac",
     damping: Damping = 0.1,
     normalize: Normalize = None,
-    top: Annotated[int, typer.Option(help="Proponents shown for each question.")] = 10,
-    bottom: Annotated[int, typer.Option(help="Opponents shown for each question.")] = 0,
+    top: Annotated[int, typer.Option(min=1, help="Proponents shown for each question.")] = 10,
+    bottom: Annotated[int, typer.Option(min=0, help="Opponents shown for each question.")] = 0,
     out: Annotated[Path | None, typer.Option(help="Also write all scores to this safetensors file.")] = None,
 ) -> None:
     """Score a log against a saved query and print the strongest proponents of each question.
 
     On many processes, `torchrun --nproc_per_node N -m loghook score ...` (or accelerate launch): each reads its share.
     """
+    _require_folder(out)
     with _processes() as first:
         log, questions = loghook.load(run), loghook.Query.load(query)
         keep = None if out or bottom else top
@@ -280,9 +294,9 @@ def score(
             typer.echo(f"scores written to {out}")
         opponents = scores.bottom(bottom) if bottom else [[]] * len(scores.query_ids)
         for query_id, best, worst in zip(scores.query_ids, scores.top(top), opponents, strict=True):
-            typer.echo(f"{query_id}")
+            typer.echo(_shown(query_id))
             for record in (*best, *worst):
-                typer.echo(f"  {record.score:+.6g}  {record.data_id}")
+                typer.echo(f"  {record.score:+.6g}  {_shown(record.data_id)}")
 
 
 @_command
@@ -295,14 +309,15 @@ def report(
     method: Method = "ekfac",
     damping: Damping = 0.1,
     normalize: Normalize = None,
-    top: Annotated[int, typer.Option(help="Proponents shown for each question.")] = 10,
-    bottom: Annotated[int, typer.Option(help="Opponents shown for each question.")] = 5,
+    top: Annotated[int, typer.Option(min=1, help="Proponents shown for each question.")] = 10,
+    bottom: Annotated[int, typer.Option(min=0, help="Opponents shown for each question.")] = 5,
 ) -> None:
     """Score a log against a saved query and write an HTML page of the strongest proponents and opponents."""
+    _require_folder(out)
+    shown, asked = (None if file is None else _read_texts(file) for file in (texts, questions))
     scores = loghook.load(run).influence(
         loghook.Query.load(query), method, damping=damping, normalize=normalize, top=None if bottom else top
     )
-    shown, asked = (None if file is None else _read_texts(file) for file in (texts, questions))
     scores.report(out, texts=shown, questions=asked, top=top, bottom=bottom)
     typer.echo(f"{out}: {len(scores.query_ids):,} questions")
 

@@ -119,3 +119,34 @@ def test_a_run_killed_while_its_projection_was_fitted_may_be_started_again(tmp_p
     assert "start its script" not in call("info", tmp_path / "no such folder", status=1)
     (tmp_path / "notes.txt").write_text("mine")
     assert "start its script" not in call("info", tmp_path, status=1)
+
+
+def test_options_are_looked_at_before_the_log_is_scanned(logged, tmp_path, monkeypatch):
+    log, _, query = logged
+    monkeypatch.setattr(loghook.Log, "influence", lambda *_, **__: pytest.fail("the log was scanned first"))
+    assert "cannot be written" in call("score", log.path, query, "--out", tmp_path / "nowhere" / "s", status=1)
+    assert "cannot be written" in call("report", log.path, query, "--out", tmp_path, status=1)
+    assert "error" in call("report", log.path, query, "--texts", tmp_path, status=1)  # a folder
+    call("score", log.path, query, "--bottom", "-1", status=2)
+
+
+def test_ids_to_delete_are_taken_at_their_word(logged, tmp_path):
+    log, *_ = logged
+    shutil.copytree(log.path, tmp_path / "run")
+    assert "pass --ids" in call("delete", tmp_path / "run", status=1)
+    assert "'1_2' is no whole number" in call("delete", tmp_path / "run", "--ids", "1_2", status=1)
+    assert len(loghook.load(tmp_path / "run")) == 40
+
+
+def test_ids_give_a_terminal_no_commands(tmp_path):
+    model, x = torch.nn.Linear(3, 2), torch.randn(2, 3)
+    with loghook.init(tmp_path / "run", rank=2) as run:
+        run.watch(model)
+        with run(data_id=["two\nlines\x1b[31m", "a lone \ud800"]):
+            model(x).square().sum().backward()
+        run.finalize()
+        with run.query(data_id=["q"]) as query:
+            model(x[:1]).square().sum().backward()
+    query.save(tmp_path / "q")
+    shown = call("score", tmp_path / "run", tmp_path / "q", "--method", "dot")
+    assert r"'two\nlines\x1b[31m'" in shown and r"'a lone \ud800'" in shown and "\x1b" not in shown

@@ -47,9 +47,10 @@ def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
     if overwrite or (old and not (path / MANIFEST).exists()):
         locks = [lock(file) for file in old if file.name.startswith("lock-")]  # nobody may be writing what goes away
         # A kill on the way leaves no commits without a manifest, which would have to be told from lost ones.
-        for file in sorted(old, key=lambda file: (file.name == MANIFEST, not file.name.startswith("commits-"))):
-            if not file.name.startswith("lock-"):
-                file.unlink()
+        with writing(path, "Nothing was overwritten that is still there: mend the folder, or choose another path."):
+            for file in sorted(old, key=lambda file: (file.name == MANIFEST, not file.name.startswith("commits-"))):
+                if not file.name.startswith("lock-"):
+                    file.unlink()
         for held in locks:
             held.close()
     with writing(path):
