@@ -256,7 +256,7 @@ def _parse_id(id_type: str, text: str) -> int | str:
     return int(text) if id_type == "int" else text
 
 
-def _shown(data_id: int | str) -> str:
+def _shown(data_id: object) -> str:
     """An id as a terminal may show it: one line, and no commands to it."""
     return str(data_id) if str(data_id).isprintable() else ascii(data_id)
 
