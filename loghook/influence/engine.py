@@ -85,6 +85,11 @@ def influence(
 
 
 def _not_finite(what: str, curvature: Curvature) -> ConfigError:
+    if curvature.plain:
+        return ConfigError(
+            f"{what} not finite: products of these gradients do not fit in float32. Log and ask with a smaller scale=, "
+            "or in dtype='float64'."
+        )
     amount = curvature.damping_abs or curvature.damping
     return ConfigError(
         f"{what} not finite with method={curvature.method!r} and damping {amount:.3g}: take a larger one (0.1 is "

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -83,7 +84,7 @@ def progress(reader: Reader, what: str, *, stored: bool = False) -> Iterator[tup
 def solvers(reader: Reader, curvature: Curvature, layers: Sequence[LayerSpec]) -> Iterator[dict[str, Solver]]:
     """Fit a solver for each layer: {name: solver}, in groups whose curvature fits in memory together.
 
-    A layer without any gradient in the log has none: it has no curvature, and nothing to say.
+    A layer without any gradient in the log, or with next to none, has none: it has nothing to say.
     """
     if curvature.plain:
         yield {spec.name: Identity() for spec in layers}
@@ -96,15 +97,27 @@ def solvers(reader: Reader, curvature: Curvature, layers: Sequence[LayerSpec]) -
         eigenvalues = {name: basis.products for name, basis in bases.items()}
         if curvature.method != "kfac":
             eigenvalues = _corrected_eigenvalues(reader, "shampoo" if shampoo else "ekfac", bases)
+        narrow = working_dtype(reader) == torch.float32
         yield {
-            name: Diagonal(bases[name], values, curvature.amount(float(values.mean())))
+            name: Diagonal(bases[name], values, curvature.amount(float(values.mean())), of_all=narrow)
             for name, values in eigenvalues.items()
+            if float(values.sum()) > _vanishing(reader)
         }
+
+
+def _vanishing(reader: Reader) -> float:
+    """The mean square of rows so small, 1e-35, that a question divided by it does not fit in float32."""
+    return 0.0 if working_dtype(reader) == torch.float64 else 1e-70
 
 
 def _token_bases(reader: Reader, layers: Sequence[LayerSpec]) -> dict[str, Eigenbasis]:
     """Eigenbases from the streamed statistics of tokens, without the layers of which no token was counted."""
     moments = reader.moments()
+    if not np.isfinite(moments).all():
+        raise ConfigError(
+            f"the statistics of {reader.path} hold infinities, since squares of inputs or gradients did not fit in "
+            "float32: use method='fisher', 'shampoo', 'dot' or 'cosine', or log again with a smaller scale."
+        )
     heard = [spec.name for spec in layers if moments[reader.layout.moments[spec.name][2]] > 0]
     if not heard:
         raise ConfigError(
@@ -125,9 +138,9 @@ def _row_bases(reader: Reader, layers: Sequence[LayerSpec]) -> dict[str, Eigenba
         sums = {s.name: [torch.zeros(k, k, dtype=torch.float64) for k in (s.k_in, s.k_out)] for s in missing}
         for _, block in progress(reader, "row covariances"):
             for spec in missing:
-                rows = block[:, columns[spec.name]].unflatten(1, (spec.k_out, spec.k_in))
+                rows = block[:, columns[spec.name]].double().unflatten(1, (spec.k_out, spec.k_in))
                 for total, side in zip(sums[spec.name], (rows.flatten(0, 1), rows.mT.flatten(0, 1)), strict=True):
-                    total += (side.T @ side).double()  # a block is short, the log is long
+                    total.addmm_(side.T, side)
         for name, sides in sums.items():
             reader.cache["row basis", name] = Eigenbasis.of_moments(*(combine(side) / len(reader) for side in sides))
     return {spec.name: reader.cache["row basis", spec.name] for spec in layers}
@@ -141,7 +154,7 @@ def _corrected_eigenvalues(reader: Reader, kind: str, bases: dict[str, Eigenbasi
         for _, block in progress(reader, "eigenvalues"):
             for name, basis in missing.items():
                 rows = block[:, reader.layout.kinds["gradients"][name]].unflatten(1, basis.products.shape)
-                sums[name] += basis.rotate(rows).square().sum(0).double()  # a block is short, the log is long
+                sums[name] += basis.rotate(rows).double().square_().sum(0)  # in float32 the squares of 1e-23 are 0
         for name, total in sums.items():
             reader.cache[kind, name] = combine(total) / len(reader)
     return {name: reader.cache[kind, name] for name in bases}
@@ -163,7 +176,7 @@ def _fit_fisher(reader: Reader, curvature: Curvature, group: Sequence[LayerSpec]
         total = combine(sums.pop(spec.name))
         # The mean squared norm of a row; the mean eigenvalue is this trace over the width.
         trace = float(total.square().sum() if spec.name in few else total.trace()) / len(reader)
-        if trace == 0:
+        if trace <= _vanishing(reader):
             continue
         damping = curvature.amount(trace / spec.width)
         fitted[spec.name] = LowRank(total, damping) if spec.name in few else Dense(total.div_(len(reader)), damping)
