@@ -21,7 +21,6 @@ from loghook.progress import bar
 
 T = TypeVar("T")
 
-MAPPED = 64  # shards that stay mapped while rows are looked at out of order
 TRIES = 10  # how often a log is read anew that grows faster than it is opened
 
 
@@ -56,7 +55,6 @@ class Reader:
         self.path = absolute(path)
         self.cache: dict[Any, Any] = {}  # what was computed from the rows, for as long as the log is open
         self.warned = False
-        self._mapped: dict[Shard, None] = {}  # those that were looked at out of order, the latest last
         for left in reversed(range(TRIES)):
             self._open()
             growing = self.manifest.sealed is None and self.manifest.no_statistics is None
@@ -164,18 +162,14 @@ class Reader:
         row_bytes = self.codec.row_bytes if stored else self.codec.width * self.dtype.itemsize
         step = rows or max(1, BLOCK_BYTES // row_bytes)
         for shard, first, last in ahead(self._pieces(share)):
-            data = shard.mapped()
             for start in range(first, last, step):
                 stop = min(start + step, last)
-                block, place = data[start:stop], slice(shard.first + start, shard.first + stop)
+                block, place = shard.mapped(start, stop), slice(shard.first + start, shard.first + stop)
                 if self._keep is not None:
                     kept = self._keep[place]
                     place = slice(*self._kept_before[[place.start, place.stop]].tolist())
                     block = block if kept.all() else block[torch.from_numpy(kept)]
                 yield place, block if stored else self.codec.decode(block)
-                shard.release(start, stop)
-            if last == shard.rows:
-                shard.map = None  # with its descriptor: a log may have more shards than a process may open files
 
     def _pieces(self, share: tuple[int, int]) -> Iterator[tuple[Shard, int, int]]:
         """Verified ranges of rows: their shard, the first row in it, and the end."""
@@ -191,7 +185,7 @@ class Reader:
             inside = (physical >= shard.first) & (physical < shard.first + shard.rows)
             if not inside.any():
                 continue
-            data = self._touched(shard)
+            data = shard.touch(0, shard.rows)
             if not len(out):  # only now: a file that is there vouches for the width that the manifest states
                 out = self._empty(len(physical), columns)
             step = max(1, BLOCK_BYTES // max(self.codec.row_bytes, out.shape[1] * out.itemsize))
@@ -204,24 +198,13 @@ class Reader:
     def _empty(self, rows: int, columns: slice) -> Tensor:
         return torch.empty(rows, len(range(self.codec.width)[columns]), dtype=self.dtype, device="cpu")
 
-    def _touched(self, shard: Shard) -> Tensor:
-        """A shard's rows, mapped; only so many stay so, as each map holds a descriptor."""
-        data = shard.touch()
-        self._mapped.pop(shard, None)
-        self._mapped[shard] = None
-        if len(self._mapped) > MAPPED:
-            oldest = next(iter(self._mapped))
-            self._mapped.pop(oldest, None)
-            oldest.map = None
-        return data
-
     def view(self, start: int, stop: int) -> Tensor | None:
         """Rows as a view of the map, or None if they lie in several shards or around repeats, or are coded."""
         if self._keep is not None or self.codec.coded:
             return None
         for shard in self._shards:
             if shard.first <= start and stop <= shard.first + shard.rows:
-                return self._touched(shard)[start - shard.first : stop - shard.first]
+                return shard.touch(start - shard.first, stop - shard.first)
         return None
 
     def verify(self) -> list[str]:
