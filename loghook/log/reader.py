@@ -13,7 +13,7 @@ from torch import Tensor
 from loghook.errors import CorruptLogError, StateError
 from loghook.log.disk import absolute
 from loghook.log.files import load_moments, load_sides
-from loghook.log.format import Layout, Manifest, commits_name, shard_name
+from loghook.log.format import Layout, Made, Manifest, commits_name, shard_name
 from loghook.log.query import find_columns
 from loghook.log.records import all_commits
 from loghook.log.shard import BLOCK_BYTES, Shard
@@ -86,9 +86,14 @@ class Reader:
         return tuple(spec.name for spec in self.layout.layers)
 
     @property
+    def made(self) -> Made:
+        """What the rows were made with."""
+        return self.manifest.made
+
+    @property
     def fingerprint(self) -> str:
         """Digest of layers and projection; a query must have the same."""
-        return self.manifest.fingerprint
+        return self.made.fingerprint
 
     @property
     def finished(self) -> bool:
