@@ -16,7 +16,7 @@ from loghook.influence import engine
 from loghook.influence import index as indexes
 from loghook.influence.fidelity import Fidelity, check_sample, compare
 from loghook.influence.index import Index
-from loghook.influence.precondition import Curvature
+from loghook.influence.precondition import Metric
 from loghook.influence.scores import Scores
 from loghook.log import maintain
 from loghook.log.disk import absolute
@@ -155,10 +155,10 @@ class Log(Reader):
             UnfinishedWarning: once for an open log, if its run is not finished, so that rows may be missing.
             CheckpointWarning: if the query was made with other parameter values than the log ended with.
         """
+        metric = Metric(method=method, damping=damping, damping_abs=damping_abs, normalize=normalize)
         return engine.influence(
-            self, query, method=method, damping=damping, damping_abs=damping_abs, normalize=normalize, layers=layers,
-            top=top, per_layer=per_layer, query_dtype=query_dtype,
-        )  # fmt: skip
+            self, query, metric, layers=layers, top=top, per_layer=per_layer, query_dtype=query_dtype
+        )
 
     def self_influence(
         self,
@@ -169,8 +169,8 @@ class Log(Reader):
         layers: Sequence[str] | None = None,
     ) -> np.ndarray:
         """Influence of each row on itself, <H^-1 G, G>: float32 (rows,). Large for mislabelled or unusual samples."""
-        curvature = Curvature(method=method, damping=damping, damping_abs=damping_abs)
-        return engine.self_influence(self, curvature, layers)
+        metric = Metric(method=method, damping=damping, damping_abs=damping_abs)
+        return engine.self_influence(self, metric, layers)
 
     @on_cpu
     def projection(self, layer: str) -> tuple[np.ndarray | None, np.ndarray | None]:
@@ -254,8 +254,7 @@ class Log(Reader):
             MismatchError: if the model's layers are not those of the log.
         """
         asker = Asker(model, self.manifest, self.path, optimizer)
-        mine = self.manifest.parameters.get("last") or self.manifest.parameters.get("first")
-        if mine and asker.digest() not in (None, mine):
+        if self.manifest.values and asker.digest() not in (None, self.manifest.values):
             warnings.warn(
                 "the model's parameter values are not those that the log ended with: load that checkpoint first.",
                 CheckpointWarning,

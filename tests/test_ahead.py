@@ -88,8 +88,8 @@ def test_no_row_is_seen_before_its_checksum_is_verified(records, monkeypatch):
 
 def test_checksums_are_read_once_and_a_scan_that_stopped_is_no_scan(records, monkeypatch):
     log, query = records
-    counted, real = [], shard._checksum
-    monkeypatch.setattr(shard, "_checksum", lambda *given: counted.append(1) or real(*given))
+    counted, real = [], shard.checksum_next
+    monkeypatch.setattr(shard, "checksum_next", lambda *given: counted.append(1) or real(*given))
     expected = torch.cat([block for _, block in loghook.load(log.path).blocks()])
     assert len(counted) == 5
     for place, block in log.blocks():

@@ -495,6 +495,74 @@ def test_fisher_of_few_rows_is_accurate_in_float32(tmp_path, damping):
     np.testing.assert_allclose(values, reference.total, atol=2e-5 * np.abs(reference.total).max())
 
 
+@pytest.mark.parametrize("damping", [1e-2, 1e-5, 1e-8])
+@pytest.mark.parametrize("method", ["kfac", "ekfac", "shampoo"])
+def test_small_dampings_are_accurate_in_float32(tmp_path, method, damping):
+    """Of fewer samples than features many directions are empty: a question's part there scores zero, not rounding."""
+    torch.manual_seed(0)
+    model, x, asked = (
+        nn.Sequential(nn.Linear(60, 40), nn.Tanh(), nn.Linear(40, 8)),
+        torch.randn(30, 60),
+        torch.randn(5, 60),
+    )
+
+    def scores(dtype: torch.dtype) -> np.ndarray:
+        model.to(dtype)
+        with loghook.init(tmp_path / str(dtype), projection="none", dtype=str(dtype).removeprefix("torch.")) as run:
+            run.watch(model)
+            with run(data_id=range(30)):
+                model(x.to(dtype)).square().sum().backward()
+            with run.query(data_id=range(5)) as query:
+                model(asked.to(dtype)).sin().sum().backward()
+            run.finalize()
+        return loghook.load(run.path).influence(query, method, damping=damping).values
+
+    wide, narrow = scores(torch.float64), scores(torch.float32)
+    np.testing.assert_allclose(narrow, wide, atol=1e-3 * np.abs(wide).max())
+
+
+@pytest.mark.parametrize("size", [1e-20, 1e-24, 1e-28, 1e-38])
+@pytest.mark.parametrize("method", ["fisher", "ekfac", "shampoo"])
+def test_the_size_of_a_layers_gradients_cancels_or_it_says_nothing(tmp_path, method, size):
+    """With relative damping a layer of small gradients counts as any other, until float32 cannot hold them."""
+    torch.manual_seed(0)
+    x, asked, found = torch.randn(40, 6), torch.randn(3, 6), []
+    models = [nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)) for _ in range(2)]
+    models[1].load_state_dict(models[0].state_dict())
+    for model, scale in zip(models, (1.0, size), strict=True):
+        with loghook.init(tmp_path / str(scale), projection="none") as run:
+            run.watch(model)
+            with run(data_id=range(40)):
+                (model(x).sin().sum() * scale).backward()
+            with run.query(data_id=range(3)) as query:
+                (model(asked).sin().sum() * scale).backward()
+            run.finalize()
+        found.append(loghook.load(run.path).influence(query, method).values)
+    if size < 1e-36:
+        assert not found[1].any()
+    elif method != "ekfac" or size > 1e-22:  # of smaller ones the factors are 0, and any basis is their eigenbasis
+        np.testing.assert_allclose(found[1], found[0], rtol=2e-2, atol=2e-2 * np.abs(found[0]).max())
+    else:
+        assert np.isfinite(found[1]).all() and found[1].any()
+
+
+def test_scores_that_do_not_fit_say_what_helps(tmp_path):
+    model, x = nn.Linear(6, 4), torch.randn(8, 6)
+    with loghook.init(tmp_path / "run", projection="none", dtype="float64") as run:
+        run.watch(model)
+        with run(data_id=range(8), scale=1e25):
+            model(x).sum().backward()
+        with run.query(data_id=[0], scale=1e25) as query:
+            model(x[:1]).sum().backward()
+        run.finalize()
+    log = loghook.load(run.path)
+    with pytest.raises(ConfigError, match="smaller scale"):
+        log.influence(query, "dot")
+    with pytest.raises(ConfigError, match=r"statistics of .* hold infinities"):
+        log.influence(query, "ekfac")
+    assert np.isfinite(log.influence(query, "shampoo").values).all()
+
+
 def test_ties_keep_the_order_of_the_log(tmp_path, monkeypatch):
     model = make_model()
     run = loghook.init(tmp_path, rank=4)

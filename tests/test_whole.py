@@ -332,7 +332,7 @@ def test_another_checkpoint_warns_and_overwriting_forgets(tmp_path):
     with torch.no_grad():
         model[0].weight += 1
     other = ask(fit, model, x)
-    with pytest.warns(CheckpointWarning, match="fitted with"):
+    with pytest.warns(CheckpointWarning, match="other parameter values"):
         fit.score(other)
     fit.close()
     quietly(loghook.fit(tmp_path / "f", overwrite=True), model)  # and killed before its first pass is complete

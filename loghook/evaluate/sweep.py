@@ -11,7 +11,7 @@ from torch import Tensor
 from loghook.errors import ConfigError
 from loghook.evaluate.lds import Estimate, floats, lds
 from loghook.influence import engine
-from loghook.influence.precondition import in_memory
+from loghook.influence.precondition import Metric, in_memory
 from loghook.influence.solvers import gram_basis
 from loghook.log.format import LayerSpec
 from loghook.log.query import Query
@@ -115,7 +115,8 @@ def sweep(
     found = []
     for method in methods or ("fisher", "ekfac"):
         for damping in tried:
-            values = engine.influence(log, query, method=method, damping=damping, normalize=normalize).values
+            metric = Metric(method=method, damping=damping, normalize=normalize)
+            values = engine.influence(log, query, metric).values
             mean = lds(values[choose], members, losses[:, choose], resamples=1).mean
             found.append(Setting(method, damping, mean, lds(values[report], members, losses[:, report])))
     return Sweep(tuple(found), f"LDS on {len(choose)} queries")

@@ -5,8 +5,7 @@ Shapes: Q queries, N rows, k records of each query.
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -16,7 +15,7 @@ from torch import Tensor
 from loghook.errors import ConfigError
 from loghook.influence import engine
 from loghook.influence.fidelity import correlations, shared_top
-from loghook.influence.precondition import Curvature, progress
+from loghook.influence.precondition import Metric, progress
 from loghook.influence.scores import Scores
 from loghook.log.format import LayerSpec, Layout, Made
 from loghook.log.query import Query
@@ -114,12 +113,10 @@ def trust(
     """
     if not 1 <= k < len(log) or nulls < 0:
         raise ConfigError(f"k={k} must be from 1 to {len(log) - 1}, below the number of rows, and nulls={nulls} >= 0.")
-    curvature = Curvature(method=method, damping=damping, damping_abs=damping_abs)
-    normalize = curvature.normalize(normalize)
-    asked = asdict(curvature) | {"normalize": normalize}
+    metric = Metric(method=method, damping=damping, damping_abs=damping_abs, normalize=normalize)
     rng, level = np.random.default_rng(seed), np.ones((len(query), len(log)))
-    first = engine.influence(log, query, **asked)
-    values_QN = _spread_out(first.values, normalize)
+    first = engine.influence(log, query, metric)
+    values_QN = _spread_out(first.values, metric)
     top_Qk = np.argsort(-values_QN, axis=1, kind="stable")[:, :k]
     if other is not None:
         if _shares(log) and other[0].fingerprint == log.fingerprint:
@@ -127,26 +124,26 @@ def trust(
                 f"other={other[0].path} has the same projection as the log, so that it says nothing of the seed's "
                 "chance: log with another seed= (and, for projection='whitened', without fitted=)."
             )
-        second = engine.influence(*other, **asked)
-        second_QN = _spread_out(Scores.combine([first, second], [0, 1]).values, normalize)
+        second = engine.influence(*other, metric)
+        second_QN = _spread_out(Scores.combine([first, second], [0, 1]).values, metric)
         correlation, level = correlations(values_QN, second_QN), _level(values_QN, second_QN)
         how, overlap = "a second log", shared_top(values_QN, second_QN, k)
     elif shares := _shares(log):
         halves_Q, quarters_Q = np.zeros(len(query)), np.zeros(len(query))
         for deal in range(DEALS):
-            one, two = _parts(log, query, 2, asked, seed + deal)
+            one, two = _parts(log, query, 2, metric, seed + deal)
             level = _level(one, two) if deal == 0 else level
             halves_Q += correlations(one, two) / DEALS
-            quarters = _parts(log, query, 4, asked, seed + deal)
+            quarters = _parts(log, query, 4, metric, seed + deal)
             quarters_Q += np.mean([correlations(a, b) for a, b in itertools.combinations(quarters, 2)], axis=0) / DEALS
         correlation = extended(halves_Q, quarters_Q, float(np.mean(shares)))
         how, overlap = "parts of the log's coordinates", None
     else:
         correlation, how, overlap = np.ones(len(values_QN)), "no random projection", None
-    if normalize is None:  # noise is about as large as a row; for unit rows it depends on the score itself
-        own = engine.self_influence(log, curvature, None).astype(np.float64)
+    if metric.normalize is None:  # noise is about as large as a row; for unit rows it depends on the score itself
+        own = engine.self_influence(log, metric, None).astype(np.float64)
         level = np.broadcast_to(np.sqrt(own / max(own.mean(), 1e-300)), values_QN.shape)
-    elif normalize == "relatif":
+    elif metric.normalize == "relatif":
         level = np.ones_like(values_QN)
     if other is None and log.codec.coded and (how == "no random projection" or log.codec.name.startswith("lowrank")):
         how += f" (what {log.codec.name} rows changed is not in it: `loghook compress` prints that)"
@@ -159,7 +156,7 @@ def trust(
         top=top_Qk,
         stays=stays,
         true=true,
-        p_values=_p_values(log, query, curvature, top_Qk, nulls, seed) if nulls else None,
+        p_values=_p_values(log, query, metric, top_Qk, nulls, seed) if nulls else None,
     )
 
 
@@ -204,13 +201,13 @@ def membership(
     return stays / DRAWS, true / DRAWS
 
 
-def _spread_out(values: NDArray[np.float32], normalize: str | None) -> Array:
+def _spread_out(values: NDArray[np.float32], metric: Metric) -> Array:
     """Cosines on Fisher's z scale, where noise does not shrink towards 1; others as they are."""
     wide = values.astype(np.float64)
-    return np.arctanh(wide.clip(-1 + 1e-6, 1 - 1e-6)) if normalize == "unit" else wide
+    return np.arctanh(wide.clip(-1 + 1e-6, 1 - 1e-6)) if metric.normalize == "unit" else wide
 
 
-def _parts(log: Reader, query: Query, parts: int, asked: dict[str, Any], seed: int) -> list[Array]:
+def _parts(log: Reader, query: Query, parts: int, metric: Metric, seed: int) -> list[Array]:
     """Scores of each part of the coordinates: parts times (Q, N)."""
     smallest = min(
         k for spec in log.layout.layers for k, cut in zip((spec.k_out, spec.k_in), projected(spec), strict=True) if cut
@@ -221,7 +218,7 @@ def _parts(log: Reader, query: Query, parts: int, asked: dict[str, Any], seed: i
             "of another seed, or log at rank 8 or more."
         )
     made = [Part(log, part, parts, seed) for part in range(parts)]
-    return [_spread_out(engine.influence(part, part.query(query), **asked).values, asked["normalize"]) for part in made]
+    return [_spread_out(engine.influence(part, part.query(query), metric).values, metric) for part in made]
 
 
 def _shares(log: Reader) -> list[float]:
@@ -270,8 +267,8 @@ class Part(Reader):
         self._columns, self._scale = torch.from_numpy(np.concatenate(columns)), torch.from_numpy(np.concatenate(scale))
 
     @property
-    def fingerprint(self) -> str:
-        return self._made.fingerprint
+    def made(self) -> Made:
+        return self._made
 
     @property
     def seal(self) -> None:
@@ -319,15 +316,13 @@ def _level(one_QN: Array, other_QN: Array) -> Array:
     return level
 
 
-def _p_values(
-    log: Reader, query: Query, curvature: Curvature, top_Qk: NDArray[np.int64], nulls: int, seed: int
-) -> Array:
+def _p_values(log: Reader, query: Query, metric: Metric, top_Qk: NDArray[np.int64], nulls: int, seed: int) -> Array:
     """Share of chance questions whose best row is at least as well aligned, both sides at unit norm: (Q, k).
 
     A chance question is a sum of all rows at unit norm with Gaussian weights: it knows which directions are common, and
     has no more to do with one row than with another. At unit norm, since a few very large rows would be all of it.
     """
-    own = torch.from_numpy(engine.self_influence(log, curvature, None)).double()
+    own = torch.from_numpy(engine.self_influence(log, metric, None)).double()
     weights = torch.randn(nulls, len(log), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     weights *= torch.where(own > 0, own, torch.inf).rsqrt()
     width = log.layout.gradient_width
@@ -335,7 +330,7 @@ def _p_values(
     for place, block in progress(log, "chance"):
         mixed += weights[:, place] @ block[:, :width].double()
     chance = Query(range(nulls)).fill(combine(mixed), log.manifest.made)
-    best = engine.influence(log, chance, normalize="unit", top=1, **asdict(curvature)).values[:, 0]
-    aligned = engine.influence(log, query, normalize="unit", **asdict(curvature)).values
+    best = engine.influence(log, chance, replace(metric, normalize="unit"), top=1).values[:, 0]
+    aligned = engine.influence(log, query, replace(metric, normalize="unit")).values
     seen = np.take_along_axis(aligned, top_Qk, axis=1)
     return np.asarray((1 + (best >= seen[:, :, None]).sum(axis=2)) / (1 + nulls), dtype=np.float64)

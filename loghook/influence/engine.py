@@ -8,15 +8,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loghook.errors import CheckpointWarning, ConfigError, MismatchError, UnfinishedWarning
-from loghook.influence.precondition import Curvature, progress, solvers, working_dtype
+from loghook.errors import ConfigError, UnfinishedWarning
+from loghook.influence.precondition import Metric, progress, solvers, working_dtype
 from loghook.influence.products import Product, products
 from loghook.influence.scores import Scores
 from loghook.influence.solvers import Solver, nonzero
 from loghook.log.disk import plain
 from loghook.log.files import kept_name, load_kept, save_kept
 from loghook.log.format import LayerSpec, checksum, fits, listed
-from loghook.log.query import Query, require_one_query, require_query
+from loghook.log.query import Query, require_match, require_one_query
 from loghook.log.reader import Reader
 from loghook.processes import combine, everyone, gather, on_cpu, share
 
@@ -28,11 +28,8 @@ Scan = Callable[[Tensor], tuple[np.ndarray, np.ndarray]]
 def influence(
     reader: Reader,
     query: Query,
+    metric: Metric,
     *,
-    method: str,
-    damping: float = 0.1,
-    damping_abs: float | None = None,
-    normalize: str | None = None,
     layers: Sequence[str] | None = None,
     top: int | None = None,
     per_layer: bool = False,
@@ -40,8 +37,6 @@ def influence(
     scan: Scan | None = None,
 ) -> Scores:
     """Score every row of a log, or those that another ``scan`` chooses, for every question; see ``Log.influence``."""
-    curvature = Curvature(method=method, damping=damping, damping_abs=damping_abs)
-    normalize = curvature.normalize(normalize)
     top = plain(top)
     if top is not None and (type(top) is not int or top < 1):
         raise ConfigError(f"top={top!r} must be a whole number of at least 1, or None for all scores.")
@@ -54,20 +49,20 @@ def influence(
             f"query_dtype={query_dtype!r} compares signs with signs, but {reader.path} is stored as "
             f"{reader.codec.name}: leave it out, or make a log of signs with log.compress(path, 'int1')."
         )
-    check_match(reader, query)
+    require_match(query, reader.made, reader.manifest.values, str(reader.path), "log.attach(model)", stacklevel=5)
     if scan is None:  # which reads a share of the log; an index holds all of it
         require_one_query(query, reader.path)
     if not len(reader):
         raise ConfigError(f"{reader.path} holds no rows yet: log some first.")
     chosen = choose_layers(reader, layers)
     _warn_unfinished(reader)
-    matrix, own, rows = _prepare(reader, curvature, chosen, query, own_rows=normalize is not None)
-    norms = own[:, None] if normalize == "unit" else None, rows
+    matrix, own, rows = _prepare(reader, metric, chosen, query, own_rows=metric.normalize is not None)
+    norms = own[:, None] if metric.normalize == "unit" else None, rows
     sizes = [None if norm is None else nonzero(norm.clamp(min=0).sqrt()).to(matrix) for norm in norms]
     found = _scan(reader, matrix, chosen, query_dtype, sizes, top, per_layer) if scan is None else (*scan(matrix), None)
     values, places, by_layer = found
     if not np.isfinite(values).all():
-        raise _not_finite("scores are", curvature)
+        raise _not_finite("scores are", metric)
     return Scores(
         values=values,
         query_ids=query.data_ids,
@@ -75,25 +70,24 @@ def influence(
         places=places,
         by_layer=by_layer,
         layers=tuple(spec.name for spec in chosen),
-        method=_named(method, reader, query_dtype),
-        normalize=normalize,
-        **curvature.stated,
+        method=_named(metric.method, reader, query_dtype),
+        normalize=metric.normalize,
+        **metric.stated,
         fingerprint=reader.fingerprint,
         log=str(reader.path),
-        fidelity=_fidelity(reader, curvature, normalize) if layers is query_dtype is None else None,
+        fidelity=_fidelity(reader, metric, query_dtype) if layers is None else None,
     )
 
 
-def _not_finite(what: str, curvature: Curvature) -> ConfigError:
-    if curvature.plain:
+def _not_finite(what: str, metric: Metric) -> ConfigError:
+    if metric.plain:
         return ConfigError(
             f"{what} not finite: products of these gradients do not fit in float32. Log and ask with a smaller scale=, "
             "or in dtype='float64'."
         )
-    amount = curvature.damping_abs or curvature.damping
+    amount = metric.damping_abs or metric.damping
     return ConfigError(
-        f"{what} not finite with method={curvature.method!r} and damping {amount:.3g}: take a larger one (0.1 is "
-        "usual)."
+        f"{what} not finite with method={metric.method!r} and damping {amount:.3g}: take a larger one (0.1 is usual)."
     )
 
 
@@ -104,30 +98,28 @@ def _named(method: str, reader: Reader, query_dtype: str | None) -> str:
     return f"{method} ({', '.join(notes)})" if notes else method
 
 
-def _fidelity(reader: Reader, curvature: Curvature, normalize: str | None) -> float | None:
+def _fidelity(reader: Reader, metric: Metric, query_dtype: str | None) -> float | None:
     """What was measured of this scoring, if it was just this one that was measured."""
     tuned = reader.manifest.fidelity
     if tuned is None:
         return None
-    measured = dict(tuned["scoring"])
-    asked = measured.pop("normalize", None)
     try:
-        how = Curvature(**measured)
-        same = (how.method, how.stated, how.normalize(asked)) == (curvature.method, curvature.stated, normalize)
-    except (ConfigError, TypeError):  # arguments of another kind, or of a later loghook
+        measured, others = Metric.among(tuned["scoring"])
+    except ConfigError:  # a later loghook may know more
         return None
-    return float(tuned["pearson"]) if same else None
+    same = (measured.method, measured.normalize, measured.stated) == (metric.method, metric.normalize, metric.stated)
+    return float(tuned["pearson"]) if same and {"query_dtype": None} | others == {"query_dtype": query_dtype} else None
 
 
 @on_cpu
-def self_influence(reader: Reader, curvature: Curvature, layers: Sequence[str] | None) -> np.ndarray:
+def self_influence(reader: Reader, metric: Metric, layers: Sequence[str] | None) -> np.ndarray:
     """<H^-1 G, G> for each row of a log, summed over layers: (rows,) float32; kept with the log."""
     _warn_unfinished(reader)
-    rows = _prepare(reader, curvature, choose_layers(reader, layers), own_rows=True)[2]
+    rows = _prepare(reader, metric, choose_layers(reader, layers), own_rows=True)[2]
     assert rows is not None
     values = rows.float().numpy()
     if not np.isfinite(values).all():
-        raise _not_finite("self-influence is", curvature)
+        raise _not_finite("self-influence is", metric)
     return values
 
 
@@ -160,33 +152,9 @@ def choose_layers(reader: Reader, layers: Sequence[str] | None) -> list[LayerSpe
     return [spec for spec in reader.layout.layers if any(fits(spec.name, p) for p in wanted)]
 
 
-def check_match(reader: Reader, query: Query) -> None:
-    """Raise unless query and log share layers and projection, and warn unless they share parameter values.
-
-    The line that is shown is that which called ``on_cpu``'s function.
-    """
-    require_query(query)
-    if query.fingerprint != reader.fingerprint:
-        what = "another rank, projection, seed or kind of gradient"
-        if odd := set(reader.layers) ^ set(query.layers):
-            what = f"other layers (for instance {min(odd)!r} is in one of the two only)"
-        raise MismatchError(
-            f"the query was made with {what} than {reader.path}: make it with log.attach(model).query(...), on the "
-            "same model."
-        )
-    mine = reader.manifest.parameters.get("last") or reader.manifest.parameters.get("first")
-    if mine and query.parameters and mine != query.parameters:
-        warnings.warn(
-            "the query was made with other parameter values than the log ended with: scores compare gradients at "
-            "different points. Load the checkpoint that the log was made with.",
-            CheckpointWarning,
-            stacklevel=5,
-        )
-
-
 def _prepare(
     reader: Reader,
-    curvature: Curvature,
+    metric: Metric,
     chosen: Sequence[LayerSpec],
     query: Query | None = None,
     own_rows: bool = False,
@@ -199,10 +167,10 @@ def _prepare(
     width, columns = reader.layout.gradient_width, reader.layout.kinds["gradients"]
     questions = (torch.zeros(0, width) if query is None else query.matrix[:, :width]).double()
     matrix, own = torch.zeros_like(questions), torch.zeros(len(questions), dtype=torch.float64)
-    rows = _recall(reader, curvature, chosen) if own_rows else None
+    rows = _recall(reader, metric, chosen) if own_rows else None
     fresh = torch.zeros(len(reader), dtype=torch.float64) if own_rows and rows is None else None
     if query is not None or fresh is not None:
-        for group in solvers(reader, curvature, chosen):
+        for group in solvers(reader, metric, chosen):
             for name, solver in group.items():
                 part = questions[:, columns[name]]
                 matrix[:, columns[name]] = solver.apply(part)
@@ -210,24 +178,24 @@ def _prepare(
             if fresh is not None:
                 _add_quadratics(reader, group, fresh)
     if fresh is not None:
-        rows = _keep(reader, curvature, chosen, combine(fresh))
+        rows = _keep(reader, metric, chosen, combine(fresh))
     return matrix.to(working_dtype(reader)), own, rows
 
 
-def _key(curvature: Curvature, chosen: Sequence[LayerSpec]) -> str:
+def _key(metric: Metric, chosen: Sequence[LayerSpec]) -> str:
     """What the rows' self-influence is called in the cache of an open log and in the file beside a finished one."""
     return kept_name(
         what="self-influence",
-        method="dot" if curvature.plain else curvature.method,
-        **curvature.stated,
+        method="dot" if metric.plain else metric.method,
+        **metric.stated,
         layers=checksum(json.dumps([spec.name for spec in chosen]).encode()),
         scheme=1,  # raised when the same arguments mean something else
     )
 
 
-def _recall(reader: Reader, curvature: Curvature, chosen: Sequence[LayerSpec]) -> Tensor | None:
+def _recall(reader: Reader, metric: Metric, chosen: Sequence[LayerSpec]) -> Tensor | None:
     """The rows' self-influence, (rows,) float64, if it was computed before: from memory, or from the file."""
-    key = _key(curvature, chosen)
+    key = _key(metric, chosen)
     if key not in reader.cache and reader.seal is not None:
         # The others take what rank 0 found, so that all or none compute.
         kept = everyone(load_kept(reader.path, reader.seal).get(key) if share()[0] == 0 else None)[0]
@@ -236,8 +204,8 @@ def _recall(reader: Reader, curvature: Curvature, chosen: Sequence[LayerSpec]) -
     return reader.cache.get(key)
 
 
-def _keep(reader: Reader, curvature: Curvature, chosen: Sequence[LayerSpec], values: Tensor) -> Tensor:
-    key = _key(curvature, chosen)
+def _keep(reader: Reader, metric: Metric, chosen: Sequence[LayerSpec], values: Tensor) -> Tensor:
+    key = _key(metric, chosen)
     reader.cache[key] = values
     if reader.seal is not None and share()[0] == 0:
         save_kept(reader.path, reader.seal, key, values.numpy())

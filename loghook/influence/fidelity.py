@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from loghook.errors import ConfigError
 from loghook.influence.engine import influence
-from loghook.influence.precondition import working_dtype
+from loghook.influence.precondition import Metric, working_dtype
 from loghook.log.query import Query
 from loghook.log.reader import Reader
 from loghook.processes import on_cpu
@@ -104,7 +104,7 @@ def compared_methods(reader: Reader) -> tuple[str, ...]:
 def _ask(reader: Reader, query: Query, method: str) -> tuple[np.ndarray, float]:
     """Scores (queries, rows) and the seconds that they took."""
     start = time.perf_counter()
-    return influence(reader, query, method=method).values, time.perf_counter() - start
+    return influence(reader, query, Metric(method=method)).values, time.perf_counter() - start
 
 
 def correlations(a: np.ndarray, b: np.ndarray) -> NDArray[np.float64]:

@@ -10,7 +10,7 @@ from torch import Tensor
 from loghook.errors import ConfigError, MismatchError, StateError
 from loghook.influence.engine import influence
 from loghook.influence.fidelity import TOP, as_questions, compared_methods
-from loghook.influence.precondition import progress
+from loghook.influence.precondition import Metric, progress
 from loghook.influence.scores import Scores
 from loghook.influence.solvers import gram_basis
 from loghook.log.disk import plain
@@ -68,7 +68,8 @@ class Index:
         def scan(matrix: Tensor) -> tuple[np.ndarray, np.ndarray]:
             return self._rescore(matrix, top, min(candidates, len(self.rows)))
 
-        return influence(self._reader, query, method=method, top=top, scan=scan, **options)
+        metric, others = Metric.among({"method": method} | options)
+        return influence(self._reader, query, metric, top=top, scan=scan, **others)
 
     def recall(
         self, query: Query | int, top: int = TOP, method: str = "ekfac", *, candidates: int = CANDIDATES, **options: Any
@@ -86,7 +87,8 @@ class Index:
             candidates = max(candidates, top)
         own = own or [set()] * len(query)
         found = self.search(query, top, method, candidates=candidates, **options).places
-        true = influence(self._reader, query, method=method, top=top, **options).places
+        metric, others = Metric.among({"method": method} | options)
+        true = influence(self._reader, query, metric, top=top, **others).places
         assert found is not None and true is not None
         sets = [(set(a) - mine, set(b) - mine) for a, b, mine in zip(found.tolist(), true.tolist(), own, strict=True)]
         return float(np.mean([len(a & b) / len(b) for a, b in sets]))

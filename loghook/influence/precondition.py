@@ -1,8 +1,8 @@
 """From a method's name to solvers for every layer, fitted on the log in as few scans as memory allows."""
 
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -25,12 +25,13 @@ FIT_BYTES = 2**30  # what dense curvature of a group of layers may take at a tim
 
 
 @dataclass(frozen=True, kw_only=True)
-class Curvature:
-    """Which curvature, and how it is damped."""
+class Metric:
+    """How two gradients are compared: by which curvature, how it is damped, and what scores are divided by."""
 
     method: str  # one of METHODS
     damping: float = 0.1  # times the layer's mean eigenvalue
     damping_abs: float | None = None  # added as it is, instead
+    normalize: str | None = None  # one of NORMALIZE; "cosine" is "dot" with "unit", unless another is asked for
 
     def __post_init__(self) -> None:
         if self.method not in METHODS:
@@ -41,23 +42,28 @@ class Curvature:
         if not isinstance(value, int | float) or not 0 < value < float("inf"):
             name = "damping" if self.damping_abs is None else "damping_abs"
             raise ConfigError(f"{name}={value!r} must be positive and finite; 0.1 of the mean eigenvalue is usual.")
+        if self.normalize not in NORMALIZE:
+            raise ConfigError(f"normalize={self.normalize!r} is unknown: choose None, 'unit' or 'relatif'.")
+        if self.method == "cosine" and self.normalize is None:
+            object.__setattr__(self, "normalize", "unit")
+
+    @classmethod
+    def among(cls, arguments: Mapping[str, Any]) -> tuple["Metric", dict[str, Any]]:
+        """From arguments of ``Log.influence``: the metric, and the other arguments."""
+        mine = {field.name for field in fields(cls)}
+        metric = cls(**{name: value for name, value in arguments.items() if name in mine})
+        return metric, {name: value for name, value in arguments.items() if name not in mine}
 
     @property
     def plain(self) -> bool:
-        """Whether there is none, but plain inner products."""
+        """Whether there is no curvature, but plain inner products."""
         return self.method in PLAIN
 
     @property
     def stated(self) -> dict[str, Any]:
-        """Damping as results state it: of the two kinds the one that counts, and neither without curvature."""
+        """Damping as results state it: of the two kinds the one that counts, and neither without metric."""
         relative = None if self.plain or self.damping_abs is not None else self.damping
         return {"damping": relative, "damping_abs": None if self.plain else self.damping_abs}
-
-    def normalize(self, asked: str | None) -> str | None:
-        """What scores are divided by: what was asked for, or what the method says."""
-        if asked not in NORMALIZE:
-            raise ConfigError(f"normalize={asked!r} is unknown: choose None, 'unit' or 'relatif'.")
-        return asked or ("unit" if self.method == "cosine" else None)
 
     def amount(self, mean_eigenvalue: float) -> float:
         """What is added to a layer's eigenvalues."""
@@ -81,25 +87,25 @@ def progress(reader: Reader, what: str, *, stored: bool = False) -> Iterator[tup
             done.update(len(block))
 
 
-def solvers(reader: Reader, curvature: Curvature, layers: Sequence[LayerSpec]) -> Iterator[dict[str, Solver]]:
+def solvers(reader: Reader, metric: Metric, layers: Sequence[LayerSpec]) -> Iterator[dict[str, Solver]]:
     """Fit a solver for each layer: {name: solver}, in groups whose curvature fits in memory together.
 
     A layer without any gradient in the log, or with next to none, has none: it has nothing to say.
     """
-    if curvature.plain:
+    if metric.plain:
         yield {spec.name: Identity() for spec in layers}
-    elif curvature.method == "fisher":
+    elif metric.method == "fisher":
         for group in in_memory(layers, len(reader)):
-            yield _fit_fisher(reader, curvature, group)
+            yield _fit_fisher(reader, metric, group)
     else:
-        shampoo = curvature.method == "shampoo"
+        shampoo = metric.method == "shampoo"
         bases = _row_bases(reader, layers) if shampoo else _token_bases(reader, layers)
         eigenvalues = {name: basis.products for name, basis in bases.items()}
-        if curvature.method != "kfac":
+        if metric.method != "kfac":
             eigenvalues = _corrected_eigenvalues(reader, "shampoo" if shampoo else "ekfac", bases)
         narrow = working_dtype(reader) == torch.float32
         yield {
-            name: Diagonal(bases[name], values, curvature.amount(float(values.mean())), of_all=narrow)
+            name: Diagonal(bases[name], values, metric.amount(float(values.mean())), of_all=narrow)
             for name, values in eigenvalues.items()
             if float(values.sum()) > _vanishing(reader)
         }
@@ -160,7 +166,7 @@ def _corrected_eigenvalues(reader: Reader, kind: str, bases: dict[str, Eigenbasi
     return {name: reader.cache[kind, name] for name in bases}
 
 
-def _fit_fisher(reader: Reader, curvature: Curvature, group: Sequence[LayerSpec]) -> dict[str, Solver]:
+def _fit_fisher(reader: Reader, metric: Metric, group: Sequence[LayerSpec]) -> dict[str, Solver]:
     columns, few = reader.layout.kinds["gradients"], {spec.name for spec in group if len(reader) < spec.width}
     # All rows of a layer where they are few, else the sum of their outer products.
     sums = {s.name: torch.zeros(min(len(reader), s.width), s.width, dtype=torch.float64) for s in group}
@@ -178,7 +184,7 @@ def _fit_fisher(reader: Reader, curvature: Curvature, group: Sequence[LayerSpec]
         trace = float(total.square().sum() if spec.name in few else total.trace()) / len(reader)
         if trace <= _vanishing(reader):
             continue
-        damping = curvature.amount(trace / spec.width)
+        damping = metric.amount(trace / spec.width)
         fitted[spec.name] = LowRank(total, damping) if spec.name in few else Dense(total.div_(len(reader)), damping)
     return fitted
 

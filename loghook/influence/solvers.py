@@ -60,7 +60,7 @@ class Diagonal:
             # Where no row has a component, that of a question scores zero: divided by a small damping it would drown
             # the scores in rounding, which leaves so much of factors and of means of squares where there is nothing.
             products, least = basis.products, 1e-6 * basis.products.max()
-            empty = (products.amax(0) <= least) | (products.amax(1, keepdim=True) <= least)
+            empty = (products.amax(0) < least) | (products.amax(1, keepdim=True) < least)
             self._reached = self.inverse.masked_fill(empty | (eigenvalues <= 1e-12 * eigenvalues.mean()), 0)
 
     def rotated(self, rows: Tensor) -> Tensor:

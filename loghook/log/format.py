@@ -185,6 +185,11 @@ class Manifest:
         """Of what makes rows comparable: layers, k's and the projection; not the storage dtype."""
         return self.made.fingerprint
 
+    @property
+    def values(self) -> str | None:
+        """Digest of the sampled parameter values that the rows ended with, if it is known."""
+        return self.parameters.get("last") or self.parameters.get("first")
+
     def save(self, path: Path) -> None:
         write_atomically(path / MANIFEST, self.encode())
 

@@ -131,7 +131,7 @@ def merge(out: str | Path, runs: Sequence[str | Path]) -> Changed:
             if getattr(manifest, name) != getattr(first, name):
                 raise MismatchError(f"{path} and {paths[0]} {_difference(manifest, first, name)}")
     done = _entry("merge", runs=[_origin(m) for m in manifests])
-    values = {m.parameters.get("last") or m.parameters.get("first") for m in manifests} - {None}
+    values = {m.values for m in manifests} - {None}
     parameters: dict[str, str | None] = {"last": SEVERAL} if len(values) > 1 else first.parameters
     merged = _build(out, list(zip(paths, manifests, strict=True)), first.dtype, [done], parameters)
     if len(values) > 1:

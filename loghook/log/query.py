@@ -160,6 +160,36 @@ def require_query(query: Any) -> None:
         )
 
 
+def require_match(
+    query: Any, made: Made, values: str | None, whose: str, asked_of: str, *, stacklevel: int = 3
+) -> None:
+    """Raise unless this is a query of what was ``made``, and warn if it was made with other parameter values.
+
+    Args:
+        query: what the user passed.
+        made: what the rows, or factors, were made with.
+        values: digest of the parameter values that they were made with, or None if any will do.
+        whose: what they are called in messages.
+        asked_of: what makes such queries.
+        stacklevel: of the warning.
+    """
+    require_query(query)
+    if query.fingerprint != made.fingerprint:
+        what = "another rank, projection, seed or kind of gradient"
+        if odd := {spec.name for spec in made.layers} ^ set(query.layers):
+            what = f"other layers (for instance {min(odd)!r} is in one of the two only)"
+        raise MismatchError(
+            f"the query was made with {what} than {whose}: make it with {asked_of}.query(...), on the same model."
+        )
+    if values and query.parameters and values != query.parameters:
+        warnings.warn(
+            f"the query was made with other parameter values than {whose}: gradients at different points would be "
+            "compared. Load that checkpoint first.",
+            CheckpointWarning,
+            stacklevel=stacklevel,
+        )
+
+
 def require_one_query(query: Query, what: object) -> None:
     """Raise unless all processes ask the same questions: each scores a share of ``what`` for the answers of all."""
     (ids, norms), *others = everyone((query.data_ids, query.matrix.norm(dim=1).tolist()))

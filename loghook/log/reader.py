@@ -13,7 +13,7 @@ from torch import Tensor
 from loghook.errors import CorruptLogError, StateError
 from loghook.log.disk import absolute
 from loghook.log.files import load_moments, load_sides
-from loghook.log.format import Layout, Manifest, commits_name, shard_name
+from loghook.log.format import Layout, Made, Manifest, commits_name, shard_name
 from loghook.log.query import find_columns
 from loghook.log.records import all_commits
 from loghook.log.shard import BLOCK_BYTES, CHANGED, Shard
@@ -21,7 +21,6 @@ from loghook.progress import bar
 
 T = TypeVar("T")
 
-MAPPED = 64  # shards that stay mapped while rows are looked at out of order
 TRIES = 10  # how often a log is read anew that grows faster than it is opened
 
 
@@ -56,7 +55,6 @@ class Reader:
         self.path = absolute(path)
         self.cache: dict[Any, Any] = {}  # what was computed from the rows, for as long as the log is open
         self.warned = False
-        self._mapped: dict[Shard, None] = {}  # those that were looked at out of order, the latest last
         for left in reversed(range(TRIES)):
             self.manifest, failure = Manifest.load(self.path), None
             try:
@@ -93,9 +91,14 @@ class Reader:
         return tuple(spec.name for spec in self.layout.layers)
 
     @property
+    def made(self) -> Made:
+        """What the rows were made with."""
+        return self.manifest.made
+
+    @property
     def fingerprint(self) -> str:
         """Digest of layers and projection; a query must have the same."""
-        return self.manifest.fingerprint
+        return self.made.fingerprint
 
     @property
     def finished(self) -> bool:
@@ -174,18 +177,14 @@ class Reader:
         row_bytes = self.codec.row_bytes if stored else self.codec.width * self.dtype.itemsize
         step = rows or max(1, BLOCK_BYTES // row_bytes)
         for shard, first, last in ahead(self._pieces(share)):
-            data = shard.mapped()
             for start in range(first, last, step):
                 stop = min(start + step, last)
-                block, place = data[start:stop], slice(shard.first + start, shard.first + stop)
+                block, place = shard.mapped(start, stop), slice(shard.first + start, shard.first + stop)
                 if self._keep is not None:
                     kept = self._keep[place]
                     place = slice(*self._kept_before[[place.start, place.stop]].tolist())
                     block = block if kept.all() else block[torch.from_numpy(kept)]
                 yield place, block if stored else self.codec.decode(block)
-                shard.release(start, stop)
-            if last == shard.rows:
-                shard.map = None  # with its descriptor: a log may have more shards than a process may open files
 
     def _pieces(self, share: tuple[int, int]) -> Iterator[tuple[Shard, int, int]]:
         """Verified ranges of rows: their shard, the first row in it, and the end."""
@@ -201,7 +200,7 @@ class Reader:
             inside = (physical >= shard.first) & (physical < shard.first + shard.rows)
             if not inside.any():
                 continue
-            data = self._touched(shard)
+            data = shard.touch(0, shard.rows)
             if not len(out):  # only now: a file that is there vouches for the width that the manifest states
                 out = self._empty(len(physical), columns)
             step = max(1, BLOCK_BYTES // max(self.codec.row_bytes, out.shape[1] * out.itemsize))
@@ -214,24 +213,13 @@ class Reader:
     def _empty(self, rows: int, columns: slice) -> Tensor:
         return torch.empty(rows, len(range(self.codec.width)[columns]), dtype=self.dtype, device="cpu")
 
-    def _touched(self, shard: Shard) -> Tensor:
-        """A shard's rows, mapped; only so many stay so, as each map holds a descriptor."""
-        data = shard.touch()
-        self._mapped.pop(shard, None)
-        self._mapped[shard] = None
-        if len(self._mapped) > MAPPED:
-            oldest = next(iter(self._mapped))
-            self._mapped.pop(oldest, None)
-            oldest.map = None
-        return data
-
     def view(self, start: int, stop: int) -> Tensor | None:
         """Rows as a view of the map, or None if they lie in several shards or around repeats, or are coded."""
         if self._keep is not None or self.codec.coded:
             return None
         for shard in self._shards:
             if shard.first <= start and stop <= shard.first + shard.rows:
-                return self._touched(shard)[start - shard.first : stop - shard.first]
+                return shard.touch(start - shard.first, stop - shard.first)
         return None
 
     def verify(self) -> list[str]:

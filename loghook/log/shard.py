@@ -91,26 +91,31 @@ class Shard:
     # (first row in the shard, rows, checksum) of every record
     parts: list[tuple[int, int, str]] = field(default_factory=list)
     good: bool = False  # whether every record was verified
-    map: mmap.mmap | None = None  # of the file, while rows are looked at
 
-    def touch(self) -> Tensor:
-        """The rows as they are stored (see ``Codec``), mapped and verified."""
+    def touch(self, start: int, stop: int) -> Tensor:
+        """Some rows as ``mapped`` gives them, once all of the shard are verified."""
         for _ in self.pieces():
             pass
-        return self.mapped()
+        return self.mapped(start, stop)
 
-    def mapped(self) -> Tensor:
-        """The rows as they are stored, a view of the map; only those that ``pieces`` yielded are verified."""
-        if self.map is None:
-            with self._opened() as file:
-                self.map = mmap.mmap(file.fileno(), self._place(self.rows), access=mmap.ACCESS_READ)
-            if hasattr(mmap, "MADV_SEQUENTIAL"):  # pages that have left the page cache since are read ahead
-                self.map.madvise(mmap.MADV_SEQUENTIAL)
-        count = self.rows * self.codec.columns
+    def mapped(self, start: int, stop: int) -> Tensor:
+        """Some rows as they are stored (see ``Codec``); only those that ``pieces`` yielded are verified.
+
+        A view of a map of just these rows, which goes with its last view: a scan's resident memory stays flat, and a
+        log may have more shards than a process may open files.
+        """
+        place, size = SHARD_HEADER + start * self.codec.row_bytes, (stop - start) * self.codec.row_bytes
+        skip = place % mmap.ALLOCATIONGRANULARITY
+        with self._opened() as file:
+            view = mmap.mmap(file.fileno(), skip + size, access=mmap.ACCESS_READ, offset=place - skip)
+        if hasattr(mmap, "MADV_SEQUENTIAL"):  # pages that have left the page cache since are read ahead
+            view.madvise(mmap.MADV_SEQUENTIAL)
         with warnings.catch_warnings():  # which is not for threads, so that a scan calls this in its own
             warnings.simplefilter("ignore", UserWarning)  # the map is read-only and stays so
-            flat = torch.frombuffer(self.map, dtype=self.codec.stored, offset=SHARD_HEADER, count=count)
-        return flat.view(self.rows, self.codec.columns)
+            flat = torch.frombuffer(
+                view, dtype=self.codec.stored, offset=skip, count=size // self.codec.stored.itemsize
+            )
+        return flat.view(stop - start, self.codec.columns)
 
     def pieces(self) -> Iterator[tuple[int, int]]:
         """Yield ranges of rows, each once it is verified."""
@@ -136,7 +141,7 @@ class Shard:
     @contextmanager
     def _opened(self) -> Iterator[FileIO]:
         """Open the file, whose size and header have to be right, at its first row."""
-        end = self._place(self.rows)
+        end = SHARD_HEADER + self.rows * self.codec.row_bytes
         try:
             with open(self.file, "rb", buffering=0) as file:
                 size = file.seek(0, 2)
@@ -154,15 +159,6 @@ class Shard:
             if isinstance(error, FileNotFoundError) and self.manifest.superseded(self.file.parent):
                 raise StateError(CHANGED.format(self.file.parent)) from error
             raise CorruptLogError(f"{self.file} cannot be read ({error}): {LOG_AGAIN}.") from error
-
-    def release(self, start: int, stop: int) -> None:
-        """Let go of scanned pages, so that a scan's resident memory stays flat; they remain in the page cache."""
-        if self.map is not None and hasattr(mmap, "MADV_DONTNEED"):
-            first = self._place(start) // mmap.PAGESIZE * mmap.PAGESIZE
-            self.map.madvise(mmap.MADV_DONTNEED, first, self._place(stop) - first)
-
-    def _place(self, row: int) -> int:
-        return SHARD_HEADER + row * self.codec.row_bytes
 
     def _header_is_ours(self, header: bytes) -> bool:
         """Whether a header is what the writer writes: for no rows while the shard grows, for all once it is closed."""

@@ -24,9 +24,9 @@ def square_size(width: int) -> int:
     return sum((part.stop - part.start) ** 2 for part in cut(width))
 
 
-def blocks_of(flat: Tensor, width: int, limit: int = BLOCK) -> list[Tensor]:
+def blocks_of(flat: Tensor, width: int) -> list[Tensor]:
     """Give the flattened blocks of a (width, width) matrix their shapes back."""
-    sizes = [part.stop - part.start for part in cut(width, limit)]
+    sizes = [part.stop - part.start for part in cut(width)]
     return [block.view(n, n) for n, block in zip(sizes, flat.split([n * n for n in sizes]), strict=True)]
 
 
@@ -58,10 +58,15 @@ class Factor:
     vectors: Sequence[Tensor]  # for each block its eigenvectors as columns
 
     @classmethod
-    def of(cls, flat: Tensor, width: int, limit: int = BLOCK) -> "Factor":
+    def of(cls, flat: Tensor, width: int) -> "Factor":
         """Decompose flattened blocks (see ``second_moment_blocks``), already divided by the number of tokens."""
+        return cls.of_blocks(blocks_of(flat, width))
+
+    @classmethod
+    def of_blocks(cls, blocks: Sequence[Tensor]) -> "Factor":
+        """Decompose diagonal blocks of a mean second moment, in float64."""
         values, vectors = [], []
-        for block in map(Tensor.double, blocks_of(flat, width, limit)):
+        for block in map(Tensor.double, blocks):
             w, v = torch.linalg.eigh((block + block.T) / 2)
             # Eigenvectors are free in sign; this choice survives other rounding, as of another number of processes.
             values.append(w.clamp(min=0))

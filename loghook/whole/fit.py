@@ -3,6 +3,7 @@
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,13 @@ from loghook.capture.select import HEAD, Watch
 from loghook.capture.whole import Covariance, Eigenvalues
 from loghook.errors import CheckpointWarning, ConfigError, LogExistsError, MismatchError, StateError
 from loghook.factors import Eigenbasis, FactorStore, pack_factors
-from loghook.influence.precondition import PLAIN, Curvature
+from loghook.influence.precondition import PLAIN, Metric
 from loghook.influence.scores import Scores
 from loghook.influence.solvers import Diagonal, Identity
 from loghook.log.disk import lock, lock_name, plain, writing
 from loghook.log.files import FACTORS
 from loghook.log.format import MANIFEST, Made
-from loghook.log.query import Query, require_one_query, require_query
+from loghook.log.query import Query, require_match, require_one_query, require_query
 from loghook.processes import process_rank, shared
 from loghook.whole.refine import Damped, GaussNewton, OutputLoss, Outputs, require_batches, require_sum, solve, unrolled
 from loghook.whole.scoring import Scoring, rotations
@@ -58,7 +59,7 @@ class Fit(Blocks, Hooked):
                     (path / FACTORS).unlink(missing_ok=True)  # or a later resume would take the old ones for these
         self._pass: Pass | None = None
         self._began_with: str | None = None  # digest of sampled parameter values when the pass began
-        self._solvers: dict[Curvature, dict[str, Diagonal]] = {}
+        self._solvers: dict[Metric, dict[str, Diagonal]] = {}
         self.watched: dict[str, Any] = {}  # the arguments of watch(), for other runs that shall see the same layers
 
     def watch(
@@ -171,7 +172,11 @@ class Fit(Blocks, Hooked):
     @property
     def fingerprint(self) -> str:
         """Digest of the watched layers; a question must have the same."""
-        return Made(self.specs, self._projection, self._seed).fingerprint
+        return self._made.fingerprint
+
+    @property
+    def _made(self) -> Made:
+        return Made(self.specs, self._projection, self._seed)
 
     def score(
         self,
@@ -204,10 +209,9 @@ class Fit(Blocks, Hooked):
         Raises:
             ConfigError: an argument that cannot work, as curvature or norms of questions that have theirs already.
         """
-        self._require_whole(query)
+        self._require_match(query)
         method = method or ("ekfac" if query.direction is None else "dot")
-        curvature = Curvature(method=method, damping=damping, damping_abs=damping_abs)
-        normalize = curvature.normalize(normalize)
+        metric = Metric(method=method, damping=damping, damping_abs=damping_abs, normalize=normalize)
         if query.direction is not None and (method != "dot" or normalize):
             raise ConfigError(
                 f"this query is preconditioned already ({query.direction}): score it with method='dot' and without "
@@ -216,7 +220,7 @@ class Fit(Blocks, Hooked):
         rank = plain(rank)
         if rank is not None and (type(rank) is not int or rank < 1):
             raise ConfigError(f"rank={rank!r} must be a whole number of at least 1, or None for whole questions.")
-        return Scoring(self, query, curvature, rank=rank, normalize=normalize, per_layer=per_layer)
+        return Scoring(self, query, metric, rank=rank, per_layer=per_layer)
 
     def self_influence(
         self, method: str = "ekfac", *, damping: float = 0.1, damping_abs: float | None = None, per_layer: bool = False
@@ -226,8 +230,8 @@ class Fit(Blocks, Hooked):
         Arguments are as in ``score``. The Scoring's scores have one question, "self": ``values[0]`` is one number for
         each sample, ``top(10)[0]`` the ten largest.
         """
-        curvature = Curvature(method=method, damping=damping, damping_abs=damping_abs)
-        return Scoring(self, None, curvature, per_layer=per_layer)
+        metric = Metric(method=method, damping=damping, damping_abs=damping_abs)
+        return Scoring(self, None, metric, per_layer=per_layer)
 
     def refine(
         self,
@@ -265,12 +269,12 @@ class Fit(Blocks, Hooked):
         Returns:
             A query that holds u; ``query.direction`` says how it was made, residual included.
         """
-        self._require_whole(query)
+        self._require_match(query)
         require_one_query(query, "the curvature")
-        amount = Curvature(method="ekfac", damping=damping, damping_abs=damping_abs).amount(self.mean_eigenvalue)
+        amount = Metric(method="ekfac", damping=damping, damping_abs=damping_abs).amount(self.mean_eigenvalue)
         g = query.matrix.to(self._layers[0].device_and_dtype()[0])
         bases = {name: basis.to(g) for name, basis in self._require_store().bases.items()}
-        preconditioner = self._inverses(bases, Curvature(method="ekfac", damping_abs=amount))
+        preconditioner = self._inverses(bases, Metric(method="ekfac", damping_abs=amount))
         matrix = GaussNewton(self._layers, self._layout, require_batches(batches), outputs, loss)
         require_sum(matrix)
         u, residuals = solve(
@@ -306,7 +310,7 @@ class Fit(Blocks, Hooked):
         """
         if not 0 < time < float("inf"):
             raise ConfigError(f"time={time!r} must be positive and finite: the sum of the segment's learning rates.")
-        self._require_layers(query)
+        self._require_match(query, at_any_values=True)
         sought, left = unrolled(query.matrix, self._require_store(), self._layout.kinds["gradients"], time)
         direction = query.with_rows(sought, f"source, time {time:.3g}")
         carried = query.with_rows(left, f"carried over time {time:.3g}")
@@ -349,45 +353,33 @@ class Fit(Blocks, Hooked):
                 loss(batch).backward()
         return scoring.scores().among(candidates)
 
-    def solvers(self, curvature: Curvature) -> dict[str, Diagonal] | dict[str, Identity]:
+    def solvers(self, metric: Metric) -> dict[str, Diagonal] | dict[str, Identity]:
         """The inverse curvature of every layer: {name: solver}, kept for the next call."""
-        if curvature.plain:
+        if metric.plain:
             return {name: Identity() for name in self.layers}
-        if curvature not in self._solvers:
-            self._solvers = {curvature: self._inverses(self._require_store().bases, curvature)}
-        return self._solvers[curvature]
+        metric = replace(metric, normalize=None)  # which changes nothing here
+        if metric not in self._solvers:
+            self._solvers = {metric: self._inverses(self._require_store().bases, metric)}
+        return self._solvers[metric]
 
-    def _inverses(self, bases: Mapping[str, Eigenbasis], curvature: Curvature) -> dict[str, Diagonal]:
+    def _inverses(self, bases: Mapping[str, Eigenbasis], metric: Metric) -> dict[str, Diagonal]:
         """A layer that never got a gradient contributes nothing."""
-        if curvature.method not in WHOLE_METHODS:
+        if metric.method not in WHOLE_METHODS:
             raise ConfigError(
-                f"method={curvature.method!r} has no whole-gradient form: choose from {', '.join(WHOLE_METHODS)}."
+                f"method={metric.method!r} has no whole-gradient form: choose from {', '.join(WHOLE_METHODS)}."
             )
         values = {name: basis.products for name, basis in bases.items()}
-        if curvature.method == "ekfac":
+        if metric.method == "ekfac":
             values = self._require_store().eigenvalues()
         found = {}
         for name, basis in bases.items():
-            damping = curvature.amount(float(values[name].double().mean()))
+            damping = metric.amount(float(values[name].double().mean()))
             found[name] = Diagonal(basis, values[name].to(basis.q_in.device), damping)
         return found
 
-    def _require_whole(self, query: Query) -> None:
-        self._require_layers(query)
-        fitted = self._require_store().parameters
-        if fitted and query.parameters and fitted != query.parameters:
-            warnings.warn(
-                "the query was made with other parameter values than the factors were fitted with: load those first.",
-                CheckpointWarning,
-                stacklevel=3,
-            )
-
-    def _require_layers(self, query: Query) -> None:
-        require_query(query)
-        if query.fingerprint != self.fingerprint:
-            raise MismatchError(
-                "the query does not hold whole gradients of these layers: make it with this object's query(...)."
-            )
+    def _require_match(self, query: Query, *, at_any_values: bool = False) -> None:
+        values = None if at_any_values else self._require_store().parameters
+        require_match(query, self._made, values, f"the whole gradients of {self.path}", "this object", stacklevel=4)
 
     def _require_store(self) -> FactorStore:
         if self._store is None or not self._layers:

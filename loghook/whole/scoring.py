@@ -12,7 +12,7 @@ from loghook.capture.batch import Blocks, Given, Ids, check_ids
 from loghook.capture.whole import Products
 from loghook.errors import NotFiniteError, StateError
 from loghook.factors import Eigenbasis
-from loghook.influence.precondition import Curvature
+from loghook.influence.precondition import Metric
 from loghook.influence.scores import Scores
 from loghook.influence.solvers import Diagonal, Identity, nonzero
 from loghook.log.query import Query, require_one_query
@@ -35,20 +35,19 @@ class Scoring(Blocks):
         self,
         fit: "Fit",
         query: Query | None,
-        curvature: Curvature,
+        metric: Metric,
         *,
         rank: int | None = None,
-        normalize: str | None = None,
         per_layer: bool = False,
     ) -> None:
         """Without a query each sample is scored against itself."""
-        self._fit, self._query, self._curvature = fit, query, curvature
-        self._normalize, self._per_layer = normalize, per_layer
+        self._fit, self._query, self._metric, self._per_layer = fit, query, metric, per_layer
+        self._normalize = None if query is None else metric.normalize
         self._seen: dict[int | str, None] = {}
         self._parts: list[Tensor] = []
-        solvers = fit.solvers(curvature)
-        self._job, self.lost = _job(fit, query, solvers, rank, own=query is None or normalize is not None)
-        self._norms = None if query is None or normalize != "unit" else _norms(query, solvers)
+        solvers = fit.solvers(metric)
+        self._job, self.lost = _job(fit, query, solvers, rank, own=query is None or self._normalize is not None)
+        self._norms = None if query is None or self._normalize != "unit" else _norms(query, solvers)
 
     @contextmanager
     def _block(self, data_id: Ids, given: Given) -> Iterator[None]:
@@ -96,9 +95,9 @@ class Scoring(Blocks):
             data_ids=list(places),
             by_layer=np.ascontiguousarray(by_layer.numpy()) if self._per_layer else None,
             layers=self._fit.layers,
-            method=f"{direction or self._curvature.method} (whole gradients)",
+            method=f"{direction or self._metric.method} (whole gradients)",
             normalize=self._normalize,
-            **self._curvature.stated,
+            **self._metric.stated,
             fingerprint=self._fit.fingerprint,
             log=str(self._fit.path),
         )

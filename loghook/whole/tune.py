@@ -24,6 +24,7 @@ from loghook.capture.run import Run
 from loghook.errors import ConfigError
 from loghook.influence.engine import influence
 from loghook.influence.fidelity import likeness
+from loghook.influence.precondition import Metric
 from loghook.influence.scores import Scores
 from loghook.log import maintain
 from loghook.log.format import Layout, grouped
@@ -281,7 +282,8 @@ def _measured(
     groups = grouped(log.layers)
     best: dict[int, Candidate] = {}  # by the number of groups
     for how in methods:
-        scores = influence(log, query, per_layer=True, **how)
+        metric, others = Metric.among(how)
+        scores = influence(log, query, metric, per_layer=True, **others)
         # Norms are over all layers, so that normalised scores do not add up to those of some.
         if subsets and scores.normalize is None:
             grown = _grown(
