@@ -21,7 +21,7 @@ from loghook.influence.scores import Scores
 from loghook.log import maintain
 from loghook.log.disk import absolute
 from loghook.log.files import load_sides
-from loghook.log.query import Query, find_columns
+from loghook.log.query import Query
 from loghook.log.reader import Reader
 from loghook.processes import on_cpu
 from loghook.project.projection import FITTED, draw_side, shared_input_name
@@ -183,7 +183,7 @@ class Log(Reader):
         Raises:
             StateError: if the projection is not fitted yet.
         """
-        spec, _ = find_columns(self.layout, layer, "gradients")
+        spec, _ = self.layout.find(layer)
         m = self.manifest
         if m.fitted is not None:
             inputs, outputs = load_sides(self.path, m.fitted)[layer]

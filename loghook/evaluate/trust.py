@@ -275,7 +275,7 @@ class Part(Reader):
         """No name: what is computed from a part is not kept with the log."""
 
     def query(self, query: Query) -> Query:
-        return Query(query.data_ids).fill(self._cut(query.matrix), self._made)
+        return Query(query.data_ids, self._cut(query.matrix), self._made)
 
     def blocks(
         self, rows: int | None = None, share: tuple[int, int] = (0, 1), *, stored: bool = False
@@ -329,7 +329,7 @@ def _p_values(log: Reader, query: Query, metric: Metric, top_Qk: NDArray[np.int6
     mixed = torch.zeros(nulls, width, dtype=torch.float64)
     for place, block in progress(log, "chance"):
         mixed += weights[:, place] @ block[:, :width].double()
-    chance = Query(range(nulls)).fill(combine(mixed), log.manifest.made)
+    chance = Query(list(range(nulls)), combine(mixed), log.made)
     best = engine.influence(log, chance, replace(metric, normalize="unit"), top=1).values[:, 0]
     aligned = engine.influence(log, query, replace(metric, normalize="unit")).values
     seen = np.take_along_axis(aligned, top_Qk, axis=1)

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
 
-from loghook.errors import CorruptLogError, VersionError
+from loghook.errors import ConfigError, CorruptLogError, VersionError
 from loghook.log.codec import DTYPES, Codec, make_codec
 from loghook.log.disk import canonical_json, checksum, parse_object, write_atomically
 from loghook.log.files import no_log
@@ -99,6 +99,22 @@ class Layout:
             self.moments[spec.name] = (slice(end, middle), slice(middle, last), last)
             end = last + 1
         self.moments_width = end
+
+    @property
+    def columns(self) -> dict[str, slice]:
+        """Where each layer's gradient is in a row."""
+        return self.kinds["gradients"]
+
+    def find(self, layer: str, kind: str = "gradients") -> tuple[LayerSpec, slice]:
+        """A layer's spec and its columns of a row, for one kind of rows."""
+        if kind not in self.kinds:
+            raise ConfigError(f"kind={kind!r} is unknown: choose one of {', '.join(self.kinds)}.")
+        specs = {spec.name: spec for spec in self.layers}
+        if layer not in specs:
+            raise ConfigError(f"layer {layer!r} is not in the log; its layers are {listed(specs)}.")
+        if layer not in self.kinds[kind]:
+            raise ConfigError(f"layer {layer!r} was logged without {kind}: pass watch(..., {kind}='mean').")
+        return specs[layer], self.kinds[kind][layer]
 
     def codec(self, dtype: str) -> Codec:
         return make_codec(dtype, [(s.k_out, s.k_in) for s in self.layers], self.width - self.gradient_width)
