@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
@@ -13,8 +14,9 @@ from typing import Any, get_args, get_origin
 from loghook.errors import ConfigError, CorruptLogError, VersionError
 from loghook.log.codec import DTYPES, Codec, make_codec
 from loghook.log.disk import canonical_json, checksum, parse_object, write_atomically
-from loghook.log.files import no_log
+from loghook.log.files import Sides, no_log
 from loghook.project.outer import GRADIENTS
+from loghook.project.projection import Side, draw_side, shared_input_name
 
 VERSION = 3
 ON_REPEAT = (None, "error", "first", "all")  # what happens to a data_id that comes again
@@ -41,6 +43,11 @@ class LayerSpec:
     flattened: bool = False  # whether the module's input has batch and tokens in one axis, batch first
 
     @property
+    def widths(self) -> tuple[int, int]:
+        """Rows and columns of the full gradient, of which k_out and k_in are what is left."""
+        return self.out_features, self.in_features + self.bias
+
+    @property
     def width(self) -> int:
         """Values of its gradient in a row."""
         return self.k_in * self.k_out
@@ -65,6 +72,19 @@ def listed(names: Iterable[str], most: int = 8) -> str:
     if len(names) > most:
         names = list(grouped(names))
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def draw_sides(layers: Iterable[LayerSpec], kind: str, seed: int) -> Sides:
+    """Draw layers' projections, {layer: (input side, output side)}; siblings that read one input share its side."""
+
+    @cache
+    def draw(name: str, side: str, width: int, k: int) -> Side:
+        return draw_side(kind, seed=seed, name=name, side=side, width=width, rank=k)
+
+    return {
+        s.name: (draw(shared_input_name(s.name), "in", s.widths[1], s.k_in), draw(s.name, "out", s.widths[0], s.k_out))
+        for s in layers
+    }
 
 
 class Layout:
@@ -276,7 +296,7 @@ def _check_values(m: Manifest) -> None:
         sizes = (layer.in_features, layer.out_features, layer.groups, layer.k_in, layer.k_out)
         if not all(1 <= n < 1 << 40 for n in sizes) or not 0 <= layer.channels < 1 << 40:
             raise ValueError(f"layer {layer.name!r:.100} has sizes {sizes}")
-        if layer.k_in > layer.in_features + layer.bias or layer.k_out > layer.out_features:
+        if layer.k_out > layer.widths[0] or layer.k_in > layer.widths[1]:
             raise ValueError(f"layer {layer.name!r:.100} has a rank above its width")
 
 
