@@ -62,9 +62,7 @@ def write_log(folder: Path, rows: int, layers: int, width: int, dtype: str, quer
 
 def first(query: loghook.Query, n: int) -> loghook.Query:
     """The first n questions."""
-    part = query.with_rows(query.matrix, "")
-    part.data_ids, part._rows = query.data_ids[:n], query.matrix[:n]
-    return part
+    return loghook.Query(query.data_ids[:n], query.matrix[:n], query.made, query.parameters)
 
 
 def scan_from_disk(folder: Path, question_file: Path, threads: int, repeats: int) -> tuple[dict[str, list[float]], int]:

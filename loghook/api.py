@@ -21,10 +21,11 @@ from loghook.influence.scores import Scores
 from loghook.log import maintain
 from loghook.log.disk import absolute
 from loghook.log.files import load_sides
-from loghook.log.query import Query, find_columns
+from loghook.log.format import draw_sides
+from loghook.log.query import Query
 from loghook.log.reader import Reader
 from loghook.processes import on_cpu
-from loghook.project.projection import FITTED, draw_side, shared_input_name
+from loghook.project.projection import FITTED
 from loghook.whole.fit import Fit
 
 
@@ -183,20 +184,12 @@ class Log(Reader):
         Raises:
             StateError: if the projection is not fitted yet.
         """
-        spec, _ = find_columns(self.layout, layer, "gradients")
+        spec, _ = self.layout.find(layer)
         m = self.manifest
-        if m.fitted is not None:
-            inputs, outputs = load_sides(self.path, m.fitted)[layer]
-        elif m.projection in FITTED:
+        if m.fitted is None and m.projection in FITTED:
             raise StateError(f"{self.path}: the {m.projection} projection is not fitted yet.")
-        else:
-            inputs, outputs = (
-                draw_side(m.projection, seed=m.seed, name=name, side=side, width=width, rank=rank)
-                for name, side, width, rank in (
-                    (shared_input_name(layer), "in", spec.in_features + spec.bias, spec.k_in),
-                    (layer, "out", spec.out_features, spec.k_out),
-                )
-            )
+        sides = load_sides(self.path, m.fitted) if m.fitted else draw_sides([spec], m.projection, m.seed)
+        inputs, outputs = sides[layer]
         p_out, p_in = (None if s.matrix is None else s.matrix.double().numpy() * s.gain for s in (outputs, inputs))
         return p_out, p_in
 

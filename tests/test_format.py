@@ -361,7 +361,7 @@ def test_shards_open_with_safetensors(tmp_path: Path, dtype: str) -> None:
     log = loghook.load(tmp_path / "run")
     shard = safetensors.torch.load_file(tmp_path / "run" / "rows-00000-00000.safetensors")["rows"]
     assert shard.dtype == getattr(torch, dtype) and shard.shape == (11, log.layout.width)
-    whole = log.layout.kinds["gradients"][log.layers[0]]
+    whole = log.layout.columns[log.layers[0]]
     expected = shard[:, whole].float() if dtype == "bfloat16" else shard[:, whole]
     np.testing.assert_array_equal(expected.numpy(), log.rows(log.layers[0])[:].reshape(11, -1))
 

@@ -423,7 +423,7 @@ def test_query_from_another_checkpoint_warns(logged):
 
 def test_the_line_that_asked_is_shown_with_the_warning(logged):
     log, query, _ = logged
-    moved = loghook.Query(query.data_ids).fill(query.matrix, query.made, "of another checkpoint")
+    moved = loghook.Query(query.data_ids, query.matrix, query.made, "of another checkpoint")
     for ask in (log.influence, log.index(6, "Flat").search):
         with pytest.warns(CheckpointWarning) as met:
             ask(moved)

@@ -168,7 +168,7 @@ def test_rows_are_read_as_from_an_array(exact, low, dtype):
     log, expected = low[dtype], low[dtype].codec.decode(stored(low[dtype])).numpy()
     for name in log.layers:
         rows = log.rows(name)
-        whole = expected[:, log.layout.kinds["gradients"][name]].reshape(rows.shape)
+        whole = expected[:, log.layout.columns[name]].reshape(rows.shape)
         assert rows.dtype == np.float32
         np.testing.assert_array_equal(rows[:], whole)
         for key in (3, slice(5, 30, 3), slice(None, None, -1), [7, 2, 2], np.arange(40) % 3 == 0, (slice(2), 1)):

@@ -142,7 +142,7 @@ def test_products_are_those_of_the_decoded_rows(tmp_path, monkeypatch, dtype):
     chosen = [spec for spec in log.layout.layers if spec.name != log.layers[1]]
     matrix, expected = query.matrix.float(), 0
     for spec in chosen:
-        columns = log.layout.kinds["gradients"][spec.name]
+        columns = log.layout.columns[spec.name]
         expected = expected + matrix.double().numpy()[:, columns] @ rows[:, columns].T
     for terms in (100, 0):  # without decoding, and decoded
         monkeypatch.setattr(products, "TERMS", terms)

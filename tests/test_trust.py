@@ -150,8 +150,7 @@ def test_p_values_know_chance_from_signal(seeds, method, normalize):
     )
     made = {}
     for name, questions in (("chance", mixed), ("signal", rows[:50] + 0.01 * mixed[:50])):
-        made[name] = loghook.Query(list(range(len(questions))))
-        made[name].fill(questions, log.manifest.made)
+        made[name] = loghook.Query(list(range(len(questions))), questions, log.made)
     chance, signal = (trust(log, made[name], method, normalize=normalize, k=3) for name in ("chance", "signal"))
     p = chance.p_values[:, 0]
     assert p.mean() > 0.38 and (p <= 0.05).mean() < 0.12

@@ -192,7 +192,7 @@ class Hooked:
             A Query that holds its rows once the block ends.
         """
         ids = check_ids(data_id)
-        query = Query(ids=ids)
+        query = Query(ids)
         with self._capture(len(ids), Given(mask, scale, None, segments), self._rows(logs=False)) as captured:
             yield query
         rows = captured[0].rows.cpu()

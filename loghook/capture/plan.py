@@ -63,7 +63,7 @@ class Plan:
         """Return the layout of rows, also of another rank."""
         specs = [layer.spec for layer in self.layers]
         if rank:
-            specs = [replace(s, k_in=min(rank, s.in_features + s.bias), k_out=min(rank, s.out_features)) for s in specs]
+            specs = [replace(s, k_in=min(rank, s.widths[1]), k_out=min(rank, s.widths[0])) for s in specs]
         return Layout(specs)
 
     def row_bytes(self, dtype: str | None = None, rank: int | None = None) -> int:

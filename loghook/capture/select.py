@@ -1,8 +1,7 @@
 """Which layers are watched: the arguments of ``run.watch``, or the layers of a log, against a model's modules."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +12,7 @@ from loghook.capture.experts import ExpertProjection, projections
 from loghook.capture.layers import Layer
 from loghook.capture.models import coverage, named_modules
 from loghook.errors import ConfigError, MismatchError
-from loghook.log.files import Sides
-from loghook.log.format import LayerSpec, Manifest, fits, listed
-from loghook.project.projection import Side, draw_side, shared_input_name
+from loghook.log.format import LayerSpec, Manifest, draw_sides, fits, listed
 
 HEAD = "*lm_head"  # what is left out by default: wide, and often bypassed by fused losses
 FUSED_EXPERTS = "fused experts are watched only where a pattern such as '*experts*' names them"
@@ -170,22 +167,6 @@ def _unlike_its_base(module: nn.Module) -> str | None:
             if f"{definer.__module__.partition('.')[0]}.{definer.__name__}" not in _FAITHFUL:
                 return f"{kind.__name__} overrides {name}; vouch for it with @loghook.adapter({kind.__name__})"
     return None
-
-
-def draw_sides(specs: Iterable[LayerSpec], kind: str, seed: int) -> Sides:
-    """Draw layers' projections; siblings that read the same input share its side."""
-
-    @cache
-    def draw(name: str, side: str, width: int, k: int) -> Side:
-        return draw_side(kind, seed=seed, name=name, side=side, width=width, rank=k)
-
-    return {
-        s.name: (
-            draw(shared_input_name(s.name), "in", s.in_features + s.bias, s.k_in),
-            draw(s.name, "out", s.out_features, s.k_out),
-        )
-        for s in specs
-    }
 
 
 def find_logged(model: nn.Module, manifest: Manifest, origin: Path) -> list[Layer]:

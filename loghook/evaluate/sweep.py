@@ -148,7 +148,7 @@ def _likelihoods(log: Reader, group: Sequence[LayerSpec], fit: Tensor, dampings:
 
     (dampings,) float64.
     """
-    n, columns = int(fit.sum()), log.layout.kinds["gradients"]
+    n, columns = int(fit.sum()), log.layout.columns
     kept: dict[str, list[Tensor]] = {spec.name: [] for spec in group if n < spec.width}  # rows, where they are few
     sums = {s.name: torch.zeros(2, s.width, s.width, dtype=torch.float64) for s in group if s.name not in kept}
     for place, block in log.blocks():

@@ -228,14 +228,14 @@ def _shares(log: Reader) -> list[float]:
     return [
         k / (1 << (width - 1).bit_length())
         for spec in log.layout.layers
-        for k, width in ((spec.k_out, spec.out_features), (spec.k_in, spec.in_features + spec.bias))
+        for k, width in zip((spec.k_out, spec.k_in), spec.widths, strict=True)
         if k < width
     ]
 
 
 def projected(spec: LayerSpec) -> tuple[bool, bool]:
     """Whether a layer's output side and its input side are projected; a side that is not has no seed."""
-    return spec.k_out < spec.out_features, spec.k_in < spec.in_features + spec.bias
+    return spec.k_out < spec.widths[0], spec.k_in < spec.widths[1]
 
 
 class Part(Reader):
@@ -251,7 +251,7 @@ class Part(Reader):
         self._whole, self._sides, self.warned = whole, {}, True  # the whole log has said that it is not finished
         specs, columns, scale = [], [], []
         for spec in whole.layout.layers:
-            start = whole.layout.kinds["gradients"][spec.name].start
+            start = whole.layout.columns[spec.name].start
             # Sides of equal width are dealt alike: layers that share an input projection keep sharing it.
             out, into = (
                 np.sort(np.random.default_rng([seed, k]).permutation(k)[part::parts]) if cut else np.arange(k)
@@ -275,7 +275,7 @@ class Part(Reader):
         """No name: what is computed from a part is not kept with the log."""
 
     def query(self, query: Query) -> Query:
-        return Query(query.data_ids).fill(self._cut(query.matrix), self._made)
+        return Query(query.data_ids, self._cut(query.matrix), self._made)
 
     def blocks(
         self, rows: int | None = None, share: tuple[int, int] = (0, 1), *, stored: bool = False
@@ -329,7 +329,7 @@ def _p_values(log: Reader, query: Query, metric: Metric, top_Qk: NDArray[np.int6
     mixed = torch.zeros(nulls, width, dtype=torch.float64)
     for place, block in progress(log, "chance"):
         mixed += weights[:, place] @ block[:, :width].double()
-    chance = Query(range(nulls)).fill(combine(mixed), log.manifest.made)
+    chance = Query(list(range(nulls)), combine(mixed), log.made)
     best = engine.influence(log, chance, replace(metric, normalize="unit"), top=1).values[:, 0]
     aligned = engine.influence(log, query, replace(metric, normalize="unit")).values
     seen = np.take_along_axis(aligned, top_Qk, axis=1)

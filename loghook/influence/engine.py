@@ -164,7 +164,7 @@ def _prepare(
     Questions times H^-1 (Q, gradient_width), zero in layers that are left out; <q, H^-1 q> of each (Q,) and, if asked
     for, of each row (rows,), both float64.
     """
-    width, columns = reader.layout.gradient_width, reader.layout.kinds["gradients"]
+    width, columns = reader.layout.gradient_width, reader.layout.columns
     questions = (torch.zeros(0, width) if query is None else query.matrix[:, :width]).double()
     matrix, own = torch.zeros_like(questions), torch.zeros(len(questions), dtype=torch.float64)
     rows = _recall(reader, metric, chosen) if own_rows else None
@@ -213,7 +213,7 @@ def _keep(reader: Reader, metric: Metric, chosen: Sequence[LayerSpec], values: T
 
 
 def _add_quadratics(reader: Reader, group: dict[str, Solver], total: Tensor) -> None:
-    columns = reader.layout.kinds["gradients"]
+    columns = reader.layout.columns
     for place, block in progress(reader, "self-influence"):
         for name, solver in group.items():
             total[place] += solver.quadratic(block[:, columns[name]])

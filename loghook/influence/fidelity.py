@@ -89,7 +89,7 @@ def as_questions(reader: Reader, count: int, seed: int) -> tuple[np.ndarray, Que
     """Rows of a log, drawn as questions: their places, in order, and the query."""
     places = np.sort(np.random.default_rng(seed).choice(len(reader), min(count, len(reader)), replace=False))
     rows = reader.gather(places).to(working_dtype(reader))
-    return places, Query([str(place) for place in places]).fill(rows, reader.manifest.made)
+    return places, Query([str(place) for place in places], rows, reader.made)
 
 
 def compared_methods(reader: Reader) -> tuple[str, ...]:

@@ -140,7 +140,7 @@ def _row_bases(reader: Reader, layers: Sequence[LayerSpec]) -> dict[str, Eigenba
     """Shampoo's eigenbases (Gupta et al. 2018): of the means over rows of ``G^T G`` and ``G G^T``."""
     missing = [spec for spec in layers if ("row basis", spec.name) not in reader.cache]
     if missing:
-        columns = reader.layout.kinds["gradients"]
+        columns = reader.layout.columns
         sums = {s.name: [torch.zeros(k, k, dtype=torch.float64) for k in (s.k_in, s.k_out)] for s in missing}
         for _, block in progress(reader, "row covariances"):
             for spec in missing:
@@ -159,7 +159,7 @@ def _corrected_eigenvalues(reader: Reader, kind: str, bases: dict[str, Eigenbasi
         sums = {name: torch.zeros_like(basis.products) for name, basis in missing.items()}
         for _, block in progress(reader, "eigenvalues"):
             for name, basis in missing.items():
-                rows = block[:, reader.layout.kinds["gradients"][name]].unflatten(1, basis.products.shape)
+                rows = block[:, reader.layout.columns[name]].unflatten(1, basis.products.shape)
                 sums[name] += basis.rotate(rows).double().square_().sum(0)  # in float32 the squares of 1e-23 are 0
         for name, total in sums.items():
             reader.cache[kind, name] = combine(total) / len(reader)
@@ -167,7 +167,7 @@ def _corrected_eigenvalues(reader: Reader, kind: str, bases: dict[str, Eigenbasi
 
 
 def _fit_fisher(reader: Reader, metric: Metric, group: Sequence[LayerSpec]) -> dict[str, Solver]:
-    columns, few = reader.layout.kinds["gradients"], {spec.name for spec in group if len(reader) < spec.width}
+    columns, few = reader.layout.columns, {spec.name for spec in group if len(reader) < spec.width}
     # All rows of a layer where they are few, else the sum of their outer products.
     sums = {s.name: torch.zeros(min(len(reader), s.width), s.width, dtype=torch.float64) for s in group}
     for place, block in progress(reader, "Fisher"):

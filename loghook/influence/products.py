@@ -58,7 +58,7 @@ def _floats(reader: Reader, matrix: Tensor, chosen: Sequence[LayerSpec]) -> Prod
     """One matrix product for each contiguous range of columns."""
     runs: list[slice] = []
     for spec in chosen:
-        part = reader.layout.kinds["gradients"][spec.name]
+        part = reader.layout.columns[spec.name]
         start = runs.pop().start if runs and runs[-1].stop == part.start else part.start
         runs.append(slice(start, part.stop))
     # Narrow floats are widened here, always into the same memory: new memory for every block costs more.

@@ -7,15 +7,17 @@ from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
+from functools import cache
 from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
 
-from loghook.errors import CorruptLogError, LoghookError, VersionError
+from loghook.errors import ConfigError, CorruptLogError, LoghookError, VersionError
 from loghook.log.codec import DTYPES, Codec, make_codec
 from loghook.log.disk import canonical_json, checksum, parse_object, write_atomically
-from loghook.log.files import no_log
+from loghook.log.files import Sides, no_log
 from loghook.project.outer import GRADIENTS
+from loghook.project.projection import Side, draw_side, shared_input_name
 
 VERSION = 3
 ON_REPEAT = (None, "error", "first", "all")  # what happens to a data_id that comes again
@@ -42,6 +44,11 @@ class LayerSpec:
     flattened: bool = False  # whether the module's input has batch and tokens in one axis, batch first
 
     @property
+    def widths(self) -> tuple[int, int]:
+        """Rows and columns of the full gradient, of which k_out and k_in are what is left."""
+        return self.out_features, self.in_features + self.bias
+
+    @property
     def width(self) -> int:
         """Values of its gradient in a row."""
         return self.k_in * self.k_out
@@ -66,6 +73,19 @@ def listed(names: Iterable[str], most: int = 8) -> str:
     if len(names) > most:
         names = list(grouped(names))
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def draw_sides(layers: Iterable[LayerSpec], kind: str, seed: int) -> Sides:
+    """Draw layers' projections, {layer: (input side, output side)}; siblings that read one input share its side."""
+
+    @cache
+    def draw(name: str, side: str, width: int, k: int) -> Side:
+        return draw_side(kind, seed=seed, name=name, side=side, width=width, rank=k)
+
+    return {
+        s.name: (draw(shared_input_name(s.name), "in", s.widths[1], s.k_in), draw(s.name, "out", s.widths[0], s.k_out))
+        for s in layers
+    }
 
 
 class Layout:
@@ -100,6 +120,22 @@ class Layout:
             self.moments[spec.name] = (slice(end, middle), slice(middle, last), last)
             end = last + 1
         self.moments_width = end
+
+    @property
+    def columns(self) -> dict[str, slice]:
+        """Where each layer's gradient is in a row."""
+        return self.kinds["gradients"]
+
+    def find(self, layer: str, kind: str = "gradients") -> tuple[LayerSpec, slice]:
+        """A layer's spec and its columns of a row, for one kind of rows."""
+        if kind not in self.kinds:
+            raise ConfigError(f"kind={kind!r} is unknown: choose one of {', '.join(self.kinds)}.")
+        specs = {spec.name: spec for spec in self.layers}
+        if layer not in specs:
+            raise ConfigError(f"layer {layer!r} is not in the log; its layers are {listed(specs)}.")
+        if layer not in self.kinds[kind]:
+            raise ConfigError(f"layer {layer!r} was logged without {kind}: pass watch(..., {kind}='mean').")
+        return specs[layer], self.kinds[kind][layer]
 
     def codec(self, dtype: str) -> Codec:
         return make_codec(dtype, [(s.k_out, s.k_in) for s in self.layers], self.width - self.gradient_width)
@@ -269,7 +305,7 @@ def _check_values(m: Manifest) -> None:
         sizes = (layer.in_features, layer.out_features, layer.groups, layer.k_in, layer.k_out)
         if not all(1 <= n < 1 << 40 for n in sizes) or not 0 <= layer.channels < 1 << 40:
             raise ValueError(f"layer {layer.name!r:.100} has sizes {sizes}")
-        if layer.k_in > layer.in_features + layer.bias or layer.k_out > layer.out_features:
+        if layer.k_out > layer.widths[0] or layer.k_in > layer.widths[1]:
             raise ValueError(f"layer {layer.name!r:.100} has a rank above its width")
 
 

@@ -2,6 +2,7 @@
 
 import warnings
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,27 +12,36 @@ from torch import Tensor
 
 from loghook.errors import CheckpointWarning, ConfigError, MismatchError, StateError
 from loghook.log.files import loading, save_checked
-from loghook.log.format import LayerSpec, Layout, Made, listed
+from loghook.log.format import LayerSpec, Layout, Made
 from loghook.processes import everyone
 
+_NOTHING = Made((), "", 0)
 
+
+@dataclass(eq=False, repr=False)
 class Query:
     """Rows of one or many questions, in the layout of the log they will be scored against.
 
     Queries from several batches add up: ``a + b``, or ``Query.concat(queries)``.
+
+    Attributes:
+        data_ids: one id for each question.
+        parameters: digest of the parameter values that it was made with, or None where they are not known.
+        direction: how the rows were preconditioned already, if they were.
     """
 
-    def __init__(self, ids: Sequence[int] | Sequence[str]) -> None:
-        """An empty query for these ids; the block that made it fills it when it ends."""
-        self.data_ids: list[int] | list[str] = list(ids)  # type: ignore[assignment]
-        self._rows: Tensor | None = None
-        self._made = Made((), "", 0)
-        self.parameters: str | None = None
-        self.direction: str | None = None  # how the rows were preconditioned already, if they were
+    data_ids: list[int] | list[str]
+    _rows: Tensor | None = None  # none before the block that makes the query ends
+    _made: Made = _NOTHING
+    parameters: str | None = None
+    direction: str | None = None
 
-    def fill(self, rows: Tensor, made: Made, parameters: str | None = None, direction: str | None = None) -> "Query":
+    def __post_init__(self) -> None:
+        self.data_ids = list(self.data_ids)  # type: ignore[assignment]
+
+    def fill(self, rows: Tensor, made: Made, parameters: str | None = None) -> "Query":
         """Take the rows, (Q, width), and what they were made with; returns the query."""
-        self._rows, self._made, self.parameters, self.direction = rows, made, parameters, direction
+        self._rows, self._made, self.parameters = rows, made, parameters
         return self
 
     @property
@@ -77,7 +87,7 @@ class Query:
 
     def rows(self, layer: str, kind: str = "gradients") -> np.ndarray:
         """Rows of one layer: (Q, k_out, k_in) gradients, or (Q, features) of another kind; see ``Log.rows``."""
-        spec, columns = find_columns(self.layout, layer, kind)
+        spec, columns = self.layout.find(layer, kind)
         values = self.matrix[:, columns].numpy()
         return values.reshape(len(self), spec.k_out, spec.k_in) if kind == "gradients" else values
 
@@ -112,27 +122,18 @@ class Query:
                 CheckpointWarning,
                 stacklevel=2,
             )
-        return Query(ids).fill(rows, first.made, first.parameters if same else None, first.direction)
+        return Query(ids, rows, first.made, first.parameters if same else None, first.direction)
 
     def with_rows(self, rows: Tensor, direction: str) -> "Query":
         """The same questions with other rows (Q, width): what ``direction`` says was made of them."""
         if rows.shape != self.matrix.shape:
             raise ConfigError(f"rows {tuple(rows.shape)} do not have the query's shape {tuple(self.matrix.shape)}.")
-        return Query(self.data_ids).fill(rows, self.made, self.parameters, direction)
+        return replace(self, _rows=rows, direction=direction)
 
     def save(self, path: str | Path) -> None:
         """Write the query to one safetensors file."""
-        header = {
-            "layers": [spec.__dict__ for spec in self.made.layers],
-            "projection": self.made.projection,
-            "seed": self.made.seed,
-            "data_ids": self.data_ids,
-            "parameters": self.parameters,
-            "fitted": self.made.fitted,
-            "direction": self.direction,
-            "gradient": self.made.gradient,
-        }
-        save_checked(path, "query", header, {"rows": self.matrix.contiguous()})
+        said = {"data_ids": self.data_ids, "parameters": self.parameters, "direction": self.direction}
+        save_checked(path, "query", asdict(self.made) | said, {"rows": self.matrix.contiguous()})
 
     @staticmethod
     def load(path: str | Path) -> "Query":
@@ -143,12 +144,12 @@ class Query:
             CorruptLogError: if it is none of ours, or damaged.
         """
         with loading(path, "query") as (header, tensors):
-            rows, query = tensors["rows"], Query(header["data_ids"])
-            specs = tuple(LayerSpec(**spec) for spec in header["layers"])
-            if rows.shape != (len(query), Layout(specs).width):
-                raise ValueError(f"its rows have shape {tuple(rows.shape)}")
-            made = Made(specs, header["projection"], header["seed"], header["fitted"], header["gradient"])
-            return query.fill(rows, made, header["parameters"], header["direction"])
+            said = [header.pop(key) for key in ("data_ids", "parameters", "direction")]
+            made = Made(tuple(LayerSpec(**spec) for spec in header.pop("layers")), **header)
+            query = Query(said[0], tensors["rows"], made, *said[1:])
+            if query.matrix.shape != (len(query), query.layout.width):
+                raise ValueError(f"its rows have shape {tuple(query.matrix.shape)}")
+            return query
 
 
 def require_query(query: Any) -> None:
@@ -200,15 +201,3 @@ def require_one_query(query: Query, what: object) -> None:
                 f"the processes ask different questions of {what}, of which each scores a share for all: save every "
                 "process's query, join them with Query.concat and ask that on all, or ask in a process of its own."
             )
-
-
-def find_columns(layout: Layout, layer: str, kind: str) -> tuple[LayerSpec, slice]:
-    """Return a layer's spec and its columns of a row, for one kind of rows."""
-    if kind not in layout.kinds:
-        raise ConfigError(f"kind={kind!r} is unknown: choose one of {', '.join(layout.kinds)}.")
-    specs = {spec.name: spec for spec in layout.layers}
-    if layer not in specs:
-        raise ConfigError(f"layer {layer!r} is not in the log; its layers are {listed(specs)}.")
-    if layer not in layout.kinds[kind]:
-        raise ConfigError(f"layer {layer!r} was logged without {kind}: pass watch(..., {kind}='mean').")
-    return specs[layer], layout.kinds[kind][layer]

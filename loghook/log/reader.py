@@ -14,7 +14,6 @@ from loghook.errors import CorruptLogError, StateError
 from loghook.log.disk import absolute
 from loghook.log.files import load_moments, load_sides
 from loghook.log.format import Layout, Made, Manifest, commits_name, shard_name
-from loghook.log.query import find_columns
 from loghook.log.records import all_commits
 from loghook.log.shard import BLOCK_BYTES, CHANGED, Shard
 from loghook.progress import bar
@@ -135,7 +134,7 @@ class Reader:
         Returns:
             An array-like: slices are numpy views where the dtype has a numpy equal (bfloat16 comes as float32).
         """
-        spec, columns = find_columns(self.layout, layer, kind)
+        spec, columns = self.layout.find(layer, kind)
         return Rows(self, columns, (spec.k_out, spec.k_in) if kind == "gradients" else (columns.stop - columns.start,))
 
     def moments(self) -> np.ndarray:

@@ -59,7 +59,7 @@ def plans(
     subsets: bool,
 ) -> Iterator[tuple[dict[str, Any], list[str]]]:
     """Arguments of ``loghook.init`` and the dtypes in which such rows, or those of some layers, fit the budget."""
-    widest = max(max(spec.in_features + spec.bias, spec.out_features) for spec in specs)
+    widest = max(max(spec.widths) for spec in specs)
     names = [spec.name for spec in specs]
     smallest_sets = list(grouped(names).values()) if subsets else [names]
     smallest: float = math.inf

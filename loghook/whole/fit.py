@@ -311,7 +311,7 @@ class Fit(Blocks, Hooked):
         if not 0 < time < float("inf"):
             raise ConfigError(f"time={time!r} must be positive and finite: the sum of the segment's learning rates.")
         self._require_match(query, at_any_values=True)
-        sought, left = unrolled(query.matrix, self._require_store(), self._layout.kinds["gradients"], time)
+        sought, left = unrolled(query.matrix, self._require_store(), self._layout.columns, time)
         direction = query.with_rows(sought, f"source, time {time:.3g}")
         carried = query.with_rows(left, f"carried over time {time:.3g}")
         direction.parameters = carried.parameters = None  # they are meant for other checkpoints than the questions'

@@ -93,7 +93,7 @@ class GaussNewton:
         """Rows as they are laid out in a log -> tensors shaped as the parameters, (q, ...)."""
         values: list[Tensor] = []
         for layer, group in self._parameters:
-            rows = vectors[:, self.layout.kinds["gradients"][layer.name]].unflatten(1, (layer.spec.k_out, -1))
+            rows = vectors[:, self.layout.columns[layer.name]].unflatten(1, (layer.spec.k_out, -1))
             # The adapter's arrangement of a gradient moves values about; its transpose puts them back.
             blank = [torch.zeros_like(p, requires_grad=True) for p in group]
             values += _pull([_arrange(layer, *blank)], blank, [rows.to(group[0])])
@@ -104,7 +104,7 @@ class GaussNewton:
         place = iter(gradients)
         for layer, group in self._parameters:
             rows = torch.vmap(functools.partial(_arrange, layer))(*(next(place) for _ in group))
-            out[:, self.layout.kinds["gradients"][layer.name]] += rows.flatten(1).to(out)
+            out[:, self.layout.columns[layer.name]] += rows.flatten(1).to(out)
 
 
 def _arrange(layer: Layer, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -151,7 +151,7 @@ class Damped:
     def precondition(self, r: Tensor) -> Tensor:
         out = torch.empty_like(r)
         for name, solver in self.solvers.items():
-            columns = self.matrix.layout.kinds["gradients"][name]
+            columns = self.matrix.layout.columns[name]
             out[:, columns] = solver.apply(r[:, columns])
         return out
 

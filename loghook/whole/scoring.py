@@ -110,7 +110,7 @@ def _job(
     held: dict[str, tuple[Tensor, Tensor | None]] = {}
     inverse: dict[str, Tensor] = {}
     lost: list[float] = []
-    columns = fit._layout.kinds["gradients"]
+    columns = fit._layout.columns
     for layer in fit._layers:
         solver, shape = solvers[layer.name], (layer.spec.k_out, layer.spec.k_in)
         rows = torch.empty(0, layer.spec.width, device="cpu") if query is None else query.matrix[:, columns[layer.name]]
@@ -145,7 +145,7 @@ def rotations(bases: Mapping[str, Eigenbasis]) -> dict[str, tuple[Side, Side]]:
 
 def _norms(query: Query, solvers: Mapping[str, Diagonal | Identity]) -> Tensor:
     """Roots of <q, H^-1 q>: (Q,) float32."""
-    columns = query.layout.kinds["gradients"]
+    columns = query.layout.columns
     own = sum(solver.quadratic(query.matrix[:, columns[name]]).double() for name, solver in solvers.items())
     assert isinstance(own, Tensor)
     return own.clamp(min=0).sqrt().float()
