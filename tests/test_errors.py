@@ -233,6 +233,57 @@ def test_rank_that_is_no_positive_number_is_refused(path: Path, rank: Any) -> No
     assert not path.exists()
 
 
+@pytest.mark.parametrize(
+    ("argument", "value", "rule"),
+    [
+        ("seed", 1.0, "whole number"),
+        ("seed", True, "whole number"),
+        ("seed", "1", "whole number"),
+        ("rank", {1: 2}, "whole number of at least 1"),
+        ("rank", {"*": 2.0}, "whole number of at least 1"),
+        ("whitening", "a", "positive, finite number"),
+        ("whitening", True, "positive, finite number"),
+        ("whitening", 0, "positive, finite number"),
+        ("whitening", float("nan"), "positive, finite number"),
+        ("whitening", float("inf"), "positive, finite number"),
+        ("commit_seconds", "a", "positive, finite number"),
+        ("commit_seconds", -1, "positive, finite number"),
+        ("shard_bytes", 0, "whole number of at least 1"),
+        ("shard_bytes", 1e9, "whole number of at least 1"),
+        ("fidelity", [1], "tune"),
+        ("fidelity", {"pearson": 0.9}, "tune"),
+        ("fidelity", {"pearson": object(), "reference": "", "scoring": {}}, "tune"),
+    ],
+)
+def test_arguments_of_init_that_no_log_could_hold_are_refused(path: Path, argument: str, value: Any, rule: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        loghook.init(path, **{"projection": "whitened", argument: value})
+    says(error, f"{argument}={value!r}"[:50], rule)
+    assert not path.exists()
+
+
+def test_numbers_of_any_type_make_a_log_that_opens(path: Path, model: Net) -> None:
+    options = {
+        "rank": {"*first": np.int64(2), "*": torch.tensor(3)}, "seed": np.int64(3), "whitening": np.float32(0.5),
+        "shard_bytes": np.int64(10**6), "commit_seconds": 30,
+    }  # fmt: skip
+    run = loghook.init(path, projection="whitened", **options)
+    run.watch(model)
+    for _ in run.passes():
+        log(run, model, range(20))
+    run.finalize()
+    manifest = loghook.load(path).manifest
+    assert (manifest.seed, manifest.whitening, manifest.rank) == (3, 0.5, {"*first": 2, "*": 3})
+    assert loghook.init(path, projection="whitened", resume=True, **options).path == path
+
+    run = loghook.init(path, projection="whitened", whitening=1, overwrite=True, rank=2)
+    run.watch(model)
+    for _ in run.passes():
+        log(run, model, range(20))
+    run.finalize()
+    assert loghook.load(path).manifest.whitening == 1.0
+
+
 def test_ranks_by_pattern_that_leave_a_layer_out_are_refused(path: Path, model: Net) -> None:
     run = loghook.init(path, rank={"*first": 2})
     with pytest.raises(ConfigError) as error:

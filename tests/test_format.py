@@ -415,8 +415,8 @@ def test_fingerprint_leaves_out_what_the_page_says() -> None:
 
     def mark(spec: LayerSpec = spec, **changes: object) -> str:
         base = {
-            "run_id": "0", "projection": "random", "rank": 2, "seed": 0, "dtype": "float32", "coverage": {},
-            "id_type": "int", "on_repeat": "all", "world_size": 1,
+            "run_id": "0" * 32, "projection": "random", "rank": 2, "seed": 0, "dtype": "float32", "id_type": "int",
+            "coverage": {"covered": 1, "total": 1, "not_covered": []}, "on_repeat": "all", "world_size": 1,
         }  # fmt: skip
         return Manifest(layers=(spec,), **(base | changes)).fingerprint
 
