@@ -1381,17 +1381,32 @@ def test_watching_the_same_model_twice_is_refused(run: loghook.Run, model: Net) 
     for again in (model, torch.compile(model, backend="eager")):
         with pytest.raises(StateError) as error:
             run.watch(again, include="second")
-        says(error, "watched by this run already", "several patterns")
+        says(error, "watched already", "several patterns")
     assert_goes_on(run, model)
 
 
-def test_two_models_with_the_same_layer_names_are_refused(run: loghook.Run, model: Net) -> None:
-    other = Net(seed=1)
-    with pytest.raises(ConfigError) as error:
+def test_two_models_are_watched_and_attached_as_parts_of_one(run: loghook.Run, model: Net, path: Path) -> None:
+    other = Branched()
+    with pytest.raises(StateError) as error:
         run.watch(other)
-    says(error, "'first'", "watched already", "one run for each model")
+    says(error, "watched already", "nn.ModuleDict({'a': a, 'b': b})")
     assert not other.first._forward_hooks
     assert_goes_on(run, model)
+
+    both = nn.ModuleDict({"a": Net(seed=1), "b": Net(seed=2)})
+    run = loghook.init(path, rank=7, overwrite=True)
+    run.watch(both)
+    x = samples([1, 2])
+    with run(data_id=[1, 2]):
+        (both["a"](x).square().sum() + both["b"](x).square().sum()).backward()
+    run.finalize()
+    run.close()
+    log = loghook.load(path)
+    with log.attach(both) as asker:
+        with asker.query(data_id=[1]) as query:
+            (both["a"](x[:1]).square().sum() + both["b"](x[:1]).square().sum()).backward()
+    for layer, columns in log.layout.kinds["gradients"].items():
+        assert torch.allclose(query.matrix[0, columns], torch.tensor(log.rows(layer)[0]).flatten(), atol=1e-5), layer
 
 
 @pytest.mark.parametrize("thing", [nn.Linear, "model", None])
