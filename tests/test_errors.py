@@ -18,6 +18,7 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -481,6 +482,20 @@ def test_repeats_do_not_count_in_the_statistics(tmp_path: Path, model: Net) -> N
             run.finalize()
     once, repeated = (loghook.load(tmp_path / name) for name in ("once", "repeated"))
     np.testing.assert_allclose(repeated.moments(), once.moments(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_block_that_failed_counts_no_repeats(path: Path, model: Net) -> None:
+    """Three samples come again, and once more since their block failed: no sign of ids that are places in a batch."""
+    with watched(path, model) as run, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in run.passes():
+            log(run, model, [0, 1, 2, 3])
+            with pytest.raises(DeliveryError), run(data_id=[0, 1, 2]):
+                pass
+            log(run, model, [0, 1, 2])
+        run.finalize()
+    assert_log(path, model, [0, 1, 2, 3])
+    assert loghook.load(path).repeats == 3
 
 
 def test_outside_passes_all_rows_are_kept_and_keyed_by_step(run: loghook.Run, model: Net) -> None:

@@ -236,8 +236,6 @@ class Run(Blocks, Hooked):
                 yield
             return
         keep, repeats = self._session.repeats.keep(ids, self._rule)
-        self._kept, self._repeated = self._kept + len(ids) - repeats, self._repeated + repeats
-        self._largest = max(self._largest, len(ids))
         if keep.any():
             self._step = max(self._step, self._fresh_step)
         with self._capture(len(ids), given, self._rows(logs=True), keep) as captured:
@@ -249,6 +247,8 @@ class Run(Blocks, Hooked):
         writer.put(dataclasses.replace(batch, dropped=repeats if self._step >= self._fresh_step else 0))
         if self._rule != "all":
             self._session.repeats.met(ids)
+        self._kept, self._repeated = self._kept + len(ids) - repeats, self._repeated + repeats
+        self._largest = max(self._largest, len(ids))
         self._step += 1
 
     def pending(self, data_id: Ids) -> list[int | str]:
