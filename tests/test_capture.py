@@ -632,6 +632,7 @@ def test_one_row_for_each_token_adds_up_to_the_sample(tmp_path):
     [
         (torch.zeros(2, 8), "integer tensor"),
         (torch.zeros(8, dtype=torch.long), "integer tensor"),
+        (torch.zeros(2, 0, dtype=torch.long), "integer tensor"),
         (torch.full((2, 8), 3), "number them 0 to 2"),
         (torch.zeros(2, 8, dtype=torch.long), "number them 0 to 2"),
         (torch.tensor([[0, 1, 2]]), "cannot be told apart"),

@@ -18,6 +18,7 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -233,6 +234,57 @@ def test_rank_that_is_no_positive_number_is_refused(path: Path, rank: Any) -> No
     assert not path.exists()
 
 
+@pytest.mark.parametrize(
+    ("argument", "value", "rule"),
+    [
+        ("seed", 1.0, "whole number"),
+        ("seed", True, "whole number"),
+        ("seed", "1", "whole number"),
+        ("rank", {1: 2}, "whole number of at least 1"),
+        ("rank", {"*": 2.0}, "whole number of at least 1"),
+        ("whitening", "a", "positive, finite number"),
+        ("whitening", True, "positive, finite number"),
+        ("whitening", 0, "positive, finite number"),
+        ("whitening", float("nan"), "positive, finite number"),
+        ("whitening", float("inf"), "positive, finite number"),
+        ("commit_seconds", "a", "positive, finite number"),
+        ("commit_seconds", -1, "positive, finite number"),
+        ("shard_bytes", 0, "whole number of at least 1"),
+        ("shard_bytes", 1e9, "whole number of at least 1"),
+        ("fidelity", [1], "tune"),
+        ("fidelity", {"pearson": 0.9}, "tune"),
+        ("fidelity", {"pearson": object(), "reference": "", "scoring": {}}, "tune"),
+    ],
+)
+def test_arguments_of_init_that_no_log_could_hold_are_refused(path: Path, argument: str, value: Any, rule: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        loghook.init(path, **{"projection": "whitened", argument: value})
+    says(error, f"{argument}={value!r}"[:50], rule)
+    assert not path.exists()
+
+
+def test_numbers_of_any_type_make_a_log_that_opens(path: Path, model: Net) -> None:
+    options = {
+        "rank": {"*first": np.int64(2), "*": torch.tensor(3)}, "seed": np.int64(3), "whitening": np.float32(0.5),
+        "shard_bytes": np.int64(10**6), "commit_seconds": 30,
+    }  # fmt: skip
+    run = loghook.init(path, projection="whitened", **options)
+    run.watch(model)
+    for _ in run.passes():
+        log(run, model, range(20))
+    run.finalize()
+    manifest = loghook.load(path).manifest
+    assert (manifest.seed, manifest.whitening, manifest.rank) == (3, 0.5, {"*first": 2, "*": 3})
+    assert loghook.init(path, projection="whitened", resume=True, **options).path == path
+
+    run = loghook.init(path, projection="whitened", whitening=1, overwrite=True, rank=2)
+    run.watch(model)
+    for _ in run.passes():
+        log(run, model, range(20))
+    run.finalize()
+    assert loghook.load(path).manifest.whitening == 1.0
+
+
 def test_ranks_by_pattern_that_leave_a_layer_out_are_refused(path: Path, model: Net) -> None:
     run = loghook.init(path, rank={"*first": 2})
     with pytest.raises(ConfigError) as error:
@@ -430,6 +482,20 @@ def test_repeats_do_not_count_in_the_statistics(tmp_path: Path, model: Net) -> N
             run.finalize()
     once, repeated = (loghook.load(tmp_path / name) for name in ("once", "repeated"))
     np.testing.assert_allclose(repeated.moments(), once.moments(), rtol=1e-5, atol=1e-6)
+
+
+def test_a_block_that_failed_counts_no_repeats(path: Path, model: Net) -> None:
+    """Three samples come again, and once more since their block failed: no sign of ids that are places in a batch."""
+    with watched(path, model) as run, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in run.passes():
+            log(run, model, [0, 1, 2, 3])
+            with pytest.raises(DeliveryError), run(data_id=[0, 1, 2]):
+                pass
+            log(run, model, [0, 1, 2])
+        run.finalize()
+    assert_log(path, model, [0, 1, 2, 3])
+    assert loghook.load(path).repeats == 3
 
 
 def test_outside_passes_all_rows_are_kept_and_keyed_by_step(run: loghook.Run, model: Net) -> None:
@@ -1330,17 +1396,32 @@ def test_watching_the_same_model_twice_is_refused(run: loghook.Run, model: Net) 
     for again in (model, torch.compile(model, backend="eager")):
         with pytest.raises(StateError) as error:
             run.watch(again, include="second")
-        says(error, "watched by this run already", "several patterns")
+        says(error, "watched already", "several patterns")
     assert_goes_on(run, model)
 
 
-def test_two_models_with_the_same_layer_names_are_refused(run: loghook.Run, model: Net) -> None:
-    other = Net(seed=1)
-    with pytest.raises(ConfigError) as error:
+def test_two_models_are_watched_and_attached_as_parts_of_one(run: loghook.Run, model: Net, path: Path) -> None:
+    other = Branched()
+    with pytest.raises(StateError) as error:
         run.watch(other)
-    says(error, "'first'", "watched already", "one run for each model")
+    says(error, "watched already", "nn.ModuleDict({'a': a, 'b': b})")
     assert not other.first._forward_hooks
     assert_goes_on(run, model)
+
+    both = nn.ModuleDict({"a": Net(seed=1), "b": Net(seed=2)})
+    run = loghook.init(path, rank=7, overwrite=True)
+    run.watch(both)
+    x = samples([1, 2])
+    with run(data_id=[1, 2]):
+        (both["a"](x).square().sum() + both["b"](x).square().sum()).backward()
+    run.finalize()
+    run.close()
+    log = loghook.load(path)
+    with log.attach(both) as asker:
+        with asker.query(data_id=[1]) as query:
+            (both["a"](x[:1]).square().sum() + both["b"](x[:1]).square().sum()).backward()
+    for layer, columns in log.layout.kinds["gradients"].items():
+        assert torch.allclose(query.matrix[0, columns], torch.tensor(log.rows(layer)[0]).flatten(), atol=1e-5), layer
 
 
 @pytest.mark.parametrize("thing", [nn.Linear, "model", None])

@@ -144,6 +144,15 @@ def test_a_forward_is_put_back_whichever_block_ends_first():
         assert "forward" not in vars(experts)
 
 
+def test_arguments_of_experts_by_name_in_any_order():
+    experts, hidden = make("mixtral").model.layers[0].mlp.experts, torch.randn(5, 16, dtype=torch.double)
+    index, weight = torch.tensor([[0, 1], [2, 3], [1, 3], [0, 2], [3, 0]]), torch.rand(5, 2, dtype=torch.double)
+    expected = experts(hidden, index, weight)
+    with watched([experts]):
+        found = experts(top_k_weights=weight, hidden_states=hidden, top_k_index=index)
+    torch.testing.assert_close(found, expected)
+
+
 def test_a_mask_of_samples_holds_for_the_tokens_of_experts():
     model, ids, keep = make("mixtral"), batch(), torch.tensor([True, False, True])
 

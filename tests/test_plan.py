@@ -136,6 +136,7 @@ def test_sizes_and_refusals(tmp_path):
     assert parse_size("500 GB") == 5e11 and parse_size("2 TiB") == 2 * 2**40 and parse_size(1000) == 1000
     assert parse_size("1.5TB") == 1.5e12 and parse_size("1,000 kB") == 1e6
     assert parse_size("1,234,567.5") == 1234567.5
+    assert parse_size(1e16) == 1e16 and parse_size("5e11") == 5e11 and parse_size("500 KB") == 5e5
     for wrong in ("much", "-1 GB", "0", "5 XB", "1.2.3 GB", "1,5 GB"):
         with pytest.raises(ConfigError, match="is no size"):
             parse_size(wrong)

@@ -5,6 +5,7 @@ without their batch axis. While a block is open, the module's forward is the pla
 projection a small module that hooks can watch, with the places of its tokens at hand. Outside blocks nothing changes.
 """
 
+import inspect
 import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -85,7 +86,8 @@ def projections(module: nn.Module) -> dict[str, ExpertProjection]:
 
 def routed(experts: Any, *args: Any, **kwargs: Any) -> Tensor:
     """What transformers' eager experts compute, expert by expert, through modules that hooks can watch."""
-    hidden_NH, index_NK, weight_NK = (*args, *kwargs.values())[:3]
+    # By place in the module's own signature: models name them differently, and may pass them by name in any order.
+    _, hidden_NH, index_NK, weight_NK = inspect.signature(type(experts).forward).bind(experts, *args, **kwargs).args[:4]
     made = projections(experts)
     first = "gate_up_proj" if "gate_up_proj.0" in made else "up_proj"
     out_NH = torch.zeros_like(hidden_NH)

@@ -42,7 +42,7 @@ class Hooked:
         self._asked = "plain" if gradient == "adam" else gradient  # what the rows of questions are of
         self._fitted: str | None = None  # checksum of a fitted projection that the layers have
         self._layers: list[Layer] = []
-        self._models: list[weakref.ref[nn.Module]] = []
+        self._model: nn.Module | None = None
         self._mixing: list[tuple[str, nn.Module]] | None = None  # looked for when a block opens, and in each pass anew
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._names: tuple[str, ...] = ()
@@ -60,34 +60,26 @@ class Hooked:
 
     def _select(self, model: nn.Module, watch: Watch) -> tuple[list[Layer], dict[str, Any]]:
         """Choose layers of a model; returns the coverage record as well."""
-        refuse(model)
-        layers, coverage = select(model, watch, projection=self._projection, rank=self._rank, seed=self._seed)
-        clash = set(self.layers) & {layer.name for layer in layers}
-        if clash:
-            raise ConfigError(
-                f"layer name {min(clash)!r} is watched already: use one run for each model, or watch both as parts of "
-                "one, nn.ModuleDict({'a': a, 'b': b})."
+        if self._layers:
+            raise StateError(
+                "a model is watched already: one watch() call takes several patterns, and two models are watched, and "
+                "attached later, as parts of one: nn.ModuleDict({'a': a, 'b': b})."
             )
-        return layers, coverage
+        refuse(model)
+        return select(model, watch, projection=self._projection, rank=self._rank, seed=self._seed)
 
     def _hook(self, model: nn.Module, layers: list[Layer], optimizer: Any = None, gradient: str = "plain") -> None:
         """Hook layers of a model, with the moments of ``optimizer`` for rows of this ``gradient``."""
         bind(model, layers, optimizer, gradient)
-        if not self._watches(model):
-            self._models.append(weakref.ref(unwrap(model)))
-            self._mixing = None
         for layer in layers:
             # prepend: taps run inside FSDP2's own post-forward hook, whatever the order of wrapping.
             handle = layer.module.register_forward_hook(make_hook(layer), prepend=True, with_kwargs=True)
             self._handles.append(handle)
             if layer.adapter.shares_input:
                 self._handles.append(layer.module.register_forward_pre_hook(make_early_hook(layer)))
-        self._layers = [*self._layers, *layers]
-        self._names = tuple(layer.name for layer in self._layers)
+        self._model, self._layers = unwrap(model), layers
+        self._names = tuple(layer.name for layer in layers)
         self._layout = Layout(self.specs)
-
-    def _watches(self, model: nn.Module) -> bool:
-        return any(ref() is unwrap(model) for ref in self._models)
 
     def _project_with(self, sides: Sides, checksum: str, layers: Sequence[Layer]) -> None:
         for layer in layers:
@@ -101,12 +93,12 @@ class Hooked:
         """Remove the hooks. The model is then as it was before ``watch``."""
         self._require_outside()
         _remove(self._handles)
-        self._handles, self._layers, self._mixing = [], [], None  # and let go of the model
+        self._handles, self._layers, self._mixing, self._model = [], [], None, None
 
     def digest(self) -> str | None:
-        """Digest of sampled parameter values of the watched models, or None where they are sharded."""
-        digests = [parameters_digest(model) for ref in self._models if (model := ref()) is not None]
-        return None if None in digests else "".join(d[:16] for d in digests if d)
+        """Digest of sampled parameter values of the watched model, or None where there is none, or they are sharded."""
+        digest = None if self._model is None else parameters_digest(self._model)
+        return None if digest is None else digest[:16]
 
     def digests(self) -> dict[str, str | None]:
         """Digests of the values that a log begins with: of parameters, and of moments where rows are made with them."""
@@ -128,7 +120,7 @@ class Hooked:
         if self._mixing is None:
             for layer in self._layers:
                 _require_unchanged(layer)
-            self._mixing = [found for ref in self._models if (model := ref()) for found in mixing_modules(model)]
+            self._mixing = [] if self._model is None else mixing_modules(self._model)
         for name, module in self._mixing:
             if module.training or module.running_mean is None:
                 state = "is in training mode" if module.training else "keeps no running statistics"

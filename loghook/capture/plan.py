@@ -24,7 +24,7 @@ from loghook.project.blocks import square_size
 from loghook.project.outer import CHUNK_BYTES
 from loghook.project.projection import FITTED
 
-_UNITS = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+_UNITS = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
 
 @dataclass(kw_only=True)
@@ -178,7 +178,7 @@ class Plan:
 
 def parse_size(text: str | float) -> float:
     """Read "500 GB" (10^9), "1.5 TiB" (2^40) or a number of bytes."""
-    found = re.fullmatch(r"(\d{1,3}(?:,\d{3})+(?:\.\d*)?|[\d_.]+)\s*([kMGT]?i?)B?", str(text).strip())
+    found = re.fullmatch(r"(\d{1,3}(?:,\d{3})+(?:\.\d*)?|[\d_.]+(?:e[+-]?\d+)?)\s*([kKMGT]?i?)B?", str(text).strip())
     try:
         if found is not None and (size := float(found[1].replace(",", "")) * _UNITS[found[2]]) > 0:
             return size

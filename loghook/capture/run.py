@@ -38,7 +38,7 @@ class Run(Blocks, Hooked):
         self._config = config
         self._session = Session(config, resume=resume, overwrite=overwrite)
         self._was_sealed = self._session.sealed  # the same script, started again, has nothing left to do
-        self._coverage: dict[str, Any] = {"covered": 0, "total": 0, "not_covered": []}
+        self._coverage: dict[str, Any] = {}
         steps = self._session.repeats.committed.steps
         self._step = max(steps.values(), default=0)  # number of the next block
         self._fresh_step = steps.get(process_rank(), 0)  # the first that no earlier process committed
@@ -84,7 +84,8 @@ class Run(Blocks, Hooked):
         Raises:
             ConfigError: a pattern that matches nothing, a rank above every layer's width, or no such optimizer.
             UnsupportedError: a wrapper or layer for which rows cannot be exact.
-            StateError: after ``finalize`` or the first block, or for a model watched before.
+            StateError: after ``finalize`` or the first block, or if a model is watched already. Two models that run in
+                the same blocks are watched as parts of one: ``nn.ModuleDict({"a": a, "b": b})``.
             MismatchError: if a resumed run was begun with other arguments of ``init``.
         """
         self._require_outside()
@@ -93,13 +94,11 @@ class Run(Blocks, Hooked):
         if self._session.writer is not None:
             raise StateError("rows of a fixed set of layers are being logged: call watch() before the first block.")
         arguments = Watch(include, exclude, may_sleep, flattened, bias, batch_dim, activations, output_gradients)
-        if isinstance(model, nn.Module) and self._watches(model):
-            raise StateError("this model is watched by this run already: one watch() call takes several patterns.")
         manifest = self._session.manifest
         if manifest is not None:
             check_same(manifest, self._config, ARGUMENTS)
         layers, coverage = self._select(model, arguments)
-        widths = {x.name: max(side.width for side in x.sides) for x in [*self._layers, *layers]}
+        widths = {x.name: max(side.width for side in x.sides) for x in layers}
         if self._projection != "none" and all(width < rank_of(name, self._rank) for name, width in widths.items()):
             raise ConfigError(
                 f"rank={self._rank} exceeds the width of every watched layer (largest: {max(widths.values()):,}), so "
@@ -108,8 +107,7 @@ class Run(Blocks, Hooked):
         if manifest is not None and manifest.fitted is not None:
             self._project_with(load_sides(self.path, manifest.fitted), manifest.fitted, layers)
         self._hook(model, layers, optimizer, self._gradient)
-        for key in ("covered", "total", "not_covered"):
-            self._coverage[key] += coverage[key]
+        self._coverage = coverage
         experts = sum(item["parameters"] for item in coverage["not_covered"] if item["reason"] == FUSED_EXPERTS)
         if experts:
             warnings.warn(
@@ -238,8 +236,6 @@ class Run(Blocks, Hooked):
                 yield
             return
         keep, repeats = self._session.repeats.keep(ids, self._rule)
-        self._kept, self._repeated = self._kept + len(ids) - repeats, self._repeated + repeats
-        self._largest = max(self._largest, len(ids))
         if keep.any():
             self._step = max(self._step, self._fresh_step)
         with self._capture(len(ids), given, self._rows(logs=True), keep) as captured:
@@ -251,6 +247,8 @@ class Run(Blocks, Hooked):
         writer.put(dataclasses.replace(batch, dropped=repeats if self._step >= self._fresh_step else 0))
         if self._rule != "all":
             self._session.repeats.met(ids)
+        self._kept, self._repeated = self._kept + len(ids) - repeats, self._repeated + repeats
+        self._largest = max(self._largest, len(ids))
         self._step += 1
 
     def pending(self, data_id: Ids) -> list[int | str]:
@@ -282,7 +280,7 @@ class Run(Blocks, Hooked):
         if self._session.manifest is None:
             raise StateError("nothing was logged, so nothing is to finalise: run the loop with `with run(...)` first.")
         self._ready(self._session.manifest.id_type)  # an interrupted run may have nothing left to log
-        self._session.end(self.digest if self._models else None)
+        self._session.end(self.digest if self._model else None)
 
     def close(self) -> None:
         """Remove the hooks and commit what was logged; without ``finalize`` the run can be resumed."""
@@ -371,7 +369,7 @@ class Run(Blocks, Hooked):
         writer = self._session.open(fresh)
         now, was = fresh.parameters, old.parameters if old else {}
         if self._pass is not None and any(was.get(key) and now.get(key) not in (None, was[key]) for key in now):
-            if any(p.requires_grad for ref in self._models if (model := ref()) for p in model.parameters()):
+            if self._model is not None and any(p.requires_grad for p in self._model.parameters()):
                 self._elsewhere = now  # right in training, which moves them; the end of the pass shows it
             else:
                 self._warn_of_other_values()

@@ -75,7 +75,7 @@ class Documents(NamedTuple):
 def arrange(segments: Any, size: int) -> Documents:
     """Check ``segments`` against the number of ids and list each document's tokens."""
     numbers = torch.as_tensor(segments)
-    if numbers.dim() != 2 or numbers.is_floating_point() or numbers.dtype == torch.bool:
+    if numbers.dim() != 2 or not numbers.numel() or numbers.is_floating_point() or numbers.dtype == torch.bool:
         raise BatchError(
             f"segments is a {numbers.dtype} tensor of shape {tuple(numbers.shape)}: pass a (batch, tokens) integer "
             "tensor with each token's place in data_id, such as loghook.segments.from_position_ids(position_ids)."

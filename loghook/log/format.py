@@ -208,6 +208,11 @@ class Manifest:
             return not same or (self.sealed is not None and now.sealed != self.sealed)
         return False
 
+    def __post_init__(self) -> None:
+        """Check it, so that nothing is written that cannot be read; ValueError."""
+        _check_types(self, *self.layers)
+        _check_values(self)
+
     @property
     def codec(self) -> Codec:
         return Layout(self.layers).codec(self.dtype)
@@ -259,8 +264,6 @@ class Manifest:
             fields = {k: v for k, v in body.items() if k not in ("format", "fingerprint", "checksum")}
             fields["layers"] = tuple(LayerSpec(**layer) for layer in body["layers"])
             manifest = cls(**fields)
-            _check_types(manifest, *manifest.layers)
-            _check_values(manifest)
             # Byte for byte: also a space in the wrong place means that something wrote here that is not loghook.
             if manifest.encode() != data:
                 raise ValueError("it does not match its own checksum or fingerprint")

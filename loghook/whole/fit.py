@@ -75,8 +75,6 @@ class Fit(Blocks, Hooked):
     ) -> None:
         """Put inert hooks on a model's layers; arguments as in ``Run.watch``."""
         self._require_outside()
-        if self._layers:
-            raise StateError("a model is watched already: one watch() call takes several patterns.")
         arguments: dict[str, Any] = {
             "include": include, "exclude": exclude, "bias": bias, "may_sleep": may_sleep, "flattened": flattened,
             "batch_dim": batch_dim,
@@ -96,12 +94,11 @@ class Fit(Blocks, Hooked):
         """The watched model.
 
         Raises:
-            StateError: if none is, or if it is gone.
+            StateError: if none is.
         """
-        model = self._models[0]() if self._models else None
-        if model is None:
-            raise StateError("no model is watched, or nobody holds it any more: call watch(model) and keep the model.")
-        return model
+        if self._model is None:
+            raise StateError("no model is watched: call watch(model) first.")
+        return self._model
 
     def passes(self) -> Iterator[Pass]:
         """Yield the passes over the data that are not done yet: "covariance", then "eigenvalues".
