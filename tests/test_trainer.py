@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import warnings
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -196,6 +197,7 @@ SETTINGS = {
     "plain": {},
     "accumulate": {"gradient_accumulation_steps": 4},  # 6 micro-batches of 2 (the last of 1): windows of 4 and 2
     "checkpointing": {"activation_checkpointing": True, "gradient_accumulation_steps": 2},
+    "one_each": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
     "local_count": {"average_tokens_across_devices": False, "per_device_train_batch_size": 4},
 }
 CELLS = [(kind, setting) for kind in ("num_items", "local_mean", "ignores") for setting in SETTINGS]
@@ -205,7 +207,9 @@ CELLS += [(kind, "accumulate") for kind in ("own", "smooth", "smooth_mean")]
 @pytest.mark.parametrize("kind,setting", CELLS, ids=["-".join(cell) for cell in CELLS])
 def test_rows_are_those_of_the_summed_loss(folder, kind, setting):
     path = folder / f"{kind}-{setting}"
-    log = train(make_trainer(folder, kind, **SETTINGS[setting]), path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "log_training", UserWarning)  # that it could not try the loss
+        log = train(make_trainer(folder, kind, **SETTINGS[setting]), path)
     assert sorted(log.data_ids) == list(range(SAMPLES)) and len(log) == SAMPLES
     assert worst(log, reference(kind, log), np.argsort(log.data_ids)) <= 1e-5
 
@@ -536,7 +540,8 @@ class Beside(Bare):
 
 def test_batches_that_cannot_be_cut_are_taken_as_they_are(folder):
     trainer = make_trainer(folder, "local_mean", subclass=Beside, remove_unused_columns=False)
-    log = train(trainer, folder / "beside")
+    with pytest.warns(UserWarning, match=r"terms without labels .* could not be tried, .* scale="):
+        log = train(trainer, folder / "beside")
     assert worst(log, reference("local_mean", log), np.argsort(log.data_ids)) <= 1e-5
 
 
@@ -554,6 +559,13 @@ class ZLoss(Trainer):
         return outputs.loss + 0.1 * outputs.logits.logsumexp(-1).square().mean()
 
 
+def test_one_sample_of_equal_tokens_cannot_try_a_loss(folder):
+    data = [{"id": i, "input_ids": [7] * 5, "labels": [1, 2, 3, 4, 5]} for i in range(2)]
+    trainer = make_trainer(folder, "local_mean", data=data, per_device_train_batch_size=1)
+    with pytest.warns(UserWarning, match=r"terms without labels .* could not be tried"):
+        train(trainer, folder / "equal")
+
+
 class Passes(Trainer):
     """A subclass with a data loader of its own that forgets the ids."""
 
@@ -569,6 +581,7 @@ def test_errors_leave_the_trainer_as_it_was(folder):
     cases = [
         (UnsupportedError, "is neither", {"subclass": RareClass, "kind": "ignores", "data": rare}, {}),
         (UnsupportedError, "is neither", {"subclass": ZLoss}, {}),
+        (UnsupportedError, "is neither", {"subclass": ZLoss, "per_device_train_batch_size": 1}, {}),
         (ConfigError, r"id_column='key' is no column .* \(it has 'input_ids', 'labels'", {}, {"id_column": "key"}),
         (UnsupportedError, "the loss of Auxiliary is neither", {"model": auxiliary}, {}),
         (UnsupportedError, "is neither", {"function": mean_of_sums}, {}),
