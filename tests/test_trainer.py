@@ -15,13 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     DataCollatorWithFlattening,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 import loghook
@@ -392,6 +398,59 @@ def test_a_gradient_scaler_is_undone(folder):
     log = train(trainer, folder / "scaler")
     assert len(log) == SAMPLES and not log.flagged
     assert worst(log, reference("num_items", log), np.argsort(log.data_ids)) <= 1e-5
+
+
+def translator(kind):
+    torch.manual_seed(0)
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    if kind == "t5":
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
+        return T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, **sizes, **ends))
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "dropout": 0.0}
+    if kind == "bart":
+        return BartForConditionalGeneration(
+            BartConfig(vocab_size=VOCABULARY, max_position_embeddings=16, **sizes, **heads, **ends)
+        )
+    speech = {"num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 16}
+    return WhisperForConditionalGeneration(WhisperConfig(vocab_size=VOCABULARY, **speech, **sizes, **heads, **ends))
+
+
+class Translations(Bare):
+    """Labels alone: what the decoder reads is left to the model to make of them."""
+
+    @staticmethod
+    def collate(features):
+        if "input_features" not in features[0]:
+            return collate(features)
+        length = max(len(f["labels"]) for f in features)
+        labels = torch.tensor([f["labels"] + [-100] * (length - len(f["labels"])) for f in features])
+        return {"input_features": torch.tensor([f["input_features"] for f in features]), "labels": labels}
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("kind", ["t5", "bart", "whisper"])
+def test_a_decoder_that_reads_what_the_model_makes_of_the_labels(folder, kind, size):
+    data = [{"id": s["id"], "input_ids": s["input_ids"], "labels": s["input_ids"][::-1][i % 3 :]}
+            for i, s in enumerate(samples("num_items"))]  # fmt: skip
+    if kind == "whisper":
+        made = np.random.default_rng(0).standard_normal((SAMPLES, 8, 20)).tolist()
+        data = [{"id": s["id"], "input_features": made[i], "labels": s["labels"]} for i, s in enumerate(data)]
+    options = {"subclass": Translations, "per_device_train_batch_size": size, "gradient_accumulation_steps": 2}
+    trainer = make_trainer(folder, model=translator(kind), data=data, **options)
+    log = train(trainer, folder / f"{kind}-{size}", mask=None)
+
+    def loss(model, batch):
+        batch = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
+        return F.cross_entropy(model(**batch).logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
+
+    model = translator(kind).double().eval()
+    alone = [Translations.collate([{k: v for k, v in data[i].items() if k != "id"}]) for i in log.data_ids]
+    G = [one_sample_gradients(model, loss, batch, log.layers) for batch in alone]
+    for name in log.layers:
+        p_out, p_in = (whole(side) for side in sides(log, name))
+        rows = torch.from_numpy(np.array(log.rows(name)[:]))
+        assert relative_error(rows, project(torch.cat([g[name] for g in G]), p_out, p_in)) <= 1e-4, name
 
 
 class Snapshots(TrainerCallback):

@@ -184,7 +184,9 @@ def _find_count(trainer: Any, inputs: Mapping[str, Any], items: Any) -> Count:
     first[..., 0] = 0
     cause = None
     with _trials(trainer, labels.device):
-        loss(labels, items)  # what fails here would fail in training as well
+        with _decoder_inputs(trainer.model, inputs) as made:
+            loss(labels, items)  # what fails here would fail in training as well
+        inputs = {**inputs, **made}
         try:
             known = items is None
             if not known:
@@ -226,6 +228,27 @@ def _trials(trainer: Any, device: torch.device) -> Iterator[None]:
         trainer.model.train(training)
 
 
+@contextmanager
+def _decoder_inputs(model: Any, inputs: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
+    """Note what an encoder-decoder makes of its labels for the decoder to read, which trial labels must not change."""
+    made: dict[str, Tensor] = {}
+    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_decoder")
+    if not decodes or {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys():
+        yield made
+        return
+
+    def note(_: Any, args: Any, options: Mapping[str, Any]) -> None:
+        tokens = args[0] if args else options.get("input_ids")
+        if isinstance(tokens, Tensor):
+            made["decoder_input_ids"] = tokens
+
+    handle = model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield made
+    finally:
+        handle.remove()
+
+
 def _adds_up(
     loss: Callable[..., Tensor],
     labels: Tensor,
@@ -261,8 +284,8 @@ def _adds_up(
     except Exception as error:  # of whatever the model says to a batch that is cut like this
         cause = error
     warnings.warn(
-        "log_training takes the loss for a plain mean over labels; whether it has terms without labels (distillation, an "
-        "auxiliary loss) could not be tried, since the first micro-batch cannot be cut into samples"
+        "log_training takes the loss for a plain mean over labels; whether it has terms without labels (distillation, "
+        "an auxiliary loss) could not be tried, since the first micro-batch cannot be cut into samples"
         f"{f' ({type(cause).__name__}: {cause})' if cause else ''}. If it has none, pass "
         "log_training(..., scale=lambda batch, num_items: the batch's number of labels), and nothing is tried.",
         stacklevel=2,
@@ -297,8 +320,8 @@ def _in_labels(labels: Tensor, classes: int) -> Iterator[Trial]:
 def _in_samples(labels: Tensor, inputs: Mapping[str, Any], tokens: str) -> Trial | None:
     """All of a batch, and two halves of its samples; the first has half of its labels. None if it cannot be cut.
 
-    One sample alone gets a second beside it, with the same ``tokens`` (the name of the model's main input) turned by one
-    place, so that terms without labels differ.
+    One sample alone gets a second beside it, with the same ``tokens`` (the name of the model's main input) turned by
+    one place, so that terms without labels differ.
     """
     others = {k: v for k, v in inputs.items() if k != "labels" and not isinstance(v, int | float | str | None)}
     tensors = {k: v for k, v in others.items() if isinstance(v, Tensor) and v.dim() and len(v) == len(labels)}
