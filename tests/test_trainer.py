@@ -618,6 +618,22 @@ class ZLoss(Trainer):
         return outputs.loss + 0.1 * outputs.logits.logsumexp(-1).square().mean()
 
 
+@pytest.mark.parametrize("unlabelled", [0, 3])
+def test_a_micro_batch_without_labels_has_rows_of_zeros(folder, unlabelled):
+    data = [s | {"labels": [-100] * len(s["labels"])} if s["id"] == unlabelled else s for s in samples("local_mean")]
+    options = {"data": data, "per_device_train_batch_size": 1, "train_sampling_strategy": "sequential"}
+    trainer = make_trainer(folder, "local_mean", **options)
+    log = train(trainer, folder / f"unlabelled-{unlabelled}")
+    order, expected = np.argsort(log.data_ids), reference("local_mean", log)
+    expected = {name: rows.clone() for name, rows in expected.items()}
+    for rows in expected.values():
+        rows[unlabelled] = 0
+    assert worst(log, expected, order) <= 1e-5
+    trainer = make_trainer(folder, "local_mean", subclass=ZLoss, **options)
+    with pytest.raises(UnsupportedError, match="is neither"):
+        train(trainer, folder / f"unlabelled-z-{unlabelled}")
+
+
 def test_one_sample_of_equal_tokens_cannot_try_a_loss(folder):
     data = [{"id": i, "input_ids": [7] * 5, "labels": [1, 2, 3, 4, 5]} for i in range(2)]
     trainer = make_trainer(folder, "local_mean", data=data, per_device_train_batch_size=1)

@@ -187,6 +187,9 @@ def _find_count(trainer: Any, inputs: Mapping[str, Any], items: Any) -> Count:
         with _decoder_inputs(trainer.model, inputs) as made:
             loss(labels, items)  # what fails here would fail in training as well
         inputs = {**inputs, **made}
+        labels = (
+            labels if bool((labels != IGNORED).any()) else torch.zeros_like(labels)
+        )  # without any, all losses agree
         try:
             known = items is None
             if not known:
@@ -201,7 +204,8 @@ def _find_count(trainer: Any, inputs: Mapping[str, Any], items: Any) -> Count:
                 classes = getattr(getattr(trainer.model, "config", None), "num_labels", 0)
                 tokens, rough = getattr(trainer.model, "main_input_name", "input_ids"), _roughness(trainer)
                 if not unlike and _adds_up(partial(loss, items=items), labels, inputs, tokens, shift, classes, rough):
-                    return lambda inputs, _: (inputs["labels"][..., shift:] != IGNORED).sum()
+                    # A micro-batch without labels has rows of zeros, whatever their scale.
+                    return lambda inputs, _: (inputs["labels"][..., shift:] != IGNORED).sum().clamp(min=1)
         except (IndexError, RuntimeError) as error:  # a loss to which -100 is a class like others
             if isinstance(error, torch.OutOfMemoryError):
                 raise
