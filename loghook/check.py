@@ -172,8 +172,17 @@ def _examine(probe: Probe, report: CheckReport, may_sleep: str | Sequence[str]) 
             f"{len(unexpected)} layers delivered nothing ({'; '.join(parts)}): exclude them, or name them in "
             "watch(..., may_sleep=...) if they may rightly stay silent."
         )
-    random = {name: _error(again[name], together[name]) for name in together if name not in silent}
-    if max(random.values(), default=0.0) > report.tolerance:
+    compared = [name for name in together if name not in silent]
+    finite = _finite(together)
+    if not finite.all():
+        off = [name for name in compared if not together[name].isfinite().all()]
+        report.problems.append(
+            f"the rows of {probe.unit}s {_places(~finite)} are not finite, in {len(off)} layers ({_some(off)}), and a "
+            "run refuses them: look for a division by zero, a mean over nothing, attention whose keys are all masked, "
+            "an overflow. What follows is about the others."
+        )
+        together, again = ({name: _only(rows, finite) for name, rows in of.items()} for of in (together, again))
+    if not all(_error(again[name], together[name]) <= report.tolerance for name in compared):
         dropouts = [n for n, m in unwrap(probe.model).named_modules() if "Dropout" in type(m).__name__ and m.training]
         cause = f"dropout in training mode ({_some(dropouts)})" if dropouts else "something random in the forward pass"
         report.problems.append(
@@ -187,30 +196,42 @@ def _examine(probe: Probe, report: CheckReport, may_sleep: str | Sequence[str]) 
     except (DeliveryError, BatchError) as error:
         report.problems.append(f"a {probe.unit} alone does not run as the batch does: {error}")
         return
-    compared = [name for name in together if name not in silent]
+    lost = finite & ~_finite(alone.rows)
+    if lost.any():
+        report.problems.append(
+            f"{probe.unit}s {_places(lost)} have rows in the batch, but alone they are not finite, as where a mean "
+            "runs over no label: check a batch without them."
+        )
+        finite &= ~lost
+        together = {name: _only(rows, finite) for name, rows in together.items()}
+    alone = alone._replace(
+        rows={name: _only(rows, finite) for name, rows in alone.rows.items()},
+        hooked={name: _only(rows, finite) for name, rows in alone.hooked.items()},
+    )
     errors = {name: _errors(together[name], alone.rows[name]) for name in compared}
     report.errors = {name: float(each.max()) for name, each in errors.items()}
     report.not_compared = tuple(name for name in compared if name in alone.captured)
-    wrong = [name for name in compared if report.errors[name] > report.tolerance]
+    wrong = [name for name in compared if not report.errors[name] <= report.tolerance]
     if not wrong and not probe.sharded:  # whose gathering all processes do together, whatever each of them finds
         return
     with probe.rounded_otherwise():
-        moved = probe.gradients_alone().rows
+        moved = {name: _only(rows, finite) for name, rows in probe.gradients_alone().rows.items()}
     rounding = {name: _errors(moved[name], alone.rows[name]) for name in compared}
     report.rounding = {name: float(rounding[name].max()) for name in wrong}
     limits = {name: (_TIMES * each).clamp(report.tolerance, _MOST) for name, each in rounding.items()}
-    wrong = [name for name in wrong if bool((errors[name] > limits[name]).any())]
+    wrong = [name for name in wrong if not (errors[name] <= limits[name]).all()]
     report.wrong = tuple(wrong)
     if not wrong:
         return
     factors = _factors([together[name] for name in compared], [alone.rows[name] for name in compared])
     rescaled = {name: _errors(together[name], alone.rows[name] * factors[:, None, None]) for name in compared}
     if all(bool((each <= limits[name].clamp(min=1e-3)).all()) for name, each in rescaled.items()):
-        report.problems.append(_mean_message(loss, alone.losses, factors, probe.unit))
+        moved_at_all = torch.stack([rows.flatten(1).any(1) for rows in alone.rows.values()]).any(0)
+        report.problems.append(_mean_message(loss, alone.losses, factors[moved_at_all], probe.unit))
         report.errors = {name: float(each.max()) for name, each in rescaled.items()}
         return
-    other = [n for n in wrong if bool((_errors(alone.hooked[n], alone.rows[n]) > limits[n]).any())]
-    drowned = [n for n in wrong if not bool((errors[n] > _TIMES * rounding[n]).any())]
+    other = [n for n in wrong if not (_errors(alone.hooked[n], alone.rows[n]) <= limits[n]).all()]
+    drowned = [n for n in wrong if (errors[n] <= _TIMES * rounding[n]).all()]
     if other:
         report.problems.append(
             f"the rows of {len(other)} layers ({_some(other)}) are not their gradients for a {probe.unit} alone "
@@ -224,7 +245,7 @@ def _examine(probe: Probe, report: CheckReport, may_sleep: str | Sequence[str]) 
             f"{max(report.rounding.values()):.1g} of their size, so nothing can be compared: check in float32."
         )
     else:
-        report.problems.append(_influence_message(probe, wrong))
+        report.problems.append(_influence_message(probe, wrong, finite))
 
 
 def _computes_in_tf32(model: nn.Module) -> bool:
@@ -244,7 +265,7 @@ def _factors(together: list[Tensor], alone: list[Tensor]) -> Tensor:
     return torch.where(norm > 0, (a * b).sum(1) / norm.clamp(min=1e-300), torch.ones_like(norm))
 
 
-def _influence_message(probe: Probe, wrong: Sequence[str]) -> str:
+def _influence_message(probe: Probe, wrong: Sequence[str], finite: Tensor) -> str:
     """Say where samples mix: the first layer whose *input* depends on the rest of the batch."""
     if probe.sharded:  # other processes may have found nothing wrong, and would not gather the weights
         return (
@@ -254,8 +275,8 @@ def _influence_message(probe: Probe, wrong: Sequence[str]) -> str:
     inputs = probe.together(synchronised=False).inputs
     names, first = list(inputs), len(inputs)
     for i, one in enumerate(probe.each_alone()):
-        off = [names.index(n) for n, x in one.inputs.items() if _error(inputs[n][i : i + 1], x) > 1e-3]
-        first = min([first, *off])
+        off = [names.index(n) for n, x in one.inputs.items() if not _error(inputs[n][i : i + 1], x) <= 1e-3]
+        first = min([first, *off]) if finite[i] else first
     before, after = _SUSPECTS[probe.unit]
     where = (
         f"the input of {names[first]!r} is the first that does so: look at what comes before it ({before})"
@@ -284,6 +305,21 @@ def _mean_message(loss: float, singles: Sequence[float], factors: Tensor, unit: 
         f"the loss is no sum over {unit}s: rows in the batch are {factors.min():.3g} to {factors.max():.3g} times "
         f"those of each alone (loss of the batch {loss:.4g}; sum of its {unit}s' losses {sum(singles):.4g}). {remedy}"
     )
+
+
+def _finite(rows: dict[str, Tensor]) -> Tensor:
+    """Which samples have finite rows in all layers, (B,)."""
+    return torch.stack([of.flatten(1).isfinite().all(1) for of in rows.values()]).all(0)
+
+
+def _only(rows: Tensor, chosen: Tensor) -> Tensor:
+    """Rows with zeros for samples that are not compared; nan would make each comparison, and each maximum, void."""
+    return rows.where(chosen[:, None, None], 0.0)
+
+
+def _places(chosen: Tensor) -> str:
+    places = chosen.nonzero().flatten().tolist()
+    return f"{str(places[:8])[:-1]}{', ...' if len(places) > 8 else ''}]"
 
 
 def _error(a: Tensor, b: Tensor) -> float:

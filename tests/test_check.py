@@ -152,6 +152,58 @@ def test_batch_norm_in_training_mode_is_named(batch):
     assert loghook.check(model.eval(), classes, batch)
 
 
+class Attention(nn.Module):
+    """Causal, and padding masked by -inf: a padded query at the beginning sees no key, and gets nan."""
+
+    def __init__(self):
+        super().__init__()
+        self.embed, self.o, self.head = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20)
+
+    def forward(self, ids, mask):
+        e = self.embed(ids)
+        seen = mask[:, None, :].bool() & torch.ones(ids.shape[1], ids.shape[1]).tril().bool()
+        return self.head(e + self.o((e @ e.mT).masked_fill(~seen, float("-inf")).softmax(-1) @ e))
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_rows_that_are_not_finite_are_named_and_hide_nothing(reduction):
+    torch.manual_seed(0)
+    ids, mask = torch.randint(1, 20, (4, 5)), torch.ones(4, 5, dtype=torch.long)
+    mask[0, :2] = mask[2, :1] = 0
+    labels = ids.masked_fill(mask == 0, -100)  # the loss itself is finite
+
+    def loss(model, batch):
+        logits = model(batch["ids"], batch["mask"])
+        return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten(), reduction=reduction)
+
+    report = loghook.check(Attention(), loss, {"ids": ids, "mask": mask, "labels": labels})
+    assert not report and "rows of samples [0, 2] are not finite, in 2 layers ('o', 'head')" in report.problems[0]
+    assert max(report.errors.values()) < 1e-4
+    assert ["no sum over samples" in p for p in report.problems[1:]] == [True] * (reduction == "mean")
+
+
+def test_rows_that_are_not_finite_alone_are_named(batch):
+    def loss(model, batch):  # an own mean divides by nothing where the sample has no label
+        losses = F.cross_entropy(model(batch[0]), batch[1], reduction="none")
+        return losses.sum() * (batch[1] > 0).sum() / (batch[1] > 0).sum()
+
+    labels = torch.tensor([0, 1, 2, 3, 1, 2])
+    problem = only_problem(loghook.check(mlp(), loss, (batch[0], labels)))
+    assert "samples [0] have rows in the batch, but alone they are not finite" in problem
+
+
+def test_a_nan_does_not_hide_dropout(batch):
+    batch[0][1, 0] = float("nan")
+    first, second = loghook.check(mlp(nn.Dropout(0.5)), classes, batch).problems
+    assert "samples [1] are not finite" in first and "dropout" in second
+
+
+def test_a_mean_with_a_sample_that_has_no_gradient(batch):
+    labels = torch.tensor([-100, 1, 2, 3, 1, 2])
+    problem = only_problem(loghook.check(mlp(), lambda m, b: F.cross_entropy(m(b[0]), b[1]), (batch[0], labels)))
+    assert "rows in the batch are 0.2 to 0.2 times" in problem
+
+
 def test_dropout_that_differs_between_runs_is_named(batch):
     model = mlp(nn.Dropout(0.5))
     problem = only_problem(loghook.check(model, classes, batch))

@@ -4,6 +4,7 @@ import contextlib
 import os
 import subprocess
 import sys
+import warnings
 from functools import cache
 from itertools import chain
 from pathlib import Path
@@ -14,13 +15,19 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
     DataCollatorWithFlattening,
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    T5Config,
+    T5ForConditionalGeneration,
     Trainer,
     TrainerCallback,
     TrainingArguments,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
 )
 
 import loghook
@@ -196,6 +203,7 @@ SETTINGS = {
     "plain": {},
     "accumulate": {"gradient_accumulation_steps": 4},  # 6 micro-batches of 2 (the last of 1): windows of 4 and 2
     "checkpointing": {"activation_checkpointing": True, "gradient_accumulation_steps": 2},
+    "one_each": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2},
     "local_count": {"average_tokens_across_devices": False, "per_device_train_batch_size": 4},
 }
 CELLS = [(kind, setting) for kind in ("num_items", "local_mean", "ignores") for setting in SETTINGS]
@@ -205,7 +213,9 @@ CELLS += [(kind, "accumulate") for kind in ("own", "smooth", "smooth_mean")]
 @pytest.mark.parametrize("kind,setting", CELLS, ids=["-".join(cell) for cell in CELLS])
 def test_rows_are_those_of_the_summed_loss(folder, kind, setting):
     path = folder / f"{kind}-{setting}"
-    log = train(make_trainer(folder, kind, **SETTINGS[setting]), path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "log_training", UserWarning)  # that it could not try the loss
+        log = train(make_trainer(folder, kind, **SETTINGS[setting]), path)
     assert sorted(log.data_ids) == list(range(SAMPLES)) and len(log) == SAMPLES
     assert worst(log, reference(kind, log), np.argsort(log.data_ids)) <= 1e-5
 
@@ -390,6 +400,59 @@ def test_a_gradient_scaler_is_undone(folder):
     assert worst(log, reference("num_items", log), np.argsort(log.data_ids)) <= 1e-5
 
 
+def translator(kind):
+    torch.manual_seed(0)
+    ends = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 2}
+    if kind == "t5":
+        sizes = {"d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 1, "num_heads": 2, "dropout_rate": 0.0}
+        return T5ForConditionalGeneration(T5Config(vocab_size=VOCABULARY, **sizes, **ends))
+    sizes = {"d_model": 16, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 24, "decoder_ffn_dim": 24}
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "dropout": 0.0}
+    if kind == "bart":
+        return BartForConditionalGeneration(
+            BartConfig(vocab_size=VOCABULARY, max_position_embeddings=16, **sizes, **heads, **ends)
+        )
+    speech = {"num_mel_bins": 8, "max_source_positions": 10, "max_target_positions": 16}
+    return WhisperForConditionalGeneration(WhisperConfig(vocab_size=VOCABULARY, **speech, **sizes, **heads, **ends))
+
+
+class Translations(Bare):
+    """Labels alone: what the decoder reads is left to the model to make of them."""
+
+    @staticmethod
+    def collate(features):
+        if "input_features" not in features[0]:
+            return collate(features)
+        length = max(len(f["labels"]) for f in features)
+        labels = torch.tensor([f["labels"] + [-100] * (length - len(f["labels"])) for f in features])
+        return {"input_features": torch.tensor([f["input_features"] for f in features]), "labels": labels}
+
+
+@pytest.mark.parametrize("size", [1, 3])
+@pytest.mark.parametrize("kind", ["t5", "bart", "whisper"])
+def test_a_decoder_that_reads_what_the_model_makes_of_the_labels(folder, kind, size):
+    data = [{"id": s["id"], "input_ids": s["input_ids"], "labels": s["input_ids"][::-1][i % 3 :]}
+            for i, s in enumerate(samples("num_items"))]  # fmt: skip
+    if kind == "whisper":
+        made = np.random.default_rng(0).standard_normal((SAMPLES, 8, 20)).tolist()
+        data = [{"id": s["id"], "input_features": made[i], "labels": s["labels"]} for i, s in enumerate(data)]
+    options = {"subclass": Translations, "per_device_train_batch_size": size, "gradient_accumulation_steps": 2}
+    trainer = make_trainer(folder, model=translator(kind), data=data, **options)
+    log = train(trainer, folder / f"{kind}-{size}", mask=None)
+
+    def loss(model, batch):
+        batch = {name: value.double() if value.is_floating_point() else value for name, value in batch.items()}
+        return F.cross_entropy(model(**batch).logits.flatten(0, 1), batch["labels"].flatten(), reduction="sum")
+
+    model = translator(kind).double().eval()
+    alone = [Translations.collate([{k: v for k, v in data[i].items() if k != "id"}]) for i in log.data_ids]
+    G = [one_sample_gradients(model, loss, batch, log.layers) for batch in alone]
+    for name in log.layers:
+        p_out, p_in = (whole(side) for side in sides(log, name))
+        rows = torch.from_numpy(np.array(log.rows(name)[:]))
+        assert relative_error(rows, project(torch.cat([g[name] for g in G]), p_out, p_in)) <= 1e-4, name
+
+
 class Snapshots(TrainerCallback):
     """The parameters before each optimiser step."""
 
@@ -536,7 +599,8 @@ class Beside(Bare):
 
 def test_batches_that_cannot_be_cut_are_taken_as_they_are(folder):
     trainer = make_trainer(folder, "local_mean", subclass=Beside, remove_unused_columns=False)
-    log = train(trainer, folder / "beside")
+    with pytest.warns(UserWarning, match=r"terms without labels .* could not be tried, .* scale="):
+        log = train(trainer, folder / "beside")
     assert worst(log, reference("local_mean", log), np.argsort(log.data_ids)) <= 1e-5
 
 
@@ -554,6 +618,29 @@ class ZLoss(Trainer):
         return outputs.loss + 0.1 * outputs.logits.logsumexp(-1).square().mean()
 
 
+@pytest.mark.parametrize("unlabelled", [0, 3])
+def test_a_micro_batch_without_labels_has_rows_of_zeros(folder, unlabelled):
+    data = [s | {"labels": [-100] * len(s["labels"])} if s["id"] == unlabelled else s for s in samples("local_mean")]
+    options = {"data": data, "per_device_train_batch_size": 1, "train_sampling_strategy": "sequential"}
+    trainer = make_trainer(folder, "local_mean", **options)
+    log = train(trainer, folder / f"unlabelled-{unlabelled}")
+    order, expected = np.argsort(log.data_ids), reference("local_mean", log)
+    expected = {name: rows.clone() for name, rows in expected.items()}
+    for rows in expected.values():
+        rows[unlabelled] = 0
+    assert worst(log, expected, order) <= 1e-5
+    trainer = make_trainer(folder, "local_mean", subclass=ZLoss, **options)
+    with pytest.raises(UnsupportedError, match="is neither"):
+        train(trainer, folder / f"unlabelled-z-{unlabelled}")
+
+
+def test_one_sample_of_equal_tokens_cannot_try_a_loss(folder):
+    data = [{"id": i, "input_ids": [7] * 5, "labels": [1, 2, 3, 4, 5]} for i in range(2)]
+    trainer = make_trainer(folder, "local_mean", data=data, per_device_train_batch_size=1)
+    with pytest.warns(UserWarning, match=r"terms without labels .* could not be tried"):
+        train(trainer, folder / "equal")
+
+
 class Passes(Trainer):
     """A subclass with a data loader of its own that forgets the ids."""
 
@@ -569,6 +656,7 @@ def test_errors_leave_the_trainer_as_it_was(folder):
     cases = [
         (UnsupportedError, "is neither", {"subclass": RareClass, "kind": "ignores", "data": rare}, {}),
         (UnsupportedError, "is neither", {"subclass": ZLoss}, {}),
+        (UnsupportedError, "is neither", {"subclass": ZLoss, "per_device_train_batch_size": 1}, {}),
         (ConfigError, r"id_column='key' is no column .* \(it has 'input_ids', 'labels'", {}, {"id_column": "key"}),
         (UnsupportedError, "the loss of Auxiliary is neither", {"model": auxiliary}, {}),
         (UnsupportedError, "is neither", {"function": mean_of_sums}, {}),

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
@@ -183,7 +184,12 @@ def _find_count(trainer: Any, inputs: Mapping[str, Any], items: Any) -> Count:
     first[..., 0] = 0
     cause = None
     with _trials(trainer, labels.device):
-        loss(labels, items)  # what fails here would fail in training as well
+        with _decoder_inputs(trainer.model, inputs) as made:
+            loss(labels, items)  # what fails here would fail in training as well
+        inputs = {**inputs, **made}
+        labels = (
+            labels if bool((labels != IGNORED).any()) else torch.zeros_like(labels)
+        )  # without any, all losses agree
         try:
             known = items is None
             if not known:
@@ -195,9 +201,11 @@ def _find_count(trainer: Any, inputs: Mapping[str, Any], items: Any) -> Count:
                 shift = int(labels.dim() > 1 and math.isnan(loss(first, items)))
                 # transformers does not see a causal model under the compiler's wrapper, and smooths labels unshifted.
                 unlike = shift and trainer.label_smoother is not None and trainer.args.torch_compile
-                classes, rough = getattr(getattr(trainer.model, "config", None), "num_labels", 0), _roughness(trainer)
-                if not unlike and _adds_up(partial(loss, items=items), labels, inputs, shift, classes, rough):
-                    return lambda inputs, _: (inputs["labels"][..., shift:] != IGNORED).sum()
+                classes = getattr(getattr(trainer.model, "config", None), "num_labels", 0)
+                tokens, rough = getattr(trainer.model, "main_input_name", "input_ids"), _roughness(trainer)
+                if not unlike and _adds_up(partial(loss, items=items), labels, inputs, tokens, shift, classes, rough):
+                    # A micro-batch without labels has rows of zeros, whatever their scale.
+                    return lambda inputs, _: (inputs["labels"][..., shift:] != IGNORED).sum().clamp(min=1)
         except (IndexError, RuntimeError) as error:  # a loss to which -100 is a class like others
             if isinstance(error, torch.OutOfMemoryError):
                 raise
@@ -224,8 +232,35 @@ def _trials(trainer: Any, device: torch.device) -> Iterator[None]:
         trainer.model.train(training)
 
 
+@contextmanager
+def _decoder_inputs(model: Any, inputs: Mapping[str, Any]) -> Iterator[dict[str, Tensor]]:
+    """Note what an encoder-decoder makes of its labels for the decoder to read, which trial labels must not change."""
+    made: dict[str, Tensor] = {}
+    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_decoder")
+    if not decodes or {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys():
+        yield made
+        return
+
+    def note(_: Any, args: Any, options: Mapping[str, Any]) -> None:
+        tokens = args[0] if args else options.get("input_ids")
+        if isinstance(tokens, Tensor):
+            made["decoder_input_ids"] = tokens
+
+    handle = model.get_decoder().register_forward_pre_hook(note, with_kwargs=True)
+    try:
+        yield made
+    finally:
+        handle.remove()
+
+
 def _adds_up(
-    loss: Callable[..., Tensor], labels: Tensor, inputs: Mapping[str, Any], shift: int, classes: int, rough: float
+    loss: Callable[..., Tensor],
+    labels: Tensor,
+    inputs: Mapping[str, Any],
+    tokens: str,
+    shift: int,
+    classes: int,
+    rough: float,
 ) -> bool:
     """Whether a loss is the plain mean over labels: the sum over all is that of its parts.
 
@@ -244,11 +279,22 @@ def _adds_up(
     if not all(sums(trial, TOLERANCE) for trial in _in_labels(labels, classes)):
         return False
     try:
-        return all(sums(trial, rough) for trial in _in_samples(labels, inputs))
+        trial = _in_samples(labels, inputs, tokens)
+        if trial is not None:
+            return sums(trial, rough)
+        cause = None
     except torch.OutOfMemoryError:
         raise
-    except Exception:  # of whatever the model says to a batch that cannot be cut like this
-        return True
+    except Exception as error:  # of whatever the model says to a batch that is cut like this
+        cause = error
+    warnings.warn(
+        "log_training takes the loss for a plain mean over labels; whether it has terms without labels (distillation, "
+        "an auxiliary loss) could not be tried, since the first micro-batch cannot be cut into samples"
+        f"{f' ({type(cause).__name__}: {cause})' if cause else ''}. If it has none, pass "
+        "log_training(..., scale=lambda batch, num_items: the batch's number of labels), and nothing is tried.",
+        stacklevel=2,
+    )
+    return True
 
 
 def _roughness(trainer: Any) -> float:
@@ -275,17 +321,27 @@ def _in_labels(labels: Tensor, classes: int) -> Iterator[Trial]:
         yield (mixed, {}), (mixed.where(one, IGNORED), {}), (mixed.where(~one, IGNORED), {})
 
 
-def _in_samples(labels: Tensor, inputs: Mapping[str, Any]) -> list[Trial]:
-    """All of a batch, and two halves of its samples; the first has half of its labels."""
-    size, cut = len(labels), len(labels) // 2
+def _in_samples(labels: Tensor, inputs: Mapping[str, Any], tokens: str) -> Trial | None:
+    """All of a batch, and two halves of its samples; the first has half of its labels. None if it cannot be cut.
+
+    One sample alone gets a second beside it, with the same ``tokens`` (the name of the model's main input) turned by
+    one place, so that terms without labels differ.
+    """
     others = {k: v for k, v in inputs.items() if k != "labels" and not isinstance(v, int | float | str | None)}
-    tensors = {k: v for k, v in others.items() if isinstance(v, Tensor) and v.dim() and len(v) == size}
-    if size < 2 or len(tensors) < len(others):
-        return []  # packed, or with parts of another batch axis, or lists
+    tensors = {k: v for k, v in others.items() if isinstance(v, Tensor) and v.dim() and len(v) == len(labels)}
+    if len(tensors) < len(others):
+        return None  # packed, or with parts of another batch axis, or lists
+    if len(labels) == 1:
+        turned = tensors | {tokens: tensors[tokens].roll(1, -1)}
+        if torch.equal(turned[tokens], tensors[tokens]):
+            return None
+        tensors = {k: torch.cat([v, turned[k]]) for k, v in tensors.items()}
+        labels = torch.cat([labels, labels])
+    cut = len(labels) // 2
     every = torch.arange(labels[0].numel(), device=labels.device).view(labels.shape[1:]) % 2 == 0
     thinned = torch.cat([labels[:cut].where(every, IGNORED), labels[cut:]]) if labels.dim() > 1 else labels
     halves = ((thinned[part], {k: v[part] for k, v in tensors.items()}) for part in (slice(0, cut), slice(cut, None)))
-    return [((thinned, {}), *halves)]
+    return ((thinned, tensors), *halves)
 
 
 def _refuse(trainer: Any) -> None:
