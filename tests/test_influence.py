@@ -14,6 +14,7 @@ import loghook
 from loghook import evaluate
 from loghook.errors import CheckpointWarning, ConfigError, CorruptLogError, MismatchError
 from loghook.influence import precondition, products
+from loghook.influence.scores import strongest
 from loghook.log import reader
 from tests import dense
 from tests.harness import sides, whole
@@ -300,9 +301,26 @@ def test_scores_in_another_order(logged, tmp_path):
     assert best.align(query_ids=["b"]).top(4) == [best.top(4)[1]]
     with pytest.raises(ConfigError, match="without top"):
         best.align(log.data_ids)
-    for ids, says in (([0, "0"], "'0' was not scored"), ([1, 1], "1 is there more than once")):
+    for ids, says in (([0, "0"], "'0' was not scored"), ([1, 1], "1 is asked for more than once")):
         with pytest.raises(MismatchError, match=says):
             scores.align(ids)
+
+
+@pytest.mark.parametrize("n", [1, 7, 300])
+def test_the_strongest_are_those_of_a_stable_sort(n):
+    values = np.random.default_rng(n).integers(0, 9, n).astype(np.float32)
+    for k in (1, 3, n, n + 5):
+        assert strongest(values, k).tolist() == np.argsort(-values, kind="stable")[:k].tolist()
+
+
+def test_counts_and_ids_that_make_no_sense_are_refused(logged):
+    log, query, _ = logged
+    scores = log.influence(query, "dot")
+    for k in (0, -1):
+        with pytest.raises(ConfigError, match=f"k={k}"):
+            scores.distinct(k)
+    with pytest.raises(MismatchError, match="is asked for more than once"):
+        scores.align([1, 1, 2])
 
 
 def test_layers_by_pattern(logged):
@@ -558,9 +576,23 @@ def test_scores_that_do_not_fit_say_what_helps(tmp_path):
     log = loghook.load(run.path)
     with pytest.raises(ConfigError, match="smaller scale"):
         log.influence(query, "dot")
-    with pytest.raises(ConfigError, match=r"statistics of .* hold infinities"):
-        log.influence(query, "ekfac")
     assert np.isfinite(log.influence(query, "shampoo").values).all()
+
+
+def test_a_batch_whose_squares_overflow_is_left_out_of_the_statistics(tmp_path):
+    """In float32 squares overflow long before rows do; infinities would stay in the statistics for good."""
+    model, x = nn.Linear(6, 4), torch.randn(8, 6)
+    with loghook.init(tmp_path / "run", rank=3) as run:
+        run.watch(model)
+        for scale, ids in ((1.0, range(8)), (1e25, range(8, 16))):
+            with run(data_id=ids, scale=scale):
+                model(x).sin().sum().backward()
+        with run.query(data_id=[0]) as query:
+            model(x[:1]).sin().sum().backward()
+        run.finalize()
+    log = loghook.load(run.path)
+    assert len(log) == 16 and log.unmeasured == 8
+    assert np.isfinite(log.moments()).all() and np.isfinite(log.influence(query, "kfac").values).all()
 
 
 def test_ties_keep_the_order_of_the_log(tmp_path, monkeypatch):

@@ -64,6 +64,12 @@ def test_brittleness_is_a_share_of_flips_for_each_k() -> None:
     curve = brittleness(before, after, ks=[1, 10, 100])
     assert {k: one.mean for k, one in curve.items()} == {1: 0.0, 10: 0.25, 100: 0.5}
     assert curve[100].per_query.tolist() == [1, 0, 1, 0]
+    words = brittleness(["cat", "dog"], [["cat", "cat"]], ks=[1])
+    assert words[1].mean == 0.5
+    with pytest.raises(ConfigError, match="not finite"):
+        brittleness([0, 1], [[0, np.nan]], ks=[1])
+    with pytest.raises(ConfigError, match="names a number twice"):
+        brittleness([0, 1], [[0, 1], [0, 1]], ks=[3, 3])
 
 
 @given(seeds, st.booleans())

@@ -68,6 +68,10 @@ def brittleness(before: ArrayLike, after: ArrayLike, ks: Sequence[int]) -> dict[
         ks: the K numbers of samples left out, which become the keys of the result.
     """
     before_Q, after_KQ = np.asarray(before), np.asarray(after)
+    if any(t.dtype.kind == "f" and not np.isfinite(t).all() for t in (before_Q, after_KQ)):
+        raise ConfigError("predicted classes hold values that are not finite: leave those queries out.")
+    if len(set(ks)) < len(ks):
+        raise ConfigError(f"ks={list(ks)} names a number twice, and results are by number: name each once.")
     if before_Q.ndim != 1 or not len(before_Q) or after_KQ.shape != (len(ks), len(before_Q)):
         raise ConfigError(f"before {before_Q.shape}, {after_KQ.shape} do not fit {len(ks)} values of k: (Q,) (K, Q).")
     return {k: estimate(flips) for k, flips in zip(ks, after_KQ != before_Q, strict=True)}

@@ -92,7 +92,7 @@ def interval(
     """Bootstrap a mean over queries (percentile interval): its lower and upper end. per_query: (Q,)."""
     if not 0 < confidence < 1 or resamples < 1:
         raise ConfigError(f"confidence={confidence} must lie between 0 and 1, and resamples={resamples} be at least 1.")
-    values = np.asarray(per_query, dtype=np.float64)
+    values = floats("per_query", per_query, 1)
     draws = np.random.default_rng(seed).integers(len(values), size=(resamples, len(values)))
     tail = (1 - confidence) / 2
     low, high = np.quantile(values[draws].mean(axis=1), [tail, 1 - tail])

@@ -16,7 +16,7 @@ from loghook.errors import ConfigError
 from loghook.influence import engine
 from loghook.influence.fidelity import correlations, shared_top
 from loghook.influence.precondition import Metric, progress
-from loghook.influence.scores import Scores
+from loghook.influence.scores import Scores, strongest
 from loghook.log.format import LayerSpec, Layout, Made
 from loghook.log.query import Query
 from loghook.log.reader import Reader
@@ -40,7 +40,9 @@ class Trust:
         overlap: (Q,) how many of the top k two seeds share: seen with a second log, else expected.
         top: (Q, k) places of the top records in the log, best first.
         stays: (Q, k) probability that a top record is in another seed's top k.
-        true: (Q, k) probability that it is in the top k of scores without projection noise.
+        true: (Q, k) probability that it is in the top k of the mean over all seeds. That is the top k without any
+            projection where there is no curvature; what fitting curvature in the projected space changes is common to
+            all seeds, so that with it fewer are in the top k of whole gradients.
         p_values: (Q, k) how often the best of all rows is as well aligned with a chance question, a sum of all rows
             with Gaussian weights; so it allows for having looked at all rows. Both sides at unit norm in the method's
             metric, whatever ``normalize`` is. None with nulls=0.
@@ -61,7 +63,7 @@ class Trust:
         lines = [
             f"between seeds, from {self.how}: scores correlate {np.median(self.correlation):.2f} "
             f"(means of two: {np.median(self.together):.2f}), the top {k} share {self.overlap.mean():.1f}",
-            f"truly in the top {k}: {self.true.sum(1).mean():.1f} of {k}, the first with probability "
+            f"in the top {k} of all seeds together: {self.true.sum(1).mean():.1f} of {k}, the first with probability "
             f"{self.true[:, 0].mean():.2f}",
         ]
         if self.p_values is not None:
@@ -117,7 +119,7 @@ def trust(
     rng, level = np.random.default_rng(seed), np.ones((len(query), len(log)))
     first = engine.influence(log, query, metric)
     values_QN = _spread_out(first.values, metric)
-    top_Qk = np.argsort(-values_QN, axis=1, kind="stable")[:, :k]
+    top_Qk = np.stack([strongest(values, k) for values in values_QN])
     if other is not None:
         if _shares(log) and other[0].fingerprint == log.fingerprint:
             raise ConfigError(

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 from loghook.errors import ConfigError
 from loghook.influence.engine import influence
 from loghook.influence.precondition import Metric, working_dtype
+from loghook.influence.scores import strongest
 from loghook.log.query import Query
 from loghook.log.reader import Reader
 from loghook.processes import on_cpu
@@ -122,5 +123,5 @@ def likeness(a: np.ndarray, b: np.ndarray) -> float:
 
 def shared_top(a: np.ndarray, b: np.ndarray, k: int) -> NDArray[np.float64]:
     """How many rows are among the k best in both of two scorings (Q, N): (Q,)."""
-    best = (np.argsort(-values, axis=1, kind="stable")[:, :k] for values in (a, b))
-    return np.array([len(np.intersect1d(*pair)) for pair in zip(*best, strict=True)], dtype=np.float64)
+    pairs = ((strongest(one, k), strongest(other, k)) for one, other in zip(a, b, strict=True))
+    return np.array([len(np.intersect1d(*pair)) for pair in pairs], dtype=np.float64)

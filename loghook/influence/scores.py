@@ -98,6 +98,7 @@ class Scores:
 
     def distinct(self, k: int) -> list[list[int | str]]:
         """The ids of each question's strongest proponents, each once: k, or as many as every question has."""
+        _check_count(k)
         found = []
         for values, where in zip(self.values, self._all_places(), strict=True):
             ids: dict[int | str, None] = {}
@@ -291,18 +292,32 @@ class Scores:
         return np.broadcast_to(np.arange(self.values.shape[1]), self.values.shape)
 
     def _ranked(self, k: int, *, best: bool) -> list[list[Record]]:
-        if not isinstance(k, int | np.integer) or k < 1:
-            raise ConfigError(f"k={k!r} must be a whole number of at least 1.")
+        _check_count(k)
         places, ranked = self._all_places(), []
         for values, where in zip(self.values, places, strict=True):
-            order = np.argsort(-values if best else values, kind="stable")[:k]
+            order = strongest(values if best else -values, k)
             ranked.append([Record(self.data_ids[where[i]], float(values[i])) for i in order])
         return ranked
+
+
+def strongest(values: np.ndarray, k: int) -> np.ndarray:
+    """Places of the k largest, the largest first and ties in their order: (N,) -> (k,)."""
+    if k < len(values):  # sorting all of a long log would take most of the time
+        near = np.flatnonzero(values >= np.partition(values, -k)[-k])
+        return near[np.argsort(-values[near], kind="stable")][:k]
+    return np.argsort(-values, kind="stable")
+
+
+def _check_count(k: int) -> None:
+    if not isinstance(k, int | np.integer) or k < 1:
+        raise ConfigError(f"k={k!r} must be a whole number of at least 1.")
 
 
 def _places(kind: str, mine: Sequence[Any], wanted: Sequence[Any], *, all_of_them: bool = False) -> np.ndarray:
     """Where each wanted id is among mine."""
     places = {name: place for place, name in enumerate(mine)}
+    if not all_of_them and (twice := [name for name, n in Counter(wanted).items() if n > 1]):
+        raise MismatchError(f"{kind} {twice[0]!r} is asked for more than once: name each id once.")
     several = {name for names in (mine, wanted) for name, n in Counter(names).items() if n > 1}
     if several := several if all_of_them else several.intersection(wanted):
         odd = next(name for name in (*mine, *wanted) if name in several)

@@ -260,7 +260,9 @@ class Writer:
             # Its repeats are counted in the next record; so that they are not counted again after a kill, so is it.
             self._steps.append([batch.pass_index, batch.step, 0])
             return
-        self._counts["unmeasured"] += n if batch.moments is None and self._measures else 0
+        # Squares may overflow where rows do not. What is in the statistics once cannot be taken out again.
+        measured = batch.moments is not None and bool(torch.isfinite(batch.moments).all())
+        self._counts["unmeasured"] += n if self._measures and not measured else 0
         for name in batch.asleep:
             self._counts["asleep"][name] = self._counts["asleep"].get(name, 0) + n
         data = self._codec.encode(batch.rows).view(torch.uint8).numpy().data.cast("B")
@@ -268,7 +270,7 @@ class Writer:
         self._hash.update(data)
         self._ids += batch.ids
         self._steps.append([batch.pass_index, batch.step, n])
-        if batch.moments is not None:
+        if batch.moments is not None and measured:
             self.moments += batch.moments.to(torch.float64).numpy()
 
     def _commit(self) -> None:
