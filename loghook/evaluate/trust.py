@@ -20,6 +20,7 @@ from loghook.influence.scores import Scores
 from loghook.log.format import LayerSpec, Layout, Made
 from loghook.log.query import Query
 from loghook.log.reader import Reader
+from loghook.log.source import Source
 from loghook.processes import combine, on_cpu
 
 Array = NDArray[np.float64]
@@ -238,7 +239,7 @@ def projected(spec: LayerSpec) -> tuple[bool, bool]:
     return spec.k_out < spec.widths[0], spec.k_in < spec.widths[1]
 
 
-class Part(Reader):
+class Part(Source):
     """A log as a smaller rank would have made it: one of several parts of its coordinates; curvature is fitted anew.
 
     The coordinates of a random projection are exchangeable, so that a part is a projection of a smaller rank, and
@@ -247,7 +248,8 @@ class Part(Reader):
 
     def __init__(self, whole: Reader, part: int, parts: int, seed: int = 0) -> None:
         """Take the ``part``-th of ``parts`` equal shares of every projected side; ``seed`` deals them out."""
-        self.path, self.manifest, self.data_ids, self.cache = whole.path, whole.manifest, whole.data_ids, {}
+        super().__init__()
+        self.path, self.manifest, self.data_ids = whole.path, whole.manifest, whole.data_ids
         self._whole, self._sides, self.warned = whole, {}, True  # the whole log has said that it is not finished
         specs, columns, scale = [], [], []
         for spec in whole.layout.layers:
