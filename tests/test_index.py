@@ -126,7 +126,9 @@ def test_saved_and_loaded(tmp_path, logged):
 
 def test_rows_as_questions_take_no_candidate_of_what_is_asked_for(logged):
     log, _ = logged
-    assert 0 <= log.index(6).recall(np.int64(5), 10, candidates=10) <= 1
+    assert 0 <= log.index(6).recall(5, 10, candidates=10) <= 1
+    ten = np.int64(10)  # numbers of numpy's are numbers
+    assert 0 <= log.index(np.int64(6), "Flat", sample=ten).recall(np.int64(5), ten, candidates=ten) <= 1
 
 
 def test_refusals(monkeypatch, tmp_path, logged):

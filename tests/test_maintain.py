@@ -106,6 +106,18 @@ def test_what_repair_dropped_can_be_logged_again(path, whole):
     assert [entry["what"] for entry in log.manifest.history] == ["repair", "append"]
 
 
+def test_damaged_rows_can_be_deleted_but_not_kept(tmp_path, path, whole):
+    DAMAGE["rows"](path)
+    shutil.copytree(path, tmp_path / "copy")
+    damaged = maintain.repair(tmp_path / "copy").ids
+    assert len(damaged) > 1
+    with pytest.raises(CorruptLogError, match="run `loghook repair` first"):
+        maintain.delete(path, damaged[1:])
+    maintain.delete(path, damaged)
+    log = loghook.load(path)
+    assert not log.verify() and rows(log) == {i: row for i, row in rows(whole).items() if i not in damaged}
+
+
 def test_append_takes_a_new_delivery(tmp_path, whole):
     write(tmp_path / "run", list(range(24)))
     maintain.reopen(tmp_path / "run")

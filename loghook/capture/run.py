@@ -188,7 +188,7 @@ class Run(Blocks, Hooked):
                 self._look_back(gathered)
                 if self._session.writer is not None:
                     self._session.writer.settle()  # a pass that misses rows is not over
-                    self._session.writer.put({"pass_end": index})
+                    self._session.writer.record({"pass_end": index})
                 if self._elsewhere is not None and self._elsewhere == self.digests():
                     self._warn_of_other_values()  # training would have moved them on
                 done.add(index)

@@ -179,7 +179,7 @@ class Session:
             ) from error
         self.writer = None
         try:
-            writer.put({"end": session})
+            writer.record({"end": session})
             writer.close(keep_lock=True)
             if process_rank() == 0:
                 if digest is not None:

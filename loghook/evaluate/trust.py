@@ -20,6 +20,7 @@ from loghook.influence.scores import Scores, strongest
 from loghook.log.format import LayerSpec, Layout, Made
 from loghook.log.query import Query
 from loghook.log.reader import Reader
+from loghook.log.source import Source
 from loghook.processes import combine, on_cpu
 
 Array = NDArray[np.float64]
@@ -116,7 +117,7 @@ def trust(
     if not 1 <= k < len(log) or nulls < 0:
         raise ConfigError(f"k={k} must be from 1 to {len(log) - 1}, below the number of rows, and nulls={nulls} >= 0.")
     metric = Metric(method=method, damping=damping, damping_abs=damping_abs, normalize=normalize)
-    rng, level = np.random.default_rng(seed), np.ones((len(query), len(log)))
+    rng, pair = np.random.default_rng(seed), None  # scores of two seeds, or as if of two
     first = engine.influence(log, query, metric)
     values_QN = _spread_out(first.values, metric)
     top_Qk = np.stack([strongest(values, k) for values in values_QN])
@@ -128,13 +129,13 @@ def trust(
             )
         second = engine.influence(*other, metric)
         second_QN = _spread_out(Scores.combine([first, second], [0, 1]).values, metric)
-        correlation, level = correlations(values_QN, second_QN), _level(values_QN, second_QN)
+        correlation, pair = correlations(values_QN, second_QN), (values_QN, second_QN)
         how, overlap = "a second log", shared_top(values_QN, second_QN, k)
     elif shares := _shares(log):
         halves_Q, quarters_Q = np.zeros(len(query)), np.zeros(len(query))
         for deal in range(DEALS):
             one, two = _parts(log, query, 2, metric, seed + deal)
-            level = _level(one, two) if deal == 0 else level
+            pair = pair or (one, two)
             halves_Q += correlations(one, two) / DEALS
             quarters = _parts(log, query, 4, metric, seed + deal)
             quarters_Q += np.mean([correlations(a, b) for a, b in itertools.combinations(quarters, 2)], axis=0) / DEALS
@@ -145,7 +146,9 @@ def trust(
     if metric.normalize is None:  # noise is about as large as a row; for unit rows it depends on the score itself
         own = engine.self_influence(log, metric, None).astype(np.float64)
         level = np.broadcast_to(np.sqrt(own / max(own.mean(), 1e-300)), values_QN.shape)
-    elif metric.normalize == "relatif":
+    elif metric.normalize == "unit" and pair is not None:
+        level = _level(*pair)
+    else:
         level = np.ones_like(values_QN)
     if other is None and log.codec.coded and (how == "no random projection" or log.codec.name.startswith("lowrank")):
         how += f" (what {log.codec.name} rows changed is not in it: `loghook compress` prints that)"
@@ -240,7 +243,7 @@ def projected(spec: LayerSpec) -> tuple[bool, bool]:
     return spec.k_out < spec.widths[0], spec.k_in < spec.widths[1]
 
 
-class Part(Reader):
+class Part(Source):
     """A log as a smaller rank would have made it: one of several parts of its coordinates; curvature is fitted anew.
 
     The coordinates of a random projection are exchangeable, so that a part is a projection of a smaller rank, and
@@ -249,7 +252,8 @@ class Part(Reader):
 
     def __init__(self, whole: Reader, part: int, parts: int, seed: int = 0) -> None:
         """Take the ``part``-th of ``parts`` equal shares of every projected side; ``seed`` deals them out."""
-        self.path, self.manifest, self.data_ids, self.cache = whole.path, whole.manifest, whole.data_ids, {}
+        super().__init__()
+        self.path, self.manifest, self.data_ids = whole.path, whole.manifest, whole.data_ids
         self._whole, self._sides, self.warned = whole, {}, True  # the whole log has said that it is not finished
         specs, columns, scale = [], [], []
         for spec in whole.layout.layers:

@@ -17,7 +17,7 @@ from loghook.log.disk import plain
 from loghook.log.files import kept_name, load_kept, save_kept
 from loghook.log.format import LayerSpec, checksum, fits, listed
 from loghook.log.query import Query, require_match, require_one_query
-from loghook.log.reader import Reader
+from loghook.log.source import Source
 from loghook.processes import combine, everyone, gather, on_cpu, share
 
 # preconditioned questions (Q, gradient_width) -> the best scores of each, and their places
@@ -26,7 +26,7 @@ Scan = Callable[[Tensor], tuple[np.ndarray, np.ndarray]]
 
 @on_cpu
 def influence(
-    reader: Reader,
+    reader: Source,
     query: Query,
     metric: Metric,
     *,
@@ -91,14 +91,14 @@ def _not_finite(what: str, metric: Metric) -> ConfigError:
     )
 
 
-def _named(method: str, reader: Reader, query_dtype: str | None) -> str:
+def _named(method: str, reader: Source, query_dtype: str | None) -> str:
     """The method with what else decides the scores."""
     space = "whitened" if reader.manifest.projection == "whitened" else reader.manifest.gradient
     notes = [space] * (space != "plain") + ["1-bit questions"] * (query_dtype is not None)
     return f"{method} ({', '.join(notes)})" if notes else method
 
 
-def _fidelity(reader: Reader, metric: Metric, query_dtype: str | None) -> float | None:
+def _fidelity(reader: Source, metric: Metric, query_dtype: str | None) -> float | None:
     """What was measured of this scoring, if it was just this one that was measured."""
     tuned = reader.manifest.fidelity
     if tuned is None:
@@ -112,7 +112,7 @@ def _fidelity(reader: Reader, metric: Metric, query_dtype: str | None) -> float 
 
 
 @on_cpu
-def self_influence(reader: Reader, metric: Metric, layers: Sequence[str] | None) -> np.ndarray:
+def self_influence(reader: Source, metric: Metric, layers: Sequence[str] | None) -> np.ndarray:
     """<H^-1 G, G> for each row of a log, summed over layers: (rows,) float32; kept with the log."""
     _warn_unfinished(reader)
     rows = _prepare(reader, metric, choose_layers(reader, layers), own_rows=True)[2]
@@ -123,7 +123,7 @@ def self_influence(reader: Reader, metric: Metric, layers: Sequence[str] | None)
     return values
 
 
-def _warn_unfinished(reader: Reader) -> None:
+def _warn_unfinished(reader: Source) -> None:
     """Warn once for each open log; the line that is shown is that which called ``on_cpu``'s function."""
     if reader.finished or reader.warned:
         return
@@ -136,7 +136,7 @@ def _warn_unfinished(reader: Reader) -> None:
     )
 
 
-def choose_layers(reader: Reader, layers: Sequence[str] | None) -> list[LayerSpec]:
+def choose_layers(reader: Source, layers: Sequence[str] | None) -> list[LayerSpec]:
     """The specs of some layers, or of all, in row order."""
     if layers is None:
         return list(reader.layout.layers)
@@ -153,7 +153,7 @@ def choose_layers(reader: Reader, layers: Sequence[str] | None) -> list[LayerSpe
 
 
 def _prepare(
-    reader: Reader,
+    reader: Source,
     metric: Metric,
     chosen: Sequence[LayerSpec],
     query: Query | None = None,
@@ -193,7 +193,7 @@ def _key(metric: Metric, chosen: Sequence[LayerSpec]) -> str:
     )
 
 
-def _recall(reader: Reader, metric: Metric, chosen: Sequence[LayerSpec]) -> Tensor | None:
+def _recall(reader: Source, metric: Metric, chosen: Sequence[LayerSpec]) -> Tensor | None:
     """The rows' self-influence, (rows,) float64, if it was computed before: from memory, or from the file."""
     key = _key(metric, chosen)
     if key not in reader.cache and reader.seal is not None:
@@ -204,7 +204,7 @@ def _recall(reader: Reader, metric: Metric, chosen: Sequence[LayerSpec]) -> Tens
     return reader.cache.get(key)
 
 
-def _keep(reader: Reader, metric: Metric, chosen: Sequence[LayerSpec], values: Tensor) -> Tensor:
+def _keep(reader: Source, metric: Metric, chosen: Sequence[LayerSpec], values: Tensor) -> Tensor:
     key = _key(metric, chosen)
     reader.cache[key] = values
     if reader.seal is not None and share()[0] == 0:
@@ -212,7 +212,7 @@ def _keep(reader: Reader, metric: Metric, chosen: Sequence[LayerSpec], values: T
     return values
 
 
-def _add_quadratics(reader: Reader, group: dict[str, Solver], total: Tensor) -> None:
+def _add_quadratics(reader: Source, group: dict[str, Solver], total: Tensor) -> None:
     columns = reader.layout.columns
     for place, block in progress(reader, "self-influence"):
         for name, solver in group.items():
@@ -220,7 +220,7 @@ def _add_quadratics(reader: Reader, group: dict[str, Solver], total: Tensor) -> 
 
 
 def _scan(
-    reader: Reader,
+    reader: Source,
     matrix: Tensor,
     chosen: Sequence[LayerSpec],
     query_dtype: str | None,

@@ -64,6 +64,7 @@ class Index:
             wrong = [*(options.keys() - OPTIONS), "method='cosine'"][0]
             raise ConfigError(f"an index cannot take {wrong}, only {', '.join(OPTIONS)}: use log.influence(..., top=).")
         _check_top(top, candidates)
+        top, candidates = plain(top), plain(candidates)
 
         def scan(matrix: Tensor) -> tuple[np.ndarray, np.ndarray]:
             return self._rescore(matrix, top, min(candidates, len(self.rows)))
@@ -128,6 +129,7 @@ class Index:
 
 def build(reader: Reader, dimensions: int, factory: str, sample: int, seed: int) -> Index:
     """Reduce every row of a log, index them, and print how well that finds the best rows; see ``Log.index``."""
+    dimensions = plain(dimensions)
     if dimensions < 1 or sample < 1 or not len(reader):
         raise ConfigError(
             f"dimensions={dimensions}, sample={sample} and the log's {len(reader)} rows must all be at least 1."

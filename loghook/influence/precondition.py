@@ -13,7 +13,7 @@ from loghook.factors import Eigenbasis, eigenbasis
 from loghook.influence.solvers import Dense, Diagonal, Identity, LowRank, Solver
 from loghook.log.disk import plain
 from loghook.log.format import LayerSpec
-from loghook.log.reader import Reader
+from loghook.log.source import Source
 from loghook.processes import combine, share
 from loghook.progress import bar
 
@@ -69,12 +69,12 @@ class Metric:
         return self.damping * mean_eigenvalue if self.damping_abs is None else self.damping_abs
 
 
-def working_dtype(reader: Reader) -> torch.dtype:
+def working_dtype(reader: Source) -> torch.dtype:
     """The dtype in which rows are multiplied: float64 for a float64 log, else float32."""
     return torch.float64 if reader.dtype == torch.float64 else torch.float32
 
 
-def progress(reader: Reader, what: str, *, stored: bool = False) -> Iterator[tuple[slice, Tensor]]:
+def progress(reader: Source, what: str, *, stored: bool = False) -> Iterator[tuple[slice, Tensor]]:
     """Scan this process's share of a log in the working dtype, with a bar once it takes more than two seconds.
 
     With ``stored`` rows come as they lie in the shard.
@@ -86,7 +86,7 @@ def progress(reader: Reader, what: str, *, stored: bool = False) -> Iterator[tup
             done.update(len(block))
 
 
-def solvers(reader: Reader, metric: Metric, layers: Sequence[LayerSpec]) -> Iterator[dict[str, Solver]]:
+def solvers(reader: Source, metric: Metric, layers: Sequence[LayerSpec]) -> Iterator[dict[str, Solver]]:
     """Fit a solver for each layer: {name: solver}, in groups whose curvature fits in memory together.
 
     A layer without any gradient in the log, or with next to none, has none: it has nothing to say.
@@ -110,12 +110,12 @@ def solvers(reader: Reader, metric: Metric, layers: Sequence[LayerSpec]) -> Iter
         }
 
 
-def _vanishing(reader: Reader) -> float:
+def _vanishing(reader: Source) -> float:
     """The mean square of rows so small, 1e-35, that a question divided by it does not fit in float32."""
     return 0.0 if working_dtype(reader) == torch.float64 else 1e-70
 
 
-def _token_bases(reader: Reader, layers: Sequence[LayerSpec]) -> dict[str, Eigenbasis]:
+def _token_bases(reader: Source, layers: Sequence[LayerSpec]) -> dict[str, Eigenbasis]:
     """Eigenbases from the streamed statistics of tokens, without the layers of which no token was counted."""
     moments = reader.moments()
     heard = [spec.name for spec in layers if moments[reader.layout.moments[spec.name][2]] > 0]
@@ -130,7 +130,7 @@ def _token_bases(reader: Reader, layers: Sequence[LayerSpec]) -> dict[str, Eigen
     return {name: reader.cache["basis", name] for name in heard}
 
 
-def _row_bases(reader: Reader, layers: Sequence[LayerSpec]) -> dict[str, Eigenbasis]:
+def _row_bases(reader: Source, layers: Sequence[LayerSpec]) -> dict[str, Eigenbasis]:
     """Shampoo's eigenbases (Gupta et al. 2018): of the means over rows of ``G^T G`` and ``G G^T``."""
     missing = [spec for spec in layers if ("row basis", spec.name) not in reader.cache]
     if missing:
@@ -146,7 +146,7 @@ def _row_bases(reader: Reader, layers: Sequence[LayerSpec]) -> dict[str, Eigenba
     return {spec.name: reader.cache["row basis", spec.name] for spec in layers}
 
 
-def _corrected_eigenvalues(reader: Reader, kind: str, bases: dict[str, Eigenbasis]) -> dict[str, Tensor]:
+def _corrected_eigenvalues(reader: Source, kind: str, bases: dict[str, Eigenbasis]) -> dict[str, Tensor]:
     """EK-FAC's eigenvalues: the mean over rows of ``(Q_S^T G Q_A)^2`` (George et al. 2018), float64."""
     missing = {name: basis for name, basis in bases.items() if (kind, name) not in reader.cache}
     if missing:
@@ -160,7 +160,7 @@ def _corrected_eigenvalues(reader: Reader, kind: str, bases: dict[str, Eigenbasi
     return {name: reader.cache[kind, name] for name in bases}
 
 
-def _fit_fisher(reader: Reader, metric: Metric, group: Sequence[LayerSpec]) -> dict[str, Solver]:
+def _fit_fisher(reader: Source, metric: Metric, group: Sequence[LayerSpec]) -> dict[str, Solver]:
     columns, few = reader.layout.columns, {spec.name for spec in group if len(reader) < spec.width}
     # All rows of a layer where they are few, else the sum of their outer products.
     sums = {s.name: torch.zeros(min(len(reader), s.width), s.width, dtype=torch.float64) for s in group}

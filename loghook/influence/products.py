@@ -17,7 +17,7 @@ from loghook.log.codec.base import Alike
 from loghook.log.codec.lowbit import AFFINE, LowBitCodec, unpack
 from loghook.log.codec.lowrank import LowRankCodec
 from loghook.log.format import LayerSpec
-from loghook.log.reader import Reader
+from loghook.log.source import Source
 
 UNPACKED = 2**20  # values of a layer that are unpacked at a time: one byte each, they stay in the cache
 LEAST_ROWS = 256  # fewer would not be worth a product
@@ -32,7 +32,7 @@ Product = Callable[[Tensor], Tensor]  # a block of rows (n, columns) -> inner pr
 
 
 def products(
-    reader: Reader, matrix: Tensor, chosen: Sequence[LayerSpec], query_dtype: str | None = None
+    reader: Source, matrix: Tensor, chosen: Sequence[LayerSpec], query_dtype: str | None = None
 ) -> tuple[Product, bool]:
     """Make questions (Q, gradient_width) ready for the layers of a log that are chosen, in row order.
 
@@ -54,7 +54,7 @@ def products(
     return _floats(reader, matrix, chosen), not codec.coded
 
 
-def _floats(reader: Reader, matrix: Tensor, chosen: Sequence[LayerSpec]) -> Product:
+def _floats(reader: Source, matrix: Tensor, chosen: Sequence[LayerSpec]) -> Product:
     """One matrix product for each contiguous range of columns."""
     runs: list[slice] = []
     for spec in chosen:

@@ -10,14 +10,13 @@ ids or a dtype that do not exist, MismatchError for runs that do not go together
 dtype cannot hold.
 """
 
-import dataclasses
 import os
 import shutil
 import time
 import uuid
-from collections.abc import Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +37,8 @@ from loghook.processes import on_cpu
 SEVERAL = "several"  # in place of a digest of parameter values, where rows are gradients at different ones
 RECODED = 2**22  # values of rows that are written in another dtype at a time
 AS_IT_WAS = "The log is as it was. Make room, or a folder that can be written, and call this again."
+# (a record of rows, their bytes or None where they are damaged) -> which of the rows are copied
+Keep = Callable[[dict[str, Any], bytes | None], list[bool]]
 GENERATION_STEP = 10**10  # snapshots of maintenance are numbered from here, out of the way of every writer's
 
 
@@ -74,7 +75,10 @@ def repair(path: str | Path) -> Changed:
             except CorruptLogError as error:
                 notes.append(str(error))
         if notes:
-            return _rewrite(path, manifest, logs, "repair", "the log was damaged and repaired", notes=notes)
+            # Without ends of passes, so that a resumed run goes through its data again.
+            again = [replace(log, records=[r for r in log.records if "pass_end" not in r]) for log in logs]
+            keep: Keep = lambda record, data: [data is not None] * record["rows"]  # noqa: E731
+            return _rewrite(path, manifest, again, keep, "repair", "the log was damaged and repaired", notes)
         _clean(path, logs)  # what a killed `delete` or `repair` may have left
         for log in logs:
             for shard, rows in log.shard_ends.items():
@@ -100,7 +104,12 @@ def delete(path: str | Path, ids: Sequence[int | str], *, keep_statistics: bool 
         if unknown or not gone:
             raise ConfigError(f"the log {path} holds no rows of {sorted(map(repr, unknown))[:5]}: check the ids.")
         reason = manifest.no_statistics if keep_statistics else "rows were deleted, and the statistics with them"
-        return _rewrite(path, manifest, logs, "delete", reason, gone=gone)
+        left = [
+            replace(log, records=[r | {"flagged": [i for i in r["flagged"] if i not in gone]} for r in log.records])
+            for log in logs
+        ]
+        keep: Keep = lambda record, data: [i not in gone for i in record["ids"]]  # noqa: E731
+        return _rewrite(path, manifest, left, keep, "delete", reason)
 
 
 def reopen(path: str | Path) -> None:
@@ -206,18 +215,15 @@ def _build(
     manifests = [manifest for _, manifest in runs]
     first, building = manifests[0], out.with_name(f"{out.name}.{uuid.uuid4().hex[:8]}.tmp")
     run_id, reasons = uuid.uuid4().hex, [m.no_statistics for m in manifests if m.no_statistics]
-    target = dataclasses.replace(
+    target = replace(
         first, run_id=run_id, world_size=sum(m.world_size for m in manifests), generation=0, sealed=None, dtype=dtype,
         no_statistics=reasons[0] if reasons else None, history=history, parameters=parameters,
     )  # fmt: skip
     with writing(building, AS_IT_WAS):
         building.mkdir(parents=True)
         try:
-            logs: list[Commits] = []
-            for path, manifest in runs:
-                for log in all_commits(path, manifest):
-                    _copy_log(path, manifest, log, building, target, len(logs))
-                    logs.append(read_commits(building, target, len(logs)))
+            sources = [(path, manifest, log) for path, manifest in runs for log in all_commits(path, manifest)]
+            logs, _ = _copy_all(sources, building, target, lambda record, _: [True] * record["rows"])
             if first.on_repeat == "error" and len(ids := _ids_of(logs)) > len(set(ids)):
                 raise MismatchError("ids clash between the runs and on_repeat is 'error': delete them in one first.")
             if first.fitted is not None:
@@ -249,17 +255,14 @@ def _ids_of(logs: Sequence[Commits]) -> list[int | str]:
 
 
 def _rewrite(
-    path: Path, manifest: Manifest, logs: Sequence[Commits], what: str, reason: str | None, *,
-    notes: Sequence[str] = (), gone: Set[int | str] = frozenset(),
+    path: Path, manifest: Manifest, logs: Sequence[Commits], keep: Keep, what: str, reason: str | None,
+    notes: Sequence[str] = (),
 ) -> Changed:  # fmt: skip
     """Write the next generation of a run beside this one, let it count, and delete what it does not name."""
-    new = dataclasses.replace(manifest, generation=manifest.generation + 1, no_statistics=reason, sealed=None)
-    dropped = [i for log in logs for i in _lost_ids(log, manifest.id_type)]
-    for log in logs:
-        dropped += _copy_log(path, manifest, log, path, new, log.rank, gone=gone, mend=what == "repair")
-    sync_folder(path)
-    written = all_commits(path, new)
-    still, seal = set(_ids_of(written)), sum_up(written)
+    new = replace(manifest, generation=manifest.generation + 1, no_statistics=reason, sealed=None)
+    lost = [i for log in logs for i in _lost_ids(log, manifest.id_type)]
+    written, left_out = _copy_all([(path, manifest, log) for log in logs], path, new, keep)
+    dropped, still, seal = lost + left_out, set(_ids_of(written)), sum_up(written)
     new.sealed = seal if manifest.sealed is not None else None
     new.history = [*manifest.history, _entry(what, rows=seal["rows"], dropped=len(dropped), notes=list(notes))]
     new.save(path)
@@ -277,15 +280,19 @@ def _lost_ids(log: Commits, id_type: str) -> list[int | str]:
     return lost
 
 
-def _copy_log(
-    path: Path, old: Manifest, log: Commits, out: Path, new: Manifest, rank: int, *,
-    gone: Set[int | str] = frozenset(), mend: bool = False,
-) -> list[int | str]:  # fmt: skip
-    """Write one writer's rows, but for those of ids that are ``gone``, as new shards and a new commit log.
+def _copy_all(
+    sources: Sequence[tuple[Path, Manifest, Commits]], out: Path, new: Manifest, keep: Keep
+) -> tuple[list[Commits], list[int | str]]:
+    """Write the rows of some writers as new shards and new commit logs, of one rank each: these, and ids left out."""
+    dropped = [i for rank, source in enumerate(sources) for i in _copy_log(*source, out, new, rank, keep)]
+    sync_folder(out)
+    return all_commits(out, new), dropped
 
-    To ``mend`` is to leave out damaged rows, which are an error otherwise, and the ends of passes, so that a resumed
-    run goes through its data again. Returns the ids of rows left out.
-    """
+
+def _copy_log(
+    path: Path, old: Manifest, log: Commits, out: Path, new: Manifest, rank: int, keep: Keep
+) -> list[int | str]:
+    """Write one writer's rows as new shards and a new commit log; returns the ids of rows left out."""
     coded, codec, width = old.codec, new.codec, Layout(new.layers).moments_width
     moments = np.zeros(width)
     if log.rows and new.no_statistics is None:
@@ -300,37 +307,42 @@ def _copy_log(
     lines: list[bytes] = []
     dropped: list[int | str] = []
     for record in log.records:
-        if "pass_end" in record and mend:
-            continue
         fresh = record | {"n": len(lines), "run": new.run_id}
-        fresh["flagged"] = [i for i in record["flagged"] if i not in gone]
         if "shard" in record:
             data = _read_rows(path, log, record, coded)
-            if data is None and not mend:
-                raise CorruptLogError(f"{path}: rows do not match their checksum: run `loghook repair` first.")
-            kept = np.array([data is not None and i not in gone for i in record["ids"]])
-            ids = [i for i, stays in zip(record["ids"], kept, strict=True) if stays]
-            dropped += [i for i, stays in zip(record["ids"], kept, strict=True) if not stays]
-            if data is None or not ids:
+            kept = np.array(keep(record, data))
+            dropped += _chosen(record["ids"], ~kept)
+            if not kept.any():
                 continue
-            data = _recoded(np.frombuffer(data, np.uint8).reshape(len(kept), -1)[kept], ids, coded, codec)
+            if data is None:
+                raise CorruptLogError(f"{path}: rows do not match their checksum: run `loghook repair` first.")
+            facts, stored = _kept_rows(record, data, kept, coded, codec)
             if shard is None or number != shards[record["shard"]]:
                 if shard is not None:
                     shard.close()
                 number = shards[record["shard"]]
                 shard = ShardFile(out / shard_name(rank, number), codec, new.run_id)
-            ends = np.cumsum([n for *_, n in record["steps"]])
-            steps = zip(record["steps"], ends, strict=True)
-            fresh |= {
-                "shard": number, "start": shard.append(data, len(ids)), "rows": len(ids), "checksum": checksum(data),
-                "ids": ids, "steps": [[p, s, int(kept[end - n : end].sum())] for (p, s, n), end in steps],
-                "statistics": statistics,
-            }  # fmt: skip
+            start = shard.append(stored, facts["rows"])
+            fresh |= facts | {"shard": number, "start": start, "statistics": statistics}
         lines.append(encode_record(fresh))
     if shard is not None:
         shard.close()
     write_flushed(out / commits_name(rank, new.generation), b"".join(lines))
     return dropped
+
+
+def _kept_rows(
+    record: dict[str, Any], data: bytes, kept: np.ndarray, old: Codec, new: Codec
+) -> tuple[dict[str, Any], bytes]:
+    """What a record says of those of its rows that are kept, but for their place; and their bytes in the new codec."""
+    ids, ends = _chosen(record["ids"], kept), np.cumsum([n for *_, n in record["steps"]])
+    stored = _recoded(np.frombuffer(data, np.uint8).reshape(len(kept), -1)[kept], ids, old, new)
+    steps = [[p, s, int(kept[end - n : end].sum())] for (p, s, n), end in zip(record["steps"], ends, strict=True)]
+    return {"rows": len(ids), "checksum": checksum(stored), "ids": ids, "steps": steps}, stored
+
+
+def _chosen(ids: Sequence[int | str], mask: np.ndarray) -> list[int | str]:
+    return [i for i, wanted in zip(ids, mask, strict=True) if wanted]
 
 
 def _read_rows(path: Path, log: Commits, record: dict[str, Any], codec: Codec) -> bytes | None:

@@ -13,9 +13,10 @@ from torch import Tensor
 from loghook.errors import CorruptLogError, StateError
 from loghook.log.disk import absolute
 from loghook.log.files import load_moments, load_sides
-from loghook.log.format import Layout, Made, Manifest, commits_name, shard_name
+from loghook.log.format import Layout, Manifest, commits_name, shard_name
 from loghook.log.records import all_commits
 from loghook.log.shard import BLOCK_BYTES, CHANGED, Shard
+from loghook.log.source import Source
 from loghook.progress import bar
 
 T = TypeVar("T")
@@ -32,28 +33,21 @@ class RowKeys:
     rank: np.ndarray
 
 
-class Reader:
-    """A run's committed rows, read lazily; the base of ``loghook.load``.
+class Reader(Source):
+    """A run's committed rows, read lazily; the base of ``loghook.load``. Attributes are those of ``Source``, and more.
 
     Attributes:
-        path: the run's folder.
-        manifest: its ``loghook.json``.
-        layout: where each layer's values are in a row.
-        data_ids: one id for each row.
         keys: pass, step and rank of each row.
         flagged: ids of samples left out because their rows were not finite.
         torn: one line for each unfinished last record of an unsealed run; it was ignored.
         repeats: rows left out because their id came before.
         unmeasured: rows whose tokens are not in the statistics, since their batch held rows that were not finite.
         asleep: {layer: rows that are zero because the layer, which may sleep, did not run}.
-        codec: how rows are stored.
-        warned: whether a scoring has warned already that the run is not finished.
     """
 
     def __init__(self, path: str | Path) -> None:
+        super().__init__()
         self.path = absolute(path)
-        self.cache: dict[Any, Any] = {}  # what was computed from the rows, for as long as the log is open
-        self.warned = False
         for left in reversed(range(TRIES)):
             self.manifest, failure = Manifest.load(self.path), None
             try:
@@ -83,39 +77,6 @@ class Reader:
         growing = self.manifest.sealed is None and self.manifest.no_statistics is None
         # The writer of a growing run replaces its snapshots, so that an open log takes what it found.
         self._moments = self._read_moments() if growing else None
-
-    @property
-    def layers(self) -> tuple[str, ...]:
-        """Names of the layers, in row order."""
-        return tuple(spec.name for spec in self.layout.layers)
-
-    @property
-    def made(self) -> Made:
-        """What the rows were made with."""
-        return self.manifest.made
-
-    @property
-    def fingerprint(self) -> str:
-        """Digest of layers and projection; a query must have the same."""
-        return self.made.fingerprint
-
-    @property
-    def finished(self) -> bool:
-        """Whether the run was finalised; else more rows may come, and what is here are the rows so far."""
-        return self.manifest.sealed is not None
-
-    @property
-    def seal(self) -> str | None:
-        """What names the rows of a finished log for good, or None: what is computed from them may be kept under it."""
-        return self.manifest.sealed["digest"] if self.manifest.sealed else None
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the rows that are read: how they are stored, or float32 for low bits."""
-        return self.codec.dtype
-
-    def __len__(self) -> int:
-        return len(self.data_ids)
 
     def __repr__(self) -> str:
         m = self.manifest
@@ -281,7 +242,7 @@ class Reader:
             self.repeats += int((~self._keep).sum())
             self._kept_before = np.concatenate([[0], np.cumsum(self._keep)])  # of each row, and of the log's end
             keys = keys[self._keep]
-        self.data_ids: list[int] | list[str] = ids
+        self.data_ids = ids
         self.keys = RowKeys(*keys.T)
 
     def _add(self, rank: int, record: dict[str, Any]) -> None:

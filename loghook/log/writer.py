@@ -3,24 +3,18 @@
 Order of a commit: rows written and flushed, statistics snapshot written and flushed, then one appended record that
 names both, flushed. A reader trusts records only. One background thread does all of it, off the training loop; a full
 queue blocks the loop, it never drops.
-
-Rows that are complete are also committed when the process is told to end: SIGTERM, SIGHUP, Ctrl-C, sys.exit. A signal
-handler runs in the main thread between any two of its instructions, also while that thread holds a lock. So it takes
-no lock: writers are asked through ``queue.SimpleQueue``, whose ``put`` may be called from a signal handler.
 """
 
-import atexit
 import contextlib
 import math
 import os
 import queue
-import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import numpy as np
@@ -35,10 +29,10 @@ from loghook.log.folder import recover, require_current
 from loghook.log.format import Layout, Manifest, shard_name, statistics_name
 from loghook.log.records import encode_record
 from loghook.log.shard import ShardFile
+from loghook.log.signals import guard, release
 
 QUEUE = 8  # blocks under way between the loop and the disk
 GRACE = 30.0  # seconds that a process which was told to end waits for the commit
-CLOSE = {"close": True}
 # OpenMP keeps a team of threads for each that asks, and once teams have more threads than there are cores, none waits
 # for work awake any more: every operation of a training loop would first have to wake its own. Writers ask for none.
 _TEAMS = "backend: OpenMP" in torch.__config__.parallel_info()
@@ -118,8 +112,9 @@ class Writer:
         self._start_record()
         self._committed_at = time.monotonic()
         # Two queues whose put and get are single operations: a signal handler in the loop's thread can always ask for
-        # a commit. A block takes a ticket from `_room`, which the thread gives back.
-        self._inbox: queue.SimpleQueue[Batch | dict[str, Any]] = queue.SimpleQueue()
+        # a commit. The inbox holds calls for the thread, each with a queue that is told when it is done. A block takes
+        # a ticket from `_room`, which it gets back in this way.
+        self._inbox: queue.SimpleQueue[tuple[Callable[[], None], queue.SimpleQueue[None]]] = queue.SimpleQueue()
         self._room: queue.SimpleQueue[None] = queue.SimpleQueue()
         for _ in range(QUEUE):
             self._room.put(None)
@@ -136,18 +131,25 @@ class Writer:
             finally:
                 if _TEAMS:
                     torch.set_num_threads(threads)  # for the threads that come after that one
-        _guard(self)
+        guard(self)
 
-    def put(self, item: Batch | dict[str, Any]) -> None:
-        """Queue a block's rows, or a record of the run's own (the end of a pass); raise what went wrong before."""
+    def put(self, batch: Batch) -> None:
+        """Queue a block's rows; raise what went wrong before."""
+        self._queue(partial(self._take, batch))
+
+    def record(self, facts: dict[str, Any]) -> None:
+        """Queue a record of the run's own, {"pass_end": ...} or {"end": ...}, as ``put`` does."""
+        self._queue(partial(self._conclude, facts))
+
+    def _queue(self, call: Callable[[], None]) -> None:
         self.check()
         self._room.get()
-        self._inbox.put(item)
+        self._inbox.put((call, self._room))
 
     def commit_now(self, seconds: float = GRACE) -> None:
         """Commit what was put, and wait for it at most so long; may be called from a signal handler."""
         done: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._inbox.put({"commit": done})
+        self._inbox.put((self._commit, done))
         deadline = time.monotonic() + seconds
         while self._thread.is_alive() and time.monotonic() < deadline:
             with contextlib.suppress(queue.Empty):
@@ -175,9 +177,9 @@ class Writer:
         """Commit, close the shard and, unless ``keep_lock``, let others write."""
         try:
             if self._thread.is_alive():
-                self._inbox.put(CLOSE)
+                self._inbox.put((self._finish, queue.SimpleQueue()))
                 self._thread.join()
-            _release(self)
+            release(self)
             self.check()
         finally:
             if not self._thread.is_alive():  # otherwise Ctrl-C came while it works; close() is called again at exit
@@ -188,6 +190,13 @@ class Writer:
     def unlock(self) -> None:
         self._lock.close()
 
+    def disown(self) -> None:
+        """Refuse to write in a forked child: the thread is its parent's."""
+        self._broken = StateError(
+            "this process was forked from the one that logs, and cannot write to its run: log in the parent, or give "
+            "each process a run of its own and join them with loghook merge."
+        )
+
     # Everything below runs in the thread, but for recovery.
 
     def _work(self) -> None:
@@ -196,44 +205,52 @@ class Writer:
             torch.set_num_threads(1)
         self._alone.set()
         while True:
-            item: Batch | dict[str, Any] | None = None
-            with contextlib.suppress(queue.Empty):  # none for so long: time for a commit
-                item = self._inbox.get(timeout=self._commit_seconds)
+            call, told = self._commit, None  # where nothing comes for so long
+            with contextlib.suppress(queue.Empty):
+                call, told = self._inbox.get(timeout=self._commit_seconds)
             try:
                 if self._broken is None:
                     with writing(self._path):
-                        self._handle(item)
+                        call()
             except NotFiniteError as error:
                 self._rejected.put(error)
             except Exception as error:
                 self._broken = error
-            if isinstance(item, dict) and "commit" in item:
-                item["commit"].put(None)
-            elif item is CLOSE:
+            if told is not None:
+                told.put(None)
+            if call == self._finish:
                 return
-            elif item is not None:
-                self._room.put(None)
 
-    def _handle(self, item: Batch | dict[str, Any] | None) -> None:
+    def _take(self, batch: Batch) -> None:
+        self._require_there()
+        self._write(batch)
+        if time.monotonic() - self._committed_at > self._commit_seconds:
+            self._commit()
+
+    def _conclude(self, facts: dict[str, Any]) -> None:
+        """Commit, and append a record of the run's own."""
+        self._commit()
+        if "end" in facts:
+            # Before the record that lets rank 0 seal the run: a kill right after it leaves nothing undone.
+            self._close_files()
+        self._append(facts)
+
+    def _finish(self) -> None:
+        """Commit what is left; the thread's last call."""
+        if self._ids or self._there():  # else nothing is lost
+            self._commit()
+            self._close_files()
+
+    def _close_files(self) -> None:
+        self._close_shard()
+        self._forget_statistics(keep=1)
+
+    def _require_there(self) -> None:
         if not self._there():
-            if item is CLOSE and not self._ids:
-                return  # nothing is lost
             raise WriteError(
                 f"{self._path} was deleted, or replaced by another run, while this one wrote there: what it logged is "
                 "gone. Close the run, which says this once more, and log again."
             )
-        if isinstance(item, Batch):
-            self._write(item)
-            if time.monotonic() - self._committed_at > self._commit_seconds:
-                self._commit()
-            return
-        self._commit()
-        if item is CLOSE or (item is not None and "end" in item):
-            # Before the record that lets rank 0 seal the run: a kill right after it leaves nothing undone.
-            self._close_shard()
-            self._forget_statistics(keep=1)
-        if item is not None and item is not CLOSE and "commit" not in item:
-            self._append(item)
 
     def _there(self) -> bool:
         """Whether the folder is still the one that was opened: in another nothing may be written, or deleted."""
@@ -274,6 +291,7 @@ class Writer:
             self.moments += batch.moments.to(torch.float64).numpy()
 
     def _commit(self) -> None:
+        self._require_there()
         self._committed_at = time.monotonic()
         if self._shard is None or not self._ids:
             return
@@ -324,72 +342,3 @@ class Writer:
         if self._shard is not None:
             self._shard.close()
             self._shard = None
-
-
-_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # a scheduler's, and that of a terminal which is closed
-_writers: list[Writer] = []  # a list: it is changed by single operations, which a signal does not split
-_previous: dict[int, Any] = {}  # the handlers that were there before ours
-
-
-def _guard(writer: Writer) -> None:
-    """Commit this writer's rows if the process is told to end before ``_release``."""
-    _writers.append(writer)
-    atexit.unregister(_leave)  # here and not on import: a process of multiprocessing forgets what its parent registered
-    atexit.register(_leave)
-    if threading.current_thread() is not threading.main_thread():
-        return  # only the main thread may install handlers; leaving the interpreter still commits
-    for number in _SIGNALS:
-        current = signal.getsignal(number)
-        # A handler that Python does not know (None) could not be called; one that ignores the signal means it.
-        if current not in (None, signal.SIG_IGN, _terminate):
-            _previous[number] = current
-            signal.signal(number, _terminate)
-
-
-def _release(writer: Writer) -> None:
-    """Forget a writer, and with the last one take the handlers away."""
-    if writer in _writers:
-        _writers.remove(writer)
-    if not _writers:
-        _restore()
-
-
-def _restore() -> None:
-    """Put back the handlers that were there, unless another has taken our place since."""
-    if threading.current_thread() is threading.main_thread():
-        for number in _SIGNALS:
-            if signal.getsignal(number) is _terminate:
-                signal.signal(number, _previous[number])
-
-
-def _terminate(number: int, frame: FrameType | None) -> None:
-    """Commit, then do what would have been done without us."""
-    for writer in list(_writers):
-        writer.commit_now()
-    previous = _previous[number]
-    if callable(previous):
-        previous(number, frame)
-        return
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)  # the parent sees a process that ended by this signal
-
-
-def _leave() -> None:
-    """Close what is open when the interpreter ends by itself, by an exception or by SystemExit."""
-    with contextlib.ExitStack() as stack:  # all of them, also where one raises
-        for writer in list(_writers):
-            stack.callback(writer.close)
-
-
-def _forked() -> None:
-    """Let a child, such as a loader's worker, die of a signal as it would without us: the threads are not its own."""
-    for writer in _writers:
-        writer._broken = StateError(
-            "this process was forked from the one that logs, and cannot write to its run: log in the parent, or give "
-            "each process a run of its own and join them with loghook merge."
-        )
-    _writers.clear()
-    _restore()
-
-
-os.register_at_fork(after_in_child=_forked)
