@@ -108,7 +108,8 @@ def check(
         batch_dim: axis of samples.
         segments: for packed batches, (B, S) as in ``run(..., segments=)``, or a function that makes it from the batch.
             A document is then compared with itself in a row of its own, cut out of the batch's tensors: those of
-            shape (B, S, ...), and masks of shape (B, heads or 1, S, S). Pairs, (B, 1), are whole entries of the batch.
+            shape (B, S, ...), and masks of shape (B, heads or 1, S, S). Pairs, (B, 1), are whole entries of the batch,
+            or of what the loss makes of a batch with one entry for each pair.
         scale: where the loss is a mean, ``scale(batch)`` returns what you pass as ``run(..., scale=...)``: the number
             of items that the mean runs over.
         rank: of the projection that rows are compared in.

@@ -518,3 +518,23 @@ def test_pairs_are_compared_with_the_same_pairs_alone():
 
     report = loghook.check(model[:2], lambda _, x: contrast(model, x), torch.randn(6, 4), segments=pairs)
     assert not report
+
+
+def test_pairs_that_the_loss_itself_joins():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
+    batch = {"chosen": torch.randn(3, 4), "rejected": torch.randn(3, 4)}
+
+    def pairs(batch):
+        return torch.arange(len(batch["chosen"])).repeat(2)[:, None]
+
+    def preference(model, batch):
+        chosen, rejected = model(torch.cat([batch["chosen"], batch["rejected"]]))[:, 0].chunk(2)
+        return F.softplus(rejected - chosen).sum()
+
+    for segments in (pairs, pairs(batch)):
+        report = loghook.check(model, preference, batch, segments=segments)
+        assert report and max(report.errors.values()) < 1e-5
+    assert not loghook.check(model, lambda m, b: preference(m, b) / len(b["chosen"]), batch, segments=pairs)
+    with pytest.raises(BatchError, match="the batch has 3 entries, and segments 4 of 2 documents"):
+        loghook.check(model, preference, batch, segments=torch.tensor([0, 1, 0, 1])[:, None])

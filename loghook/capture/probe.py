@@ -232,15 +232,25 @@ def samples(batch: Any) -> list[Any]:
 def _documents(batch: Any, segments: Any) -> list[tuple[Any, Tensor | None]]:
     """Each document of packed rows, (B, S, ...) and masks (B, heads or 1, S, S), as a batch of one row, unpadded.
 
-    Of whole entries of the batch (pairs) as a batch of those.
+    Of whole entries of the batch (pairs) as a batch of those; where the loss itself joins them, the batch has one entry
+    for each document.
     """
     numbers = torch.as_tensor(segments)
     found = arrange(numbers, int(numbers.max()) + 1)
     mine = [found.number_BS == i for i in range(len(found.index_DL))]
     if numbers.shape[1] > 1:
         return [(_each(batch, partial(_document, one)), None) for one in mine]
-    rows = [one[:, 0].nonzero().flatten() for one in mine]
-    return [(_each(batch, partial(_entries, one)), torch.zeros(len(one), 1, dtype=torch.long)) for one in rows]
+    rows, size = [one[:, 0].nonzero().flatten() for one in mine], batch_size(batch)
+    if size == len(numbers):
+        alone = [_each(batch, partial(_entries, one)) for one in rows]
+    elif size == len(rows):
+        alone = samples(batch)
+    else:
+        raise BatchError(
+            f"the batch has {size} entries, and segments {len(numbers)} of {len(rows)} documents: pass segments for "
+            "the batch's own entries, or for those that the loss makes of a batch with one entry a document."
+        )
+    return [(own, torch.zeros(len(one), 1, dtype=torch.long)) for own, one in zip(alone, rows, strict=True)]
 
 
 def _entries(rows: Tensor, t: Tensor) -> Tensor:
