@@ -226,7 +226,9 @@ def _examine(probe: Probe, report: CheckReport, may_sleep: str | Sequence[str]) 
         return
     factors = _factors([together[name] for name in compared], [alone.rows[name] for name in compared])
     rescaled = {name: _errors(together[name], alone.rows[name] * factors[:, None, None]) for name in compared}
-    if all(bool((each <= limits[name].clamp(min=1e-3)).all()) for name, each in rescaled.items()):
+    residual = max(float(each.max()) for each in rescaled.values())
+    explained = all((each <= limits[name].clamp(min=1e-3)).all() for name, each in rescaled.items())
+    if explained and (factors - 1).abs().max() > 2 * residual:  # else factors leave as much unexplained as they explain
         moved_at_all = torch.stack([rows.flatten(1).any(1) for rows in alone.rows.values()]).any(0)
         report.problems.append(_mean_message(loss, alone.losses, factors[moved_at_all], probe.unit))
         report.errors = {name: float(each.max()) for name, each in rescaled.items()}
@@ -303,7 +305,7 @@ def _mean_message(loss: float, singles: Sequence[float], factors: Tensor, unit: 
             "pass run(..., scale=n) with the number n of items that the mean runs over."
         )
     return (
-        f"the loss is no sum over {unit}s: rows in the batch are {factors.min():.3g} to {factors.max():.3g} times "
+        f"the loss is no sum over {unit}s: rows in the batch are {factors.min():.6g} to {factors.max():.6g} times "
         f"those of each alone (loss of the batch {loss:.4g}; sum of its {unit}s' losses {sum(singles):.4g}). {remedy}"
     )
 

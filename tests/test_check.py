@@ -243,6 +243,18 @@ def test_a_loss_over_the_batch_is_told_from_a_layer_over_the_batch(batch):
     assert "influence each other" in problem and "look at the loss" in problem
 
 
+def test_a_small_term_over_the_batch_is_no_mean(batch):
+    def contrastive(model, batch):
+        logits = model(batch[0])
+        z = F.normalize(logits, dim=1)
+        return F.cross_entropy(logits, batch[1], reduction="sum") + 3e-5 * (z @ z.T).sum()
+
+    report = loghook.check(mlp(), contrastive, batch)
+    assert max(report.errors.values()) < 1e-3 and "samples influence each other" in only_problem(report)
+    scaled = only_problem(loghook.check(mlp(), lambda m, b: classes(m, b) * (1 + 5e-4 * (len(b[0]) > 1)), batch))
+    assert "rows in the batch are 1.0005 to 1.0005 times" in scaled
+
+
 def test_layers_that_never_ran_and_that_got_no_gradient_are_named(batch):
     class Branch(nn.Module):
         def __init__(self):
