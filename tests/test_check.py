@@ -424,6 +424,68 @@ def test_a_layer_that_computes_something_else_is_blamed_itself(batch, monkeypatc
     assert "'2'" in problem and "influence each other" not in problem and "adapter" in problem
 
 
+class Cross(nn.Module):
+    """Attention over ``keys`` of another sequence; of a single one the gradient of queries and keys is zero."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x, keys):
+        heads = (f.unflatten(-1, (2, 8)).transpose(1, 2) for f in (self.q(x), self.k(keys), self.v(keys)))
+        a = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        return self.head((x + a).tanh().mean(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gradient_that_is_zero_by_construction_is_nothing_wrong(dtype):
+    model = Cross().to(dtype)
+    x, keys, labels = torch.randn(4, 9, 16, dtype=dtype), torch.randn(4, 2, 16, dtype=dtype), torch.tensor([0, 2, 1, 2])
+
+    def loss(model, batch):
+        return F.cross_entropy(model(*batch[:2]), batch[2], reduction="sum")
+
+    assert loghook.check(model, loss, (x, keys[:, :1], labels))
+
+    def leaking(model, batch):  # a little of what others say, to queries alone
+        heard = batch[1] + 1e-3 * batch[1].sum(0)
+        return F.cross_entropy(model(batch[0], heard.detach()), batch[2], reduction="sum")
+
+    assert "samples influence each other" in only_problem(loghook.check(model, leaking, (x, keys, labels)))
+
+
+def test_a_small_gradient_that_is_wrong_is_no_rounding(batch):
+    class Fused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(12, 12), nn.Linear(12, 20)
+
+        def forward(self, x):  # reads the weight beside the layer
+            return self.b(x + 1e-5 * F.linear(self.a(x).tanh(), self.a.weight))
+
+    report = loghook.check(Fused(), classes, batch)
+    assert report.wrong == ("a",) and "not their gradients" in only_problem(report)
+
+
+@pytest.mark.parametrize("dtype,wider", [(torch.float32, "check in float64"), (torch.float64, "leave out samples")])
+def test_what_to_do_where_rounding_is_all(dtype, wider):
+    class Chaotic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a = nn.Linear(12, 12)
+
+        def forward(self, x):  # the last digit decides, and a batch rounds otherwise
+            eps = torch.finfo(x.dtype).eps
+            return (self.a(x) * (1 + 4 * eps * (len(x) > 1)) / eps).sin()
+
+    torch.manual_seed(1)
+    x = torch.randn(6, 12, dtype=dtype)
+    assert wider in only_problem(loghook.check(Chaotic().to(dtype), lambda model, x: model(x).sum(), x))
+
+
 def test_nothing_of_the_model_moves(batch):
     class Noted(nn.InstanceNorm1d):
         def forward(self, x):
