@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
+from loghook.capture.batch import batch_size, samples
 from loghook.capture.layers import Layer
-from loghook.capture.probe import batch_size, samples
 from loghook.errors import ConfigError, UnsupportedError
 from loghook.influence.solvers import Diagonal, gram_basis, nonzero
 from loghook.log.format import Layout
