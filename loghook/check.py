@@ -15,6 +15,7 @@ from loghook.errors import BatchError, ConfigError, DeliveryError, UnsupportedEr
 
 _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}
 _TIMES, _MOST = 5, 0.3  # how many times what rounding does to a gradient is let pass, and how much of the gradient
+_NOTHING = 10  # how many times what rounding leaves of a layer's gradient may be of one that is zero by construction
 _TF32 = 1e-2  # of float32 where a GPU rounds the factors of its products to 10 bits
 # What mixes samples, or documents, in a model and in a loss.
 _SUSPECTS = {
@@ -108,7 +109,8 @@ def check(
         batch_dim: axis of samples.
         segments: for packed batches, (B, S) as in ``run(..., segments=)``, or a function that makes it from the batch.
             A document is then compared with itself in a row of its own, cut out of the batch's tensors: those of
-            shape (B, S, ...), and masks of shape (B, heads or 1, S, S). Pairs, (B, 1), are whole entries of the batch.
+            shape (B, S, ...), and masks of shape (B, heads or 1, S, S). Pairs, (B, 1), are whole entries of the batch,
+            or of what the loss makes of a batch with one entry for each pair.
         scale: where the loss is a mean, ``scale(batch)`` returns what you pass as ``run(..., scale=...)``: the number
             of items that the mean runs over.
         rank: of the projection that rows are compared in.
@@ -182,7 +184,8 @@ def _examine(probe: Probe, report: CheckReport, may_sleep: str | Sequence[str]) 
             "an overflow. What follows is about the others."
         )
         together, again = ({name: _only(rows, finite) for name, rows in of.items()} for of in (together, again))
-    if not all(_error(again[name], together[name]) <= report.tolerance for name in compared):
+    nothing = _nothing(together, report.tolerance)
+    if not all(_errors(again[name], together[name], nothing).max() <= report.tolerance for name in compared):
         dropouts = [n for n, m in unwrap(probe.model).named_modules() if "Dropout" in type(m).__name__ and m.training]
         cause = f"dropout in training mode ({_some(dropouts)})" if dropouts else "something random in the forward pass"
         report.problems.append(
@@ -208,7 +211,8 @@ def _examine(probe: Probe, report: CheckReport, may_sleep: str | Sequence[str]) 
         rows={name: _only(rows, finite) for name, rows in alone.rows.items()},
         hooked={name: _only(rows, finite) for name, rows in alone.hooked.items()},
     )
-    errors = {name: _errors(together[name], alone.rows[name]) for name in compared}
+    nothing = _nothing(alone.rows, report.tolerance)
+    errors = {name: _errors(together[name], alone.rows[name], nothing) for name in compared}
     report.errors = {name: float(each.max()) for name, each in errors.items()}
     report.not_compared = tuple(name for name in compared if name in alone.captured)
     wrong = [name for name in compared if not report.errors[name] <= report.tolerance]
@@ -216,7 +220,7 @@ def _examine(probe: Probe, report: CheckReport, may_sleep: str | Sequence[str]) 
         return
     with probe.rounded_otherwise():
         moved = {name: _only(rows, finite) for name, rows in probe.gradients_alone().rows.items()}
-    rounding = {name: _errors(moved[name], alone.rows[name]) for name in compared}
+    rounding = {name: _errors(moved[name], alone.rows[name], nothing) for name in compared}
     report.rounding = {name: float(rounding[name].max()) for name in wrong}
     limits = {name: (_TIMES * each).clamp(report.tolerance, _MOST) for name, each in rounding.items()}
     wrong = [name for name in wrong if not (errors[name] <= limits[name]).all()]
@@ -224,13 +228,15 @@ def _examine(probe: Probe, report: CheckReport, may_sleep: str | Sequence[str]) 
     if not wrong:
         return
     factors = _factors([together[name] for name in compared], [alone.rows[name] for name in compared])
-    rescaled = {name: _errors(together[name], alone.rows[name] * factors[:, None, None]) for name in compared}
-    if all(bool((each <= limits[name].clamp(min=1e-3)).all()) for name, each in rescaled.items()):
+    rescaled = {name: _errors(together[name], alone.rows[name] * factors[:, None, None], nothing) for name in compared}
+    residual = max(float(each.max()) for each in rescaled.values())
+    explained = all((each <= limits[name].clamp(min=1e-3)).all() for name, each in rescaled.items())
+    if explained and (factors - 1).abs().max() > 2 * residual:  # else factors leave as much unexplained as they explain
         moved_at_all = torch.stack([rows.flatten(1).any(1) for rows in alone.rows.values()]).any(0)
         report.problems.append(_mean_message(loss, alone.losses, factors[moved_at_all], probe.unit))
         report.errors = {name: float(each.max()) for name, each in rescaled.items()}
         return
-    other = [n for n in wrong if not (_errors(alone.hooked[n], alone.rows[n]) <= limits[n]).all()]
+    other = [n for n in wrong if not (_errors(alone.hooked[n], alone.rows[n], nothing) <= limits[n]).all()]
     drowned = [n for n in wrong if (errors[n] <= _TIMES * rounding[n]).all()]
     if other:
         report.problems.append(
@@ -240,9 +246,11 @@ def _examine(probe: Probe, report: CheckReport, may_sleep: str | Sequence[str]) 
             "write an adapter (docs/adapters.md)."
         )
     elif len(drowned) == len(wrong):
+        wider = "float32" if report.tolerance > _TF32 else "float64" if report.tolerance > 1e-9 else None
         report.problems.append(
             f"rounding alone moves the gradients of {len(drowned)} layers ({_some(drowned)}) by up to "
-            f"{max(report.rounding.values()):.1g} of their size, so nothing can be compared: check in float32."
+            f"{max(report.rounding.values()):.1g} of their size, so nothing can be compared: "
+            f"{f'check in {wider}' if wider else 'leave out samples with next to no gradient, or exclude the layers'}."
         )
     else:
         report.problems.append(_influence_message(probe, wrong, finite))
@@ -275,7 +283,7 @@ def _influence_message(probe: Probe, wrong: Sequence[str], finite: Tensor) -> st
     inputs = probe.together(synchronised=False).inputs
     names, first = list(inputs), len(inputs)
     for i, one in enumerate(probe.each_alone()):
-        off = [names.index(n) for n, x in one.inputs.items() if not _error(inputs[n][i : i + 1], x) <= 1e-3]
+        off = [names.index(n) for n, x in one.inputs.items() if not _errors(inputs[n][i : i + 1], x) <= 1e-3]
         first = min([first, *off]) if finite[i] else first
     before, after = _SUSPECTS[probe.unit]
     where = (
@@ -302,7 +310,7 @@ def _mean_message(loss: float, singles: Sequence[float], factors: Tensor, unit: 
             "pass run(..., scale=n) with the number n of items that the mean runs over."
         )
     return (
-        f"the loss is no sum over {unit}s: rows in the batch are {factors.min():.3g} to {factors.max():.3g} times "
+        f"the loss is no sum over {unit}s: rows in the batch are {factors.min():.6g} to {factors.max():.6g} times "
         f"those of each alone (loss of the batch {loss:.4g}; sum of its {unit}s' losses {sum(singles):.4g}). {remedy}"
     )
 
@@ -322,14 +330,22 @@ def _places(chosen: Tensor) -> str:
     return f"{str(places[:8])[:-1]}{', ...' if len(places) > 8 else ''}]"
 
 
-def _error(a: Tensor, b: Tensor) -> float:
-    """Largest relative error over samples."""
-    return float(_errors(a, b).max())
+def _nothing(rows: dict[str, Tensor], tolerance: float) -> Tensor:
+    """How large a row of each sample may be that is all rounding, (B,), as of a layer whose gradient is zero.
+
+    Rounding is a share of the largest layer's row: queries of attention over a single key are their own differences.
+    """
+    eps = torch.finfo(torch.float64 if tolerance <= _TOLERANCE[torch.float64] else torch.float32).eps
+    return _NOTHING * eps * torch.stack([of.flatten(1).norm(dim=1) for of in rows.values()]).amax(0)
 
 
-def _errors(a: Tensor, b: Tensor) -> Tensor:
-    """Relative error of each sample, (B,); one with almost no gradient is judged by the others' size."""
+def _errors(a: Tensor, b: Tensor, nothing: Tensor | float = 0.0) -> Tensor:
+    """Relative error of each sample, (B,); one with almost no gradient is judged by the others' size.
+
+    Rows that are both ``nothing`` are equal.
+    """
     norms, off = b.flatten(1).norm(dim=1), (a - b).flatten(1).norm(dim=1)
+    off = off.masked_fill((norms <= nothing) & (off <= nothing), 0.0)
     floor = float(norms.max()) * 1e-3
     return off / norms.clamp(min=floor) if floor else (off > 0).to(off)
 

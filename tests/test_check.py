@@ -243,6 +243,18 @@ def test_a_loss_over_the_batch_is_told_from_a_layer_over_the_batch(batch):
     assert "influence each other" in problem and "look at the loss" in problem
 
 
+def test_a_small_term_over_the_batch_is_no_mean(batch):
+    def contrastive(model, batch):
+        logits = model(batch[0])
+        z = F.normalize(logits, dim=1)
+        return F.cross_entropy(logits, batch[1], reduction="sum") + 3e-5 * (z @ z.T).sum()
+
+    report = loghook.check(mlp(), contrastive, batch)
+    assert max(report.errors.values()) < 1e-3 and "samples influence each other" in only_problem(report)
+    scaled = only_problem(loghook.check(mlp(), lambda m, b: classes(m, b) * (1 + 5e-4 * (len(b[0]) > 1)), batch))
+    assert "rows in the batch are 1.0005 to 1.0005 times" in scaled
+
+
 def test_layers_that_never_ran_and_that_got_no_gradient_are_named(batch):
     class Branch(nn.Module):
         def __init__(self):
@@ -412,6 +424,68 @@ def test_a_layer_that_computes_something_else_is_blamed_itself(batch, monkeypatc
     assert "'2'" in problem and "influence each other" not in problem and "adapter" in problem
 
 
+class Cross(nn.Module):
+    """Attention over ``keys`` of another sequence; of a single one the gradient of queries and keys is zero."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.q, self.k, self.v, self.head = nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 16), nn.Linear(16, 3)
+
+    def forward(self, x, keys):
+        heads = (f.unflatten(-1, (2, 8)).transpose(1, 2) for f in (self.q(x), self.k(keys), self.v(keys)))
+        a = F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2)
+        return self.head((x + a).tanh().mean(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_gradient_that_is_zero_by_construction_is_nothing_wrong(dtype):
+    model = Cross().to(dtype)
+    x, keys, labels = torch.randn(4, 9, 16, dtype=dtype), torch.randn(4, 2, 16, dtype=dtype), torch.tensor([0, 2, 1, 2])
+
+    def loss(model, batch):
+        return F.cross_entropy(model(*batch[:2]), batch[2], reduction="sum")
+
+    assert loghook.check(model, loss, (x, keys[:, :1], labels))
+
+    def leaking(model, batch):  # a little of what others say, to queries alone
+        heard = batch[1] + 1e-3 * batch[1].sum(0)
+        return F.cross_entropy(model(batch[0], heard.detach()), batch[2], reduction="sum")
+
+    assert "samples influence each other" in only_problem(loghook.check(model, leaking, (x, keys, labels)))
+
+
+def test_a_small_gradient_that_is_wrong_is_no_rounding(batch):
+    class Fused(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a, self.b = nn.Linear(12, 12), nn.Linear(12, 20)
+
+        def forward(self, x):  # reads the weight beside the layer
+            return self.b(x + 1e-5 * F.linear(self.a(x).tanh(), self.a.weight))
+
+    report = loghook.check(Fused(), classes, batch)
+    assert report.wrong == ("a",) and "not their gradients" in only_problem(report)
+
+
+@pytest.mark.parametrize("dtype,wider", [(torch.float32, "check in float64"), (torch.float64, "leave out samples")])
+def test_what_to_do_where_rounding_is_all(dtype, wider):
+    class Chaotic(nn.Module):
+        def __init__(self):
+            super().__init__()
+            torch.manual_seed(0)
+            self.a = nn.Linear(12, 12)
+
+        def forward(self, x):  # the last digit decides, and a batch rounds otherwise
+            eps = torch.finfo(x.dtype).eps
+            return (self.a(x) * (1 + 4 * eps * (len(x) > 1)) / eps).sin()
+
+    torch.manual_seed(1)
+    x = torch.randn(6, 12, dtype=dtype)
+    assert wider in only_problem(loghook.check(Chaotic().to(dtype), lambda model, x: model(x).sum(), x))
+
+
 def test_nothing_of_the_model_moves(batch):
     class Noted(nn.InstanceNorm1d):
         def forward(self, x):
@@ -518,3 +592,23 @@ def test_pairs_are_compared_with_the_same_pairs_alone():
 
     report = loghook.check(model[:2], lambda _, x: contrast(model, x), torch.randn(6, 4), segments=pairs)
     assert not report
+
+
+def test_pairs_that_the_loss_itself_joins():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 1))
+    batch = {"chosen": torch.randn(3, 4), "rejected": torch.randn(3, 4)}
+
+    def pairs(batch):
+        return torch.arange(len(batch["chosen"])).repeat(2)[:, None]
+
+    def preference(model, batch):
+        chosen, rejected = model(torch.cat([batch["chosen"], batch["rejected"]]))[:, 0].chunk(2)
+        return F.softplus(rejected - chosen).sum()
+
+    for segments in (pairs, pairs(batch)):
+        report = loghook.check(model, preference, batch, segments=segments)
+        assert report and max(report.errors.values()) < 1e-5
+    assert not loghook.check(model, lambda m, b: preference(m, b) / len(b["chosen"]), batch, segments=pairs)
+    with pytest.raises(BatchError, match="the batch has 3 entries, and segments 4 of 2 documents"):
+        loghook.check(model, preference, batch, segments=torch.tensor([0, 1, 0, 1])[:, None])

@@ -537,14 +537,26 @@ class Stream(torch.utils.data.IterableDataset):
         return iter(samples("local_mean"))
 
 
-def test_a_stream_of_samples(folder):
-    dispatch = {"accelerator_config": {"dispatch_batches": False}}
+def test_a_stream_of_samples(folder, monkeypatch):
     options = {"max_steps": 2, "gradient_accumulation_steps": 4}  # the second window holds only 2 micro-batches
-    log = train(make_trainer(folder, "local_mean", data=Stream(), **options, **dispatch), folder / "stream")
+    log = train(make_trainer(folder, "local_mean", data=Stream(), **options), folder / "stream")
     assert log.data_ids[:SAMPLES] == list(range(SAMPLES))
     assert worst(log, reference("local_mean", log), list(range(SAMPLES))) <= 1e-5
+    plain, logged = (
+        make_trainer(folder, "local_mean", make_model("local_mean", 0.3), Stream(), **options, learning_rate=1e-2)
+        for _ in range(2)
+    )
+    torch.manual_seed(1)
+    plain.train()
+    torch.manual_seed(1)
+    train(logged, folder / "stream-moving")
+    assert logged.accelerator.dataloader_config.dispatch_batches is None
+    for name, value in plain.model.state_dict().items():
+        assert torch.equal(value, logged.model.state_dict()[name]), name
+    trainer = make_trainer(folder, "local_mean", data=Stream(), **options)
+    monkeypatch.setattr(type(trainer.accelerator), "num_processes", 2)
     with pytest.raises(ConfigError, match="dispatch_batches"):
-        train(make_trainer(folder, "local_mean", data=Stream(), **options), folder / "dispatched")
+        train(trainer, folder / "dispatched")
 
 
 def sum_over_items(outputs, labels, num_items_in_batch):

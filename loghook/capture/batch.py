@@ -1,14 +1,16 @@
-"""A batch and what comes with it (ids, mask, scale), checked before anything runs."""
+"""A batch and what comes with it (ids, mask, scale), checked before anything runs; and its samples, one by one."""
 
-from collections.abc import Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from loghook.capture.segments import arrange
 from loghook.errors import BatchError
 from loghook.log.format import fits
 
@@ -136,3 +138,102 @@ def unscaled(scale: float | Tensor, scaler: Any, size: int | None) -> float | Te
     """What rows are multiplied by: ``scale`` as ``_check_scale`` returns it, with a GradScaler's own divided out."""
     factor = _check_scale(scale, size)
     return factor if scaler is None else factor / _check_scale(scaler.get_scale())
+
+
+def batch_size(batch: Any) -> int:
+    """Number of samples of a batch: the common length of its tensors."""
+    sizes = set()
+
+    def note(t: Tensor) -> Tensor:
+        sizes.add(len(t))
+        return t
+
+    _each(batch, note)
+    if len(sizes) != 1:
+        raise BatchError(
+            f"the batch's tensors have first axes of {sorted(sizes)}: pass tensors (or a dict, list or tuple of them) "
+            "with the samples along the first axis."
+        )
+    return sizes.pop()
+
+
+def samples(batch: Any) -> list[Any]:
+    """Each sample as a batch of one; arrays and lists of numbers or words are cut if they are as long as the batch."""
+    size = batch_size(batch)
+
+    def cut(values: Any, i: int) -> Any:
+        return values[i : i + 1] if len(values) == size else values
+
+    return [_each(batch, partial(cut, i=i), plain=True) for i in range(size)]
+
+
+def documents(batch: Any, segments: Any) -> list[tuple[Any, Tensor | None]]:
+    """Each document of packed rows, (B, S, ...) and masks (B, heads or 1, S, S), as a batch of one row, unpadded.
+
+    Of whole entries of the batch (pairs) as a batch of those; where the loss itself joins them, the batch has one entry
+    for each document.
+    """
+    numbers = torch.as_tensor(segments)
+    found = arrange(numbers, int(numbers.max()) + 1)
+    mine = [found.number_BS == i for i in range(len(found.index_DL))]
+    if numbers.shape[1] > 1:
+        return [(_each(batch, partial(_document, one)), None) for one in mine]
+    rows, size = [one[:, 0].nonzero().flatten() for one in mine], batch_size(batch)
+    if size == len(numbers):
+        alone = [_each(batch, partial(_entries, one)) for one in rows]
+    elif size == len(rows):
+        alone = samples(batch)
+    else:
+        raise BatchError(
+            f"the batch has {size} entries, and segments {len(numbers)} of {len(rows)} documents: pass segments for "
+            "the batch's own entries, or for those that the loss makes of a batch with one entry a document."
+        )
+    return [(own, torch.zeros(len(one), 1, dtype=torch.long)) for own, one in zip(alone, rows, strict=True)]
+
+
+def _entries(rows: Tensor, t: Tensor) -> Tensor:
+    return t[rows.to(t.device)]
+
+
+def _document(mine_BS: Tensor, t: Tensor) -> Tensor:
+    B, S = mine_BS.shape
+    row = mine_BS.any(1).nonzero().flatten()
+    if len(row) > 1:
+        raise BatchError(
+            f"a document has tokens in rows {row.tolist()} of the batch, so it cannot be compared with itself in a row "
+            "of its own: number documents that end with their row."
+        )
+    row, tokens = (place.to(t.device) for place in (row, mine_BS[row[0]].nonzero().flatten()))
+    if t.shape[:2] == (B, S):
+        return t[row][:, tokens]
+    if t.dim() == 4 and t.shape[0] == B and t.shape[2:] == (S, S):
+        return t[row][:, :, tokens][..., tokens]
+    raise BatchError(
+        f"the batch has a tensor of shape {tuple(t.shape)} where segments has (batch, tokens) = {(B, S)}, so a "
+        "document cannot be cut out of it: leave it out, or let loss_fn make it from what can be cut (the bounds of "
+        "documents from position_ids)."
+    )
+
+
+def _each(batch: Any, function: Callable[[Any], Any], plain: bool = False) -> Any:
+    """The batch with a function of each of its tensors, but numbers, in place of the tensor.
+
+    With ``plain`` arrays and lists of numbers or words count as tensors.
+    """
+    if isinstance(batch, Tensor):
+        return function(batch) if batch.dim() else batch
+    if plain and (isinstance(batch, np.ndarray) and batch.ndim):
+        return function(batch)
+    if plain and isinstance(batch, list) and all(isinstance(value, int | float | str) for value in batch):
+        return function(batch)
+    if isinstance(batch, Mapping):
+        values = {key: _each(value, function, plain) for key, value in batch.items()}
+        try:
+            return type(batch)(values)  # type: ignore[call-arg]  # keep what reads batch.labels working
+        except TypeError:
+            return values
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(_each(value, function, plain) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(_each(value, function, plain) for value in batch)
+    return batch

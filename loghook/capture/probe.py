@@ -1,20 +1,17 @@
 """``Probe``: what ``loghook.check`` compares, the rows of a batch and of each of its samples (or documents) alone."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
-from functools import partial
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from loghook.capture.batch import Given
+from loghook.capture.batch import Given, documents, samples
 from loghook.capture.hooked import Hooked
 from loghook.capture.layers import Layer
-from loghook.capture.segments import arrange
 from loghook.capture.select import Watch
 from loghook.errors import BatchError
 
@@ -49,7 +46,7 @@ class Probe(Hooked):
         self.model, self._loss_fn, self._batch, self._segments = model, loss_fn, batch, segments
         self.unit = "sample" if segments is None else "document"
         # Each sample or document as a batch of its own, and its segments there.
-        self._alone = _documents(batch, segments) if segments is not None else [(one, None) for one in samples(batch)]
+        self._alone = documents(batch, segments) if segments is not None else [(one, None) for one in samples(batch)]
         if len(self._alone) < 2:
             raise BatchError(
                 f"check got a batch of one {self.unit}: pass at least two, so that they can be told apart."
@@ -200,92 +197,3 @@ def _random_state(*, advance: bool = False) -> Iterator[None]:
         if advance:
             torch.manual_seed(torch.initial_seed() + 1)
         yield
-
-
-def batch_size(batch: Any) -> int:
-    """Number of samples of a batch: the common length of its tensors."""
-    sizes = set()
-
-    def note(t: Tensor) -> Tensor:
-        sizes.add(len(t))
-        return t
-
-    _each(batch, note)
-    if len(sizes) != 1:
-        raise BatchError(
-            f"the batch's tensors have first axes of {sorted(sizes)}: pass tensors (or a dict, list or tuple of them) "
-            "with the samples along the first axis."
-        )
-    return sizes.pop()
-
-
-def samples(batch: Any) -> list[Any]:
-    """Each sample as a batch of one; arrays and lists of numbers or words are cut if they are as long as the batch."""
-    size = batch_size(batch)
-
-    def cut(values: Any, i: int) -> Any:
-        return values[i : i + 1] if len(values) == size else values
-
-    return [_each(batch, partial(cut, i=i), plain=True) for i in range(size)]
-
-
-def _documents(batch: Any, segments: Any) -> list[tuple[Any, Tensor | None]]:
-    """Each document of packed rows, (B, S, ...) and masks (B, heads or 1, S, S), as a batch of one row, unpadded.
-
-    Of whole entries of the batch (pairs) as a batch of those.
-    """
-    numbers = torch.as_tensor(segments)
-    found = arrange(numbers, int(numbers.max()) + 1)
-    mine = [found.number_BS == i for i in range(len(found.index_DL))]
-    if numbers.shape[1] > 1:
-        return [(_each(batch, partial(_document, one)), None) for one in mine]
-    rows = [one[:, 0].nonzero().flatten() for one in mine]
-    return [(_each(batch, partial(_entries, one)), torch.zeros(len(one), 1, dtype=torch.long)) for one in rows]
-
-
-def _entries(rows: Tensor, t: Tensor) -> Tensor:
-    return t[rows.to(t.device)]
-
-
-def _document(mine_BS: Tensor, t: Tensor) -> Tensor:
-    B, S = mine_BS.shape
-    row = mine_BS.any(1).nonzero().flatten()
-    if len(row) > 1:
-        raise BatchError(
-            f"a document has tokens in rows {row.tolist()} of the batch, so it cannot be compared with itself in a row "
-            "of its own: number documents that end with their row."
-        )
-    row, tokens = (place.to(t.device) for place in (row, mine_BS[row[0]].nonzero().flatten()))
-    if t.shape[:2] == (B, S):
-        return t[row][:, tokens]
-    if t.dim() == 4 and t.shape[0] == B and t.shape[2:] == (S, S):
-        return t[row][:, :, tokens][..., tokens]
-    raise BatchError(
-        f"the batch has a tensor of shape {tuple(t.shape)} where segments has (batch, tokens) = {(B, S)}, so a "
-        "document cannot be cut out of it: leave it out, or let loss_fn make it from what can be cut (the bounds of "
-        "documents from position_ids)."
-    )
-
-
-def _each(batch: Any, function: Callable[[Any], Any], plain: bool = False) -> Any:
-    """The batch with a function of each of its tensors, but numbers, in place of the tensor.
-
-    With ``plain`` arrays and lists of numbers or words count as tensors.
-    """
-    if isinstance(batch, Tensor):
-        return function(batch) if batch.dim() else batch
-    if plain and (isinstance(batch, np.ndarray) and batch.ndim):
-        return function(batch)
-    if plain and isinstance(batch, list) and all(isinstance(value, int | float | str) for value in batch):
-        return function(batch)
-    if isinstance(batch, Mapping):
-        values = {key: _each(value, function, plain) for key, value in batch.items()}
-        try:
-            return type(batch)(values)  # type: ignore[call-arg]  # keep what reads batch.labels working
-        except TypeError:
-            return values
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(_each(value, function, plain) for value in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(_each(value, function, plain) for value in batch)
-    return batch

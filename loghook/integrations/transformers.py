@@ -71,7 +71,11 @@ def log_training(
     def get_train_dataloader() -> Any:
         trainer._set_signature_columns_if_needed()
         columns = [*trainer._signature_columns, id_column]  # what `remove_unused_columns` keeps
-        with _replaced(trainer, data_collator=_Collate(trainer.data_collator, id_column), _signature_columns=columns):
+        alone = trainer.accelerator.num_processes == 1  # so that nothing need be dispatched, which ids do not survive
+        with (
+            _replaced(trainer, data_collator=_Collate(trainer.data_collator, id_column), _signature_columns=columns),
+            _replaced(trainer.accelerator.dataloader_config, **({"dispatch_batches": False} if alone else {})),
+        ):
             loader = load()
         if isinstance(loader, DataLoaderDispatcher):
             raise ConfigError(

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from loghook.capture.batch import batch_size, samples
 from loghook.capture.layers import Layer
-from loghook.capture.probe import batch_size, samples
 from loghook.errors import ConfigError, UnsupportedError
 from loghook.factors import FactorStore
 from loghook.influence.solvers import Diagonal, gram_basis, nonzero
