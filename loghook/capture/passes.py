@@ -10,10 +10,9 @@ import torch
 from torch import Tensor
 
 from loghook.capture.batch import Given
-from loghook.capture.config import Config
+from loghook.capture.config import Config, rank_of
 from loghook.capture.hooked import Hooked
 from loghook.capture.layers import Layer
-from loghook.capture.select import rank_of
 from loghook.capture.session import Repeats
 from loghook.capture.whole import Whole
 from loghook.errors import MismatchError, NotFiniteError, StateError

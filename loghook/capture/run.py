@@ -10,12 +10,12 @@ from typing import Any
 from torch import nn
 
 from loghook.capture.batch import Blocks, Given, Ids, check_ids
-from loghook.capture.config import Config
+from loghook.capture.config import Config, rank_of
 from loghook.capture.hooked import Hooked
 from loghook.capture.models import describe_coverage
 from loghook.capture.passes import Gathering, Pass, decompose, fit_sides
 from loghook.capture.plan import Plan, parse_size
-from loghook.capture.select import FUSED_EXPERTS, HEAD, Watch, rank_of
+from loghook.capture.select import FUSED_EXPERTS, HEAD, Watch
 from loghook.capture.session import Session, pack
 from loghook.capture.whole import Covariance
 from loghook.errors import BatchError, CheckpointWarning, ConfigError, LoghookError, MismatchError, StateError
@@ -32,10 +32,11 @@ from loghook.statistics import FactorStore
 class Run(Blocks, Hooked):
     """A run that logs; made by ``loghook.init``."""
 
+    _config: Config
+
     def __init__(self, config: Config, *, resume: bool, overwrite: bool) -> None:
-        super().__init__(config.projection, config.rank, config.seed, config.gradient)
+        super().__init__(config)
         self.path = config.path
-        self._config = config
         self._session = Session(config, resume=resume, overwrite=overwrite)
         self._was_sealed = self._session.sealed  # the same script, started again, has nothing left to do
         self._coverage: dict[str, Any] = {}
@@ -98,15 +99,16 @@ class Run(Blocks, Hooked):
         if manifest is not None:
             check_same(manifest, self._config, ARGUMENTS)
         layers, coverage = self._select(model, arguments)
-        widths = {x.name: max(side.width for side in x.sides) for x in layers}
-        if self._projection != "none" and all(width < rank_of(name, self._rank) for name, width in widths.items()):
+        rank, widths = self._config.rank, {x.name: max(side.width for side in x.sides) for x in layers}
+        whole = all(width < rank_of(name, rank) for name, width in widths.items())
+        if whole and self._config.projection != "none":
             raise ConfigError(
-                f"rank={self._rank} exceeds the width of every watched layer (largest: {max(widths.values()):,}), so "
-                "it would reduce nothing: choose a smaller rank, or projection='none'."
+                f"rank={rank} exceeds the width of every watched layer (largest: {max(widths.values()):,}), so it "
+                "would reduce nothing: choose a smaller rank, or projection='none'."
             )
         if manifest is not None and manifest.fitted is not None:
             self._project_with(load_sides(self.path, manifest.fitted), manifest.fitted, layers)
-        self._hook(model, layers, optimizer, self._gradient)
+        self._hook(model, layers, optimizer, self._config.gradient)
         self._coverage = coverage
         experts = sum(item["parameters"] for item in coverage["not_covered"] if item["reason"] == FUSED_EXPERTS)
         if experts:
@@ -155,7 +157,7 @@ class Run(Blocks, Hooked):
             print(f"{self.path} is finished: nothing is logged. `loghook append {self.path}` opens it for more data.")
         if self._session.resumed:
             done |= shared(done)  # all ranks skip a pass or none does: loops may hold collectives
-        fits = self._projection in FITTED
+        fits = self._config.projection in FITTED
         if fits and self._config.fitted is not None:
             self._require_projection()
         gathered, kinds = False, ("covariance", "log") if fits else ("log",)
@@ -357,13 +359,14 @@ class Run(Blocks, Hooked):
             return self._session.writer
         old = fresh = self._session.manifest
         if old is None or self._layers:
+            c, plain = self._config, self._config.gradient == "plain"
             fresh = Manifest(
-                run_id=old.run_id if old else self._session.agree_on_id(), projection=self._projection, rank=self._rank,
-                seed=self._seed, dtype=self._config.dtype, layers=self.specs,
-                coverage=self._coverage, id_type=id_type, on_repeat=self._config.on_repeat, world_size=world_size(),
-                provenance=provenance(), parameters=self.digests(), fitted=self._fitted,
-                fidelity=self._config.fidelity, gradient=self._gradient, whitening=self._config.whitening,
-                no_statistics=None if self._gradient == "plain" else f"its rows are of gradient={self._gradient!r}",
+                run_id=old.run_id if old else self._session.agree_on_id(), projection=c.projection,
+                rank=c.rank if isinstance(c.rank, int) else dict(c.rank), seed=c.seed, dtype=c.dtype, layers=self.specs,
+                coverage=self._coverage, id_type=id_type, on_repeat=c.on_repeat, world_size=world_size(),
+                provenance=provenance(), parameters=self.digests(), fitted=self._fitted, fidelity=c.fidelity,
+                gradient=c.gradient, whitening=c.whitening,
+                no_statistics=None if plain else f"its rows are of gradient={c.gradient!r}",
             )  # fmt: skip
         assert fresh is not None
         writer = self._session.open(fresh)
