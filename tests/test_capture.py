@@ -1329,3 +1329,24 @@ def test_patches_of_a_depthwise_convolution_are_laid_out_once(tmp_path):
         assert len({t.untyped_storage().data_ptr() for t in made}) == 1 + (
             mask is not None
         )  # weighted ones are made for the statistics
+
+
+def test_watch_says_how_much_of_what_is_trained_is_covered(tmp_path, capsys):
+    """As of adapters that are no layers (IA3): everything is covered but what is trained."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.scale = nn.Linear(4, 3), nn.Parameter(torch.ones(3))
+
+    def shown(model):
+        loghook.init(tmp_path, rank=2, overwrite=True).watch(model)
+        return capsys.readouterr().out
+
+    model = Scaled()
+    assert "trainable" not in shown(model)  # all are
+    model.layer.requires_grad_(False)
+    assert "83.3% of 18 parameters" in (out := shown(model)) and "0 of 3 trainable parameters" in out
+    model.layer.weight.requires_grad_(True)
+    assert "12 of 15 trainable parameters" in shown(model)
+    assert "trainable" not in shown(model.requires_grad_(False))  # in a log-only pass

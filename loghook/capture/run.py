@@ -12,7 +12,7 @@ from torch import nn
 from loghook.capture.batch import Blocks, Given, Ids, check_ids
 from loghook.capture.config import Config, rank_of
 from loghook.capture.hooked import Hooked
-from loghook.capture.models import describe_coverage
+from loghook.capture.models import describe_coverage, describe_trainable
 from loghook.capture.passes import Gathering, Pass, decompose, fit_sides
 from loghook.capture.plan import Plan, parse_size
 from loghook.capture.select import FUSED_EXPERTS, HEAD, Watch
@@ -117,7 +117,7 @@ class Run(Blocks, Hooked):
                 stacklevel=2,
             )
         if process_rank() == 0:
-            print(describe_coverage(len(self.layers), coverage))
+            print(describe_coverage(len(self.layers), coverage) + describe_trainable(model, self.layers))
             row_bytes = self._layout.codec(self._config.dtype).row_bytes
             print(f"  {self._layout.width:,} values a sample, {row_bytes:,} bytes")
 
