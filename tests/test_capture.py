@@ -1306,3 +1306,47 @@ def test_transforms_of_torch_func_are_named(tmp_path, projection):
     for transform in (torch.func.vmap(model), torch.func.grad(lambda x: model(x).sum())):
         with pytest.raises(UnsupportedError, match=r"torch\.func"), run([0, 1, 2]):
             transform(x)
+
+
+def test_patches_of_a_depthwise_convolution_are_laid_out_once(tmp_path):
+    """They hold the input many times over, and are neither copied for the bias's column nor for the statistics."""
+    model, x = nn.Conv2d(8, 8, 5, padding=2, groups=8), torch.randn(4, 8, 12, 12)
+    patches, made = 4 * 12 * 12 * 8 * 25, []
+
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            result = function(*args, **(kwargs or {}))
+            if isinstance(result, torch.Tensor) and result.untyped_storage().nbytes() >= 4 * patches:
+                made.append(result)
+            return result
+
+    run = loghook.init(tmp_path, projection="none")
+    run.watch(model)
+    for mask in (None, torch.ones(4, 144)):
+        made.clear()
+        with run(data_id=range(4), mask=mask), Watching():
+            model(x).square().sum().backward()
+        assert len({t.untyped_storage().data_ptr() for t in made}) == 1 + (
+            mask is not None
+        )  # weighted ones are made for the statistics
+
+
+def test_watch_says_how_much_of_what_is_trained_is_covered(tmp_path, capsys):
+    """As of adapters that are no layers (IA3): everything is covered but what is trained."""
+
+    class Scaled(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.scale = nn.Linear(4, 3), nn.Parameter(torch.ones(3))
+
+    def shown(model):
+        loghook.init(tmp_path, rank=2, overwrite=True).watch(model)
+        return capsys.readouterr().out
+
+    model = Scaled()
+    assert "trainable" not in shown(model)  # all are
+    model.layer.requires_grad_(False)
+    assert "83.3% of 18 parameters" in (out := shown(model)) and "0 of 3 trainable parameters" in out
+    model.layer.weight.requires_grad_(True)
+    assert "12 of 15 trainable parameters" in shown(model)
+    assert "trainable" not in shown(model.requires_grad_(False))  # in a log-only pass

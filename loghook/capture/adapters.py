@@ -187,8 +187,11 @@ class ConvAdapter(Adapter):
         if side.matrix is None:
             for i, (size, step, gap) in enumerate(zip(module.kernel_size, strides, gaps, strict=True)):
                 x = x.unfold(2 + i, (size - 1) * gap + 1, step)[..., ::gap]
-            patches = x.movedim(1, 1 + n).flatten(1, n).flatten(2)
-            z = project_input(patches, None, bias)
+            patches = x.movedim(1, 1 + n)  # a view, and many times the input: it is laid out once, with the bias's 1
+            z = x.new_empty(len(x), math.prod(patches.shape[1 : 1 + n]), side.width)
+            laid = z[..., :-1] if bias else z
+            z[..., laid.shape[2] :] = 1
+            laid.unflatten(2, patches.shape[1 + n :]).unflatten(1, patches.shape[1 : 1 + n]).copy_(patches)
         else:
             matrix = side.matrix.to(x.dtype)
             kernels = (matrix[:, :-1] if bias else matrix).reshape(side.k, x.shape[1], *module.kernel_size)

@@ -1,4 +1,4 @@
-"""``Config``: the arguments of ``loghook.init``."""
+"""``Config``: the arguments of ``loghook.init``; ``Recipe``: those of them that make rows what they are."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from typing import Any
 
 from loghook.errors import ConfigError
 from loghook.log.codec import DTYPES
-from loghook.log.format import ON_REPEAT
+from loghook.log.format import ON_REPEAT, fits
 from loghook.project.outer import GRADIENTS
 from loghook.project.projection import FITTED
 
@@ -20,57 +20,87 @@ _CHOICES: dict[str, Sequence[str | None]] = {
     "gradient": GRADIENTS,
     "on_repeat": ON_REPEAT,
 }
+Rank = int | Mapping[str, int]  # of all layers, or by fnmatch pattern: the first that fits a layer is its own
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
-    """What ``loghook.init`` was given, checked at birth; numbers of any kind become int and float, which JSON has."""
+class Recipe:
+    """What rows are made with, checked at birth; numbers of any kind become int and float, which JSON has."""
+
+    projection: str = "random"
+    rank: Rank = 64
+    seed: int = 0
+    gradient: str = "plain"  # what rows are of
+
+    def __post_init__(self) -> None:
+        _choose(self, "projection", ("random", *FITTED, "none"))
+        _choose(self, "gradient", GRADIENTS)
+        message = f"seed={self.seed!r} must be a whole number: pass an int."
+        _settle(self, rank=_ranks(self.rank), seed=_whole(self.seed, -math.inf, message))
+        if self.gradient != "plain" and self.projection in FITTED:
+            raise ConfigError(
+                f"gradient={self.gradient!r} goes with projection='random' or 'none': a fitted projection, here "
+                f"{self.projection!r}, is of plain gradients."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config(Recipe):
+    """What ``loghook.init`` was given."""
 
     path: Path
-    rank: int | Mapping[str, int] = 64
-    projection: str = "random"
     whitening: float | None = 0.1  # None once it is known to say nothing
     fitted: Path | None = None
-    seed: int = 0
     dtype: str = "float32"
     on_repeat: str | None = None
     shard_bytes: int = 256 * 2**20
     commit_seconds: float = 30.0
     fidelity: dict[str, Any] | None = None
-    gradient: str = "plain"
 
     def __post_init__(self) -> None:
-        plain: dict[str, Any] = {
-            "rank": _ranks(self.rank),
-            "seed": _whole(self.seed, -math.inf, f"seed={self.seed!r} must be a whole number: pass an int."),
-            "shard_bytes": _whole(
-                self.shard_bytes,
-                1,
-                f"shard_bytes={self.shard_bytes!r} must be a whole number of at least 1: pass an int.",
-            ),
-            "whitening": _positive("whitening", self.whitening),
-            "commit_seconds": _positive("commit_seconds", self.commit_seconds),
-        }
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ConfigError(
-                    f"{name}={getattr(self, name)!r} is unknown: choose one of {', '.join(map(repr, choices))}."
-                )
+        super().__post_init__()
+        _choose(self, "dtype", DTYPES)
+        _choose(self, "on_repeat", (None, "error", "first", "all"))
         if self.fitted is not None and self.projection not in FITTED:
             raise ConfigError(
                 f"fitted={str(self.fitted)!r} goes with projection='pca' or 'whitened', not {self.projection!r}: leave "
                 "it out, or take one of these."
             )
-        if self.gradient != "plain" and (self.projection in FITTED or self.fidelity is not None):
+        if self.gradient != "plain" and self.fidelity is not None:
             raise ConfigError(
-                f"gradient={self.gradient!r} goes with projection='random' or 'none', and with no fidelity: a fitted "
-                f"projection, here {self.projection!r}, and what tune measured are of plain gradients."
+                f"fidelity goes with gradient='plain', of which loghook.tune measured it, not {self.gradient!r}: leave "
+                "it out."
             )
-        plain["fidelity"] = None if self.fidelity is None else _measured(self.fidelity)
-        if self.projection != "whitened":
-            plain["whitening"] = None
-        for name, value in plain.items():
-            object.__setattr__(self, name, value)
+        whitening = _positive("whitening", self.whitening)
+        message = f"shard_bytes={self.shard_bytes!r} must be a whole number of at least 1: pass an int."
+        _settle(
+            self,
+            whitening=whitening if self.projection == "whitened" else None,
+            shard_bytes=_whole(self.shard_bytes, 1, message),
+            commit_seconds=_positive("commit_seconds", self.commit_seconds),
+            fidelity=None if self.fidelity is None else _measured(self.fidelity),
+        )
+
+
+def rank_of(name: str, rank: Rank) -> int:
+    """The rank of the layer of this name."""
+    if not isinstance(rank, Mapping):
+        return rank
+    for pattern, value in rank.items():
+        if fits(name, pattern):
+            return value
+    raise ConfigError(f"rank={dict(rank)} has no pattern that fits layer {name!r}: add one, such as '*': 32.")
+
+
+def _settle(recipe: Recipe, **values: Any) -> None:
+    for name, value in values.items():
+        object.__setattr__(recipe, name, value)
+
+
+def _choose(recipe: Recipe, name: str, choices: Sequence[str | None]) -> None:
+    value = getattr(recipe, name)
+    if value not in choices:
+        raise ConfigError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}.")
 
 
 def _ranks(rank: Any) -> int | dict[str, int]:

@@ -171,7 +171,7 @@ def _batch_first(layer: Layer, slots: Slots, x: Tensor) -> Tensor:
         x = x.clone()  # kept whole, and not by autograd: the program may write its next batch into the same memory
     x = x.detach().to(slots.samples.device)  # accelerate's hooks move inputs after this hook was given them
     if layer.spec.flattened:
-        return _unflatten(layer, slots, x)
+        return x
     shape, moved = tuple(x.shape), layer.batch_dim and x.dim() > (2 if layer.spec.channels else 1)
     if moved:  # (B, features) has no axis of tokens
         x = x.movedim(layer.batch_dim, 0)
@@ -197,22 +197,17 @@ def _not_a_batch(layer: Layer, x: Tensor) -> Exception:
     )
 
 
-def _unflatten(layer: Layer, slots: Slots, x: Tensor) -> Tensor:
-    """Give (batch * tokens, ...) its batch axis back: (B, S, ...); a convolution needs its own and gets it later."""
-    batch = _batch(slots)
-    if x.shape[0] % batch:
-        raise BatchError(
-            f"layer {layer.name!r} is declared flattened and got {x.shape[0]} entries for a batch of {batch}, no whole "
-            "number of tokens each: take it out of watch(..., flattened=...)."
-        )
-    return x if layer.adapter.channel_dim == 1 else x.unflatten(0, (batch, -1))
-
-
 def _regrouped(layer: Layer, slots: Slots, tokens: Tensor) -> Tensor:
-    """Tokens of a flattened convolution, (B * T, S, ...), as (B, T * S, ...)."""
-    if not layer.spec.flattened or layer.adapter.channel_dim != 1:
+    """Give tokens of a flattened layer, (B * T, S, ...), the batch's axis back: (B, T * S, ...)."""
+    if not layer.spec.flattened:
         return tokens
-    return tokens.unflatten(0, (_batch(slots), -1)).flatten(1, 2)
+    batch = _batch(slots)
+    if len(tokens) % batch:
+        raise BatchError(
+            f"layer {layer.name!r} is declared flattened and got {len(tokens)} entries for a batch of {batch}, no "
+            "whole number of tokens each: take it out of watch(..., flattened=...)."
+        )
+    return tokens.unflatten(0, (batch, -1)).flatten(1, 2)
 
 
 def _batch(slots: Slots) -> int:

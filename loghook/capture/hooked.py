@@ -4,7 +4,7 @@
 """
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from loghook.capture.batch import Given, Ids, Mask, check_ids, check_masks, unscaled
 from loghook.capture.block import nothing_delivered, opened, prepare
+from loghook.capture.config import Recipe
 from loghook.capture.experts import ExpertProjection, watched
 from loghook.capture.hook import make_early_hook, make_hook
 from loghook.capture.jobs import Job, Result
@@ -23,7 +24,7 @@ from loghook.capture.models import mixing_modules, parameters_digest, refuse, un
 from loghook.capture.optimizer import bind
 from loghook.capture.rows import Rows, Updates
 from loghook.capture.segments import arrange
-from loghook.capture.select import Rank, Watch, find_logged, select
+from loghook.capture.select import Watch, find_logged, select
 from loghook.errors import ConfigError, DeliveryError, MismatchError, StateError, UnsupportedError
 from loghook.log.files import Sides, load_sides
 from loghook.log.format import LayerSpec, Layout, Made, Manifest
@@ -35,11 +36,9 @@ from loghook.project.projection import FITTED
 class Hooked:
     """Layers of a model under inert hooks, and queries through them."""
 
-    def __init__(self, projection: str, rank: Rank, seed: int, gradient: str = "plain") -> None:
-        self._projection, self._seed = projection, seed
-        self._rank = dict(rank) if isinstance(rank, Mapping) else rank
-        self._gradient = gradient  # what the log's rows are of
-        self._asked = "plain" if gradient == "adam" else gradient  # what the rows of questions are of
+    def __init__(self, recipe: Recipe) -> None:
+        self._config = recipe
+        self._asked = "plain" if recipe.gradient == "adam" else recipe.gradient  # what the rows of questions are of
         self._fitted: str | None = None  # checksum of a fitted projection that the layers have
         self._layers: list[Layer] = []
         self._model: nn.Module | None = None
@@ -58,6 +57,10 @@ class Hooked:
         """What is watched, layer by layer."""
         return tuple(layer.spec for layer in self._layers)
 
+    @property
+    def _made(self) -> Made:
+        return Made(self.specs, self._config.projection, self._config.seed, self._fitted, self._config.gradient)
+
     def _select(self, model: nn.Module, watch: Watch) -> tuple[list[Layer], dict[str, Any]]:
         """Choose layers of a model; returns the coverage record as well."""
         if self._layers:
@@ -66,7 +69,7 @@ class Hooked:
                 "attached later, as parts of one: nn.ModuleDict({'a': a, 'b': b})."
             )
         refuse(model)
-        return select(model, watch, projection=self._projection, rank=self._rank, seed=self._seed)
+        return select(model, watch, self._config)
 
     def _hook(self, model: nn.Module, layers: list[Layer], optimizer: Any = None, gradient: str = "plain") -> None:
         """Hook layers of a model, with the moments of ``optimizer`` for rows of this ``gradient``."""
@@ -150,13 +153,14 @@ class Hooked:
 
     def _rows(self, *, logs: bool) -> Rows:
         """The job of a block that logs, or asks."""
-        gradient = self._gradient if logs else self._asked
+        gradient = self._config.gradient if logs else self._asked
         return Rows(moments=logs) if gradient == "plain" else Updates(linear=gradient == "normalized")
 
     def _require_projection(self) -> None:
-        if self._projection in FITTED and self._fitted is None:
+        projection = self._config.projection
+        if projection in FITTED and self._fitted is None:
             raise StateError(
-                f"projection={self._projection!r} is not fitted yet: go through `for _ in run.passes():`, whose first "
+                f"projection={projection!r} is not fitted yet: go through `for _ in run.passes():`, whose first "
                 "pass fits it; inside training, fit it beforehand and pass init(..., fitted=path of that run)."
             )
 
@@ -190,7 +194,7 @@ class Hooked:
         rows = captured[0].rows.cpu()
         if not bool(torch.isfinite(rows).all()):
             raise not_finite(ids, rows)
-        query.fill(rows, Made(self.specs, self._projection, self._seed, self._fitted, self._gradient), self.digest())
+        query.fill(rows, self._made, self.digest())
 
 
 class Asker(Hooked):
@@ -200,7 +204,9 @@ class Asker(Hooked):
     """
 
     def __init__(self, model: nn.Module, manifest: Manifest, origin: Path, optimizer: Any = None) -> None:
-        super().__init__(manifest.projection, manifest.rank, manifest.seed, manifest.gradient)
+        super().__init__(
+            Recipe(projection=manifest.projection, rank=manifest.rank, seed=manifest.seed, gradient=manifest.gradient)
+        )
         try:
             refuse(model)
             layers = find_logged(model, manifest, origin)

@@ -183,3 +183,17 @@ def describe_coverage(layers: int, coverage: dict[str, Any]) -> str:
         share = sum(item["parameters"] for item in items) / total
         lines.append(f"  not covered, {share:.1%}: {names} ({reason})")
     return "\n".join(lines)
+
+
+def describe_trainable(model: nn.Module, watched: Collection[str]) -> str:
+    """Say how much of what is trained the watched layers hold, where other parameters are frozen; else nothing.
+
+    Adapters that are no layers (IA3, VeRA) may leave all of it uncovered under layers that are.
+    """
+    every = {p for p in unwrap(model).parameters() if p.requires_grad}
+    if not every or len(every) == sum(1 for _ in unwrap(model).parameters()) or _flattened(model):
+        return ""
+    modules = [module for name, module in named_modules(model) if _owner(name) in watched]
+    held = every & {p for module in modules for p in module.parameters(recurse=False)}
+    covered, total = (sum(p.numel() for p in found) for found in (held, every))
+    return f"\n  and {covered:,} of {total:,} trainable parameters"

@@ -1,6 +1,7 @@
 """``Pass``: one walk over the data, as ``passes()`` yields it; ``Gathering``: what one sums up instead of logging."""
 
 import math
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,10 +11,9 @@ import torch
 from torch import Tensor
 
 from loghook.capture.batch import Given
-from loghook.capture.config import Config
+from loghook.capture.config import Config, rank_of
 from loghook.capture.hooked import Hooked
 from loghook.capture.layers import Layer
-from loghook.capture.select import rank_of
 from loghook.capture.session import Repeats
 from loghook.capture.whole import Whole
 from loghook.errors import MismatchError, NotFiniteError, StateError
@@ -103,6 +103,9 @@ class Pass:
     fisher: str = "empirical"
     _gathering: Gathering | None = None
     _generators: dict[torch.device, torch.Generator] = field(default_factory=dict)
+    _kept: int = 0  # samples that were logged
+    _repeated: int = 0  # samples that were left out, as their ids came before
+    _largest: int = 0  # samples of the largest block; 0 before any
 
     @property
     def error(self) -> float:
@@ -112,6 +115,20 @@ class Pass:
         In other passes it is 0: they need every sample.
         """
         return self._gathering.error() if self._gathering and self.kind == "covariance" else 0.0
+
+    def _count(self, size: int, repeats: int) -> None:
+        """Note a block of so many samples."""
+        self._kept, self._repeated = self._kept + size - repeats, self._repeated + repeats
+        self._largest = max(self._largest, size)
+
+    def _warn_of_places(self) -> None:
+        """Notice at the end of a pass ids that name the place in a batch and not the sample."""
+        if self._repeated > self._kept and self._kept <= self._largest:  # no more than one batch: no second epoch
+            warnings.warn(
+                f"{self._repeated:,} samples of this pass had ids that came before and were left out, and no more than "
+                f"a batch, {self._kept:,}, were kept: a data_id names a sample, not its place in the batch.",
+                stacklevel=4,
+            )
 
     def labels(self, logits: Tensor, labels: Tensor) -> Tensor:
         """Labels for the loss of this pass: the given ones or, for the true Fisher, drawn from the model.

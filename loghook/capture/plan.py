@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loghook.capture.config import Config
+from loghook.capture.config import Config, Recipe
 from loghook.capture.layers import Layer
 from loghook.capture.models import describe_coverage
 from loghook.capture.select import HEAD, Watch, select
@@ -226,7 +226,7 @@ def plan_config(
         raise ConfigError(f"{str(model)!r} is no configuration of what transformers can build: {error}") from error
     with torch.device("meta"):  # place-holders serve: a random projection has the shape of a fitted one
         shape = "none" if projection == "none" else "pca"
-        layers, coverage = select(made, Watch(include, exclude), projection=shape, rank=rank, seed=0)
+        layers, coverage = select(made, Watch(include, exclude), Recipe(projection=shape, rank=rank))
     return Plan(
         config=config, layers=layers, coverage=coverage, samples=samples, tokens=tokens, batch=batch,
         disk=None if disk is None else parse_size(disk),

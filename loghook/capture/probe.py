@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
 from loghook.capture.batch import Given, documents, samples
+from loghook.capture.config import Recipe
 from loghook.capture.hooked import Hooked
 from loghook.capture.layers import Layer
 from loghook.capture.select import Watch
@@ -42,7 +43,7 @@ class Probe(Hooked):
     def __init__(
         self, model: nn.Module, watch: Watch, rank: int, loss_fn: LossFunction, batch: Any, segments: Any
     ) -> None:
-        super().__init__("random", rank, seed=0)
+        super().__init__(Recipe(rank=rank))
         self.model, self._loss_fn, self._batch, self._segments = model, loss_fn, batch, segments
         self.unit = "sample" if segments is None else "document"
         # Each sample or document as a batch of its own, and its segments there.

@@ -10,12 +10,12 @@ from typing import Any
 from torch import nn
 
 from loghook.capture.batch import Blocks, Given, Ids, check_ids
-from loghook.capture.config import Config
+from loghook.capture.config import Config, rank_of
 from loghook.capture.hooked import Hooked
-from loghook.capture.models import describe_coverage
+from loghook.capture.models import describe_coverage, describe_trainable
 from loghook.capture.passes import Gathering, Pass, decompose, fit_sides
 from loghook.capture.plan import Plan, parse_size
-from loghook.capture.select import FUSED_EXPERTS, HEAD, Watch, rank_of
+from loghook.capture.select import FUSED_EXPERTS, HEAD, Watch
 from loghook.capture.session import Session, pack
 from loghook.capture.whole import Covariance
 from loghook.errors import BatchError, CheckpointWarning, ConfigError, LoghookError, MismatchError, StateError
@@ -32,10 +32,11 @@ from loghook.project.projection import FITTED
 class Run(Blocks, Hooked):
     """A run that logs; made by ``loghook.init``."""
 
+    _config: Config
+
     def __init__(self, config: Config, *, resume: bool, overwrite: bool) -> None:
-        super().__init__(config.projection, config.rank, config.seed, config.gradient)
+        super().__init__(config)
         self.path = config.path
-        self._config = config
         self._session = Session(config, resume=resume, overwrite=overwrite)
         self._was_sealed = self._session.sealed  # the same script, started again, has nothing left to do
         self._coverage: dict[str, Any] = {}
@@ -47,7 +48,6 @@ class Run(Blocks, Hooked):
         self._rehearsal: Plan | None = None  # a plan that measures blocks, which then write nothing
         self._id_type = ""
         self._closed = False
-        self._kept = self._repeated = self._largest = 0  # samples of the current pass, and of its largest block
         self._elsewhere: dict[str, str | None] | None = None  # digests of values that the run did not begin with
 
     def watch(
@@ -98,15 +98,16 @@ class Run(Blocks, Hooked):
         if manifest is not None:
             check_same(manifest, self._config, ARGUMENTS)
         layers, coverage = self._select(model, arguments)
-        widths = {x.name: max(side.width for side in x.sides) for x in layers}
-        if self._projection != "none" and all(width < rank_of(name, self._rank) for name, width in widths.items()):
+        rank, widths = self._config.rank, {x.name: max(side.width for side in x.sides) for x in layers}
+        whole = all(width < rank_of(name, rank) for name, width in widths.items())
+        if whole and self._config.projection != "none":
             raise ConfigError(
-                f"rank={self._rank} exceeds the width of every watched layer (largest: {max(widths.values()):,}), so "
-                "it would reduce nothing: choose a smaller rank, or projection='none'."
+                f"rank={rank} exceeds the width of every watched layer (largest: {max(widths.values()):,}), so it "
+                "would reduce nothing: choose a smaller rank, or projection='none'."
             )
         if manifest is not None and manifest.fitted is not None:
             self._project_with(load_sides(self.path, manifest.fitted), manifest.fitted, layers)
-        self._hook(model, layers, optimizer, self._gradient)
+        self._hook(model, layers, optimizer, self._config.gradient)
         self._coverage = coverage
         experts = sum(item["parameters"] for item in coverage["not_covered"] if item["reason"] == FUSED_EXPERTS)
         if experts:
@@ -116,7 +117,7 @@ class Run(Blocks, Hooked):
                 stacklevel=2,
             )
         if process_rank() == 0:
-            print(describe_coverage(len(self.layers), coverage))
+            print(describe_coverage(len(self.layers), coverage) + describe_trainable(model, self.layers))
             row_bytes = self._layout.codec(self._config.dtype).row_bytes
             print(f"  {self._layout.width:,} values a sample, {row_bytes:,} bytes")
 
@@ -149,82 +150,83 @@ class Run(Blocks, Hooked):
         self._require_watched()
         if self._rehearsal is not None:
             raise StateError("a plan is being measured: run a few blocks inside it, without passes().")
-        committed = self._session.repeats.committed
-        done = committed.done
         if self._was_sealed and process_rank() == 0:
             print(f"{self.path} is finished: nothing is logged. `loghook append {self.path}` opens it for more data.")
+        done = self._session.repeats.committed.done
         if self._session.resumed:
             done |= shared(done)  # all ranks skip a pass or none does: loops may hold collectives
-        fits = self._projection in FITTED
+        fits = self._config.projection in FITTED
         if fits and self._config.fitted is not None:
             self._require_projection()
-        gathered, kinds = False, ("covariance", "log") if fits else ("log",)
         if not self._was_sealed:
             self._require_open()
-        if len(kinds) - 1 in self._completed:
+        last = int(fits)  # index of the pass that logs
+        if last in self._completed:
             raise StateError(
                 "the passes of this run are over, and going through them again would log nothing: put the epochs "
                 "inside `for _ in run.passes():`, or log without passes()."
             )
-        if len(kinds) - 1 in done and process_rank() == 0:
+        if last in done and process_rank() == 0:
             print(f"{self.path}: an earlier process completed all passes. run.finalize() seals the run.")
-        for index, kind in enumerate(kinds):
-            if index in done or self._session.sealed or (kind == "covariance" and self._fitted):
-                continue
-            self._pass, self._mixing = Pass(index, kind), None
-            try:
-                if kind == "covariance":
-                    self._pass._gathering = Gathering(self, Covariance(), self._rule)
-                    gathered = True
-                    yield self._pass
-                    factors = decompose(self._layers, self._pass._gathering.reduce())
-                    self._settle_projection(fit_sides(self._layers, factors, self._config))
-                    continue
-                if self._rule != "all":
-                    # The blocks of an interrupted pass have the numbers that they had.
-                    self._step = committed.starts.get(index, self._step)
-                self._kept = self._repeated = self._largest = 0
-                yield self._pass
-                self._look_back(gathered)
-                if self._session.writer is not None:
-                    self._session.writer.settle()  # a pass that misses rows is not over
-                    self._session.writer.record({"pass_end": index})
-                if self._elsewhere is not None and self._elsewhere == self.digests():
-                    self._warn_of_other_values()  # training would have moved them on
-                done.add(index)
-                self._completed.add(index)
-            finally:
-                self._pass = None
+        first = last
+        if fits and not (self._fitted or self._session.sealed or 0 in done):
+            first = 0
+            yield from self._fitting_pass()
+        if not (self._session.sealed or last in done):
+            yield from self._logging_pass(last, second=first < last)
 
-    def _look_back(self, gathered: bool) -> None:
-        """Notice at the end of a pass what looks like a mistake of the loop."""
-        if gathered and not self._kept + self._repeated and not self._session.repeats.committed.ids and self._id_type:
-            raise StateError(
-                "the first pass saw batches and this one none: a loader that can be gone through only once? Make it "
-                "anew inside `for _ in run.passes():`."
-            )
-        if self._repeated > self._kept and self._kept <= self._largest:  # no more than one batch: no second epoch
-            warnings.warn(
-                f"{self._repeated:,} samples of this pass had ids that came before and were left out, and no more than "
-                f"a batch, {self._kept:,}, were kept: a data_id names a sample, not its place in the batch.",
-                stacklevel=3,
-            )
+    def _fitting_pass(self) -> Iterator[Pass]:
+        with self._under_way(Pass(0, "covariance")) as fitting:
+            fitting._gathering = Gathering(self, Covariance(), self._rule)
+            yield fitting
+            factors = decompose(self._layers, fitting._gathering.reduce())
+            self._settle_projection(fit_sides(self._layers, factors, self._config))
+
+    def _logging_pass(self, index: int, *, second: bool) -> Iterator[Pass]:
+        """The pass that logs; ``second``: this process went through the data for another before."""
+        committed = self._session.repeats.committed
+        with self._under_way(Pass(index, "log")) as logging:
+            if self._rule != "all":
+                # The blocks of an interrupted pass have the numbers that they had.
+                self._step = committed.starts.get(index, self._step)
+            yield logging
+            if second and not logging._largest and not committed.ids and self._id_type:
+                raise StateError(
+                    "the first pass saw batches and this one none: a loader that can be gone through only once? Make "
+                    "it anew inside `for _ in run.passes():`."
+                )
+            logging._warn_of_places()
+            if self._session.writer is not None:
+                self._session.writer.settle()  # a pass that misses rows is not over
+                self._session.writer.record({"pass_end": index})
+            if self._elsewhere is not None and self._elsewhere == self.digests():
+                self._warn_of_other_values()  # training would have moved them on
+            committed.done.add(index)
+            self._completed.add(index)
+
+    @contextmanager
+    def _under_way(self, one: Pass) -> Iterator[Pass]:
+        self._pass, self._mixing = one, None
+        try:
+            yield one
+        finally:
+            self._pass = None
 
     @contextmanager
     def _block(self, data_id: Ids, given: Given) -> Iterator[None]:
-        measured = self._rehearsal is not None
-        if self._was_sealed and self._rule == "first" and not measured and not self.pending(data_id):
+        if self._rehearsal is not None:
+            self._require_open()
+            with self._capture(len(check_ids(data_id)), given, self._rows(logs=True)) as captured:
+                yield
+            self._rehearsal.count(captured[0].rows)
+            return
+        if self._was_sealed and self._rule == "first" and not self.pending(data_id):
             yield  # training goes once more through steps that a finished log has
             return
         self._require_open()
         if self._session.writer is not None:
             self._session.writer.check()
         ids = check_ids(data_id)
-        if self._rehearsal is not None:
-            with self._capture(len(ids), given, self._rows(logs=True)) as captured:
-                yield
-            self._rehearsal.count(captured[0].rows)
-            return
         self._id_type = type(ids[0]).__name__
         manifest = self._session.manifest
         if manifest is not None and manifest.id_type != self._id_type:
@@ -247,8 +249,8 @@ class Run(Blocks, Hooked):
         writer.put(dataclasses.replace(batch, dropped=repeats if self._step >= self._fresh_step else 0))
         if self._rule != "all":
             self._session.repeats.met(ids)
-        self._kept, self._repeated = self._kept + len(ids) - repeats, self._repeated + repeats
-        self._largest = max(self._largest, len(ids))
+        if self._pass is not None:
+            self._pass._count(len(ids), repeats)
         self._step += 1
 
     def pending(self, data_id: Ids) -> list[int | str]:
@@ -357,13 +359,14 @@ class Run(Blocks, Hooked):
             return self._session.writer
         old = fresh = self._session.manifest
         if old is None or self._layers:
+            c, plain = self._config, self._config.gradient == "plain"
             fresh = Manifest(
-                run_id=old.run_id if old else self._session.agree_on_id(), projection=self._projection, rank=self._rank,
-                seed=self._seed, dtype=self._config.dtype, layers=self.specs,
-                coverage=self._coverage, id_type=id_type, on_repeat=self._config.on_repeat, world_size=world_size(),
-                provenance=provenance(), parameters=self.digests(), fitted=self._fitted,
-                fidelity=self._config.fidelity, gradient=self._gradient, whitening=self._config.whitening,
-                no_statistics=None if self._gradient == "plain" else f"its rows are of gradient={self._gradient!r}",
+                run_id=old.run_id if old else self._session.agree_on_id(), projection=c.projection,
+                rank=c.rank if isinstance(c.rank, int) else dict(c.rank), seed=c.seed, dtype=c.dtype, layers=self.specs,
+                coverage=self._coverage, id_type=id_type, on_repeat=c.on_repeat, world_size=world_size(),
+                provenance=provenance(), parameters=self.digests(), fitted=self._fitted, fidelity=c.fidelity,
+                gradient=c.gradient, whitening=c.whitening,
+                no_statistics=None if plain else f"its rows are of gradient={c.gradient!r}",
             )  # fmt: skip
         assert fresh is not None
         writer = self._session.open(fresh)

@@ -1,6 +1,6 @@
 """Which layers are watched: the arguments of ``run.watch``, or the layers of a log, against a model's modules."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from loghook.capture.adapters import Adapter, find_adapter, registered_type
+from loghook.capture.config import Recipe, rank_of
 from loghook.capture.experts import ExpertProjection, projections
 from loghook.capture.layers import Layer
 from loghook.capture.models import coverage, named_modules
@@ -49,25 +50,11 @@ class Watch:
             raise ConfigError(f"batch_dim={self.batch_dim} is unknown: 0 (batch first) or 1 (sequence first).")
 
 
-Rank = int | Mapping[str, int]  # of all layers, or by fnmatch pattern: the first that fits a layer is its own
-
-
-def rank_of(name: str, rank: Rank) -> int:
-    if not isinstance(rank, Mapping):
-        return rank
-    for pattern, value in rank.items():
-        if fits(name, pattern):
-            return value
-    raise ConfigError(f"rank={dict(rank)} has no pattern that fits layer {name!r}: add one, such as '*': 32.")
-
-
 def matches(name: str, wanted: Sequence[str]) -> bool:
     return any(fits(name, pattern) for pattern in wanted)
 
 
-def select(
-    model: nn.Module, watch: Watch, *, projection: str, rank: Rank, seed: int
-) -> tuple[list[Layer], dict[str, Any]]:
+def select(model: nn.Module, watch: Watch, recipe: Recipe) -> tuple[list[Layer], dict[str, Any]]:
     """Choose the layers to watch, in module order, and draw their projections; returns the coverage record as well."""
     modules = dict(named_modules(model))
     bypassed = {
@@ -124,7 +111,9 @@ def select(
         shape = found.geometry(module)
         bias = shape.bias and watch.bias
         widths = shape.in_features + bias, shape.out_features
-        k_in, k_out = widths if projection == "none" else (min(width, rank_of(name, rank)) for width in widths)
+        k_in, k_out = (
+            widths if recipe.projection == "none" else (min(width, rank_of(name, recipe.rank)) for width in widths)
+        )
         spec = LayerSpec(
             name=name, type=type(found).__name__, in_features=shape.in_features, out_features=shape.out_features,
             groups=shape.groups, channels=shape.channels, bias=bias, k_in=k_in, k_out=k_out,
@@ -134,7 +123,7 @@ def select(
             flattened=matches(name, watch.flattened),
         )  # fmt: skip
         specs.append(spec)
-    sides = draw_sides(specs, projection, seed)
+    sides = draw_sides(specs, recipe.projection, recipe.seed)
     layers = [Layer(spec, *chosen[spec.name], *sides[spec.name]) for spec in specs]
     return layers, coverage(model, chosen, reasons)
 

@@ -151,7 +151,8 @@ def moments(
         out = second(g_BSk.flatten(0, 1), weight)
     else:
         out = entries(second_moment_grouped(g_BSk, x.shape[2], p_out_kO, weight))
-        weight = None if weight is None else weight.repeat_interleave(x.shape[2])
+        x = x.transpose(1, 2)  # (B, G, S, k) is how patches lie in memory, so that they are not copied
+        weight = None if weight_BS is None else weight_BS.to(x.dtype)[:, None].expand(x.shape[:3]).flatten()
     x_Nk = x.flatten(0, -2)
     tokens = x.new_full((1,), x_Nk.shape[0]) if weight is None else weight.sum().reshape(1)
     return torch.cat([second(x_Nk, weight), out, tokens])

@@ -60,7 +60,7 @@ def log_training(
         UnsupportedError: a loss that no rule explains, or a way of parallel training without exact rows.
     """
     _refuse(trainer)
-    if scale is None and run._gradient == "adam":
+    if scale is None and run._config.gradient == "adam":
         raise ConfigError(
             "gradient='adam' is not linear: each sample needs a scale, that of its loss as if it were the batch. Pass "
             "log_training(..., scale=lambda batch, num_items: a number or a (B,) tensor), such as num_items over the "

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from loghook.capture.batch import Blocks, Given, Ids, check_ids
+from loghook.capture.config import Recipe
 from loghook.capture.hooked import Hooked
 from loghook.capture.models import describe_coverage
 from loghook.capture.passes import Gathering, Pass, decompose
@@ -23,7 +24,7 @@ from loghook.influence.scores import Scores
 from loghook.influence.solvers import Diagonal, Identity
 from loghook.log.disk import lock, lock_name, plain, writing
 from loghook.log.files import FACTORS
-from loghook.log.format import MANIFEST, Made
+from loghook.log.format import MANIFEST
 from loghook.log.query import Query, require_match, require_one_query, require_query
 from loghook.processes import process_rank, shared
 from loghook.whole.refine import Damped, GaussNewton, OutputLoss, Outputs, require_batches, require_sum, solve, unrolled
@@ -39,7 +40,7 @@ class Fit(Blocks, Hooked):
 
     def __init__(self, path: Path, *, fisher: str, resume: bool, overwrite: bool) -> None:
         """See ``loghook.fit``."""
-        super().__init__("none", rank=1, seed=0)
+        super().__init__(Recipe(projection="none"))
         if fisher not in FISHERS:
             raise ConfigError(f"fisher={fisher!r} is unknown: choose 'empirical' or 'true'.")
         if resume and overwrite:
@@ -170,10 +171,6 @@ class Fit(Blocks, Hooked):
     def fingerprint(self) -> str:
         """Digest of the watched layers; a question must have the same."""
         return self._made.fingerprint
-
-    @property
-    def _made(self) -> Made:
-        return Made(self.specs, self._projection, self._seed)
 
     def score(
         self,
