@@ -1,5 +1,6 @@
 """repair, append, merge, delete: what they keep, what they say, and that a kill leaves the old log or the new one."""
 
+import errno
 import gc
 import itertools
 import json
@@ -21,6 +22,7 @@ from loghook.errors import (
     LogLockedError,
     MismatchError,
     StateError,
+    WriteError,
 )
 from loghook.log import maintain, reader
 from tests import dense
@@ -260,6 +262,39 @@ def test_a_kill_at_any_point_leaves_the_old_log_or_the_new_one(tmp_path, whole, 
         assert not loghook.load(path).verify()
         shutil.rmtree(path)
     assert die_at > 3 and (what == "repair" or seen == expected)
+
+
+@pytest.mark.parametrize("die_at", [1, 3, 6])
+def test_a_deletion_that_a_full_disk_stops_gives_its_room_back(path, die_at, monkeypatch):
+    before = {file.name: file.read_bytes() for file in path.iterdir() if not file.name.startswith("lock")}
+    left, real = [die_at], os.pwrite
+
+    def full(*arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "pwrite", full)
+        with pytest.raises(WriteError, match="The log is as it was"):
+            maintain.delete(path, [3])
+    assert {file.name: file.read_bytes() for file in path.iterdir() if not file.name.startswith("lock")} == before
+    assert not loghook.load(path).verify()
+
+
+def test_a_deletion_clears_away_what_a_killed_one_left(path):
+    (path / "rows-00000-00099.safetensors").write_bytes(b"left over")
+    assert "repair" in loghook.load(path).verify()[0]
+    maintain.delete(path, [3])
+    assert not loghook.load(path).verify()
+
+
+def test_the_statistics_of_writers_that_stay_are_their_own(tmp_path):
+    a, b = write(tmp_path / "a", list(range(20))), write(tmp_path / "b", list(range(20, 40)))
+    maintain.merge(tmp_path / "both", [a.path, b.path])
+    maintain.delete(tmp_path / "both", list(range(20, 40)), keep_statistics=True)
+    np.testing.assert_array_equal(loghook.load(tmp_path / "both").moments(), a.moments())
 
 
 def test_maintenance_is_locked_out_while_the_run_is_written(tmp_path):

@@ -95,7 +95,8 @@ def delete(path: str | Path, ids: Sequence[int | str], *, keep_statistics: bool 
         path: the run's folder.
         ids: data_ids whose rows go.
         keep_statistics: keep the statistics of kfac and ekfac, in which the withdrawn data still counts; otherwise
-            they go as well, and these methods refuse.
+            they go as well, and these methods refuse. Of a writer (a rank, or a log that was merged) all of whose rows
+            go they go in any case, and those of the others are then as if it had never been there.
     """
     path, gone = absolute(path), set(ids)
     with _locked(path) as manifest:
@@ -103,6 +104,7 @@ def delete(path: str | Path, ids: Sequence[int | str], *, keep_statistics: bool 
         unknown = gone - {i for log in logs for r in log.records for i in (*r.get("ids", ()), *r["flagged"])}
         if unknown or not gone:
             raise ConfigError(f"the log {path} holds no rows of {sorted(map(repr, unknown))[:5]}: check the ids.")
+        _clean(path, logs)  # what a killed `delete` or `repair` may have left
         reason = manifest.no_statistics if keep_statistics else "rows were deleted, and the statistics with them"
         left = [
             replace(log, records=[r | {"flagged": [i for i in r["flagged"] if i not in gone]} for r in log.records])
@@ -260,12 +262,18 @@ def _rewrite(
 ) -> Changed:  # fmt: skip
     """Write the next generation of a run beside this one, let it count, and delete what it does not name."""
     new = replace(manifest, generation=manifest.generation + 1, no_statistics=reason, sealed=None)
-    lost = [i for log in logs for i in _lost_ids(log, manifest.id_type)]
-    written, left_out = _copy_all([(path, manifest, log) for log in logs], path, new, keep)
-    dropped, still, seal = lost + left_out, set(_ids_of(written)), sum_up(written)
-    new.sealed = seal if manifest.sealed is not None else None
-    new.history = [*manifest.history, _entry(what, rows=seal["rows"], dropped=len(dropped), notes=list(notes))]
-    new.save(path)
+    lost, before = [i for log in logs for i in _lost_ids(log, manifest.id_type)], set(path.iterdir())
+    try:
+        written, left_out = _copy_all([(path, manifest, log) for log in logs], path, new, keep)
+        dropped, still, seal = lost + left_out, set(_ids_of(written)), sum_up(written)
+        new.sealed = seal if manifest.sealed is not None else None
+        new.history = [*manifest.history, _entry(what, rows=seal["rows"], dropped=len(dropped), notes=list(notes))]
+        new.save(path)
+    except BaseException:
+        if Manifest.load(path).generation == manifest.generation:  # nothing of the new one counts: give its room back
+            for file in set(path.iterdir()) - before:
+                file.unlink(missing_ok=True)
+        raise
     _clean(path, written)
     again = [i for i in dict.fromkeys(dropped) if i not in still]
     return Changed(seal["rows"], len(dropped), again, list(notes))
