@@ -448,6 +448,24 @@ def test_the_line_that_asked_is_shown_with_the_warning(logged):
         assert [warning.filename for warning in met] == [__file__]
 
 
+def test_a_fidelity_that_says_something_else_is_left_out(logged):
+    log, query, _ = logged
+    scoring = {"method": "dot"}
+    for said in (
+        {"pearson": 0.9},
+        {"scoring": scoring},
+        {"pearson": "much", "scoring": scoring},
+        {"scoring": ["dot"]},
+        {"pearson": 0.9, "scoring": {"method": "later"}},
+        {"pearson": 0.9, "scoring": scoring | {"top": 3}},
+    ):
+        other = loghook.load(log.path)
+        other.manifest.fidelity = said
+        assert other.influence(query, "dot").fidelity is None
+    other.manifest.fidelity = {"pearson": 0.9, "scoring": scoring}
+    assert other.influence(query, "dot").fidelity == 0.9
+
+
 def test_numbers_of_numpy_are_numbers(tmp_path):
     log, query, _ = make_log(tmp_path / "log", rank=np.int64(4), seed=np.int32(3), shard_bytes=np.int64(10_000))
     assert log.manifest.rank == 4 and log.manifest.seed == 3

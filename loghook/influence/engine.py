@@ -105,10 +105,11 @@ def _fidelity(reader: Source, metric: Metric, query_dtype: str | None) -> float 
         return None
     try:
         measured, others = Metric.among(tuned["scoring"])
-    except ConfigError:  # a later loghook may know more
+        pearson = float(tuned["pearson"])
+    except (ConfigError, KeyError, TypeError, AttributeError, ValueError):  # from a later loghook, or a stranger
         return None
     same = (measured.method, measured.normalize, measured.stated) == (metric.method, metric.normalize, metric.stated)
-    return float(tuned["pearson"]) if same and {"query_dtype": None} | others == {"query_dtype": query_dtype} else None
+    return pearson if same and {"query_dtype": None} | others == {"query_dtype": query_dtype} else None
 
 
 @on_cpu
