@@ -39,8 +39,9 @@ def log_training(
 
     A row is the gradient of its own sample's loss summed over labels: what Trainer divides and multiplies the loss by
     (labels, accumulation steps, processes, GradScaler) is undone. Which labels the loss counts is found once, by
-    running it without gradients on the first micro-batch. Samples that ``DataCollatorWithFlattening`` joins
-    get a row in the log each. Evaluation logs nothing. On leaving, also by an error, the trainer is as it was.
+    running it without gradients on the first micro-batch; where that cannot be cut into samples, a warning says what
+    could not be tried. Samples that ``DataCollatorWithFlattening`` joins get a row in the log each. Evaluation logs
+    nothing. On leaving, also by an error, the trainer is as it was.
 
     Args:
         trainer: a ``transformers.Trainer``, or a subclass of it.
