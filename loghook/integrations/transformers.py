@@ -338,7 +338,8 @@ def _in_samples(labels: Tensor, inputs: Mapping[str, Any], tokens: str) -> Trial
         return None  # packed, or with parts of another batch axis, or lists
     if len(labels) == 1:
         turned = tensors | {tokens: tensors[tokens].roll(1, -1)}
-        if torch.equal(turned[tokens], tensors[tokens]):
+        # Flash attention looks for packed documents in one row alone, by its position_ids.
+        if "position_ids" in tensors or torch.equal(turned[tokens], tensors[tokens]):
             return None
         tensors = {k: torch.cat([v, turned[k]]) for k, v in tensors.items()}
         labels = torch.cat([labels, labels])
