@@ -267,7 +267,9 @@ def test_check_agrees_on_packed_samples(folder):
 def test_packed_samples_keep_their_ids_and_rows(folder, kind, also):
     trainer = make_trainer(folder, kind, gradient_accumulation_steps=2, per_device_train_batch_size=3)
     trainer.data_collator = DataCollatorWithFlattening(**also)
-    log = train(trainer, folder / f"packed-{kind}-{''.join(also)}")
+    untried = pytest.warns(UserWarning, match="could not be tried")  # a loss beside a second row, as if not packed
+    with untried if kind == "local_mean" else contextlib.nullcontext():
+        log = train(trainer, folder / f"packed-{kind}-{''.join(also)}")
     assert sorted(log.data_ids) == list(range(SAMPLES)) and log.keys.step.max() == 3
     assert worst(log, reference(kind, log), np.argsort(log.data_ids)) <= 1e-5
 

@@ -117,7 +117,8 @@ class Probe(Hooked):
                 handle.remove()
 
     def _run(self, batch: Any, size: int, segments: Any) -> Found:
-        with self._capture(size, Given(segments=segments), self._rows(logs=False)) as captured:
+        capture = self._capture(size, Given(segments=segments), self._rows(logs=False))
+        with _same_buffers(self.model), capture as captured:
             loss = self._loss_fn(self.model, batch)
             loss.backward()
         rows, kinds = captured[0].rows.double().cpu(), self._layout.kinds
@@ -159,9 +160,8 @@ def _from_parameters(layer: Layer, uses: Counter[int]) -> Tensor | None:
 
 @contextmanager
 def left_alone(model: nn.Module) -> Iterator[None]:
-    """Give a model its gradients and buffers back, and keep optimisers that live in hooks from training it."""
+    """Give a model its gradients back, and keep optimisers that live in hooks from training it."""
     gradients = [(p, p.grad) for p in model.parameters()]
-    buffers = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta and b.layout is torch.strided]
     hooks = [(found, dict(found)) for p in model.parameters() if (found := p._post_accumulate_grad_hooks)]
     for p, _ in gradients:
         p.grad = None  # backward adds in place to what is there
@@ -174,6 +174,15 @@ def left_alone(model: nn.Module) -> Iterator[None]:
             p.grad = gradient
         for found, before in hooks:
             found.update(before)
+
+
+@contextmanager
+def _same_buffers(model: nn.Module) -> Iterator[None]:
+    """Put buffers back that a forward pass moves, so that the next begins where this one did (spectral_norm)."""
+    buffers = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta and b.layout is torch.strided]
+    try:
+        yield
+    finally:
         with torch.no_grad():
             for b, value in buffers:
                 if not torch.equal(b, value):

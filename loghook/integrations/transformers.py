@@ -39,8 +39,9 @@ def log_training(
 
     A row is the gradient of its own sample's loss summed over labels: what Trainer divides and multiplies the loss by
     (labels, accumulation steps, processes, GradScaler) is undone. Which labels the loss counts is found once, by
-    running it without gradients on the first micro-batch. Samples that ``DataCollatorWithFlattening`` joins
-    get a row in the log each. Evaluation logs nothing. On leaving, also by an error, the trainer is as it was.
+    running it without gradients on the first micro-batch; where that cannot be cut into samples, a warning says what
+    could not be tried. Samples that ``DataCollatorWithFlattening`` joins get a row in the log each. Evaluation logs
+    nothing. On leaving, also by an error, the trainer is as it was.
 
     Args:
         trainer: a ``transformers.Trainer``, or a subclass of it.
@@ -337,7 +338,8 @@ def _in_samples(labels: Tensor, inputs: Mapping[str, Any], tokens: str) -> Trial
         return None  # packed, or with parts of another batch axis, or lists
     if len(labels) == 1:
         turned = tensors | {tokens: tensors[tokens].roll(1, -1)}
-        if torch.equal(turned[tokens], tensors[tokens]):
+        # Flash attention looks for packed documents in one row alone, by its position_ids.
+        if "position_ids" in tensors or torch.equal(turned[tokens], tensors[tokens]):
             return None
         tensors = {k: torch.cat([v, turned[k]]) for k, v in tensors.items()}
         labels = torch.cat([labels, labels])

@@ -1,0 +1,192 @@
+"""Rows of a batch beside those of its samples (or documents) alone: how far they are apart, and what explains it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from loghook.capture.probe import Alone, Found, Probe
+
+Rows = dict[str, Tensor]  # by layer
+
+TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 3e-2, torch.float16: 3e-2}
+TF32 = 1e-2  # of float32 where a GPU rounds the factors of its products to 10 bits
+_TIMES, _MOST = 5, 0.3  # how many times what rounding does to a gradient is let pass, and how much of the gradient
+_NOTHING = 10  # how many times the rounding of the largest layer's gradient may be a gradient that is zero
+# What mixes samples, or documents, in a model and in a loss.
+_SUSPECTS = {
+    "sample": ("batch statistics, padding that leaks, an attention kernel", "a contrastive term, in-batch negatives"),
+    "document": (
+        "attention that is not cut off between documents: transformers does it for position_ids that restart, without "
+        "an attention_mask and with use_cache=False",
+        "the label of a document's first token is what the document before it predicts: -100 leaves it out",
+    ),
+}
+
+
+@dataclass
+class Comparison:
+    """Rows by layer, with zeros for samples that are not compared, and errors of each sample, (B,)."""
+
+    probe: Probe
+    tolerance: float
+    together: Rows
+    alone: Rows  # by autograd
+    hooked: Rows  # alone as well
+    chosen: Tensor  # which samples are compared
+    losses: tuple[float, list[float]]  # of the batch, and of each sample alone
+    nothing: Tensor  # see ``rounding_alone``
+    errors: Rows
+    rounding: Rows  # how far rounding moves ``alone``; of layers with an error above the tolerance
+    limits: Rows  # up to which errors pass
+    wrong: tuple[str, ...]
+
+
+def compare(probe: Probe, tolerance: float, found: Found, alone: Alone, chosen: Tensor) -> Comparison:
+    """Compare the layers that delivered, and let errors pass that rounding makes."""
+    together = only({name: rows for name, rows in found.rows.items() if name not in found.silent}, chosen)
+    rows, hooked = (only({name: of[name] for name in together}, chosen) for of in (alone.rows, alone.hooked))
+    nothing = rounding_alone(rows, tolerance)
+    errors, rounding = relative_errors(together, rows, nothing), {}
+    above = {name for name, error in largest(errors).items() if not error <= tolerance}
+    if above or probe.sharded:  # whose gathering all processes do together, whatever each of them finds
+        with probe.rounded_otherwise():
+            otherwise = only(probe.gradients_alone().rows, chosen)
+        rounding = relative_errors(otherwise, rows, nothing)
+    limits = {name: (_TIMES * each).clamp(tolerance, _MOST) for name, each in rounding.items()}
+    return Comparison(
+        probe, tolerance, together, rows, hooked, chosen, (found.loss, alone.losses), nothing, errors,
+        rounding={name: each for name, each in rounding.items() if name in above}, limits=limits,
+        wrong=tuple(name for name in errors if name in above and not (errors[name] <= limits[name]).all()),
+    )  # fmt: skip
+
+
+def explain(found: Comparison) -> str:
+    """Say what makes layers wrong: the first explanation that fits. Errors are then what it leaves."""
+    return _scaled(found) or _other_layers(found) or _drowned(found) or _mixed(found)
+
+
+def _scaled(found: Comparison) -> str | None:
+    """Whether rows in the batch are multiples of those alone, as where the loss is a mean."""
+    a, b = (torch.cat([rows.flatten(1) for rows in of.values()], 1) for of in (found.together, found.alone))
+    norm = b.square().sum(1)
+    factors = torch.where(norm > 0, (a * b).sum(1) / norm.clamp(min=1e-300), 1.0)  # in the least-squares sense
+    rescaled = relative_errors(
+        found.together, {name: rows * factors[:, None, None] for name, rows in found.alone.items()}, found.nothing
+    )
+    close = all((each <= found.limits[name].clamp(min=1e-3)).all() for name, each in rescaled.items())
+    # Else factors leave as much unexplained as they explain.
+    if not close or not (factors - 1).abs().max() > 2 * max(largest(rescaled).values()):
+        return None
+    found.errors = rescaled
+    loss, singles = found.losses
+    factors, size, unit = factors[norm > 0], len(singles), found.probe.unit
+    if (factors * size - 1).abs().max() < 1e-2:
+        remedy = (
+            f"It is a mean over the {size} {unit}s: pass run(..., scale={size}), or sum the loss (and check it with "
+            "check(..., scale=len of the batch))."
+        )
+    else:
+        remedy = (
+            "Each sample's factor differs, as in a mean over tokens: sum the loss over tokens (reduction='sum'), or "
+            "pass run(..., scale=n) with the number n of items that the mean runs over."
+        )
+    return (
+        f"the loss is no sum over {unit}s: rows in the batch are {factors.min():.6g} to {factors.max():.6g} times "
+        f"those of each alone (loss of the batch {loss:.4g}; sum of its {unit}s' losses {sum(singles):.4g}). {remedy}"
+    )
+
+
+def _other_layers(found: Comparison) -> str | None:
+    """Whether layers' rows alone are wrong as well."""
+    hooked = relative_errors(found.hooked, found.alone, found.nothing)
+    other = [name for name in found.wrong if not (hooked[name] <= found.limits[name]).all()]
+    if not other:
+        return None
+    return (
+        f"the rows of {len(other)} layers ({some(other)}) are not their gradients for a {found.probe.unit} alone "
+        "either: they compute something else than their adapter says (a forward replaced on the object, a hook that "
+        "changes what goes in or comes out), or a weight is read without calling its module. Exclude them, or write an "
+        "adapter (docs/adapters.md)."
+    )
+
+
+def _drowned(found: Comparison) -> str | None:
+    """Whether rounding does as much."""
+    if not all((found.errors[name] <= _TIMES * found.rounding[name]).all() for name in found.wrong):
+        return None
+    wider = "float32" if found.tolerance > TF32 else "float64" if found.tolerance > 1e-9 else None
+    return (
+        f"rounding alone moves the gradients of {len(found.wrong)} layers ({some(found.wrong)}) by up to "
+        f"{max(largest(found.rounding).values()):.1g} of their size, so nothing can be compared: "
+        f"{f'check in {wider}' if wider else 'leave out samples with next to no gradient, or exclude the layers'}."
+    )
+
+
+def _mixed(found: Comparison) -> str:
+    """Where samples mix: the first layer whose *input* depends on the rest of the batch."""
+    probe = found.probe
+    what = f"{probe.unit}s influence each other: the rows of {len(found.wrong)} layers ({some(found.wrong)})"
+    if probe.sharded:  # other processes may have found nothing wrong, and would not gather the weights
+        return f"{what} depend on the rest of the batch; check the model before it is sharded to see where."
+    inputs = probe.together(synchronised=False).inputs
+    names, first = list(inputs), len(inputs)
+    for i, one in enumerate(probe.each_alone()):
+        if found.chosen[i]:
+            errors = relative_errors({name: rows[i : i + 1] for name, rows in inputs.items()}, one.inputs)
+            first = min([first, *(names.index(name) for name, error in largest(errors).items() if not error <= 1e-3)])
+    before, after = _SUSPECTS[probe.unit]
+    where = (
+        f"the input of {names[first]!r} is the first that does so: look at what comes before it ({before})"
+        if first < len(names)
+        else f"inputs of layers do not, so look at the loss ({after}) and at weights read without calling their module"
+    )
+    return f"{what} depend on the rest of the batch; {where}."
+
+
+def finite_samples(rows: Rows) -> Tensor:
+    """Which samples have finite rows in all layers, (B,)."""
+    return torch.stack([of.flatten(1).isfinite().all(1) for of in rows.values()]).all(0)
+
+
+def only(rows: Rows, chosen: Tensor) -> Rows:
+    """Rows with zeros for samples that are not compared; nan would make each comparison, and each maximum, void."""
+    return {name: of.where(chosen[:, None, None], 0.0) for name, of in rows.items()}
+
+
+def rounding_alone(rows: Rows, tolerance: float) -> Tensor:
+    """How large a row of each sample may be that is all rounding, (B,), as of a layer whose gradient is zero.
+
+    Rounding is a share of the largest layer's row: queries of attention over a single key are their own differences.
+    """
+    eps = torch.finfo(torch.float64 if tolerance <= TOLERANCE[torch.float64] else torch.float32).eps
+    return _NOTHING * eps * torch.stack([of.flatten(1).norm(dim=1) for of in rows.values()]).amax(0)
+
+
+def relative_errors(a: Rows, b: Rows, nothing: Tensor | float = 0.0) -> Rows:
+    """Relative error of each sample by layer, (B,); one with almost no gradient is judged by the others' size.
+
+    Rows that are both ``nothing`` are equal.
+    """
+    found = {}
+    for name, rows in b.items():
+        norms, off = rows.flatten(1).norm(dim=1), (a[name] - rows).flatten(1).norm(dim=1)
+        off = off.masked_fill((norms <= nothing) & (off <= nothing), 0.0)
+        floor = float(norms.max()) * 1e-3
+        found[name] = off / norms.clamp(min=floor) if floor else (off > 0).to(off)
+    return found
+
+
+def differ(a: Rows, b: Rows, tolerance: float) -> bool:
+    return not all(
+        error <= tolerance for error in largest(relative_errors(a, b, rounding_alone(b, tolerance))).values()
+    )
+
+
+def largest(errors: Rows) -> dict[str, float]:
+    return {name: float(each.max()) for name, each in errors.items()}
+
+
+def some(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names[:4])) + (", ..." if len(names) > 4 else "")
