@@ -46,7 +46,7 @@ def make_hook(layer: Layer) -> Hook:
         if not torch.is_grad_enabled():
             # A reentrant checkpoint's first forward has no graph; its recomputation comes here again with one.
             if not torch.compiler.is_compiling():
-                slots.deliveries.quiet += 1
+                slots.quiet += 1
             return None
         _require_backward(layer)
         x = args[0] if args else kwargs.get(first)
@@ -82,10 +82,10 @@ def make_hook(layer: Layer) -> Hook:
         if not torch.compiler.is_compiling():
             layer.fired, layer.computes_in, slots.early = True, y.dtype, None
             if torch._C._current_graph_task_id() != -1:  # inside a backward pass: a checkpoint recomputes
-                slots.deliveries.recomputed += 1
+                slots.recomputed += 1
             else:
-                slots.deliveries.ran += 1
-                slots.shared.restarted |= slots.shared.delivered
+                slots.ran += 1
+                slots.place.block.restarted |= slots.place.block.delivered
         dims = layer.adapter.channel_dim, layer.batch_dim
         call = y, projected, weight, documents, activations, *dims, slots.place.job.kind
         if torch.compiler.is_compiling():
@@ -150,17 +150,17 @@ def _project(layer: Layer, slots: Slots, module: nn.Module, x: Tensor) -> Tensor
     if not _shareable(layer, slots, x):
         with torch.no_grad():  # an adapter may read the module's parameters
             return layer.adapter.project(module, x, side, bias)
-    shared = slots.shared
+    place = slots.place
     # Address and version identify a tensor for as long as `source` keeps it alive, to a layer that has not read it yet:
     # what one program writes into an array of numpy's, torch does not count.
     precision = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     key = (x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, x.is_neg(), precision, layer.adapter, side)
-    if shared.key != key or layer.key in shared.readers:
-        shared.projected = layer.adapter.project(module, x, side, bias)
-        shared.key, shared.source, shared.readers = key, x, set()
-    shared.readers.add(layer.key)
-    assert shared.projected is not None
-    return shared.projected
+    if place.key != key or layer.key in place.readers:
+        place.projected = layer.adapter.project(module, x, side, bias)
+        place.key, place.source, place.readers = key, x, set()
+    place.readers.add(layer.key)
+    assert place.projected is not None
+    return place.projected
 
 
 def _batch_first(layer: Layer, slots: Slots, x: Tensor) -> Tensor:
