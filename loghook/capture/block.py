@@ -10,7 +10,7 @@ from torch import Tensor
 from loghook.capture.jobs import Block, Job, Place, Result
 from loghook.capture.layers import OPEN, Layer, Slots
 from loghook.capture.rows import Updates
-from loghook.capture.segments import Documents
+from loghook.capture.segments import Documents, Tokens, count
 from loghook.errors import BatchError, DeliveryError, UnsupportedError
 
 
@@ -54,45 +54,35 @@ def _prepare(
     documents: Documents | None,
 ) -> list[Slots]:
     """Make fresh leaves for every layer, and what its hook needs besides."""
-    common, kept, counted = Block(), keep, None
-    if documents is not None:
-        # Repeats and tokens that belong to no document are told by token from here on.
-        number = documents.number_BS
-        counted = number >= 0 if keep is None else torch.cat([keep, keep.new_zeros(1)])[number]
-        keep = None
-    elif keep is not None:
-        counted = keep[:, None]
-    given = {id(mask): _count(mask, counted) for mask in {id(mask): mask for mask in masks.values()}.values()}
+    common = Block()
+    given = {id(mask): mask for mask in (None, *masks.values())}  # layers may share one
+    weights = {key: count(mask, keep, documents) for key, mask in given.items()}
     places: dict[tuple[torch.device, torch.dtype], Place] = {}
     prepared: list[Slots] = []
     for layer in layers:
         layer.fired = False
-        mask = given[id(masks[layer.name])] if layer.name in masks else None if documents is None else counted
+        weight = weights[id(masks.get(layer.name))]
         where = layer.device_and_dtype()
         if where not in places:
-            places[where] = Place(common, *where, job, scale, kept)
+            places[where] = Place(common, *where, job, scale, keep)
         place = places[where]
         input_side, held = job.open(layer, place)
         slots = Slots(
             layer=layer,
             place=place,
             leaves=job.leaves(layer, size, place.leaf),
-            samples=place.zero.expand(size),
             input_side=input_side,
             held=held,
-            documents=None if documents is None else Documents(*(place.to(t) for t in documents)),
-            mask=None if mask is None else place.to(mask, place.dtype),
-            keep=None if keep is None else place.to(keep, place.dtype),
+            tokens=Tokens(
+                samples=place.zero.expand(size),
+                documents=None if documents is None else Documents(*(place.to(t) for t in documents)),
+                mask=None if weight is None else place.to(weight, place.dtype),
+                keep=None if keep is None or documents is not None else place.to(keep, place.dtype),
+            ),
         )
         slots.leaves.main.register_post_accumulate_grad_hook(lambda _, slots=slots: slots.count())
         prepared.append(slots)
     return prepared
-
-
-def _count(mask: Tensor, counted: Tensor | None) -> Tensor:
-    """A mask by token, in which only those count that are ``counted``."""
-    mask = mask[:, None] if mask.dim() == 1 else mask
-    return mask if counted is None else mask * counted.to(mask.device)
 
 
 def _check(opened: Sequence[Slots], masks: Mapping[str, Tensor]) -> None:
@@ -121,7 +111,7 @@ def _check(opened: Sequence[Slots], masks: Mapping[str, Tensor]) -> None:
     for mask in {id(mask): mask for mask in masks.values() if mask.dim() > 1 and mask.shape[1] > 1}.values():
         served = [s for s in opened if masks.get(s.layer.name) is mask and s.delivered]
         # Compiled layers leave no word of what they saw.
-        if served and all(s.layer.fired and not s.masked for s in served):
+        if served and all(s.layer.fired and not s.tokens.fitted for s in served):
             raise BatchError(
                 f"mask of shape {tuple(mask.shape)} fits no layer that it is for: none has {mask.shape[1]} tokens "
                 "a sample. Pass the mask with the shape (batch, tokens) that the watched layers see, or none."

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from loghook.capture.adapters import Adapter
-from loghook.capture.segments import Documents
+from loghook.capture.segments import Tokens
 from loghook.capture.work import Held
 from loghook.errors import UnsupportedError
 from loghook.log.format import LayerSpec
@@ -126,17 +126,11 @@ class Slots:
     layer: Layer
     place: "Place"  # where it computes, and the block's job
     leaves: Leaves
-    # (B,), one for each row of the block. A tensor, since the compiler takes a number for fixed and compiles anew for
-    # every other one.
-    samples: Tensor
     input_side: Side  # the projection of the layer's inputs in this block
     held: Held  # what the job takes besides
-    documents: Documents | None  # which tokens make a row, where rows are not samples
-    mask: Tensor | None  # (B, S) what each token counts in moments and means, or None
-    keep: Tensor | None  # (B,) 0 for samples that were logged before, or None (with documents it is part of the mask)
+    tokens: Tokens
     # an input that was projected before the layer's forward, its version, and the result
     early: tuple[Tensor, int, Tensor] | None = None
-    masked: bool = False  # whether the mask fitted this layer
     misfit: Exception | None = None  # what is wrong with a call that has no rows
     ran: int = 0  # forward, with a graph, outside the backward pass
     quiet: int = 0  # forward, without a graph, as it does first in a reentrant checkpoint
@@ -145,10 +139,6 @@ class Slots:
     waited: int = 0  # calls that waited for others
     closed: bool = False  # whether the block is over
     stale: bool = False  # whether a backward pass in this block delivered to the layer in an earlier one
-
-    @property
-    def size(self) -> int:
-        return self.samples.shape[0]
 
     def count(self) -> None:
         """Note that the backward pass that is under way delivers."""
