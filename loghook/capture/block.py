@@ -7,72 +7,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loghook.capture.jobs import Job, Place, Result
-from loghook.capture.layers import OPEN, Deliveries, Layer, Shared, Slots
+from loghook.capture.jobs import Block, Job, Place, Result
+from loghook.capture.layers import OPEN, Layer, Slots
 from loghook.capture.rows import Updates
-from loghook.capture.segments import Documents
+from loghook.capture.segments import Documents, Tokens, count
 from loghook.errors import BatchError, DeliveryError, UnsupportedError
 
 
-def prepare(
+@contextmanager
+def block(
     layers: Sequence[Layer],
     size: int,  # how many rows
-    job: Job[Any],
+    job: Job[Result],
     scale: float | Tensor,  # what gradients are multiplied by, see ``unscaled``
     masks: Mapping[str, Tensor],  # {layer: (B, S) or (B,), which tokens count in moments and means}; else all do
     keep: Tensor | None,  # (B,) bool, which samples (or documents) count in them (repeats do not), or None for all
     documents: Documents | None,  # which tokens make a row, or None: those of a sample
-) -> list[Slots]:
-    """Make fresh leaves for every layer, and what its hook needs besides."""
-    shared, kept, counted = Shared(), keep, None
-    if documents is not None:
-        # Repeats and tokens that belong to no document are told by token from here on.
-        number = documents.number_BS
-        counted = number >= 0 if keep is None else torch.cat([keep, keep.new_zeros(1)])[number]
-        keep = None
-    elif keep is not None:
-        counted = keep[:, None]
-    given = {id(mask): _count(mask, counted) for mask in {id(mask): mask for mask in masks.values()}.values()}
-    places: dict[tuple[torch.device, torch.dtype], Place] = {}
-    prepared: list[Slots] = []
-    for layer in layers:
-        layer.fired = False
-        mask = given[id(masks[layer.name])] if layer.name in masks else None if documents is None else counted
-        where = layer.device_and_dtype()
-        if where not in places:
-            places[where] = Place(*where, job, scale, kept)
-        place = places[where]
-        input_side, held = job.open(layer, place)
-        slots = Slots(
-            layer=layer,
-            place=place,
-            leaves=job.leaves(layer, size, place.leaf),
-            samples=place.zero.expand(size),
-            input_side=input_side,
-            held=held,
-            documents=None if documents is None else Documents(*(place.to(t) for t in documents)),
-            mask=None if mask is None else place.to(mask, place.dtype),
-            keep=None if keep is None else place.to(keep, place.dtype),
-            deliveries=Deliveries(shared, layer.key),
-        )
-        # The hook must not hold the leaf: their cycle would keep rows alive.
-        slots.leaves.main.register_post_accumulate_grad_hook(lambda _, deliveries=slots.deliveries: deliveries.count())
-        prepared.append(slots)
-    return prepared
-
-
-def _count(mask: Tensor, counted: Tensor | None) -> Tensor:
-    """A mask by token, in which only those count that are ``counted``."""
-    mask = mask[:, None] if mask.dim() == 1 else mask
-    return mask if counted is None else mask * counted.to(mask.device)
-
-
-@contextmanager
-def opened(
-    slots: Sequence[Slots], job: Job[Result], scale: float | Tensor, masks: Mapping[str, Tensor]
 ) -> Iterator[list[Result]]:
-    """Make hooks live; the list holds the job's result once the context ends without an error. See ``prepare``."""
+    """Make the layers' hooks live; the list holds the job's result once the context ends without an error."""
     result: list[Result] = []
+    slots = _prepare(layers, size, job, scale, masks, keep, documents)
     places = dict.fromkeys(s.place for s in slots)
     OPEN.update((s.layer.key, s) for s in slots)
     try:
@@ -90,6 +44,47 @@ def opened(
             place.close()
 
 
+def _prepare(
+    layers: Sequence[Layer],
+    size: int,
+    job: Job[Any],
+    scale: float | Tensor,
+    masks: Mapping[str, Tensor],
+    keep: Tensor | None,
+    documents: Documents | None,
+) -> list[Slots]:
+    """Make fresh leaves for every layer, and what its hook needs besides."""
+    common = Block()
+    given = {id(mask): mask for mask in (None, *masks.values())}  # layers may share one
+    weights = {key: count(mask, keep, documents) for key, mask in given.items()}
+    places: dict[tuple[torch.device, torch.dtype], Place] = {}
+    prepared: list[Slots] = []
+    for layer in layers:
+        layer.fired = False
+        weight = weights[id(masks.get(layer.name))]
+        where = layer.device_and_dtype()
+        if where not in places:
+            places[where] = Place(common, *where, job, scale, keep)
+        place = places[where]
+        input_side, held = job.open(layer, place)
+        slots = Slots(
+            layer=layer,
+            place=place,
+            leaves=job.leaves(layer, size, place.leaf),
+            input_side=input_side,
+            held=held,
+            tokens=Tokens(
+                samples=place.zero.expand(size),
+                documents=None if documents is None else Documents(*(place.to(t) for t in documents)),
+                mask=None if weight is None else place.to(weight, place.dtype),
+                keep=None if keep is None or documents is not None else place.to(keep, place.dtype),
+            ),
+        )
+        slots.leaves.main.register_post_accumulate_grad_hook(lambda _, slots=slots: slots.count())
+        prepared.append(slots)
+    return prepared
+
+
 def _check(opened: Sequence[Slots], masks: Mapping[str, Tensor]) -> None:
     """Check that each layer delivered once, and that each mask fitted one."""
     silent = [s for s in opened if not s.delivered]
@@ -100,15 +95,15 @@ def _check(opened: Sequence[Slots], masks: Mapping[str, Tensor]) -> None:
     if awake and len(silent) == len(opened):
         raise DeliveryError(nothing_delivered([s.layer for s in opened]))
     if awake:
-        quiet = all(s.deliveries.quiet for s in awake)
+        quiet = all(s.quiet for s in awake)
         raise DeliveryError(_partly_delivered([s.layer for s in awake], quiet, len(opened)))
-    if stale := [s.layer.name for s in opened if s.deliveries.stale]:
+    if stale := [s.layer.name for s in opened if s.stale]:
         raise DeliveryError(
             f"backward went through layer {stale[0]!r} as it ran in an earlier block (a state that is carried on, "
             "retain_graph=True), whose rows are written already: detach what is carried on, or compute all in one "
             "block. Nothing of this batch was written."
         )
-    if any(s.shared.restarted or s.deliveries.too_many for s in opened):
+    if any(s.place.block.restarted or s.too_many for s in opened):
         raise DeliveryError(
             "two backward passes ran in this block, so rows would add up two losses: open one block for each "
             "backward pass, or add the losses and call backward() once. Nothing of this batch was written."
@@ -116,7 +111,7 @@ def _check(opened: Sequence[Slots], masks: Mapping[str, Tensor]) -> None:
     for mask in {id(mask): mask for mask in masks.values() if mask.dim() > 1 and mask.shape[1] > 1}.values():
         served = [s for s in opened if masks.get(s.layer.name) is mask and s.delivered]
         # Compiled layers leave no word of what they saw.
-        if served and all(s.layer.fired and not s.masked for s in served):
+        if served and all(s.layer.fired and not s.tokens.fitted for s in served):
             raise BatchError(
                 f"mask of shape {tuple(mask.shape)} fits no layer that it is for: none has {mask.shape[1]} tokens "
                 "a sample. Pass the mask with the shape (batch, tokens) that the watched layers see, or none."
@@ -128,7 +123,7 @@ def _require_one_call(opened: Sequence[Slots], job: Job[Result]) -> None:
     counted = [(s, s.leaves.calls.grad) for s in opened if s.leaves.calls is not None]
     counts = {s: count.to(opened[0].leaves.main.device) for s, count in counted if count is not None}
     numbers = torch.cat(list(counts.values())).cpu().tolist() if counts else []
-    several = next((s.layer.name for s, n in zip(counts, numbers, strict=True) if n + s.deliveries.waited > 1), None)
+    several = next((s.layer.name for s, n in zip(counts, numbers, strict=True) if n + s.waited > 1), None)
     if several is None:
         return
     if isinstance(job, Updates):

@@ -10,7 +10,6 @@ from torch.utils.hooks import RemovableHandle
 
 from loghook.capture.experts import ExpertProjection
 from loghook.capture.layers import OPEN, Layer, Slots
-from loghook.capture.segments import list_tokens
 from loghook.capture.tap import Misfit, Tap
 from loghook.capture.work import sum_tokens
 from loghook.errors import BatchError, UnsupportedError
@@ -46,7 +45,7 @@ def make_hook(layer: Layer) -> Hook:
         if not torch.is_grad_enabled():
             # A reentrant checkpoint's first forward has no graph; its recomputation comes here again with one.
             if not torch.compiler.is_compiling():
-                slots.deliveries.quiet += 1
+                slots.quiet += 1
             return None
         _require_backward(layer)
         x = args[0] if args else kwargs.get(first)
@@ -55,6 +54,8 @@ def make_hook(layer: Layer) -> Hook:
                 f"layer {layer.name!r} takes {type(x).__name__} and returns {type(y).__name__}: exclude it, as modules "
                 "are watched that make one tensor of one."
             )
+        documents: Tensor | None
+        weight: Tensor | None
         try:
             if slots.early is not None and slots.early[0] is x and slots.early[1] == x._version:
                 projected = slots.early[2]
@@ -62,11 +63,10 @@ def make_hook(layer: Layer) -> Hook:
                 x = _batch_first(layer, slots, x)
                 projected = _regrouped(layer, slots, _project(layer, slots, module, x))
             if isinstance(module, ExpertProjection):
-                documents, weight = _routed_tokens(layer, slots, module)
+                documents, weight = slots.tokens.routed(layer.name, module.token_N, module.total)
             else:
-                documents, weight = None, _token_weight(slots, projected)
-                if slots.documents is not None:
-                    documents = slots.documents.places(layer.name, (projected.shape[0], projected.shape[1]))
+                weight = slots.tokens.weight(projected)
+                documents = slots.tokens.places(layer.name, projected)
         except BatchError as error:
             if torch.compiler.is_compiling():
                 raise
@@ -78,14 +78,14 @@ def make_hook(layer: Layer) -> Hook:
         if leaves.activations is not None:
             tokens = _regrouped(layer, slots, layer.adapter.tokens(x.detach())).to(leaves.activations.dtype)
             same = tokens.shape[:2] == projected.shape[:2]  # not so for patches, which have positions of their own
-            activations = sum_tokens(tokens, weight if same else _token_weight(slots, tokens), documents)
+            activations = sum_tokens(tokens, weight if same else slots.tokens.weight(tokens), documents)
         if not torch.compiler.is_compiling():
             layer.fired, layer.computes_in, slots.early = True, y.dtype, None
             if torch._C._current_graph_task_id() != -1:  # inside a backward pass: a checkpoint recomputes
-                slots.deliveries.recomputed += 1
+                slots.recomputed += 1
             else:
-                slots.deliveries.ran += 1
-                slots.shared.restarted |= slots.shared.delivered
+                slots.ran += 1
+                slots.place.block.restarted |= slots.place.block.delivered
         dims = layer.adapter.channel_dim, layer.batch_dim
         call = y, projected, weight, documents, activations, *dims, slots.place.job.kind
         if torch.compiler.is_compiling():
@@ -110,8 +110,13 @@ def make_early_hook(layer: Layer) -> Hook:
         _require_backward(layer)
         x = args[0]
         # Tensors of inference mode have no version; the other hook takes them.
-        known = plain and isinstance(x, Tensor) and x.device == slots.samples.device and not x.is_inference()
-        fits = known and not x.is_nested and x.dim() > 1 and (slots.documents is not None or len(x) == slots.size)
+        known = plain and isinstance(x, Tensor) and x.device == slots.place.device and not x.is_inference()
+        fits = (
+            known
+            and not x.is_nested
+            and x.dim() > 1
+            and (slots.tokens.documents is not None or len(x) == slots.tokens.size)
+        )
         if fits and _shareable(layer, slots, x):
             slots.early = x, x._version, _project(layer, slots, module, _batch_first(layer, slots, x))
 
@@ -150,17 +155,17 @@ def _project(layer: Layer, slots: Slots, module: nn.Module, x: Tensor) -> Tensor
     if not _shareable(layer, slots, x):
         with torch.no_grad():  # an adapter may read the module's parameters
             return layer.adapter.project(module, x, side, bias)
-    shared = slots.shared
+    place = slots.place
     # Address and version identify a tensor for as long as `source` keeps it alive, to a layer that has not read it yet:
     # what one program writes into an array of numpy's, torch does not count.
     precision = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     key = (x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, x.is_neg(), precision, layer.adapter, side)
-    if shared.key != key or layer.key in shared.readers:
-        shared.projected = layer.adapter.project(module, x, side, bias)
-        shared.key, shared.source, shared.readers = key, x, set()
-    shared.readers.add(layer.key)
-    assert shared.projected is not None
-    return shared.projected
+    if place.key != key or layer.key in place.readers:
+        place.projected = layer.adapter.project(module, x, side, bias)
+        place.key, place.source, place.readers = key, x, set()
+    place.readers.add(layer.key)
+    assert place.projected is not None
+    return place.projected
 
 
 def _batch_first(layer: Layer, slots: Slots, x: Tensor) -> Tensor:
@@ -169,15 +174,19 @@ def _batch_first(layer: Layer, slots: Slots, x: Tensor) -> Tensor:
         raise _not_a_batch(layer, x)
     if slots.input_side.matrix is None and not x.requires_grad:
         x = x.clone()  # kept whole, and not by autograd: the program may write its next batch into the same memory
-    x = x.detach().to(slots.samples.device)  # accelerate's hooks move inputs after this hook was given them
+    x = x.detach().to(slots.place.device)  # accelerate's hooks move inputs after this hook was given them
     if layer.spec.flattened:
         return x
     shape, moved = tuple(x.shape), layer.batch_dim and x.dim() > (2 if layer.spec.channels else 1)
     if moved:  # (B, features) has no axis of tokens
         x = x.movedim(layer.batch_dim, 0)
-    if slots.documents is None and not isinstance(layer.module, ExpertProjection) and len(x) != slots.size:
+    if (
+        slots.tokens.documents is None
+        and not isinstance(layer.module, ExpertProjection)
+        and len(x) != slots.tokens.size
+    ):
         raise BatchError(
-            f"{len(x)} samples, {slots.size} ids: layer {layer.name!r} got an input of shape {shape}, and its "
+            f"{len(x)} samples, {slots.tokens.size} ids: layer {layer.name!r} got an input of shape {shape}, and its "
             f"{'second axis (batch_dim=1)' if moved else 'first axis'} must be the batch. Pass one id for each sample, "
             "or segments= where a sample is several rows (pairs); for other axes batch_dim=1 (sequence first) or "
             "flattened=; or exclude the layer."
@@ -201,66 +210,10 @@ def _regrouped(layer: Layer, slots: Slots, tokens: Tensor) -> Tensor:
     """Give tokens of a flattened layer, (B * T, S, ...), the batch's axis back: (B, T * S, ...)."""
     if not layer.spec.flattened:
         return tokens
-    batch = _batch(slots)
+    batch = slots.tokens.entries
     if len(tokens) % batch:
         raise BatchError(
             f"layer {layer.name!r} is declared flattened and got {len(tokens)} entries for a batch of {batch}, no "
             "whole number of tokens each: take it out of watch(..., flattened=...)."
         )
     return tokens.unflatten(0, (batch, -1)).flatten(1, 2)
-
-
-def _batch(slots: Slots) -> int:
-    return slots.size if slots.documents is None else slots.documents.number_BS.shape[0]
-
-
-def _token_weight(slots: Slots, tokens: Tensor) -> Tensor | None:
-    """What each token of a layer counts in sums over tokens: (B, S), or None where all count once.
-
-    A mask speaks of the model's tokens. A layer with as many tokens uses it as it is, one with a single token
-    (a pooled head) counts samples that have any, and one with its own positions (patches) counts all of them. A mask of
-    samples holds for all their tokens.
-    """
-    if slots.mask is None and slots.keep is None:
-        return None
-    B, S = tokens.shape[:2]
-    if slots.mask is not None and slots.mask.shape[1] == S:
-        _fits(slots)
-        return slots.mask
-    if slots.mask is not None and slots.mask.shape[1] == 1:
-        return slots.mask.expand(B, S)
-    if slots.mask is not None and S == 1:
-        return slots.mask.amax(1, keepdim=True)
-    return None if slots.keep is None else slots.keep[:, None].expand(B, S)
-
-
-def _fits(slots: Slots) -> None:
-    """Remember that the mask fitted; inside a compiled checkpoint nothing may be changed."""
-    if not torch.compiler.is_compiling():
-        slots.masked = True
-
-
-def _routed_tokens(layer: Layer, slots: Slots, module: ExpertProjection) -> tuple[Tensor, Tensor | None]:
-    """For an expert, which has lost its tokens' batch rows: its tokens by sample (or document), and their weights."""
-    token_N, mask = module.token_N, slots.mask
-    rows = slots.size if slots.documents is None else len(slots.documents.number_BS)
-    if module.total % rows:
-        raise BatchError(
-            f"layer {layer.name!r} got {module.total} tokens for {rows} entries of the batch, no whole number "
-            "for each: pass one id for each sample, or segments= for packed documents."
-        )
-    row_N = token_N // (module.total // rows)
-    if slots.documents is None:
-        number_N = row_N
-    elif slots.documents.number_BS.shape[1] == 1:  # of whole entries
-        number_N = slots.documents.number_BS[row_N, 0]
-    else:
-        shape = rows, module.total // rows
-        slots.documents.places(layer.name, shape)  # which raises where these are other tokens
-        number_N = slots.documents.number_BS.flatten()[token_N]
-    if mask is not None and mask.shape[1] == 1:  # of whole entries
-        return list_tokens(number_N, slots.size), mask[row_N, 0].unsqueeze(0)
-    if mask is not None and mask.numel() == module.total:
-        _fits(slots)
-        return list_tokens(number_N, slots.size), mask.flatten()[token_N].unsqueeze(0)
-    return list_tokens(number_N, slots.size), None if slots.keep is None else slots.keep[number_N].unsqueeze(0)

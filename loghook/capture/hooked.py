@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from loghook.capture.batch import Given, Ids, Mask, check_ids, check_masks, unscaled
-from loghook.capture.block import nothing_delivered, opened, prepare
+from loghook.capture.block import block, nothing_delivered
 from loghook.capture.config import Recipe
 from loghook.capture.experts import ExpertProjection, watched
 from loghook.capture.hook import make_early_hook, make_hook
@@ -141,8 +141,7 @@ class Hooked:
         self._open = True
         experts = [layer.module.owner for layer in self._layers if isinstance(layer.module, ExpertProjection)]
         try:
-            slots = prepare(self._layers, size, job, factor, masks, kept, documents)
-            with opened(slots, job, factor, masks) as captured, watched(experts):
+            with block(self._layers, size, job, factor, masks, kept, documents) as captured, watched(experts):
                 yield captured
         except RuntimeError as error:
             if "does not require grad" in str(error) and not any(layer.fired for layer in self._layers):

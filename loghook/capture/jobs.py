@@ -27,9 +27,18 @@ Result = TypeVar("Result")
 
 
 @dataclass(eq=False)
+class Block:
+    """What the hooks of a block's layers tell one another."""
+
+    delivered: bool = False  # whether any layer has delivered yet
+    restarted: bool = False  # whether a layer ran forward after that, outside the backward pass
+
+
+@dataclass(eq=False)
 class Place:
     """What the layers of a block share that compute on one device and in one dtype, and their calls that wait."""
 
+    block: Block
     device: torch.device
     dtype: torch.dtype
     job: "Job[Any]"
@@ -38,6 +47,11 @@ class Place:
     _moved: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _waiting: dict[Hashable, list[tuple[Slots, Call]]] = field(default_factory=dict)
     _bytes: int = 0  # how many wait
+    # The last input that was projected, so that layers which read the same tensor project it once:
+    source: Tensor | None = None
+    key: tuple[Any, ...] | None = None  # which tensor that was, and by which side it was projected
+    projected: Tensor | None = None  # the result
+    readers: set[int] = field(default_factory=set)  # keys of the layers that took it
 
     def __post_init__(self) -> None:
         self.zero = torch.zeros((), device=self.device, dtype=self.dtype)
@@ -63,15 +77,17 @@ class Place:
 
     def keep(self, slots: Slots, alike: Hashable, call: Call) -> None:
         """Let a layer's call wait, with those that have an equal key, in the backward pass that is under way."""
-        slots.deliveries.count()
-        slots.deliveries.waited += 1
+        slots.count()
+        slots.waited += 1
         self._waiting.setdefault(alike, []).append((slots, call))
         self._bytes += call.x.nbytes + call.g_BSO.nbytes
         if self._bytes >= self.job.limit:
             self.form()
 
     def close(self) -> None:
+        """Let go of tensors, as ``Slots.close`` does."""
         self._moved, self._waiting = {}, {}
+        self.source = self.key = self.projected = None
 
     def form(self) -> None:
         """Make what is to be made of all calls that wait."""

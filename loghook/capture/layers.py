@@ -2,13 +2,13 @@
 
 import itertools
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from loghook.capture.adapters import Adapter
-from loghook.capture.segments import Documents
+from loghook.capture.segments import Tokens
 from loghook.capture.work import Held
 from loghook.errors import UnsupportedError
 from loghook.log.format import LayerSpec
@@ -82,19 +82,6 @@ def _execution_device(module: nn.Module) -> torch.device:
     raise UnsupportedError(f"a watched {type(module).__name__} has weights on the meta device: load the model first.")
 
 
-@dataclass(eq=False)
-class Shared:
-    """What the layers of a block have in common."""
-
-    # the last input that was projected, so that layers which read the same tensor project it once
-    source: Tensor | None = None
-    key: tuple[Any, ...] | None = None  # which tensor that was, and by which side it was projected
-    projected: Tensor | None = None  # the result
-    readers: set[int] = field(default_factory=set)  # keys of the layers that took it
-    delivered: bool = False  # whether any layer has delivered yet
-    restarted: bool = False  # whether a layer ran forward after that, outside the backward pass
-
-
 class Leaves(NamedTuple):
     """Where arrives what is made of a layer's calls: the ``.grad`` of each."""
 
@@ -121,8 +108,8 @@ def arrived(leaf: Tensor) -> Tensor:
 
 
 @dataclass(eq=False)
-class Deliveries:
-    """How often one layer ran in one block, and how many backward passes delivered what was made of it.
+class Slots:
+    """One layer in one block: its leaves, what its hook has to know, and what hook and tap count.
 
     What the cases count, n being the number of checkpoints around one layer, and how often it then may deliver:
 
@@ -136,8 +123,15 @@ class Deliveries:
         checkpoint whose input needs no gradient   0    1..           0           0
     """
 
-    shared: Shared
-    key: int  # of the layer
+    layer: Layer
+    place: "Place"  # where it computes, and the block's job
+    leaves: Leaves
+    input_side: Side  # the projection of the layer's inputs in this block
+    held: Held  # what the job takes besides
+    tokens: Tokens
+    # an input that was projected before the layer's forward, its version, and the result
+    early: tuple[Tensor, int, Tensor] | None = None
+    misfit: Exception | None = None  # what is wrong with a call that has no rows
     ran: int = 0  # forward, with a graph, outside the backward pass
     quiet: int = 0  # forward, without a graph, as it does first in a reentrant checkpoint
     recomputed: int = 0  # inside the backward pass, as it does when a checkpoint recomputes
@@ -148,10 +142,14 @@ class Deliveries:
 
     def count(self) -> None:
         """Note that the backward pass that is under way delivers."""
-        if self.closed and self.key in OPEN:
-            OPEN[self.key].deliveries.stale = True
+        if self.closed and self.layer.key in OPEN:
+            OPEN[self.layer.key].stale = True
         self.passes.add(torch._C._current_graph_task_id())
-        self.shared.delivered = True
+        self.place.block.delivered = True
+
+    @property
+    def delivered(self) -> bool:
+        return bool(self.passes)
 
     @property
     def too_many(self) -> bool:
@@ -162,43 +160,9 @@ class Deliveries:
         """Whether there may be several to one backward pass."""
         return self.ran + self.quiet > 1
 
-
-@dataclass(eq=False)
-class Slots:
-    """One layer in one block: its leaves, what its hook has to know, and what the hook counts."""
-
-    layer: "Layer"
-    place: "Place"  # where it computes, and the block's job
-    leaves: Leaves
-    # (B,), one for each row of the block. A tensor, since the compiler takes a number for fixed and compiles anew for
-    # every other one.
-    samples: Tensor
-    input_side: Side  # the projection of the layer's inputs in this block
-    held: Held  # what the job takes besides
-    documents: Documents | None  # which tokens make a row, where rows are not samples
-    mask: Tensor | None  # (B, S) what each token counts in moments and means, or None
-    keep: Tensor | None  # (B,) 0 for samples that were logged before, or None (with documents it is part of the mask)
-    deliveries: Deliveries
-    # an input that was projected before the layer's forward, its version, and the result
-    early: tuple[Tensor, int, Tensor] | None = None
-    masked: bool = False  # whether the mask fitted this layer
-    misfit: Exception | None = None  # what is wrong with a call that has no rows
-
-    @property
-    def size(self) -> int:
-        return self.samples.shape[0]
-
-    @property
-    def shared(self) -> Shared:
-        return self.deliveries.shared
-
-    @property
-    def delivered(self) -> bool:
-        return bool(self.deliveries.passes)
-
     def close(self) -> None:
         """Let go of tensors: the user may keep the loss, and with it the graph and what its nodes hold."""
-        self.deliveries.closed, self.held = True, ()
+        self.closed, self.held = True, ()
         self.early = self.misfit = None
-        self.shared.source = self.shared.key = self.shared.projected = None
         self.leaves.clear()
+        del self.leaves  # a hook of one of them holds these slots

@@ -4,6 +4,7 @@
 functions here make that from what packed batches carry.
 """
 
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -70,6 +71,102 @@ class Documents(NamedTuple):
             "by document. Exclude the layer, or pass segments for the tokens it sees; where a document is whole "
             "entries of the batch (pairs), (batch, 1)."
         )
+
+
+@dataclass(eq=False)
+class Tokens:
+    """Which tokens of a layer make which row of a block, and how much each counts in moments and means."""
+
+    # (B,), one for each row of the block. A tensor, since the compiler takes a number for fixed and compiles anew for
+    # every other one.
+    samples: Tensor
+    documents: Documents | None  # where rows are not samples
+    mask: Tensor | None  # what ``count`` returns
+    keep: Tensor | None  # (B,) 0 for samples that were logged before, or None (with documents it is part of the mask)
+    fitted: bool = False  # whether the mask had as many tokens as the layer
+
+    @property
+    def size(self) -> int:
+        """How many rows there are."""
+        return self.samples.shape[0]
+
+    @property
+    def entries(self) -> int:
+        """Length of the batch's first axis, in which several documents may be one entry, or one several."""
+        return self.size if self.documents is None else self.documents.number_BS.shape[0]
+
+    def weight(self, tokens: Tensor) -> Tensor | None:
+        """What each token of a layer, (B, S, ...), counts in sums over tokens: (B, S), or None where all count once.
+
+        A mask speaks of the model's tokens. A layer with as many tokens uses it as it is, one with a single token
+        (a pooled head) counts samples that have any, and one with its own positions (patches) counts all of them. A
+        mask of samples holds for all their tokens.
+        """
+        B, S = tokens.shape[:2]
+        if self.mask is not None and self.mask.shape[1] == S:
+            self._fit()
+            return self.mask
+        if self.mask is not None and self.mask.shape[1] == 1:
+            return self.mask.expand(B, S)
+        if self.mask is not None and S == 1:
+            return self.mask.amax(1, keepdim=True)
+        return None if self.keep is None else self.keep[:, None].expand(B, S)
+
+    def places(self, layer: str, tokens: Tensor) -> Tensor | None:
+        """Which tokens of a layer, (B, S, ...), make a row, see ``Documents.places``; None: those of a sample."""
+        B, S = tokens.shape[:2]
+        return None if self.documents is None else self.documents.places(layer, (B, S))
+
+    def routed(self, layer: str, token_N: Tensor, total: int) -> tuple[Tensor, Tensor | None]:
+        """Both for a layer that gets, as an expert, some of the batch's ``total`` tokens: the weights are (1, N)."""
+        documents, mask, rows = self.documents, self.mask, self.entries
+        weight: Tensor | None
+        if total % rows:
+            raise BatchError(
+                f"layer {layer!r} got {total} tokens for {rows} entries of the batch, no whole number for each: pass "
+                "one id for each sample, or segments= for packed documents."
+            )
+        row_N = token_N // (total // rows)
+        if documents is None:
+            number_N = row_N
+        elif documents.number_BS.shape[1] == 1:  # of whole entries
+            number_N = documents.number_BS[row_N, 0]
+        else:
+            documents.places(layer, (rows, total // rows))  # which raises where these are other tokens
+            number_N = documents.number_BS.flatten()[token_N]
+        if mask is not None and mask.shape[1] == 1:  # of whole entries
+            weight = mask[row_N, 0].unsqueeze(0)
+        elif mask is not None and mask.numel() == total:
+            self._fit()
+            weight = mask.flatten()[token_N].unsqueeze(0)
+        else:
+            weight = None if self.keep is None else self.keep[number_N].unsqueeze(0)
+        return list_tokens(number_N, self.size), weight
+
+    def _fit(self) -> None:
+        """Remember that the mask fitted; inside a compiled checkpoint nothing may be changed."""
+        if not torch.compiler.is_compiling():
+            self.fitted = True
+
+
+def count(mask: Tensor | None, keep: Tensor | None, documents: Documents | None) -> Tensor | None:
+    """What each token counts: (B, S), or (B, 1) for whole entries of the batch; None: once, in samples that are kept.
+
+    Args:
+        mask: as the user gave it, (B, S) or (B,), or None.
+        keep: (B,) bool, which samples (or documents) are not logged before, or None for all.
+        documents: which tokens make a row, or None: those of a sample. A token of no document does not count.
+    """
+    kept = None
+    if documents is not None:
+        number_BS = documents.number_BS
+        kept = number_BS >= 0 if keep is None else torch.cat([keep, keep.new_zeros(1)])[number_BS]
+    elif keep is not None:
+        kept = keep[:, None]
+    if mask is None:
+        return None if documents is None else kept
+    mask = mask[:, None] if mask.dim() == 1 else mask
+    return mask if kept is None else mask * kept.to(mask.device)
 
 
 def arrange(segments: Any, size: int) -> Documents:

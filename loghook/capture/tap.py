@@ -53,8 +53,8 @@ class Tap(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (g,) = grads
         x, weight_BS, documents_DL, activations, *held = ctx.saved_tensors
-        if ctx.slots is not None and ctx.slots.deliveries.closed:  # nobody will collect what is made of it
-            ctx.slots.deliveries.count()
+        if ctx.slots is not None and ctx.slots.closed:  # nobody will collect what is made of it
+            ctx.slots.count()
             return (g, *(None,) * (len(ctx.needs_input_grad) - 1))
         # Sums over tokens run in float32 or wider, also where the user calls backward() under autocast.
         with wide_context(g.device.type):

@@ -32,7 +32,7 @@ class Whole(Job[dict[str, Tensor]]):
 
         A pass without gradients counts as one that may come again in a checkpoint.
         """
-        if not self.at_once or not slots.deliveries.several_calls:
+        if not self.at_once or not slots.several_calls:
             return None
         g_BSO, x = by_row(call, slots.place.dtype)
         return id(slots), Call(g_BSO.clone(), x.clone())  # the user may change what these are views of
