@@ -3,9 +3,7 @@
 The public names are the ones below; everything else is private or a submodule's own.
 """
 
-import importlib
-from types import ModuleType
-
+from loghook import evaluate
 from loghook.api import Log, fit, init, load
 from loghook.capture import segments
 from loghook.capture.adapters import Adapter, Geometry, adapter
@@ -28,16 +26,9 @@ __all__ = [
     # whole gradients
     "fit", "Fit", "Scoring", "tune", "Tuned", "Candidate",
     # asking
-    "load", "Log", "Query", "Scores", "Record",
+    "load", "Log", "Query", "Scores", "Record", "evaluate",
     # extending
     "Adapter", "Geometry", "adapter",
     # errors: the rest are in loghook.errors
     "LoghookError",
 ]  # fmt: skip
-
-
-def __getattr__(name: str) -> ModuleType:
-    """Import ``loghook.evaluate`` where it is first used: it takes longer than the rest."""
-    if name == "evaluate":
-        return importlib.import_module("loghook.evaluate")
-    raise AttributeError(f"module 'loghook' has no attribute {name!r}")

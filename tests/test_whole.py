@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import loghook
-from loghook.capture import work
+from loghook.capture import whole
 from loghook.errors import (
     CheckpointWarning,
     ConfigError,
@@ -98,7 +98,7 @@ def test_small_chunks_change_nothing(monkeypatch):
     sizes = []
     monkeypatch.setattr(outer, "outer", lambda g, x, outer=outer.outer: sizes.append(len(x)) or outer(g, x))
     monkeypatch.setattr(outer, "CHUNK_BYTES", 1)
-    monkeypatch.setattr(work, "CACHE_BYTES", 1)
+    monkeypatch.setattr(whole, "CACHE_BYTES", 1)
     again = fitted(model, x)
     assert close(scored(again, query, model, x).values, expected)
     assert close(scored(again, query, model, x, rank=2).values, scored(fit, query, model, x, rank=2).values)

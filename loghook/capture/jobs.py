@@ -1,7 +1,7 @@
 """What a block makes of its layers' calls: rows as a log has them, rows of updates, or a job on whole gradients.
 
-A job says how a layer's inputs are projected, what shapes its leaves have, what its work (``loghook.capture.work``)
-takes besides, and what becomes of what arrived. Where nothing is compiled, calls may wait for others in a ``Place``:
+A job says how a layer's inputs are projected, what shapes its leaves have, what it makes of a call and takes besides,
+and what becomes of what arrived. Where nothing is compiled, calls may wait for others in a ``Place``:
 
 - Rows of several layers are formed together: one product of many matrices in place of many small products. A layer's
   own are so small that waking the threads, or a launch on a GPU, costs more than the arithmetic. A compiled backward
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from loghook.capture.layers import Layer, Leaves, Slots
-from loghook.capture.work import Call, Held, wide_context
+from loghook.capture.work import Call, Held, Made, sum_tokens, wide_context
 from loghook.project.projection import Side
 
 Result = TypeVar("Result")
@@ -97,12 +97,27 @@ class Place:
                 self.job.form(group)
 
 
+KINDS: "dict[str, type[Job[Any]]]" = {}  # by name, since a compiled backward can hold names and tensors only
+
+
 class Job(Generic[Result]):
-    kind: ClassVar[str]  # the name of its work
+    kind: ClassVar[str]
     limit: float = float("inf")  # how many bytes may wait
     at_once = False  # whether what it makes of a layer's gradient is no sum over the layer's calls
     sums = True  # whether it adds samples up, so that each must count alike
     projects = False  # whether it uses the layers' projections
+
+    def __init_subclass__(cls) -> None:
+        if "kind" in vars(cls):
+            KINDS[cls.kind] = cls
+
+    @staticmethod
+    def work(call: Call, held: Held, wide: torch.dtype, moments: bool) -> tuple[Tensor, Tensor | None]:
+        """Make of a call, in ``wide``, what goes to the main leaf, and its moments if they are asked for.
+
+        A pure function, which the compiler traces; ``held`` is what ``open`` returned.
+        """
+        raise NotImplementedError
 
     def open(self, layer: Layer, place: Place) -> tuple[Side, Held]:
         """The projection of the layer's inputs in a block, and what the work takes besides calls."""
@@ -123,6 +138,13 @@ class Job(Generic[Result]):
     def collect(self, opened: Sequence[Slots], scale: float | Tensor) -> Result:
         """Make the block's result of what its layers' leaves received."""
         raise NotImplementedError
+
+
+def make(kind: str, call: Call, held: Held, wide: torch.dtype, *, moments: bool = False, outputs: bool = False) -> Made:
+    """Do a job's work on one call, in ``wide``; moments and summed outputs only where they are asked for."""
+    main, summed = KINDS[kind].work(call, held, wide, moments)
+    total = sum_tokens(call.g_BSO.to(wide), call.weight_BS, call.documents_DL) if outputs else None
+    return Made(main, summed, call.activations, total)
 
 
 def scale_for(rows: Tensor, scale: float | Tensor) -> float | Tensor:

@@ -11,8 +11,8 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from loghook.capture.jobs import Job, Place, scale_for
 from loghook.capture.layers import Layer, Leaves, Slots, arrived, deliver
-from loghook.capture.work import Call, Held
-from loghook.project.outer import outer, project_output, second_moment
+from loghook.capture.work import Call, Held, by_document, by_row, sum_moments
+from loghook.project.outer import outer, outer_grouped, project_output, second_moment, update_rows
 from loghook.project.projection import Side
 
 
@@ -28,6 +28,19 @@ class Rows(Job[Captured]):
 
     kind, projects = "rows", True
     limit = 8 * 2**20  # as much as stays in a processor's cache, and little on a device
+
+    @staticmethod
+    def work(call: Call, held: Held, wide: torch.dtype, moments: bool) -> tuple[Tensor, Tensor | None]:
+        (p_out_kO,) = held
+        x = call.x.to(wide)
+        if x.dim() == 3:
+            g = project_output(call.g_BSO, p_out_kO).to(wide)
+            rows = outer(*by_document(call.documents_DL, g, x))
+        else:
+            g = call.g_BSO.to(wide)
+            g_DLO, x_DLGk = by_document(call.documents_DL, g, x)
+            rows = outer_grouped(g_DLO, x_DLGk, p_out_kO)
+        return rows, sum_moments(g, x, call.weight_BS, p_out_kO) if moments else None
 
     def __init__(self, *, moments: bool) -> None:
         self._moments = self.sums = moments
@@ -117,6 +130,11 @@ class Updates(Rows):
     """Rows of what an optimiser makes of a gradient, which have no statistics."""
 
     kind = "update"
+
+    @staticmethod
+    def work(call: Call, held: Held, wide: torch.dtype, moments: bool) -> tuple[Tensor, None]:
+        """Rows of an update; held is what ``update_rows`` takes besides output gradients and whole inputs."""
+        return update_rows(*by_row(call, wide), *held), None
 
     def __init__(self, *, linear: bool) -> None:
         super().__init__(moments=False)

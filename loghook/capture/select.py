@@ -1,13 +1,13 @@
 """Which layers are watched: the arguments of ``run.watch``, or the layers of a log, against a model's modules."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from loghook.capture.adapters import Adapter, find_adapter, registered_type
+from loghook.capture.adapters import Adapter, Geometry, find_adapter, registered_type
 from loghook.capture.config import Recipe, rank_of
 from loghook.capture.experts import ExpertProjection, projections
 from loghook.capture.layers import Layer
@@ -57,9 +57,35 @@ def matches(name: str, wanted: Sequence[str]) -> bool:
 def select(model: nn.Module, watch: Watch, recipe: Recipe) -> tuple[list[Layer], dict[str, Any]]:
     """Choose the layers to watch, in module order, and draw their projections; returns the coverage record as well."""
     modules = dict(named_modules(model))
+    _require_found(modules, watch)
     bypassed = {
         f"{name}.out_proj".lstrip(".") for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)
     }
+    chosen: dict[str, tuple[nn.Module, Adapter]] = {}
+    reasons: dict[str, str] = {}
+    for name, module in modules.items():
+        found = find_adapter(module)
+        if name in bypassed:
+            reasons[name] = "nn.MultiheadAttention reads its weight without calling it"
+        elif (reason := _why_not(name, module, found, watch)) is not None:
+            reasons[name] = reason
+        elif found is not None:
+            chosen[name] = (module, found)
+    if not chosen:
+        left_out = [name for name in reasons if find_adapter(modules[name]) is not None]
+        left = "".join(f" {name or '(model)'}: {reasons[name]}." for name in left_out[:3])
+        raise ConfigError(
+            f"include={list(watch.include)} with exclude={list(watch.exclude)} selects no linear or convolution layer: "
+            f"widen include or narrow exclude.{left}"
+        )
+    specs = [_specify(name, module, found, watch, recipe) for name, (module, found) in chosen.items()]
+    sides = draw_sides(specs, recipe.projection, recipe.seed)
+    layers = [Layer(spec, *chosen[spec.name], *sides[spec.name]) for spec in specs]
+    return layers, coverage(model, chosen, reasons)
+
+
+def _require_found(modules: Mapping[str, nn.Module], watch: Watch) -> None:
+    """Raise for a pattern that names no module, or none that could be watched."""
     for pattern in (*watch.include, *watch.may_sleep, *watch.flattened):
         found_by = [module for name, module in modules.items() if _named_by(name, module, pattern)]
         if found_by and pattern != "*" and not any(find_adapter(module) for module in found_by):
@@ -72,60 +98,45 @@ def select(model: nn.Module, watch: Watch, recipe: Recipe) -> tuple[list[Layer],
             known = [(name, found) for name, m in modules.items() if (found := find_adapter(m))]
             likely = listed(name for name, found in sorted(known, key=lambda item: not item[1].default))
             raise ConfigError(f"pattern {pattern!r} matches no module: fnmatch patterns are of whole names: {likely}.")
-    chosen: dict[str, tuple[nn.Module, Adapter]] = {}
-    reasons: dict[str, str] = {}
-    for name, module in modules.items():
-        found = find_adapter(module)
-        wanted = [
-            p for p in watch.include if _named_by(name, module, p) and (p != "*" or found is None or found.default)
-        ]
-        if name in bypassed:
-            reasons[name] = "nn.MultiheadAttention reads its weight without calling it"
-        elif projections(module):
-            reasons[name] = FUSED_EXPERTS
-        elif found is not None and (why := _unlike_its_base(module)):
-            reasons[name] = why
-        elif any(p.is_complex() for p in module.parameters(recurse=False)):
-            reasons[name] = "complex parameters"
-        elif found is None:
-            reasons[name] = f"no adapter for {type(module).__name__}"
-        elif 0 in (getattr(module, "in_features", 1), getattr(module, "out_features", 1)):
-            reasons[name] = "no inputs, or no outputs"
-        elif not wanted:
-            reasons[name] = (
-                "an embedding is watched only where a pattern names it" if not found.default else "not included"
-            )
-        elif _left_out(name, wanted, watch.exclude):
-            reasons[name] = "excluded"
-        else:
-            chosen[name] = (module, found)
-    if not chosen:
-        left_out = [name for name in reasons if find_adapter(modules[name]) is not None]
-        left = "".join(f" {name or '(model)'}: {reasons[name]}." for name in left_out[:3])
-        raise ConfigError(
-            f"include={list(watch.include)} with exclude={list(watch.exclude)} selects no linear or convolution layer: "
-            f"widen include or narrow exclude.{left}"
-        )
-    specs = []
-    for name, (module, found) in chosen.items():
-        shape = found.geometry(module)
-        bias = shape.bias and watch.bias
-        widths = shape.in_features + bias, shape.out_features
-        k_in, k_out = (
-            widths if recipe.projection == "none" else (min(width, rank_of(name, recipe.rank)) for width in widths)
-        )
-        spec = LayerSpec(
-            name=name, type=type(found).__name__, in_features=shape.in_features, out_features=shape.out_features,
-            groups=shape.groups, channels=shape.channels, bias=bias, k_in=k_in, k_out=k_out,
-            activations=watch.activations if shape.channels else None,  # indices have none
-            output_gradients=watch.output_gradients, batch_dim=watch.batch_dim,
-            may_sleep=matches(name, watch.may_sleep) or isinstance(module, ExpertProjection),
-            flattened=matches(name, watch.flattened),
-        )  # fmt: skip
-        specs.append(spec)
-    sides = draw_sides(specs, recipe.projection, recipe.seed)
-    layers = [Layer(spec, *chosen[spec.name], *sides[spec.name]) for spec in specs]
-    return layers, coverage(model, chosen, reasons)
+
+
+def _why_not(name: str, module: nn.Module, found: Adapter | None, watch: Watch) -> str | None:
+    """Why a module with this adapter is not watched, or None where it is."""
+    if projections(module):
+        return FUSED_EXPERTS
+    if found is not None and (why := _unlike_its_base(module)):
+        return why
+    if any(p.is_complex() for p in module.parameters(recurse=False)):
+        return "complex parameters"
+    if found is None:
+        return f"no adapter for {type(module).__name__}"
+    if 0 in (getattr(module, "in_features", 1), getattr(module, "out_features", 1)):
+        return "no inputs, or no outputs"
+    wanted = [p for p in watch.include if _named_by(name, module, p) and (p != "*" or found.default)]
+    if not wanted:
+        return "not included" if found.default else "an embedding is watched only where a pattern names it"
+    return "excluded" if _left_out(name, wanted, watch.exclude) else None
+
+
+def _specify(name: str, module: nn.Module, found: Adapter, watch: Watch, recipe: Recipe) -> LayerSpec:
+    shape = found.geometry(module)
+    bias = shape.bias and watch.bias
+    k_in, k_out = shape.in_features + bias, shape.out_features
+    if recipe.projection != "none":
+        k_in, k_out = (min(width, rank_of(name, recipe.rank)) for width in (k_in, k_out))
+    return LayerSpec(
+        name=name, **_sizes(found, shape), bias=bias, k_in=k_in, k_out=k_out,
+        activations=watch.activations if shape.channels else None,  # indices have none
+        output_gradients=watch.output_gradients, batch_dim=watch.batch_dim,
+        may_sleep=matches(name, watch.may_sleep) or isinstance(module, ExpertProjection),
+        flattened=matches(name, watch.flattened),
+    )  # fmt: skip
+
+
+def _sizes(found: Adapter, shape: Geometry) -> dict[str, Any]:
+    """Those fields of a layer's record that a model has to have in common with the log."""
+    keys = ("in_features", "out_features", "groups", "channels")
+    return {"type": type(found).__name__} | {key: getattr(shape, key) for key in keys}
 
 
 def _named_by(name: str, module: nn.Module, pattern: str) -> bool:
@@ -170,10 +181,8 @@ def find_logged(model: nn.Module, manifest: Manifest, origin: Path) -> list[Laye
                 f"the model has no layer {spec.name!r} as in {origin}: attach the model that was logged."
             )
         shape = found.geometry(module)
-        here = type(found).__name__, shape.in_features, shape.out_features, shape.groups, shape.channels
-        if here != (spec.type, spec.in_features, spec.out_features, spec.groups, spec.channels) or (
-            spec.bias and not shape.bias
-        ):
+        here = _sizes(found, shape)
+        if here != {key: getattr(spec, key) for key in here} or (spec.bias and not shape.bias):
             raise MismatchError(f"{origin} has {spec}, the model {shape}: attach the model that was logged.")
         layers.append(Layer(spec, module, found, *sides[spec.name]))
     return layers

@@ -55,9 +55,8 @@ class Repeats:
 
     def pending(self, ids: Sequence[int | str], rule: str) -> list[int | str]:
         """Return those of some ids whose rows would be logged now, in their order."""
-        if rule == "all":
-            return list(ids)
-        return [i for i in dict.fromkeys(ids) if i not in self._seen and i not in self.committed.ids]
+        keep, _ = self.keep(ids, "all" if rule == "all" else "first")
+        return [data_id for data_id, kept in zip(ids, keep, strict=True) if kept]
 
     def met(self, ids: Sequence[int | str]) -> None:
         """Remember a batch that was handed to the writer."""
@@ -169,9 +168,8 @@ class Session:
             self.close()  # which raises it again and lets others write
             raise
         try:
-            session = shared(
-                uuid.uuid4().hex
-            )  # new each time, so that the end of an interrupted run is not taken for this one
+            # New each time, so that the end of an interrupted run is not taken for this one.
+            session = shared(uuid.uuid4().hex)
         except RuntimeError as error:
             raise StateError(
                 f"another process is gone before it came to finalize() ({error}). What was committed is kept: start "

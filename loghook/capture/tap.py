@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from loghook.capture.adapters import as_tokens
+from loghook.capture.jobs import make
 from loghook.capture.layers import Slots
-from loghook.capture.work import Call, Made, make, wide_context
+from loghook.capture.work import Call, Made, wide_context
 from loghook.errors import UnsupportedError
 
 _PASSED = (None,) * 8  # gradients of all that is passed between output and leaves

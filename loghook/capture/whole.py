@@ -1,4 +1,7 @@
-"""Jobs on whole gradients: their statistics and scores, and no gradient kept."""
+"""Jobs on whole gradients: their statistics and scores, and no gradient kept.
+
+Shape suffixes as in ``loghook.project.outer``; Q queries, r their rank.
+"""
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
@@ -8,9 +11,12 @@ from torch import Tensor
 
 from loghook.capture.jobs import Job, Place, scale_for
 from loghook.capture.layers import Layer, Leaves, Slots, arrived, deliver
-from loghook.capture.work import Call, Held, by_row, make
-from loghook.project.blocks import square_size
+from loghook.capture.work import Call, Held, by_row, sum_moments
+from loghook.project.blocks import second_moment_blocks, square_size, take_blocks
+from loghook.project.outer import at_a_time, gradients, project_output
 from loghook.project.projection import Side
+
+CACHE_BYTES = 2**20  # of gradients at a time on a processor that are read once: they are squared where they were made
 
 
 class Whole(Job[dict[str, Tensor]]):
@@ -41,9 +47,7 @@ class Whole(Job[dict[str, Tensor]]):
         """Take the tokens of a sample's calls for tokens of one call."""
         slots, calls = group[0][0], [call for _, call in group]
         one = Call(torch.cat([c.g_BSO for c in calls], 1), torch.cat([c.x for c in calls], 1))
-        made = make(self.kind, one, slots.held, slots.place.dtype).main
-        assert made is not None
-        deliver(slots.leaves.main, made)
+        deliver(slots.leaves.main, self.work(one, slots.held, slots.place.dtype, False)[0])
 
     def collect(self, opened: Sequence[Slots], scale: float | Tensor) -> dict[str, Tensor]:
         there = {s.layer: arrived(s.leaves.main) for s in opened if s.delivered}
@@ -54,6 +58,11 @@ class Covariance(Whole):
     """Second moments of every layer's inputs (with the bias column) and output gradients, by blocks where wide."""
 
     kind = "covariance"
+
+    @staticmethod
+    def work(call: Call, held: Held, wide: torch.dtype, moments: bool) -> tuple[Tensor, None]:
+        g_BSO, x = call.g_BSO.to(wide), call.x.to(wide)
+        return sum_moments(g_BSO, x, call.weight_BS, None, take_blocks, second_moment_blocks), None
 
     def shape(self, layer: Layer, size: int) -> tuple[int, ...]:
         return (sum(square_size(side.width) for side in layer.sides) + 1,)  # blocks of both, and the number of tokens
@@ -69,6 +78,20 @@ class Eigenvalues(Whole):
 
     kind, at_once = "eigenvalues", True
     bases: Mapping[str, tuple[Side, Side]]  # {layer: (Q_A^T as the input side, Q_S^T as the output side)}
+
+    @staticmethod
+    def work(call: Call, held: Held, wide: torch.dtype, moments: bool) -> tuple[Tensor, None]:
+        """Sum over samples, those that are kept, of the squares of their gradients: (O, I)."""
+        (g_BSO, x), (p_out, keep_B) = by_row(call, wide), held
+        small = g_BSO.device.type == "cpu" and not torch.compiler.is_compiling()  # the compiler unrolls the loop
+        if x.dim() == 3:
+            g_BSO, p_out = project_output(g_BSO, p_out), None
+        total = None
+        for part, rows in gradients(g_BSO, x, p_out, CACHE_BYTES if small else None):
+            squares = rows.square_() if keep_B is None else rows.square_() * keep_B[part, None, None].to(rows.dtype)
+            total = squares.sum(0) if total is None else total + squares.sum(0)
+        assert total is not None
+        return total, None
 
     def open(self, layer: Layer, place: Place) -> tuple[Side, Held]:
         inputs, outputs = (side.to(place.device) for side in self.bases[layer.name])
@@ -90,6 +113,39 @@ class Products(Whole):
     count: int  # how many queries there are, Q
     inverse: Mapping[str, Tensor] | None = None  # {layer: inverse eigenvalues (O, I)}: each sample's own is wanted too
     bases: Mapping[str, tuple[Side, Side]] | None = None  # rotations into the basis that queries and inverse are in
+
+    @staticmethod
+    def work(call: Call, held: Held, wide: torch.dtype, moments: bool) -> tuple[Tensor, None]:
+        """Inner products of each sample's gradient with each query: (B, Q), or (B, Q + 1) with the sample's own last.
+
+        Inputs are (B, S, I), or (B, S, G, I) in groups. Held are p_out: None, or what rotates output gradients (inputs
+        and queries are rotated already); inverse: None, or (O, I), with which a sample's own weights its gradient's
+        squares; left and right: queries (Q, O, I) and None, or their halves (Q, O, r) and (Q, r, I).
+        """
+        (g_BSO, x), (p_out, inverse, left, right) = by_row(call, wide), held
+        assert left is not None
+        S, (Q, outputs, r), inputs = x.shape[1], left.shape, x.shape[-1]
+        scores = x.new_empty(len(x), Q + (inverse is not None))
+        if x.dim() == 3:
+            g_BSO, p_out = project_output(g_BSO, p_out), None
+            halves = outputs * inputs if right is None else r * (outputs + inputs)
+            if inverse is None and S * Q * halves <= (S + Q) * outputs * inputs:
+                # <sum_s g_s x_s^T, L R> = sum_s (g_s L) . (R x_s): where it is less arithmetic, no gradient is formed.
+                left_OQr = left.transpose(0, 1).flatten(1)
+                step = at_a_time(S * Q * r, x)
+                for g_bSO, x_bSI, part in zip(g_BSO.split(step), x.split(step), scores.split(step), strict=True):
+                    gl_bSQr = (g_bSO @ left_OQr).unflatten(2, (Q, r))
+                    rx_bSQr = (
+                        x_bSI[:, :, None] if right is None else (x_bSI @ right.flatten(0, 1).T).unflatten(2, (Q, r))
+                    )
+                    part.copy_((gl_bSQr * rx_bSQr).sum((1, 3)))
+                return scores, None
+        queries = (left if right is None else left @ right).flatten(1)
+        for place, rows in gradients(g_BSO, x, p_out):
+            scores[place, :Q] = rows.flatten(1) @ queries.T
+            if inverse is not None:
+                scores[place, Q] = rows.square_().flatten(1) @ inverse.flatten()
+        return scores, None
 
     @property
     def at_once(self) -> bool:  # type: ignore[override]

@@ -1,10 +1,8 @@
-"""What is made of a layer's inputs and output gradients: one function for each kind of job that a block may do.
+"""What one call of a layer gives, what is made of it, and the sums over tokens that several kinds of job make.
 
-Rows; rows of an optimiser's update; second moments of whole inputs and output gradients; EK-FAC's corrected
-eigenvalues; inner products of every sample's gradient with preconditioned queries. The functions are pure, and the
-compiler traces them.
+The functions are pure, and the compiler traces them.
 
-Shape suffixes as in ``loghook.project.outer``; D documents, L tokens of one; Q queries, r their rank.
+Shape suffixes as in ``loghook.project.outer``; D documents, L tokens of one.
 """
 
 import contextlib
@@ -14,20 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loghook.project.blocks import second_moment_blocks, take_blocks
-from loghook.project.outer import (
-    at_a_time,
-    gather_tokens,
-    gradients,
-    outer,
-    outer_grouped,
-    project_output,
-    second_moment,
-    second_moment_grouped,
-    update_rows,
-)
-
-CACHE_BYTES = 2**20  # of gradients at a time on a processor that are read once: they are squared where they were made
+from loghook.project.outer import gather_tokens, second_moment, second_moment_grouped
 
 Held = Sequence[Tensor | None]  # what a job takes of a layer besides its calls
 
@@ -47,97 +32,12 @@ class Made(NamedTuple):
     """What is made of a call; the leaves of a layer have the same order."""
 
     main: Tensor | None  # rows (B, k_out, k_in), or what the job makes instead
-    moments: Tensor | None = None  # see ``moments``
+    moments: Tensor | None = None  # see ``sum_moments``
     activations: Tensor | None = None  # (B, channels + 1): the last value counts tokens
     outputs: Tensor | None = None  # (B, O + 1): output gradients summed over tokens, the last value as above
 
 
-def make(kind: str, call: Call, held: Held, wide: torch.dtype, *, moments: bool = False, outputs: bool = False) -> Made:
-    """Do a job's work on one call, in ``wide``; moments and summed outputs only where they are asked for."""
-    main, summed = WORK[kind](call, held, wide, moments)
-    total = sum_tokens(call.g_BSO.to(wide), call.weight_BS, call.documents_DL) if outputs else None
-    return Made(main, summed, call.activations, total)
-
-
-def _rows(call: Call, held: Held, wide: torch.dtype, with_moments: bool) -> tuple[Tensor, Tensor | None]:
-    (p_out_kO,) = held
-    x = call.x.to(wide)
-    if x.dim() == 3:
-        g = project_output(call.g_BSO, p_out_kO).to(wide)
-        rows = outer(*by_document(call.documents_DL, g, x))
-    else:
-        g = call.g_BSO.to(wide)
-        g_DLO, x_DLGk = by_document(call.documents_DL, g, x)
-        rows = outer_grouped(g_DLO, x_DLGk, p_out_kO)
-    return rows, moments(g, x, call.weight_BS, p_out_kO) if with_moments else None
-
-
-def _update_rows(call: Call, held: Held, wide: torch.dtype, _: bool) -> tuple[Tensor, None]:
-    """Rows of an update; held is what ``update_rows`` takes besides output gradients and whole inputs."""
-    return update_rows(*by_row(call, wide), *held), None
-
-
-def _covariance(call: Call, held: Held, wide: torch.dtype, _: bool) -> tuple[Tensor, None]:
-    g_BSO, x = call.g_BSO.to(wide), call.x.to(wide)
-    return moments(g_BSO, x, call.weight_BS, None, take_blocks, second_moment_blocks), None
-
-
-def _eigenvalues(call: Call, held: Held, wide: torch.dtype, _: bool) -> tuple[Tensor, None]:
-    """Sum over samples, those that are kept, of the squares of their gradients: (O, I)."""
-    (g_BSO, x), (p_out, keep_B) = by_row(call, wide), held
-    small = g_BSO.device.type == "cpu" and not torch.compiler.is_compiling()  # the compiler unrolls the loop
-    if x.dim() == 3:
-        g_BSO, p_out = project_output(g_BSO, p_out), None
-    total = None
-    for part, rows in gradients(g_BSO, x, p_out, CACHE_BYTES if small else None):
-        squares = rows.square_() if keep_B is None else rows.square_() * keep_B[part, None, None].to(rows.dtype)
-        total = squares.sum(0) if total is None else total + squares.sum(0)
-    assert total is not None
-    return total, None
-
-
-def _products(call: Call, held: Held, wide: torch.dtype, _: bool) -> tuple[Tensor, None]:
-    """Inner products of each sample's gradient with each query: (B, Q), or (B, Q + 1) with the sample's own last.
-
-    Inputs are (B, S, I), or (B, S, G, I) in groups. Held are p_out: None, or what rotates output gradients (inputs and
-    queries are rotated already); inverse: None, or (O, I), with which a sample's own weights its gradient's squares;
-    left and right: queries (Q, O, I) and None, or their halves (Q, O, r) and (Q, r, I).
-    """
-    (g_BSO, x), (p_out, inverse, left, right) = by_row(call, wide), held
-    assert left is not None
-    S, (Q, outputs, r), inputs = x.shape[1], left.shape, x.shape[-1]
-    scores = x.new_empty(len(x), Q + (inverse is not None))
-    if x.dim() == 3:
-        g_BSO, p_out = project_output(g_BSO, p_out), None
-        halves = outputs * inputs if right is None else r * (outputs + inputs)
-        if inverse is None and S * Q * halves <= (S + Q) * outputs * inputs:
-            # <sum_s g_s x_s^T, L R> = sum_s (g_s L) . (R x_s): where it is less arithmetic, no gradient is formed.
-            left_OQr = left.transpose(0, 1).flatten(1)
-            step = at_a_time(S * Q * r, x)
-            for g_bSO, x_bSI, part in zip(g_BSO.split(step), x.split(step), scores.split(step), strict=True):
-                gl_bSQr = (g_bSO @ left_OQr).unflatten(2, (Q, r))
-                rx_bSQr = x_bSI[:, :, None] if right is None else (x_bSI @ right.flatten(0, 1).T).unflatten(2, (Q, r))
-                part.copy_((gl_bSQr * rx_bSQr).sum((1, 3)))
-            return scores, None
-    queries = (left if right is None else left @ right).flatten(1)
-    for place, rows in gradients(g_BSO, x, p_out):
-        scores[place, :Q] = rows.flatten(1) @ queries.T
-        if inverse is not None:
-            scores[place, Q] = rows.square_().flatten(1) @ inverse.flatten()
-    return scores, None
-
-
-# By name, since a compiled backward can hold names and tensors only.
-WORK: dict[str, Callable[[Call, Held, torch.dtype, bool], tuple[Tensor, Tensor | None]]] = {
-    "rows": _rows,
-    "update": _update_rows,
-    "covariance": _covariance,
-    "eigenvalues": _eigenvalues,
-    "products": _products,
-}
-
-
-def moments(
+def sum_moments(
     g_BSk: Tensor,
     x: Tensor,
     weight_BS: Tensor | None,
