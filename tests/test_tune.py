@@ -280,3 +280,14 @@ def test_samples_that_come_again_count_once():
     options = {"ranks": (4,), "dtypes": ("float32",), "projections": [{"projection": "random"}]}
     one, other = (loghook.tune(fit, walk, queries, lambda b: loss(model, b), **options) for walk in (samples, padded))
     assert other.samples == 60 and other.best.fidelity == pytest.approx(one.best.fidelity, abs=1e-6)
+
+
+def test_the_rank_of_a_choice_is_no_wider_than_its_layers(tmp_path):
+    model, x, fit, samples, queries = setting()
+    tuned = loghook.tune(
+        fit, samples, queries, lambda batch: loss(model, batch), bytes_per_sample=3 * 9 * 4, ranks=(12,),
+        projections=({"projection": "whitened", "whitening": 0.1},), dtypes=("float32",),
+    )  # fmt: skip
+    assert tuned.best.layers == ("out",) and tuned.best.init["rank"] == 9
+    log, query = logged(tmp_path / "log", model, x, tuned, samples)
+    assert log.influence(query, **tuned.best.scoring).fidelity == pytest.approx(tuned.best.fidelity, abs=1e-3)

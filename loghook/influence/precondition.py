@@ -102,7 +102,8 @@ def solvers(reader: Source, metric: Metric, layers: Sequence[LayerSpec]) -> Iter
         eigenvalues = {name: basis.products for name, basis in bases.items()}
         if metric.method != "kfac":
             eigenvalues = _corrected_eigenvalues(reader, "shampoo" if shampoo else "ekfac", bases)
-        narrow = working_dtype(reader) == torch.float32
+        # Rows in fewer bits have rounding everywhere, but as much of it in the eigenvalues.
+        narrow = reader.dtype == torch.float32 and not reader.codec.coded
         yield {
             name: Diagonal(bases[name], values, metric.amount(float(values.mean())), of_all=narrow)
             for name, values in eigenvalues.items()

@@ -299,7 +299,11 @@ def _measured(
             size = layout.codec(init["dtype"]).row_bytes
             if size <= limit and (len(patterns) not in best or fidelity > best[len(patterns)].fidelity):
                 names = tuple(spec.name for spec in layout.layers)
-                best[len(patterns)] = Candidate(init=init, layers=names, scoring=how, bytes=size, fidelity=fidelity)
+                # The same rows: a side no wider than the rank is kept whole.
+                rank = min(init["rank"], max(max(spec.widths) for spec in layout.layers))
+                best[len(patterns)] = Candidate(
+                    init=init | {"rank": rank}, layers=names, scoring=how, bytes=size, fidelity=fidelity
+                )
     yield from best.values()
 
 
