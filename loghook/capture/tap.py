@@ -16,12 +16,12 @@ from torch import Tensor
 from loghook.capture.adapters import as_tokens
 from loghook.capture.jobs import make
 from loghook.capture.layers import Slots
-from loghook.capture.work import Call, Made, wide_context
+from loghook.capture.work import Call, Delivery, wide_context
 from loghook.errors import UnsupportedError
 
 _PASSED = (None,) * 6  # gradients of all that is passed between output and leaves
 _FIRST, _END = 7, 12  # places of the leaves in what is passed
-_NOTHING = Made(None)
+_NOTHING = Delivery(None)
 
 
 class Tap(torch.autograd.Function):
