@@ -86,8 +86,8 @@ def make_hook(layer: Layer) -> Hook:
             else:
                 slots.ran += 1
                 slots.place.block.restarted |= slots.place.block.delivered
-        dims = layer.adapter.channel_dim, layer.batch_dim
-        call = y, projected, weight, documents, activations, *dims, slots.place.job.kind
+        how = slots.place.job.kind, layer.adapter.channel_dim, layer.batch_dim
+        call = y, projected, weight, documents, activations, how
         if torch.compiler.is_compiling():
             return Tap.apply(*call, None, *leaves, *slots.held)
         return Tap.apply(*call, slots, *leaves)

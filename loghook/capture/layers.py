@@ -85,7 +85,7 @@ def _execution_device(module: nn.Module) -> torch.device:
 class Leaves(NamedTuple):
     """Where arrives what is made of a layer's calls: the ``.grad`` of each."""
 
-    main: Tensor  # like the next three as in ``Made``, or None where it is not asked for
+    main: Tensor  # like the next three as in ``Delivery``, or None where it is not asked for
     moments: Tensor | None = None
     activations: Tensor | None = None
     outputs: Tensor | None = None

@@ -16,12 +16,12 @@ from torch import Tensor
 from loghook.capture.adapters import as_tokens
 from loghook.capture.jobs import make
 from loghook.capture.layers import Slots
-from loghook.capture.work import Call, Made, wide_context
+from loghook.capture.work import Call, Delivery, wide_context
 from loghook.errors import UnsupportedError
 
-_PASSED = (None,) * 8  # gradients of all that is passed between output and leaves
-_FIRST, _END = 9, 14  # places of the leaves in what is passed
-_NOTHING = Made(None)
+_PASSED = (None,) * 6  # gradients of all that is passed between output and leaves
+_FIRST, _END = 7, 12  # places of the leaves in what is passed
+_NOTHING = Delivery(None)
 
 
 class Tap(torch.autograd.Function):
@@ -35,9 +35,7 @@ class Tap(torch.autograd.Function):
         weight_BS: Tensor | None,
         documents_DL: Tensor | None,
         activations: Tensor | None,
-        channel_dim: int,  # axis of features in `y`
-        batch_dim: int,  # axis of samples in `y`
-        kind: str,  # of job
+        how: tuple[str, int, int],  # kind of job; axes of features and of samples in `y`
         slots: Slots | None,  # to let the call wait, or None where it is compiled
         main: Tensor,  # like the next four a leaf, see ``Leaves``
         moments: Tensor | None,
@@ -47,7 +45,7 @@ class Tap(torch.autograd.Function):
         *held: Tensor | None,  # what the job takes besides, where the call is compiled
     ) -> Tensor:
         ctx.save_for_backward(x, weight_BS, documents_DL, activations, *held)
-        ctx.kind, ctx.dims, ctx.slots, ctx.wide = kind, (channel_dim, batch_dim), slots, main.dtype
+        ctx.how, ctx.slots, ctx.wide = how, slots, main.dtype
         return alias(y)
 
     @staticmethod
@@ -59,13 +57,14 @@ class Tap(torch.autograd.Function):
             return (g, *(None,) * (len(ctx.needs_input_grad) - 1))
         # Sums over tokens run in float32 or wider, also where the user calls backward() under autocast.
         with wide_context(g.device.type):
-            call = Call(output_gradient(ctx.dims, g, x), x, weight_BS, documents_DL, activations)
+            kind, channel_dim, batch_dim = ctx.how
+            call = Call(output_gradient(channel_dim, batch_dim, g, x), x, weight_BS, documents_DL, activations)
             made, told, slots = _NOTHING, None, ctx.slots
             waits = None if slots is None else slots.place.job.defer(slots, call)
             if waits is None:
                 _, need_moments, _, need_outputs, need_calls = ctx.needs_input_grad[_FIRST:_END]
                 held = held if slots is None else slots.held
-                made = make(ctx.kind, call, held, ctx.wide, moments=need_moments, outputs=need_outputs)
+                made = make(kind, call, held, ctx.wide, moments=need_moments, outputs=need_outputs)
                 told = x.new_ones(1) if need_calls else None
             # Not in autograd.grad, nor in backward(inputs=...); the last tensor that forward got is a leaf.
             elif torch._C._will_engine_execute_node(ctx.next_functions[-1][0]):
@@ -96,14 +95,13 @@ def alias(y: Tensor) -> Tensor:
     return torch.ops.aten._unsafe_view.default(y, y.shape)
 
 
-def output_gradient(dims: tuple[int, int], g: Tensor, x: Tensor) -> Tensor:
+def output_gradient(channel_dim: int, batch_dim: int, g: Tensor, x: Tensor) -> Tensor:
     """Arrange an output gradient with these axes of channels and batch as (B, S, O), given inputs (B, S, ...)."""
     if torch.is_grad_enabled() and not torch.compiler.is_compiling():
         raise UnsupportedError(
             "backward ran with create_graph=True (a gradient penalty, a Hessian product): the second-order part of a "
             "gradient does not pass a layer's output, so rows would miss it. Take that term out of the logged loss."
         )
-    channel_dim, batch_dim = dims
     if g.dim() == 3 and not batch_dim and channel_dim == -1 and g.shape[:2] == x.shape[:2]:
         return g  # as it is nearly always
     g_BSO = as_tokens(g.movedim(batch_dim, 0) if batch_dim and g.dim() > 2 else g, channel_dim)

@@ -28,7 +28,7 @@ class Call(NamedTuple):
     activations: Tensor | None = None  # inputs summed over tokens, if they are logged
 
 
-class Made(NamedTuple):
+class Delivery(NamedTuple):
     """What is made of a call; the leaves of a layer have the same order."""
 
     main: Tensor | None  # rows (B, k_out, k_in), or what the job makes instead
