@@ -21,22 +21,22 @@ def _joined() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
 
 
-def share() -> tuple[int, int]:
+def rank_and_size() -> tuple[int, int]:
     """Rank and number of the processes that work together; (0, 1) without torch.distributed."""
     return (torch.distributed.get_rank(), torch.distributed.get_world_size()) if _joined() else (0, 1)
 
 
 def process_rank() -> int:
     """Rank of this process, also before torch.distributed is initialised."""
-    return share()[0] if _joined() else int(os.environ.get("RANK", 0))
+    return rank_and_size()[0] if _joined() else int(os.environ.get("RANK", 0))
 
 
 def world_size() -> int:
     """Number of processes, also before torch.distributed is initialised."""
-    return share()[1] if _joined() else int(os.environ.get("WORLD_SIZE", 1))
+    return rank_and_size()[1] if _joined() else int(os.environ.get("WORLD_SIZE", 1))
 
 
-def shared(value: Any) -> Any:
+def broadcast(value: Any) -> Any:
     """Return rank 0's value on all ranks; every rank calls it at the same point."""
     box = [value]
     if _joined():
@@ -48,17 +48,17 @@ def shared(value: Any) -> Any:
     return box[0]
 
 
-def everyone(value: Any) -> list[Any]:
+def all_gather(value: Any) -> list[Any]:
     """The values of all processes, in the order of ranks; every rank calls it at the same point."""
-    values = [value] * share()[1]
+    values = [value] * rank_and_size()[1]
     if len(values) > 1:
         torch.distributed.all_gather_object(values, value)
     return values
 
 
-def combine(part: Tensor) -> Tensor:
+def all_reduce(part: Tensor) -> Tensor:
     """Add up, in place, what the processes found (zero where they have nothing)."""
-    if share()[1] > 1:
+    if rank_and_size()[1] > 1:
         # nccl and its like alone, as accelerate starts them, know nothing of a processor's tensors.
         serves = "cpu:" in torch.distributed.get_backend_config()
         there = part if serves else part.to(torch.accelerator.current_accelerator())
@@ -67,9 +67,9 @@ def combine(part: Tensor) -> Tensor:
     return part
 
 
-def gather(part: Tensor, dim: int) -> Tensor:
+def all_concatenate(part: Tensor, dim: int) -> Tensor:
     """Join the processes' parts along an axis on which they may differ in length, in the order of ranks."""
-    return torch.cat(everyone(part), dim)
+    return torch.cat(all_gather(part), dim)
 
 
 def on_cpu(function: Callable[P, R]) -> Callable[P, R]:

@@ -17,7 +17,7 @@ from loghook.capture.layers import Layer
 from loghook.capture.session import Repeats
 from loghook.capture.whole import Whole
 from loghook.errors import MismatchError, NotFiniteError, StateError
-from loghook.processes import combine, everyone, process_rank, share
+from loghook.processes import all_gather, all_reduce, process_rank, rank_and_size
 from loghook.project.blocks import Factor, blocks_of, square_size
 from loghook.project.projection import Side, fit_side, shared_input_name
 
@@ -53,13 +53,13 @@ class Gathering:
 
     def reduce(self) -> "Gathering":
         """Sum over processes, at the same point on all of them; a layer that slept here counts zero."""
-        if share()[1] > 1:
+        if rank_and_size()[1] > 1:
             for layer in self._hooked._layers:
                 total = self.totals.get(layer.name)
                 if total is None:
                     total = torch.zeros(self._job.shape(layer, 0), dtype=torch.float64, device="cpu")
-                self.totals[layer.name] = combine(total.double().cpu())
-            self.samples = int(combine(torch.tensor(self.samples)))
+                self.totals[layer.name] = all_reduce(total.double().cpu())
+            self.samples = int(all_reduce(torch.tensor(self.samples)))
         if not self.samples:
             raise StateError("this pass saw no samples: run the whole loop inside `for _ in run.passes():`.")
         return self
@@ -165,7 +165,7 @@ def decompose(layers: Sequence[Layer], sums: Gathering) -> dict[str, tuple[Facto
     counted has zero factors. Factors lie on the CPU, and the sums are let go of on the way: those of a large model
     would fill a device. For the same reason processes exchange a layer each at a time.
     """
-    rank, world = share()
+    rank, world = rank_and_size()
     inputs: dict[tuple[int, torch.device], list[tuple[Tensor, Factor]]] = {}
     found: dict[str, tuple[Factor, Factor]] = {}
     for start in range(0, len(layers), world):
@@ -185,7 +185,7 @@ def decompose(layers: Sequence[Layer], sums: Gathering) -> dict[str, tuple[Facto
                 factor = _on_cpu(Factor.of(flat_in, w_in))
                 same[:] = [*same, (flat_in, factor)][-2:]  # siblings come one after the other
             mine[layer.name] = factor, _on_cpu(Factor.of(flat_out, w_out))
-        for part in everyone(mine):
+        for part in all_gather(mine):
             found.update(part)
     return found
 

@@ -25,7 +25,7 @@ from loghook.log.files import Sides, load_sides, save_sides
 from loghook.log.folder import ARGUMENTS, check_same
 from loghook.log.format import MANIFEST, Manifest
 from loghook.log.writer import Writer
-from loghook.processes import process_rank, provenance, shared, world_size
+from loghook.processes import broadcast, process_rank, provenance, world_size
 from loghook.project.projection import FITTED
 
 
@@ -154,7 +154,7 @@ class Run(Blocks, Hooked):
             print(f"{self.path} is finished: nothing is logged. `loghook append {self.path}` opens it for more data.")
         done = self._session.repeats.committed.done
         if self._session.resumed:
-            done |= shared(done)  # all ranks skip a pass or none does: loops may hold collectives
+            done |= broadcast(done)  # all ranks skip a pass or none does: loops may hold collectives
         fits = self._config.projection in FITTED
         if fits and self._config.fitted is not None:
             self._require_projection()
@@ -327,7 +327,7 @@ class Run(Blocks, Hooked):
         if process_rank() == 0:
             with writing(self.path):
                 checksum = save_sides(self.path, sides)
-        checksum, id_type = shared((checksum, self._id_type))
+        checksum, id_type = broadcast((checksum, self._id_type))
         self._project_with(load_sides(self.path, checksum), checksum, self._layers)
         if id_type:  # known after a pass; then the projection is committed with the manifest
             self._ready(id_type)

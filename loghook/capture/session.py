@@ -19,7 +19,7 @@ from loghook.log.disk import writing
 from loghook.log.folder import Committed, check_same, claim, ranks_on_disk, read_back, seal
 from loghook.log.format import MANIFEST, Manifest
 from loghook.log.writer import Batch, Writer, finite_rows, not_finite
-from loghook.processes import process_rank, shared, world_size
+from loghook.processes import broadcast, process_rank, world_size
 
 
 class Repeats:
@@ -95,7 +95,7 @@ class Session:
 
     def agree_on_id(self) -> str:
         """Draw the id of a new run, the same on all ranks."""
-        run_id, path = shared((uuid.uuid4().hex, str(self.path)))
+        run_id, path = broadcast((uuid.uuid4().hex, str(self.path)))
         if path != str(self.path):
             raise ConfigError(
                 f"this process writes to {self.path} and rank 0 to {path}: the ranks of one job write one run, so give "
@@ -169,7 +169,7 @@ class Session:
             raise
         try:
             # New each time, so that the end of an interrupted run is not taken for this one.
-            session = shared(uuid.uuid4().hex)
+            session = broadcast(uuid.uuid4().hex)
         except RuntimeError as error:
             raise StateError(
                 f"another process is gone before it came to finalize() ({error}). What was committed is kept: start "

@@ -21,7 +21,7 @@ from loghook.log.format import LayerSpec, Layout, Made
 from loghook.log.query import Query
 from loghook.log.reader import Reader
 from loghook.log.source import Source
-from loghook.processes import combine, on_cpu
+from loghook.processes import all_reduce, on_cpu
 
 Array = NDArray[np.float64]
 DRAWS = 200  # of another seed's scores, for the probabilities
@@ -335,7 +335,7 @@ def _p_values(log: Reader, query: Query, metric: Metric, top_Qk: NDArray[np.int6
     mixed = torch.zeros(nulls, width, dtype=torch.float64)
     for place, block in progress(log, "chance"):
         mixed += weights[:, place] @ block[:, :width].double()
-    chance = Query(list(range(nulls)), combine(mixed), log.made)
+    chance = Query(list(range(nulls)), all_reduce(mixed), log.made)
     best = engine.influence(log, chance, replace(metric, normalize="unit"), top=1).values[:, 0]
     aligned = engine.influence(log, query, replace(metric, normalize="unit")).values
     seen = np.take_along_axis(aligned, top_Qk, axis=1)

@@ -18,7 +18,7 @@ from loghook.log.files import kept_name, load_kept, save_kept
 from loghook.log.format import LayerSpec, checksum, fits, listed
 from loghook.log.query import Query, require_match, require_one_query
 from loghook.log.source import Source
-from loghook.processes import combine, everyone, gather, on_cpu, share
+from loghook.processes import all_concatenate, all_gather, all_reduce, on_cpu, rank_and_size
 
 # preconditioned questions (Q, gradient_width) -> the best scores of each, and their places
 Scan = Callable[[Tensor], tuple[np.ndarray, np.ndarray]]
@@ -179,7 +179,7 @@ def _prepare(
             if fresh is not None:
                 _add_quadratics(reader, group, fresh)
     if fresh is not None:
-        rows = _keep(reader, metric, chosen, combine(fresh))
+        rows = _keep(reader, metric, chosen, all_reduce(fresh))
     return matrix.to(working_dtype(reader)), own, rows
 
 
@@ -199,7 +199,7 @@ def _recall(reader: Source, metric: Metric, chosen: Sequence[LayerSpec]) -> Tens
     key = _key(metric, chosen)
     if key not in reader.cache and reader.seal is not None:
         # The others take what rank 0 found, so that all or none compute.
-        kept = everyone(load_kept(reader.path, reader.seal).get(key) if share()[0] == 0 else None)[0]
+        kept = all_gather(load_kept(reader.path, reader.seal).get(key) if rank_and_size()[0] == 0 else None)[0]
         if kept is not None and kept.shape == (len(reader),) and kept.dtype == np.float64:
             reader.cache[key] = torch.from_numpy(kept)
     return reader.cache.get(key)
@@ -208,7 +208,7 @@ def _recall(reader: Source, metric: Metric, chosen: Sequence[LayerSpec]) -> Tens
 def _keep(reader: Source, metric: Metric, chosen: Sequence[LayerSpec], values: Tensor) -> Tensor:
     key = _key(metric, chosen)
     reader.cache[key] = values
-    if reader.seal is not None and share()[0] == 0:
+    if reader.seal is not None and rank_and_size()[0] == 0:
         save_kept(reader.path, reader.seal, key, values.numpy())
     return values
 
@@ -260,8 +260,8 @@ def _scan(
             scores, index = scores[:, near], index[near]
         best, places = _best(torch.cat([best, scores], 1), torch.cat([places, index.expand(queries, -1)], 1), top)
     if top is None:
-        return combine(values).numpy(), None, combine(by_layer).numpy() if per_layer else None
-    best, places = _best(gather(best, 1), gather(places, 1), top)
+        return all_reduce(values).numpy(), None, all_reduce(by_layer).numpy() if per_layer else None
+    best, places = _best(all_concatenate(best, 1), all_concatenate(places, 1), top)
     return best.float().numpy(), places.numpy(), None
 
 

@@ -17,7 +17,7 @@ from loghook.log.disk import plain
 from loghook.log.files import loading, save_checked
 from loghook.log.query import Query
 from loghook.log.reader import Reader
-from loghook.processes import combine, share
+from loghook.processes import all_reduce, rank_and_size
 
 CANDIDATES = 200  # that are scored for each question, unless another number is asked for
 OPTIONS = ("damping", "damping_abs", "layers")  # of ``Log.influence``; rows in an index have no norms
@@ -141,10 +141,10 @@ def build(reader: Reader, dimensions: int, factory: str, sample: int, seed: int)
     rows = torch.zeros(len(reader), len(basis))
     for place, block in progress(reader, "reducing"):
         rows[place] = block[:, columns].float() @ basis.T
-    index = Index(reader, basis, combine(rows), factory)
+    index = Index(reader, basis, all_reduce(rows), factory)
     method, top = compared_methods(reader)[-1], min(TOP, len(reader) - 1)
     recall = index.recall(min(QUESTIONS, len(reader)), top, method) if top else 1.0
-    if share()[0] == 0:
+    if rank_and_size()[0] == 0:
         print(f"index of {len(reader):,} rows in {len(basis):,} of {columns.stop:,} dimensions")
         print(f"  finds {recall:.0%} of the {top} best rows by {method} among {CANDIDATES} candidates")
     return index

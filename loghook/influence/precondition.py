@@ -14,7 +14,7 @@ from loghook.influence.solvers import Dense, Diagonal, Identity, LowRank, Solver
 from loghook.log.disk import plain
 from loghook.log.format import LayerSpec
 from loghook.log.source import Source
-from loghook.processes import combine, share
+from loghook.processes import all_reduce, rank_and_size
 from loghook.progress import bar
 
 METHODS = ("dot", "cosine", "fisher", "kfac", "ekfac", "shampoo")
@@ -81,7 +81,7 @@ def progress(reader: Source, what: str, *, stored: bool = False) -> Iterator[tup
     """
     dtype = working_dtype(reader)
     with bar(None, what, "rows", len(reader)) as done:
-        for place, block in reader.blocks(share=share(), stored=stored):
+        for place, block in reader.blocks(share=rank_and_size(), stored=stored):
             yield place, block if stored else block.to(dtype)
             done.update(len(block))
 
@@ -143,7 +143,7 @@ def _row_bases(reader: Source, layers: Sequence[LayerSpec]) -> dict[str, Eigenba
                 for total, side in zip(sums[spec.name], (rows.flatten(0, 1), rows.mT.flatten(0, 1)), strict=True):
                     total.addmm_(side.T, side)
         for name, sides in sums.items():
-            reader.cache["row basis", name] = Eigenbasis.of_moments(*(combine(side) / len(reader) for side in sides))
+            reader.cache["row basis", name] = Eigenbasis.of_moments(*(all_reduce(side) / len(reader) for side in sides))
     return {spec.name: reader.cache["row basis", spec.name] for spec in layers}
 
 
@@ -157,7 +157,7 @@ def _corrected_eigenvalues(reader: Source, kind: str, bases: dict[str, Eigenbasi
                 rows = block[:, reader.layout.columns[name]].unflatten(1, basis.products.shape)
                 sums[name] += basis.rotate(rows).double().square_().sum(0)  # in float32 the squares of 1e-23 are 0
         for name, total in sums.items():
-            reader.cache[kind, name] = combine(total) / len(reader)
+            reader.cache[kind, name] = all_reduce(total) / len(reader)
     return {name: reader.cache[kind, name] for name in bases}
 
 
@@ -174,7 +174,7 @@ def _fit_fisher(reader: Source, metric: Metric, group: Sequence[LayerSpec]) -> d
                 total.addmm_(part.T, part)
     fitted: dict[str, Solver] = {}
     for spec in group:
-        total = combine(sums.pop(spec.name))
+        total = all_reduce(sums.pop(spec.name))
         # The mean squared norm of a row; the mean eigenvalue is this trace over the width.
         trace = float(total.square().sum() if spec.name in few else total.trace()) / len(reader)
         if trace <= _vanishing(reader):

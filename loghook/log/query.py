@@ -13,7 +13,7 @@ from torch import Tensor
 from loghook.errors import CheckpointWarning, ConfigError, MismatchError, StateError
 from loghook.log.files import loading, save_checked
 from loghook.log.format import LayerSpec, Layout, Made
-from loghook.processes import everyone
+from loghook.processes import all_gather
 
 _NOTHING = Made((), "", 0)
 
@@ -193,7 +193,7 @@ def require_match(
 
 def require_one_query(query: Query, what: object) -> None:
     """Raise unless all processes ask the same questions: each scores a share of ``what`` for the answers of all."""
-    (ids, norms), *others = everyone((query.data_ids, query.matrix.norm(dim=1).tolist()))
+    (ids, norms), *others = all_gather((query.data_ids, query.matrix.norm(dim=1).tolist()))
     for other, sizes in others:
         # Equal questions may differ in rounding from process to process. All compare with the first, so that all raise.
         if other != ids or not np.allclose(sizes, norms, rtol=1e-2, equal_nan=True):

@@ -26,7 +26,7 @@ from loghook.log.disk import lock, lock_name, plain, writing
 from loghook.log.files import FACTORS
 from loghook.log.format import MANIFEST
 from loghook.log.query import Query, require_match, require_one_query, require_query
-from loghook.processes import process_rank, shared
+from loghook.processes import broadcast, process_rank
 from loghook.whole.refine import Damped, GaussNewton, OutputLoss, Outputs, require_batches, require_sum, solve, unrolled
 from loghook.whole.scoring import Scoring, rotations
 
@@ -111,7 +111,7 @@ class Fit(Blocks, Hooked):
         held = lock(self.path / lock_name(process_rank()))
         try:
             for index, kind in enumerate(PASSES):
-                if shared(store.done(kind)):
+                if broadcast(store.done(kind)):
                     continue
                 job = Covariance() if kind == "covariance" else Eigenvalues(rotations(store.bases))
                 gathering = Gathering(self, job)
@@ -139,7 +139,7 @@ class Fit(Blocks, Hooked):
             with writing(self.path):
                 store.commit(kind, tensors, sums.samples)
         # Other ranks find on the disk what rank 0 wrote.
-        store.files, store.samples = shared((store.files, store.samples))
+        store.files, store.samples = broadcast((store.files, store.samples))
 
     @contextmanager
     def _block(self, data_id: Ids, given: Given) -> Iterator[None]:

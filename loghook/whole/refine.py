@@ -23,7 +23,7 @@ from loghook.errors import ConfigError, UnsupportedError
 from loghook.factors import FactorStore
 from loghook.influence.solvers import Diagonal, gram_basis, nonzero
 from loghook.log.format import Layout
-from loghook.processes import combine
+from loghook.processes import all_reduce
 from loghook.progress import bar
 
 Outputs = Callable[[Any], Tensor]
@@ -72,8 +72,8 @@ class GaussNewton:
         finally:
             for p, was in zip(parameters, before, strict=True):
                 p.requires_grad_(was)
-        counted = combine(torch.tensor(samples, dtype=torch.float64, device=out.device))
-        return combine(out) / float(counted)
+        counted = all_reduce(torch.tensor(samples, dtype=torch.float64, device=out.device))
+        return all_reduce(out) / float(counted)
 
     def _add(self, vectors: Tensor, batch: Any, parameters: Sequence[Tensor], out: Tensor) -> None:
         y, saved = _with_size(self.outputs, batch)

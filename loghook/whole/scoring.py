@@ -16,7 +16,7 @@ from loghook.influence.precondition import Metric
 from loghook.influence.scores import Scores
 from loghook.influence.solvers import Diagonal, Identity, nonzero
 from loghook.log.query import Query, require_one_query
-from loghook.processes import everyone
+from loghook.processes import all_gather
 from loghook.project.projection import Side
 
 if TYPE_CHECKING:
@@ -76,7 +76,7 @@ class Scoring(Blocks):
         """The scores of all samples so far, of all processes: the same on each of them."""
         if self._query is not None:
             require_one_query(self._query, "the samples")
-        everywhere = everyone((list(self._seen), self._parts))
+        everywhere = all_gather((list(self._seen), self._parts))
         parts = [part for _, some in everywhere for part in some]
         if not parts:
             raise StateError("nothing was scored: run the loop with `with scoring(data_id=...):` first.")
