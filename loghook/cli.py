@@ -62,6 +62,8 @@ def _command(function: Callable[..., Any]) -> Callable[..., Any]:
             with warnings.catch_warnings():
                 warnings.showwarning = _show_warning
                 return function(*args, **kwargs)
+        except BrokenPipeError as error:  # whoever reads has enough
+            raise typer.Exit(1) from error
         except (LoghookError, OSError, UnicodeError) as error:
             typer.secho(f"error: {error}", fg="red", err=True)
             raise typer.Exit(1) from error

@@ -1,4 +1,4 @@
-"""The progress bar of everything that may take long."""
+"""The progress bar of everything that may take long, but for retraining, which takes hours."""
 
 from collections.abc import Iterable
 from typing import TypeVar

@@ -642,3 +642,28 @@ def test_scores_do_not_follow_the_default_dtype(tmp_path, dtype):
         assert again.self_influence().dtype == np.float32
     finally:
         torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.parametrize("spread", [1e3, 1e4])
+@pytest.mark.parametrize("method", ["kfac", "ekfac", "shampoo"])
+def test_small_dampings_beside_a_feature_that_is_far_larger_than_the_others(tmp_path, method, spread):
+    """Directions with small factors are not empty: what counts is whether rows have anything there."""
+    torch.manual_seed(0)
+    model, x, asked = nn.Linear(12, 6), torch.randn(400, 12), torch.randn(4, 12)
+    x[:, 0] *= spread
+    asked[:, 0] *= spread
+
+    def scores(dtype: torch.dtype, damping: float) -> np.ndarray:
+        model.to(dtype)
+        with loghook.init(tmp_path / f"{dtype}-{damping}", projection="none", dtype=str(dtype)[6:]) as run:
+            run.watch(model)
+            with run(data_id=range(400)):
+                model(x.to(dtype)).sin().sum().backward()
+            with run.query(data_id=range(4)) as query:
+                model(asked.to(dtype)).cos().sum().backward()
+            run.finalize()
+        return loghook.load(run.path).influence(query, method, damping=damping).values
+
+    for damping in (0.1, 1e-6):
+        wide, narrow = scores(torch.float64, damping), scores(torch.float32, damping)
+        np.testing.assert_allclose(narrow, wide, atol=2e-2 * np.abs(wide).max())

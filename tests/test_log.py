@@ -596,3 +596,22 @@ def test_passes_are_gone_through_once(tmp_path, capsys):
     with pytest.raises(StateError, match="is finalised"):
         go_through(run, range(8))
     assert len(loghook.load(run.path)) == 8
+
+
+def test_rows_that_are_looked_at_hold_one_descriptor_a_shard(tmp_path):
+    """Each map holds a descriptor, and a program may keep as many rows as it likes."""
+    model, x = nn.Linear(6, 4), torch.randn(64, 6)
+    with loghook.init(tmp_path / "run", rank=2) as run:
+        run.watch(model)
+        for start in range(0, 1024, 64):
+            with run(data_id=range(start, start + 64)):
+                model(x).square().sum().backward()
+        run.finalize()
+    log = loghook.load(run.path)
+    before = len(os.listdir("/proc/self/fd"))
+    rows = log.rows(log.layers[0])
+    kept = [rows[i] for i in range(1024)] + [block for _, block in log.blocks(rows=1)]
+    assert len(os.listdir("/proc/self/fd")) <= before + 2
+    assert len(kept) == 2048
+    del kept
+    assert len(os.listdir("/proc/self/fd")) == before

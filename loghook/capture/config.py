@@ -14,12 +14,6 @@ from loghook.log.format import ON_REPEAT, fits
 from loghook.project.outer import GRADIENTS
 from loghook.project.projection import FITTED
 
-_CHOICES: dict[str, Sequence[str | None]] = {
-    "projection": ("random", *FITTED, "none"),
-    "dtype": DTYPES,
-    "gradient": GRADIENTS,
-    "on_repeat": ON_REPEAT,
-}
 Rank = int | Mapping[str, int]  # of all layers, or by fnmatch pattern: the first that fits a layer is its own
 
 
@@ -60,7 +54,7 @@ class Config(Recipe):
     def __post_init__(self) -> None:
         super().__post_init__()
         _choose(self, "dtype", DTYPES)
-        _choose(self, "on_repeat", (None, "error", "first", "all"))
+        _choose(self, "on_repeat", ON_REPEAT)
         if self.fitted is not None and self.projection not in FITTED:
             raise ConfigError(
                 f"fitted={str(self.fitted)!r} goes with projection='pca' or 'whitened', not {self.projection!r}: leave "

@@ -60,8 +60,10 @@ def make_hook(layer: Layer) -> Hook:
             if slots.early is not None and slots.early[0] is x and slots.early[1] == x._version:
                 projected = slots.early[2]
             else:
-                x = _batch_first(layer, slots, x)
+                given, x = x, _batch_first(layer, slots, x)
                 projected = _regrouped(layer, slots, _project(layer, slots, module, x))
+                if slots.input_side.matrix is None and not given.requires_grad and _is_part_of(projected, given):
+                    projected = projected.clone()  # autograd keeps it not: the program may write its next batch there
             if isinstance(module, ExpertProjection):
                 documents, weight = slots.tokens.routed(layer.name, module.token_N, module.total)
             else:
@@ -123,6 +125,10 @@ def make_early_hook(layer: Layer) -> Hook:
     return Hook(hook)
 
 
+def _is_part_of(t: Tensor, other: Tensor) -> bool:
+    return torch.compiler.is_compiling() or torch._C._is_alias_of(t, other)  # type: ignore[attr-defined]
+
+
 def _require_backward(layer: Layer) -> None:
     """Raise inside torch.func's transforms: they have no backward pass that a tap could be in."""
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
@@ -172,8 +178,6 @@ def _batch_first(layer: Layer, slots: Slots, x: Tensor) -> Tensor:
     """Detach a layer's input and arrange it with the batch first; raise where it has not the block's samples."""
     if x.is_nested or x.dim() < (2 if layer.spec.channels else 1):  # indices need no axis for channels
         raise _not_a_batch(layer, x)
-    if slots.input_side.matrix is None and not x.requires_grad:
-        x = x.clone()  # kept whole, and not by autograd: the program may write its next batch into the same memory
     x = x.detach().to(slots.place.device)  # accelerate's hooks move inputs after this hook was given them
     if layer.spec.flattened:
         return x

@@ -41,6 +41,7 @@ class Hooked:
         self._asked = "plain" if recipe.gradient == "adam" else recipe.gradient  # what the rows of questions are of
         self._fitted: str | None = None  # checksum of a fitted projection that the layers have
         self._layers: list[Layer] = []
+        # Held until ``close``: of a container that was made for watch() alone nobody else would know the BatchNorms.
         self._model: nn.Module | None = None
         self._mixing: list[tuple[str, nn.Module]] | None = None  # looked for when a block opens, and in each pass anew
         self._handles: list[torch.utils.hooks.RemovableHandle] = []

@@ -67,7 +67,7 @@ class Run(Blocks, Hooked):
         """Put inert hooks on a model's layers and print what they cover.
 
         Args:
-            model: the model; call this before ``torch.compile`` where you can.
+            model: the model; call this before ``torch.compile`` where you can. It is held until ``close()``.
             include: fnmatch patterns over whole module names; ``*`` selects linear and convolution layers.
             exclude: patterns left out; replaces the default, which yields where ``include`` names ``lm_head``.
             bias: whether a module's bias is logged as the last column.

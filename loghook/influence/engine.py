@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loghook.errors import ConfigError, UnfinishedWarning
+from loghook.errors import ConfigError, UnfinishedWarning, user_line
 from loghook.influence.precondition import Metric, progress, solvers, working_dtype
 from loghook.influence.products import Product, products
 from loghook.influence.scores import Scores
@@ -49,7 +49,7 @@ def influence(
             f"query_dtype={query_dtype!r} compares signs with signs, but {reader.path} is stored as "
             f"{reader.codec.name}: leave it out, or make a log of signs with log.compress(path, 'int1')."
         )
-    require_match(query, reader.made, reader.manifest.values, str(reader.path), "log.attach(model)", stacklevel=5)
+    require_match(query, reader.made, reader.manifest.values, str(reader.path), "log.attach(model)")
     if scan is None:  # which reads a share of the log; an index holds all of it
         require_one_query(query, reader.path)
     if not len(reader):
@@ -125,7 +125,7 @@ def self_influence(reader: Source, metric: Metric, layers: Sequence[str] | None)
 
 
 def _warn_unfinished(reader: Source) -> None:
-    """Warn once for each open log; the line that is shown is that which called ``on_cpu``'s function."""
+    """Warn once for each open log."""
     if reader.finished or reader.warned:
         return
     reader.warned = True
@@ -133,7 +133,7 @@ def _warn_unfinished(reader: Source) -> None:
         f"{reader.path} is not finished: only the {len(reader):,} rows so far are scored. To have all, let its run "
         "come to finalize(), with resume=True if it was interrupted, and load it again.",
         UnfinishedWarning,
-        stacklevel=5,
+        stacklevel=user_line(),
     )
 
 

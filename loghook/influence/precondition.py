@@ -60,7 +60,7 @@ class Metric:
 
     @property
     def stated(self) -> dict[str, Any]:
-        """Damping as results state it: of the two kinds the one that counts, and neither without metric."""
+        """Damping as results state it: of the two kinds the one that counts, and neither without curvature."""
         relative = None if self.plain or self.damping_abs is not None else self.damping
         return {"damping": relative, "damping_abs": None if self.plain else self.damping_abs}
 
@@ -100,12 +100,17 @@ def solvers(reader: Source, metric: Metric, layers: Sequence[LayerSpec]) -> Iter
         shampoo = metric.method == "shampoo"
         bases = _row_bases(reader, layers) if shampoo else _token_bases(reader, layers)
         eigenvalues = {name: basis.products for name, basis in bases.items()}
-        if metric.method != "kfac":
-            eigenvalues = _corrected_eigenvalues(reader, "shampoo" if shampoo else "ekfac", bases)
         # Rows in fewer bits have rounding everywhere, but as much of it in the eigenvalues.
         narrow = reader.dtype == torch.float32 and not reader.codec.coded
+        measured: Mapping[str, Tensor] = {}
+        if metric.method != "kfac" or (narrow and (metric.damping_abs is not None or metric.damping < 1e-2)):
+            measured = _corrected_eigenvalues(reader, "shampoo" if shampoo else "ekfac", bases)
+        if metric.method != "kfac":
+            eigenvalues = dict(measured)
         yield {
-            name: Diagonal(bases[name], values, metric.amount(float(values.mean())), of_all=narrow)
+            name: Diagonal(
+                bases[name], values, metric.amount(float(values.mean())), measured.get(name) if narrow else None
+            )
             for name, values in eigenvalues.items()
             if float(values.sum()) > _vanishing(reader)
         }

@@ -119,9 +119,8 @@ def _codes(codec: LowBitCodec, matrix: Tensor, numbers: Sequence[int]) -> Produc
         for part in codec.alike(numbers)
     ]
     widest = max(part.width for part, _ in parts)
-    wide = torch.empty(
-        max(LEAST_ROWS, UNPACKED // 4 // widest), widest
-    )  # of four bytes each, as many as stay in the cache
+    rows_at_a_time = max(LEAST_ROWS, UNPACKED // 4 // widest)  # of four bytes each, as many as stay in the cache
+    wide = torch.empty(rows_at_a_time, widest)
 
     def multiply(block: Tensor) -> Tensor:
         out = torch.zeros(len(block), len(matrix))

@@ -192,9 +192,8 @@ def _find_count(trainer: Any, inputs: Mapping[str, Any], items: Any) -> Count:
         with _decoder_inputs(trainer.model, inputs) as made:
             loss(labels, items)  # what fails here would fail in training as well
         inputs = {**inputs, **made}
-        labels = (
-            labels if bool((labels != IGNORED).any()) else torch.zeros_like(labels)
-        )  # without any, all losses agree
+        if not bool((labels != IGNORED).any()):
+            labels = torch.zeros_like(labels)  # without any, all losses agree
         try:
             known = items is None
             if not known:

@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from loghook.errors import ConfigError, CorruptLogError, LogExistsError, MismatchError, StateError
+from loghook.errors import ConfigError, CorruptLogError, LogExistsError, LoghookError, MismatchError, StateError
 from loghook.log.codec import DTYPES, Codec
 from loghook.log.disk import absolute, checksum, lock, lock_name, sync_folder, write_atomically, write_flushed, writing
 from loghook.log.files import KEPT, PROJECTION, load_moments, load_sides, save_moments
@@ -262,7 +262,7 @@ def _rewrite(
 ) -> Changed:  # fmt: skip
     """Write the next generation of a run beside this one, let it count, and delete what it does not name."""
     new = replace(manifest, generation=manifest.generation + 1, no_statistics=reason, sealed=None)
-    lost, before = [i for log in logs for i in _lost_ids(log, manifest.id_type)], set(path.iterdir())
+    lost, before = [i for log in logs for i in _lost_ids(log, manifest.id_type)], set(_files(path))
     try:
         written, left_out = _copy_all([(path, manifest, log) for log in logs], path, new, keep)
         dropped, still, seal = lost + left_out, set(_ids_of(written)), sum_up(written)
@@ -270,9 +270,10 @@ def _rewrite(
         new.history = [*manifest.history, _entry(what, rows=seal["rows"], dropped=len(dropped), notes=list(notes))]
         new.save(path)
     except BaseException:
-        if Manifest.load(path).generation == manifest.generation:  # nothing of the new one counts: give its room back
-            for file in set(path.iterdir()) - before:
-                file.unlink(missing_ok=True)
+        with suppress(OSError, LoghookError):  # what stays is cleared away by the next
+            if Manifest.load(path).generation == manifest.generation:  # nothing of the new one counts
+                for file in set(_files(path)) - before:
+                    file.unlink()
         raise
     _clean(path, written)
     again = [i for i in dict.fromkeys(dropped) if i not in still]
@@ -379,15 +380,20 @@ def _recoded(stored: np.ndarray, ids: Sequence[int | str], old: Codec, new: Code
     return b"".join(parts)
 
 
+def _files(path: Path) -> list[Path]:
+    """Shards, snapshots and commit logs in a run's folder."""
+    kinds = ("rows-*.safetensors", "statistics-*.safetensors", "commits-*.jsonl")
+    return [file for kind in kinds for file in path.glob(kind)]
+
+
 def _clean(path: Path, logs: Sequence[Commits]) -> None:
     """Delete what these commit logs do not name."""
     named = {log.file.name for log in logs}
     for log in logs:
         named |= {shard_name(log.rank, shard) for shard in log.shard_ends}
         named |= {record["statistics"]["file"] for record in log.rows}
-    for kind in ("rows-*.safetensors", "statistics-*.safetensors", "commits-*.jsonl"):
-        for file in path.glob(kind):
-            if file.name not in named:
-                file.unlink()
+    for file in _files(path):
+        if file.name not in named:
+            file.unlink()
     (path / KEPT).unlink(missing_ok=True)  # it speaks of rows that may be gone
     sync_folder(path)

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loghook.errors import CheckpointWarning, ConfigError, MismatchError, StateError
+from loghook.errors import CheckpointWarning, ConfigError, MismatchError, StateError, user_line
 from loghook.log.files import loading, save_checked
 from loghook.log.format import LayerSpec, Layout, Made
 from loghook.processes import all_gather
@@ -161,9 +161,7 @@ def require_query(query: Any) -> None:
         )
 
 
-def require_match(
-    query: Any, made: Made, values: str | None, whose: str, asked_of: str, *, stacklevel: int = 3
-) -> None:
+def require_match(query: Any, made: Made, values: str | None, whose: str, asked_of: str) -> None:
     """Raise unless this is a query of what was ``made``, and warn if it was made with other parameter values.
 
     Args:
@@ -172,7 +170,6 @@ def require_match(
         values: digest of the parameter values that they were made with, or None if any will do.
         whose: what they are called in messages.
         asked_of: what makes such queries.
-        stacklevel: of the warning.
     """
     require_query(query)
     if query.fingerprint != made.fingerprint:
@@ -187,7 +184,7 @@ def require_match(
             f"the query was made with other parameter values than {whose}: gradients at different points would be "
             "compared. Load that checkpoint first.",
             CheckpointWarning,
-            stacklevel=stacklevel,
+            stacklevel=user_line(),
         )
 
 

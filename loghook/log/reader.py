@@ -136,21 +136,24 @@ class Reader(Source):
         """
         row_bytes = self.codec.row_bytes if stored else self.codec.width * self.dtype.itemsize
         step = rows or max(1, BLOCK_BYTES // row_bytes)
-        for shard, first, last in ahead(self._pieces(share)):
+        for shard, first, last in ahead(self._pieces(share, max(step, BLOCK_BYTES // self.codec.row_bytes))):
+            data = shard.mapped(first, last)
             for start in range(first, last, step):
                 stop = min(start + step, last)
-                block, place = shard.mapped(start, stop), slice(shard.first + start, shard.first + stop)
+                block = data[start - first : stop - first]
+                place = slice(shard.first + start, shard.first + stop)
                 if self._keep is not None:
                     kept = self._keep[place]
                     place = slice(*self._kept_before[[place.start, place.stop]].tolist())
                     block = block if kept.all() else block[torch.from_numpy(kept)]
                 yield place, block if stored else self.codec.decode(block)
 
-    def _pieces(self, share: tuple[int, int]) -> Iterator[tuple[Shard, int, int]]:
-        """Verified ranges of rows: their shard, the first row in it, and the end."""
+    def _pieces(self, share: tuple[int, int], most: int) -> Iterator[tuple[Shard, int, int]]:
+        """Verified ranges of at most so many rows: their shard, the first row in it, and the end."""
         for shard in self._shards[share[0] :: share[1]]:
             for first, last in shard.pieces():
-                yield shard, first, last
+                for start in range(first, last, most):
+                    yield shard, start, min(start + most, last)
 
     def gather(self, index: np.ndarray, columns: slice = slice(None)) -> Tensor:
         """Copy rows out by their place in the log: (len(index), width), or some columns that contain whole layers."""
@@ -160,7 +163,7 @@ class Reader(Source):
             inside = (physical >= shard.first) & (physical < shard.first + shard.rows)
             if not inside.any():
                 continue
-            data = shard.touch(0, shard.rows)
+            data = shard.touch()
             if not len(out):  # only now: a file that is there vouches for the width that the manifest states
                 out = self._empty(len(physical), columns)
             step = max(1, BLOCK_BYTES // max(self.codec.row_bytes, out.shape[1] * out.itemsize))
@@ -179,7 +182,7 @@ class Reader(Source):
             return None
         for shard in self._shards:
             if shard.first <= start and stop <= shard.first + shard.rows:
-                return shard.touch(start - shard.first, stop - shard.first)
+                return shard.touch()[start - shard.first : stop - shard.first]
         return None
 
     def verify(self) -> list[str]:

@@ -5,6 +5,7 @@ import json
 import mmap
 import os
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -91,31 +92,41 @@ class Shard:
     # (first row in the shard, rows, checksum) of every record
     parts: list[tuple[int, int, str]] = field(default_factory=list)
     good: bool = False  # whether every record was verified
+    _whole: "weakref.ref[mmap.mmap] | None" = None  # the map of all rows, for as long as somebody looks at some
 
-    def touch(self, start: int, stop: int) -> Tensor:
-        """Some rows as ``mapped`` gives them, once all of the shard are verified."""
+    def touch(self) -> Tensor:
+        """All rows as they are stored (see ``Codec``), verified: views of one map, which holds one descriptor."""
         for _ in self.pieces():
             pass
-        return self.mapped(start, stop)
+        view = None if self._whole is None else self._whole()
+        if view is None:
+            view = self._map(SHARD_HEADER + self.rows * self.codec.row_bytes, 0)
+            self._whole = weakref.ref(view)
+        return self._rows(view, SHARD_HEADER, self.rows)
 
     def mapped(self, start: int, stop: int) -> Tensor:
-        """Some rows as they are stored (see ``Codec``); only those that ``pieces`` yielded are verified.
+        """Some rows; only those that ``pieces`` yielded are verified.
 
-        A view of a map of just these rows, which goes with its last view: a scan's resident memory stays flat, and a
+        A view of a map of just these rows, so that a scan's resident memory stays flat. It goes with its last view: a
         log may have more shards than a process may open files.
         """
         place, size = SHARD_HEADER + start * self.codec.row_bytes, (stop - start) * self.codec.row_bytes
         skip = place % mmap.ALLOCATIONGRANULARITY
+        return self._rows(self._map(skip + size, place - skip), skip, stop - start)
+
+    def _map(self, size: int, offset: int) -> mmap.mmap:
         with self._opened() as file:
-            view = mmap.mmap(file.fileno(), skip + size, access=mmap.ACCESS_READ, offset=place - skip)
+            view = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ, offset=offset)
         if hasattr(mmap, "MADV_SEQUENTIAL"):  # pages that have left the page cache since are read ahead
             view.madvise(mmap.MADV_SEQUENTIAL)
+        return view
+
+    def _rows(self, view: mmap.mmap, offset: int, rows: int) -> Tensor:
         with warnings.catch_warnings():  # which is not for threads, so that a scan calls this in its own
             warnings.simplefilter("ignore", UserWarning)  # the map is read-only and stays so
-            flat = torch.frombuffer(
-                view, dtype=self.codec.stored, offset=skip, count=size // self.codec.stored.itemsize
-            )
-        return flat.view(stop - start, self.codec.columns)
+            count = rows * self.codec.columns
+            flat = torch.frombuffer(view, dtype=self.codec.stored, offset=offset, count=count)
+        return flat.view(rows, self.codec.columns)
 
     def pieces(self) -> Iterator[tuple[int, int]]:
         """Yield ranges of rows, each once it is verified."""

@@ -373,7 +373,7 @@ class Fit(Blocks, Hooked):
 
     def _require_match(self, query: Query, *, at_any_values: bool = False) -> None:
         values = None if at_any_values else self._require_store().parameters
-        require_match(query, self._made, values, f"the whole gradients of {self.path}", "this object", stacklevel=4)
+        require_match(query, self._made, values, f"the whole gradients of {self.path}", "this object")
 
     def _require_store(self) -> FactorStore:
         if self._store is None or not self._layers:
