@@ -74,8 +74,11 @@ def main():
     run.close()
     accelerator.print(f"trained; loss of the last batch {loss.item():.2f} nats a byte")
 
-    # From here on one process is enough; it might as well be another one, tomorrow, with the checkpoint loaded.
-    if accelerator.is_main_process:
+    # From here on one process is enough, once they do not work together any more: while they do, all of them score. It
+    # might as well be another one, tomorrow, with the checkpoint loaded.
+    first = accelerator.is_main_process
+    accelerator.end_training()
+    if first:
         log = loghook.load(arguments.out)
         asker = log.attach(accelerator.unwrap_model(model))
         tokens = question["tokens"][None].to(accelerator.device)
@@ -87,7 +90,6 @@ def main():
         for data_id, score in log.influence(query, method="ekfac", top=5).top(5)[0]:
             text = bytes(by_id[data_id]["tokens"].tolist()).decode(errors="replace")
             print(f"{score:+10.2f}  {by_id[data_id]['name']:<20} {text!r}")
-    accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -65,8 +65,11 @@ def main():
     run.finalize()  # on every rank
     run.close()
 
-    # From here on one process is enough; it might as well be another one, tomorrow, with the checkpoint loaded.
-    if trainer.is_world_process_zero():
+    # From here on one process is enough, once they do not work together any more: while they do, all of them score. It
+    # might as well be another one, tomorrow, with the checkpoint loaded.
+    first = trainer.is_world_process_zero()
+    trainer.accelerator.end_training()
+    if first:
         log, model = loghook.load(arguments.out), trainer.model.eval()
         asker = log.attach(model)
         question = question.to(model.device)
@@ -76,7 +79,6 @@ def main():
         print(f"question: {asked} {bytes(question[0].tolist()).decode(errors='replace')!r}")
         for data_id, score in log.influence(query, method="ekfac", top=5).top(5)[0]:
             print(f"{score:+10.2f}  {data_id:<24} {bytes(passages[data_id]).decode(errors='replace')!r}")
-    trainer.accelerator.end_training()
 
 
 if __name__ == "__main__":

@@ -169,7 +169,10 @@ class Log(Reader):
         damping_abs: float | None = None,
         layers: Sequence[str] | None = None,
     ) -> np.ndarray:
-        """Influence of each row on itself, <H^-1 G, G>: float32 (rows,). Large for mislabelled or unusual samples."""
+        """Influence of each row on itself, <H^-1 G, G>: float32 (rows,). Large for mislabelled or unusual samples.
+
+        Arguments are as in ``influence``; "cosine" has that of "dot".
+        """
         metric = Metric(method=method, damping=damping, damping_abs=damping_abs)
         return engine.self_influence(self, metric, layers)
 

@@ -185,7 +185,9 @@ def merge(
     done = maintain.merge(out, runs)
     for note in done.notes:
         typer.secho(note, fg="yellow", err=True)
-    typer.echo(f"{out}: {done.rows:,} rows of {len(runs)} runs")
+    again = maintain.Reader(out).repeats
+    repeated = f", of which {again:,} are repeats that readers leave out" if again else ""
+    typer.echo(f"{out}: {done.rows:,} rows of {len(runs)} runs{repeated}")
 
 
 @_command

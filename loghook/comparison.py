@@ -63,7 +63,7 @@ def compare(probe: Probe, tolerance: float, found: Found, alone: Alone, chosen: 
 
 
 def explain(found: Comparison) -> str:
-    """Say what makes layers wrong: the first explanation that fits. Errors are then what it leaves."""
+    """Say what makes layers wrong: the first explanation that fits."""
     return _scaled(found) or _other_layers(found) or _drowned(found) or _mixed(found)
 
 
@@ -79,7 +79,6 @@ def _scaled(found: Comparison) -> str | None:
     # Else factors leave as much unexplained as they explain.
     if not close or not (factors - 1).abs().max() > 2 * max(largest(rescaled).values()):
         return None
-    found.errors = rescaled
     loss, singles = found.losses
     factors, size, unit = factors[norm > 0], len(singles), found.probe.unit
     if (factors * size - 1).abs().max() < 1e-2:
@@ -90,7 +89,8 @@ def _scaled(found: Comparison) -> str | None:
     else:
         remedy = (
             "Each sample's factor differs, as in a mean over tokens: sum the loss over tokens (reduction='sum'), or "
-            "pass run(..., scale=n) with the number n of items that the mean runs over."
+            "pass run(..., scale=n) with the number n of items that the mean runs over; a scale= that was given here is "
+            "another."
         )
     return (
         f"the loss is no sum over {unit}s: rows in the batch are {factors.min():.6g} to {factors.max():.6g} times "

@@ -135,9 +135,11 @@ def test_adapters_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eps: flo
     run.close()
 
 
-def example(tmp_path: Path, name: str, *arguments: str) -> str:
+def example(tmp_path: Path, name: str, *arguments: str, processes: int = 1) -> str:
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "examples" / name), "--out", str(tmp_path / "run"), *arguments]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+    command = [sys.executable, *launcher * (processes > 1), str(ROOT / "examples" / name)]
+    command += ["--out", str(tmp_path / "run"), *arguments]
     done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -155,14 +157,16 @@ def test_finetune_causal_lm(tmp_path: Path) -> None:
     assert len([line for line in lines if re.match(r"\s+[+-]\d", line)]) == 7
 
 
-def test_accelerate_loop(tmp_path: Path) -> None:
-    output = example(tmp_path, "accelerate_loop.py", "--steps", "6")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_accelerate_loop(tmp_path: Path, processes: int) -> None:
+    output = example(tmp_path, "accelerate_loop.py", "--steps", "6", processes=processes)
     assert len(re.findall(r"^\s*[+-]\d+\.\d\d  ", output, re.MULTILINE)) == 5
     assert len(loghook.load(tmp_path / "run")) == 48
 
 
-def test_trainer(tmp_path: Path) -> None:
-    output = example(tmp_path, "trainer.py", "--steps", "3")
+@pytest.mark.parametrize("processes", [1, 2])
+def test_trainer(tmp_path: Path, processes: int) -> None:
+    output = example(tmp_path, "trainer.py", "--steps", "3", processes=processes)
     assert len(re.findall(r"^\s*[+-]\d+\.\d\d  ", output, re.MULTILINE)) == 5
     assert len(loghook.load(tmp_path / "run")) == 48
 

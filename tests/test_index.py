@@ -134,9 +134,9 @@ def test_rows_as_questions_take_no_candidate_of_what_is_asked_for(logged):
 def test_refusals(monkeypatch, tmp_path, logged):
     log, query = logged
     index = log.index(6)
-    with pytest.raises(ConfigError, match=r"cannot take method='cosine'.*use log"):
+    with pytest.raises(ConfigError, match=r"cannot take method='cosine'.*Use log"):
         index.search(query, method="cosine")
-    with pytest.raises(ConfigError, match=r"cannot take normalize, only damping.*use log"):
+    with pytest.raises(ConfigError, match=r"cannot take normalize: it serves.*damping.*Use log"):
         index.search(query, normalize="unit")
     for ask in (index.search, index.recall):
         with pytest.raises(ConfigError, match="candidates=4 must be at least top=5"):

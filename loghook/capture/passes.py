@@ -101,8 +101,8 @@ class Pass:
     index: int
     kind: str
     fisher: str = "empirical"
-    _gathering: Gathering | None = None
-    _generators: dict[torch.device, torch.Generator] = field(default_factory=dict)
+    _gathering: Gathering | None = field(default=None, repr=False)
+    _generators: dict[torch.device, torch.Generator] = field(default_factory=dict, repr=False)
     _kept: int = 0  # samples that were logged
     _repeated: int = 0  # samples that were left out, as their ids came before
     _largest: int = 0  # samples of the largest block; 0 before any

@@ -62,7 +62,10 @@ class Index:
         """
         if method == "cosine" or options.keys() - OPTIONS:
             wrong = [*(options.keys() - OPTIONS), "method='cosine'"][0]
-            raise ConfigError(f"an index cannot take {wrong}, only {', '.join(OPTIONS)}: use log.influence(..., top=).")
+            raise ConfigError(
+                f"an index cannot take {wrong}: it serves the other methods with {', '.join(OPTIONS)}. Use "
+                "log.influence(..., top=)."
+            )
         _check_top(top, candidates)
         top, candidates = plain(top), plain(candidates)
 

@@ -103,7 +103,8 @@ def delete(path: str | Path, ids: Sequence[int | str], *, keep_statistics: bool 
         logs = all_commits(path, manifest)
         unknown = gone - {i for log in logs for r in log.records for i in (*r.get("ids", ()), *r["flagged"])}
         if unknown or not gone:
-            raise ConfigError(f"the log {path} holds no rows of {sorted(map(repr, unknown))[:5]}: check the ids.")
+            named = str(sorted(unknown, key=str)[:5])[1:-1]
+            raise ConfigError(f"the log {path} holds no rows of {named}: check the ids.")
         _clean(path, logs)  # what a killed `delete` or `repair` may have left
         reason = manifest.no_statistics if keep_statistics else "rows were deleted, and the statistics with them"
         left = [

@@ -22,7 +22,7 @@ from loghook.log.format import Manifest
 
 SHARD_HEADER = 512  # bytes before the first row, length prefix included: constant, so that a shard can grow
 BLOCK_BYTES = 32 * 2**20  # what one step of a scan looks at
-LOG_AGAIN = "restore it from a copy, or log its samples again"
+LOG_AGAIN = "restore it from a copy, or let `loghook repair` drop what is damaged and name the ids to log again"
 CHANGED = "{} was changed since it was opened (append, delete, repair): load it again."
 _DTYPES = {
     torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.uint8: "U8",
