@@ -89,8 +89,8 @@ def _scaled(found: Comparison) -> str | None:
     else:
         remedy = (
             "Each sample's factor differs, as in a mean over tokens: sum the loss over tokens (reduction='sum'), or "
-            "pass run(..., scale=n) with the number n of items that the mean runs over; a scale= that was given here is "
-            "another."
+            "pass run(..., scale=n) with the number n of items that the mean runs over (a scale= given here is "
+            "another)."
         )
     return (
         f"the loss is no sum over {unit}s: rows in the batch are {factors.min():.6g} to {factors.max():.6g} times "

@@ -145,7 +145,8 @@ class Fit(Blocks, Hooked):
     def _block(self, data_id: Ids, given: Given) -> Iterator[None]:
         if self._pass is None or self._pass._gathering is None:
             raise StateError(
-                "no pass is under way: put the loop inside `for _ in this.passes():`, or take what this.score(query) makes."
+                "no pass is under way: put the loop inside `for _ in this.passes():`, or open blocks of "
+                "this.score(query)."
             )
         gathering = self._pass._gathering
         if not gathering.samples:
