@@ -15,7 +15,7 @@ from loghook.log.disk import absolute
 from loghook.log.files import load_moments, load_sides
 from loghook.log.format import Layout, Manifest, commits_name, shard_name
 from loghook.log.records import all_commits
-from loghook.log.shard import BLOCK_BYTES, CHANGED, Shard
+from loghook.log.shard import BLOCK_BYTES, CHANGED, MAP_BYTES, Shard
 from loghook.log.source import Source
 from loghook.progress import bar
 
@@ -136,8 +136,8 @@ class Reader(Source):
         """
         row_bytes = self.codec.row_bytes if stored else self.codec.width * self.dtype.itemsize
         step = rows or max(1, BLOCK_BYTES // row_bytes)
-        for shard, first, last in ahead(self._pieces(share, max(step, BLOCK_BYTES // self.codec.row_bytes))):
-            data = shard.mapped(first, last)
+        for shard, first, last in ahead(self._pieces(share, max(step, MAP_BYTES // self.codec.row_bytes))):
+            data, release = shard.mapped(first, last)
             for start in range(first, last, step):
                 stop = min(start + step, last)
                 block = data[start - first : stop - first]
@@ -147,6 +147,7 @@ class Reader(Source):
                     place = slice(*self._kept_before[[place.start, place.stop]].tolist())
                     block = block if kept.all() else block[torch.from_numpy(kept)]
                 yield place, block if stored else self.codec.decode(block)
+                release(stop - first)
 
     def _pieces(self, share: tuple[int, int], most: int) -> Iterator[tuple[Shard, int, int]]:
         """Verified ranges of at most so many rows: their shard, the first row in it, and the end."""

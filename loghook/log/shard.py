@@ -6,7 +6,7 @@ import mmap
 import os
 import warnings
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import FileIO
@@ -22,6 +22,7 @@ from loghook.log.format import Manifest
 
 SHARD_HEADER = 512  # bytes before the first row, length prefix included: constant, so that a shard can grow
 BLOCK_BYTES = 32 * 2**20  # what one step of a scan looks at
+MAP_BYTES = 8 * BLOCK_BYTES  # what it maps at a time: each is handed over by the thread that reads ahead
 LOG_AGAIN = "restore it from a copy, or let `loghook repair` drop what is damaged and name the ids to log again"
 CHANGED = "{} was changed since it was opened (append, delete, repair): load it again."
 _DTYPES = {
@@ -104,15 +105,22 @@ class Shard:
             self._whole = weakref.ref(view)
         return self._rows(view, SHARD_HEADER, self.rows)
 
-    def mapped(self, start: int, stop: int) -> Tensor:
-        """Some rows; only those that ``pieces`` yielded are verified.
+    def mapped(self, start: int, stop: int) -> tuple[Tensor, Callable[[int], None]]:
+        """Some rows, of which only those that ``pieces`` yielded are verified; and what lets go of the first so many.
 
-        A view of a map of just these rows, so that a scan's resident memory stays flat. It goes with its last view: a
-        log may have more shards than a process may open files.
+        The pages of what a scan lets go of remain in the page cache alone, so that its resident memory stays flat. The
+        map goes with its last view: a log may have more shards than a process may open files.
         """
         place, size = SHARD_HEADER + start * self.codec.row_bytes, (stop - start) * self.codec.row_bytes
         skip = place % mmap.ALLOCATIONGRANULARITY
-        return self._rows(self._map(skip + size, place - skip), skip, stop - start)
+        view = self._map(skip + size, place - skip)
+
+        def release(rows: int) -> None:
+            pages = (skip + rows * self.codec.row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            if pages and hasattr(mmap, "MADV_DONTNEED"):
+                view.madvise(mmap.MADV_DONTNEED, 0, pages)
+
+        return self._rows(view, skip, stop - start), release
 
     def _map(self, size: int, offset: int) -> mmap.mmap:
         with self._opened() as file:
