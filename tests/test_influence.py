@@ -531,6 +531,19 @@ def test_fisher_of_few_rows_is_accurate_in_float32(tmp_path, damping):
     np.testing.assert_allclose(values, reference.total, atol=2e-5 * np.abs(reference.total).max())
 
 
+def scores_in(dtype, folder, model, x, asked, method, **options):
+    """Scores of a model, its data and its log in one dtype, on whole gradients."""
+    name = str(dtype).removeprefix("torch.")
+    with loghook.init(folder / name, projection="none", dtype=name) as run:
+        run.watch(model.to(dtype))
+        with run(data_id=range(len(x))):
+            model(x.to(dtype)).sin().sum().backward()
+        with run.query(data_id=range(len(asked))) as query:
+            model(asked.to(dtype)).cos().sum().backward()
+        run.finalize()
+    return loghook.load(run.path).influence(query, method, **options).values
+
+
 @pytest.mark.parametrize("damping", [1e-2, 1e-5, 1e-8])
 @pytest.mark.parametrize("method", ["kfac", "ekfac", "shampoo"])
 def test_small_dampings_are_accurate_in_float32(tmp_path, method, damping):
@@ -542,18 +555,9 @@ def test_small_dampings_are_accurate_in_float32(tmp_path, method, damping):
         torch.randn(5, 60),
     )
 
-    def scores(dtype: torch.dtype) -> np.ndarray:
-        model.to(dtype)
-        with loghook.init(tmp_path / str(dtype), projection="none", dtype=str(dtype).removeprefix("torch.")) as run:
-            run.watch(model)
-            with run(data_id=range(30)):
-                model(x.to(dtype)).square().sum().backward()
-            with run.query(data_id=range(5)) as query:
-                model(asked.to(dtype)).sin().sum().backward()
-            run.finalize()
-        return loghook.load(run.path).influence(query, method, damping=damping).values
-
-    wide, narrow = scores(torch.float64), scores(torch.float32)
+    wide, narrow = (
+        scores_in(dtype, tmp_path, model, x, asked, method, damping=damping) for dtype in (torch.float64, torch.float32)
+    )
     np.testing.assert_allclose(narrow, wide, atol=1e-3 * np.abs(wide).max())
 
 
@@ -653,17 +657,9 @@ def test_small_dampings_beside_a_feature_that_is_far_larger_than_the_others(tmp_
     x[:, 0] *= spread
     asked[:, 0] *= spread
 
-    def scores(dtype: torch.dtype, damping: float) -> np.ndarray:
-        model.to(dtype)
-        with loghook.init(tmp_path / f"{dtype}-{damping}", projection="none", dtype=str(dtype)[6:]) as run:
-            run.watch(model)
-            with run(data_id=range(400)):
-                model(x.to(dtype)).sin().sum().backward()
-            with run.query(data_id=range(4)) as query:
-                model(asked.to(dtype)).cos().sum().backward()
-            run.finalize()
-        return loghook.load(run.path).influence(query, method, damping=damping).values
-
     for damping in (0.1, 1e-6):
-        wide, narrow = scores(torch.float64, damping), scores(torch.float32, damping)
+        wide, narrow = (
+            scores_in(dtype, tmp_path / str(damping), model, x, asked, method, damping=damping)
+            for dtype in (torch.float64, torch.float32)
+        )
         np.testing.assert_allclose(narrow, wide, atol=2e-2 * np.abs(wide).max())

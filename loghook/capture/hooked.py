@@ -24,7 +24,7 @@ from loghook.capture.models import mixing_modules, parameters_digest, refuse, un
 from loghook.capture.optimizer import bind
 from loghook.capture.rows import Rows, Updates
 from loghook.capture.segments import arrange
-from loghook.capture.select import Watch, find_logged, select
+from loghook.capture.select import Watch, find_logged, fits_record, select
 from loghook.errors import ConfigError, DeliveryError, MismatchError, StateError, UnsupportedError
 from loghook.log.files import Sides, load_sides
 from loghook.log.format import LayerSpec, Layout, Made, Manifest
@@ -226,12 +226,10 @@ class Asker(Hooked):
 
 def _require_unchanged(layer: Layer) -> None:
     """Raise where a layer has been given other widths, or lost its bias, since it was watched."""
-    here, spec = layer.adapter.geometry(layer.module), layer.spec
-    widths = here.in_features, here.out_features, here.groups
-    if widths != (spec.in_features, spec.out_features, spec.groups) or (spec.bias and not here.bias):
+    if not fits_record(layer.spec, layer.module, layer.adapter):
         raise StateError(
-            f"layer {layer.name!r} has changed since it was watched ({spec.in_features} to {spec.out_features} features"
-            f"{', with a bias' * spec.bias}; now {here}): watch the model again with a new run."
+            f"layer {layer.name!r} has changed since it was watched: it was {layer.spec}, and is "
+            f"{layer.adapter.geometry(layer.module)}. Watch the model again with a new run."
         )
 
 

@@ -139,6 +139,13 @@ def _sizes(found: Adapter, shape: Geometry) -> dict[str, Any]:
     return {"type": type(found).__name__} | {key: getattr(shape, key) for key in keys}
 
 
+def fits_record(spec: LayerSpec, module: nn.Module, found: Adapter) -> bool:
+    """Whether a module has the shape that is recorded, and the bias if that is logged."""
+    shape = found.geometry(module)
+    here = _sizes(found, shape)
+    return here == {key: getattr(spec, key) for key in here} and (shape.bias or not spec.bias)
+
+
 def _named_by(name: str, module: nn.Module, pattern: str) -> bool:
     """Whether a pattern names a module; an expert's projection also answers to the name of the whole."""
     owner = name.rsplit(".", 2)[0] if isinstance(module, ExpertProjection) else name
@@ -180,9 +187,9 @@ def find_logged(model: nn.Module, manifest: Manifest, origin: Path) -> list[Laye
             raise MismatchError(
                 f"the model has no layer {spec.name!r} as in {origin}: attach the model that was logged."
             )
-        shape = found.geometry(module)
-        here = _sizes(found, shape)
-        if here != {key: getattr(spec, key) for key in here} or (spec.bias and not shape.bias):
-            raise MismatchError(f"{origin} has {spec}, the model {shape}: attach the model that was logged.")
+        if not fits_record(spec, module, found):
+            raise MismatchError(
+                f"{origin} has {spec}, the model {found.geometry(module)}: attach the model that was logged."
+            )
         layers.append(Layer(spec, module, found, *sides[spec.name]))
     return layers

@@ -99,14 +99,13 @@ def solvers(reader: Source, metric: Metric, layers: Sequence[LayerSpec]) -> Iter
     else:
         shampoo = metric.method == "shampoo"
         bases = _row_bases(reader, layers) if shampoo else _token_bases(reader, layers)
-        eigenvalues = {name: basis.products for name, basis in bases.items()}
+        kfac, small = metric.method == "kfac", metric.damping_abs is not None or metric.damping < 1e-2
         # Rows in fewer bits have rounding everywhere, but as much of it in the eigenvalues.
         narrow = reader.dtype == torch.float32 and not reader.codec.coded
         measured: Mapping[str, Tensor] = {}
-        if metric.method != "kfac" or (narrow and (metric.damping_abs is not None or metric.damping < 1e-2)):
+        if not kfac or (narrow and small):
             measured = _corrected_eigenvalues(reader, "shampoo" if shampoo else "ekfac", bases)
-        if metric.method != "kfac":
-            eigenvalues = dict(measured)
+        eigenvalues = {name: basis.products for name, basis in bases.items()} if kfac else measured
         yield {
             name: Diagonal(
                 bases[name], values, metric.amount(float(values.mean())), measured.get(name) if narrow else None

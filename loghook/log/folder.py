@@ -14,7 +14,7 @@ from typing import Any
 from loghook.errors import ConfigError, CorruptLogError, LogExistsError, MismatchError, StateError
 from loghook.log.disk import lock, lock_name, sync_folder, writing
 from loghook.log.files import KEPT, PROJECTION, holds_factors
-from loghook.log.format import MANIFEST, Manifest, shard_name
+from loghook.log.format import MANIFEST, WRITTEN, Manifest, shard_name
 from loghook.log.records import REPAIR, Commits, all_commits, read_commits, sum_up
 from loghook.log.shard import SHARD_HEADER, close_shard
 
@@ -22,7 +22,7 @@ from loghook.log.shard import SHARD_HEADER, close_shard
 ARGUMENTS = ("projection", "rank", "seed", "whitening", "dtype", "gradient")
 SEAL_TIMEOUT = 600.0  # seconds that rank 0 waits for the others
 TELLING = 10.0  # after which it says so
-_OURS = ("rows-*.safetensors", "statistics-*.safetensors", "commits-*.jsonl", "lock-*", MANIFEST, PROJECTION, KEPT)
+_OURS = (*WRITTEN, "lock-*", MANIFEST, PROJECTION, KEPT)
 
 
 def claim(path: Path, *, resume: bool, overwrite: bool) -> None:

@@ -312,6 +312,15 @@ def _check_values(m: Manifest) -> None:
             raise ValueError(f"layer {layer.name!r:.100} has a rank above its width")
 
 
+# What writers make in a run's folder, by the three functions below.
+WRITTEN = ("rows-*.safetensors", "statistics-*.safetensors", "commits-*.jsonl")
+
+
+def run_files(path: Path) -> list[Path]:
+    """Shards, snapshots and commit logs in a run's folder."""
+    return [file for kind in WRITTEN for file in sorted(path.glob(kind))]
+
+
 def shard_name(rank: int, index: int) -> str:
     return f"rows-{rank:05d}-{index:05d}.safetensors"
 

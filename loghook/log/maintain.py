@@ -27,7 +27,7 @@ from loghook.errors import ConfigError, CorruptLogError, LogExistsError, Loghook
 from loghook.log.codec import DTYPES, Codec
 from loghook.log.disk import absolute, checksum, lock, lock_name, sync_folder, write_atomically, write_flushed, writing
 from loghook.log.files import KEPT, PROJECTION, load_moments, load_sides, save_moments
-from loghook.log.format import Layout, Manifest, commits_name, shard_name, statistics_name
+from loghook.log.format import Layout, Manifest, commits_name, run_files, shard_name, statistics_name
 from loghook.log.reader import Reader
 from loghook.log.records import Commits, all_commits, decode_record, encode_record, read_commits, sum_up
 from loghook.log.shard import SHARD_HEADER, ShardFile, close_shard
@@ -263,7 +263,7 @@ def _rewrite(
 ) -> Changed:  # fmt: skip
     """Write the next generation of a run beside this one, let it count, and delete what it does not name."""
     new = replace(manifest, generation=manifest.generation + 1, no_statistics=reason, sealed=None)
-    lost, before = [i for log in logs for i in _lost_ids(log, manifest.id_type)], set(_files(path))
+    lost, before = [i for log in logs for i in _lost_ids(log, manifest.id_type)], set(run_files(path))
     try:
         written, left_out = _copy_all([(path, manifest, log) for log in logs], path, new, keep)
         dropped, still, seal = lost + left_out, set(_ids_of(written)), sum_up(written)
@@ -273,7 +273,7 @@ def _rewrite(
     except BaseException:
         with suppress(OSError, LoghookError):  # what stays is cleared away by the next
             if Manifest.load(path).generation == manifest.generation:  # nothing of the new one counts
-                for file in set(_files(path)) - before:
+                for file in set(run_files(path)) - before:
                     file.unlink()
         raise
     _clean(path, written)
@@ -381,19 +381,13 @@ def _recoded(stored: np.ndarray, ids: Sequence[int | str], old: Codec, new: Code
     return b"".join(parts)
 
 
-def _files(path: Path) -> list[Path]:
-    """Shards, snapshots and commit logs in a run's folder."""
-    kinds = ("rows-*.safetensors", "statistics-*.safetensors", "commits-*.jsonl")
-    return [file for kind in kinds for file in path.glob(kind)]
-
-
 def _clean(path: Path, logs: Sequence[Commits]) -> None:
     """Delete what these commit logs do not name."""
     named = {log.file.name for log in logs}
     for log in logs:
         named |= {shard_name(log.rank, shard) for shard in log.shard_ends}
         named |= {record["statistics"]["file"] for record in log.rows}
-    for file in _files(path):
+    for file in run_files(path):
         if file.name not in named:
             file.unlink()
     (path / KEPT).unlink(missing_ok=True)  # it speaks of rows that may be gone

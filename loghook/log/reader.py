@@ -13,7 +13,7 @@ from torch import Tensor
 from loghook.errors import CorruptLogError, StateError
 from loghook.log.disk import absolute
 from loghook.log.files import load_moments, load_sides
-from loghook.log.format import Layout, Manifest, commits_name, shard_name
+from loghook.log.format import Layout, Manifest, commits_name, run_files, shard_name
 from loghook.log.records import all_commits
 from loghook.log.shard import BLOCK_BYTES, CHANGED, MAP_BYTES, Shard
 from loghook.log.source import Source
@@ -213,8 +213,7 @@ class Reader(Source):
         return [
             f"{file}: no record names this file, so that it is left over from maintenance that was killed, which "
             "`loghook repair` clears away, or of another run: restore the run from a copy."
-            for kind in ("rows-*.safetensors", "statistics-*.safetensors", "commits-*.jsonl")
-            for file in sorted(self.path.glob(kind))
+            for file in run_files(self.path)
             if file.name not in known
         ]
 
