@@ -11,7 +11,7 @@ from torch import nn
 from loghook.capture.config import Config
 from loghook.capture.hooked import Asker
 from loghook.capture.run import Run
-from loghook.errors import CheckpointWarning, StateError
+from loghook.errors import CheckpointWarning, StateError, user_line
 from loghook.influence import engine
 from loghook.influence import index as indexes
 from loghook.influence.fidelity import Fidelity, check_sample, compare
@@ -254,6 +254,6 @@ class Log(Reader):
             warnings.warn(
                 "the model's parameter values are not those that the log ended with: load that checkpoint first.",
                 CheckpointWarning,
-                stacklevel=2,
+                stacklevel=user_line(),
             )
         return asker

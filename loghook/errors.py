@@ -1,16 +1,18 @@
 """Everything loghook raises on purpose. Each message gives the value, the rule and the remedy."""
 
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
 
-_PACKAGE = os.path.join(os.path.dirname(__file__), "")
+# Of this package, and of what calls its context managers.
+_OURS = (os.path.join(os.path.dirname(__file__), ""), contextlib.__file__)
 
 
 def user_line() -> int:
     """The stacklevel, for the function that calls this, at which a warning shows the line that called loghook."""
     level, frame = 1, sys._getframe(1)
-    while frame.f_code.co_filename.startswith(_PACKAGE) and frame.f_back is not None:
+    while frame.f_code.co_filename.startswith(_OURS) and frame.f_back is not None:
         level, frame = level + 1, frame.f_back
     return level
 

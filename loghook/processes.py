@@ -13,6 +13,8 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
+from loghook.errors import user_line
+
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -43,7 +45,8 @@ def broadcast(value: Any) -> Any:
         torch.distributed.broadcast_object_list(box)
     elif world_size() > 1:
         warnings.warn(
-            "several processes without torch.distributed: initialise it before the first block.", stacklevel=2
+            "several processes without torch.distributed: initialise it before the first block.",
+            stacklevel=user_line(),
         )
     return box[0]
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import gc
+import warnings
 
 import numpy as np
 import pytest
@@ -445,7 +446,29 @@ def test_the_line_that_asked_is_shown_with_the_warning(logged):
     for ask in (log.influence, log.index(6, "Flat").search):
         with pytest.warns(CheckpointWarning) as met:
             ask(moved)
-        assert [warning.filename for warning in met] == [__file__]
+        assert {warning.filename for warning in met} == {__file__}
+
+
+def test_warnings_of_blocks_and_passes_show_the_users_line(tmp_path):
+    model, x = make_model(), data(8)
+    fit = loghook.fit(tmp_path / "factors")
+    fit.watch(model)
+    with warnings.catch_warnings(record=True) as met:
+        warnings.simplefilter("always")
+        for current in fit.passes():
+            if current.kind == "eigenvalues":
+                with torch.no_grad():
+                    model[0].weight += 1
+            with fit(data_id=range(8)):
+                loss_fn(model, x).backward()
+        with loghook.init(tmp_path / "run", rank=2) as run:
+            run.watch(model)
+            for _ in run.passes():
+                for _ in range(4):
+                    with run(data_id=range(8)):
+                        loss_fn(model, x).backward()
+    assert len(met) == 2 and "not its place in the batch" in str(met[1].message)
+    assert {warning.filename for warning in met} == {__file__}
 
 
 def test_a_fidelity_that_says_something_else_is_left_out(logged):

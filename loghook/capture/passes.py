@@ -16,7 +16,7 @@ from loghook.capture.hooked import Hooked
 from loghook.capture.layers import Layer
 from loghook.capture.session import Repeats
 from loghook.capture.whole import Whole
-from loghook.errors import MismatchError, NotFiniteError, StateError
+from loghook.errors import MismatchError, NotFiniteError, StateError, user_line
 from loghook.processes import all_gather, all_reduce, process_rank, rank_and_size
 from loghook.project.blocks import Factor, blocks_of, square_size
 from loghook.project.projection import Side, fit_side, shared_input_name
@@ -127,7 +127,7 @@ class Pass:
             warnings.warn(
                 f"{self._repeated:,} samples of this pass had ids that came before and were left out, and no more than "
                 f"a batch, {self._kept:,}, were kept: a data_id names a sample, not its place in the batch.",
-                stacklevel=4,
+                stacklevel=user_line(),
             )
 
     def labels(self, logits: Tensor, labels: Tensor) -> Tensor:

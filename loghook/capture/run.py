@@ -18,7 +18,15 @@ from loghook.capture.plan import Plan, parse_size
 from loghook.capture.select import FUSED_EXPERTS, HEAD, Watch
 from loghook.capture.session import Session, pack
 from loghook.capture.whole import Covariance
-from loghook.errors import BatchError, CheckpointWarning, ConfigError, LoghookError, MismatchError, StateError
+from loghook.errors import (
+    BatchError,
+    CheckpointWarning,
+    ConfigError,
+    LoghookError,
+    MismatchError,
+    StateError,
+    user_line,
+)
 from loghook.factors import FactorStore
 from loghook.log.disk import writing
 from loghook.log.files import Sides, load_sides, save_sides
@@ -114,7 +122,7 @@ class Run(Blocks, Hooked):
             warnings.warn(
                 f"fused experts with {experts / coverage['total']:.0%} of the parameters are not covered: scores will "
                 "not speak of them. Pass watch(..., include=['*', '*experts*']) to log a row for every expert.",
-                stacklevel=2,
+                stacklevel=user_line(),
             )
         if process_rank() == 0:
             print(describe_coverage(len(self.layers), coverage) + describe_trainable(model, self.layers))
@@ -385,7 +393,7 @@ class Run(Blocks, Hooked):
             "and nothing trains them here, but the rows of one pass should be gradients at one point: load the "
             "checkpoint that the run began with; if you mean these values, start again with overwrite=True.",
             CheckpointWarning,
-            stacklevel=2,
+            stacklevel=user_line(),
         )
 
 

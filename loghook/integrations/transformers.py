@@ -14,7 +14,7 @@ from torch import Tensor
 
 from loghook.capture.run import Run
 from loghook.capture.segments import from_cu_seqlens, from_position_ids
-from loghook.errors import BatchError, ConfigError, UnsupportedError
+from loghook.errors import BatchError, ConfigError, UnsupportedError, user_line
 
 IGNORED = -100  # the label that transformers' losses leave out
 TRIALS = 32  # of labels with other classes
@@ -296,7 +296,7 @@ def _adds_up(
         "an auxiliary loss) could not be tried, since the first micro-batch cannot be cut into samples"
         f"{f' ({type(cause).__name__}: {cause})' if cause else ''}. If it has none, pass "
         "log_training(..., scale=lambda batch, num_items: the batch's number of labels), and nothing is tried.",
-        stacklevel=2,
+        stacklevel=user_line(),
     )
     return True
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loghook.errors import ConfigError, CorruptLogError, LogExistsError, MismatchError, StateError
+from loghook.errors import ConfigError, CorruptLogError, LogExistsError, MismatchError, StateError, user_line
 from loghook.log.disk import lock, lock_name, sync_folder, writing
 from loghook.log.files import KEPT, PROJECTION, holds_factors
 from loghook.log.format import MANIFEST, WRITTEN, Manifest, shard_name
@@ -96,7 +96,9 @@ def seal(path: Path, manifest: Manifest, session: str, active: int) -> dict[str,
             return sum_up(logs)
         if time.monotonic() - begun > TELLING and not told:
             told = True
-            warnings.warn(f"waiting for ranks {missing}: every rank has to call run.finalize().", stacklevel=4)
+            warnings.warn(
+                f"waiting for ranks {missing}: every rank has to call run.finalize().", stacklevel=user_line()
+            )
         if time.monotonic() - begun > SEAL_TIMEOUT:
             raise StateError(
                 f"ranks {missing} did not finish within {SEAL_TIMEOUT:.0f} s: every rank calls run.finalize(). What "

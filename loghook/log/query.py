@@ -120,7 +120,7 @@ class Query:
                 "these queries were made with different parameter values (another checkpoint, or a step between them): "
                 "joined they belong to none, and scoring cannot tell whether they fit a log.",
                 CheckpointWarning,
-                stacklevel=2,
+                stacklevel=user_line(),
             )
         return Query(ids, rows, first.made, first.parameters if same else None, first.direction)
 

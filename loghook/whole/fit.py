@@ -17,7 +17,7 @@ from loghook.capture.models import describe_coverage
 from loghook.capture.passes import Gathering, Pass, decompose
 from loghook.capture.select import HEAD, Watch
 from loghook.capture.whole import Covariance, Eigenvalues
-from loghook.errors import CheckpointWarning, ConfigError, LogExistsError, MismatchError, StateError
+from loghook.errors import CheckpointWarning, ConfigError, LogExistsError, MismatchError, StateError, user_line
 from loghook.factors import Eigenbasis, FactorStore, pack_factors
 from loghook.influence.precondition import PLAIN, Metric
 from loghook.influence.scores import Scores
@@ -157,7 +157,7 @@ class Fit(Blocks, Hooked):
                     f"{self.path} has covariances of other parameter values than eigenvalues are now gathered with: "
                     "load those first, or fit again with overwrite=True.",
                     CheckpointWarning,
-                    stacklevel=2,
+                    stacklevel=user_line(),
                 )
         with gathering.block(check_ids(data_id), given):
             yield
