@@ -13,6 +13,7 @@ from loghook.capture.jobs import Job, Place, scale_for
 from loghook.capture.layers import Layer, Leaves, Slots, arrived, deliver
 from loghook.capture.work import Call, Held, by_row, sum_moments
 from loghook.project.blocks import second_moment_blocks, square_size, take_blocks
+from loghook.project.linear import linear
 from loghook.project.outer import at_a_time, gradients, project_output
 from loghook.project.projection import Side
 
@@ -134,15 +135,15 @@ class Products(Whole):
                 left_OQr = left.transpose(0, 1).flatten(1)
                 step = at_a_time(S * Q * r, x)
                 for g_bSO, x_bSI, part in zip(g_BSO.split(step), x.split(step), scores.split(step), strict=True):
-                    gl_bSQr = (g_bSO @ left_OQr).unflatten(2, (Q, r))
+                    gl_bSQr = linear(g_bSO, left_OQr.T).unflatten(2, (Q, r))
                     rx_bSQr = (
-                        x_bSI[:, :, None] if right is None else (x_bSI @ right.flatten(0, 1).T).unflatten(2, (Q, r))
+                        x_bSI[:, :, None] if right is None else linear(x_bSI, right.flatten(0, 1)).unflatten(2, (Q, r))
                     )
                     part.copy_((gl_bSQr * rx_bSQr).sum((1, 3)))
                 return scores, None
         queries = (left if right is None else left @ right).flatten(1)
         for place, rows in gradients(g_BSO, x, p_out):
-            scores[place, :Q] = rows.flatten(1) @ queries.T
+            scores[place, :Q] = linear(rows.flatten(1), queries)
             if inverse is not None:
                 scores[place, Q] = rows.square_().flatten(1) @ inverse.flatten()
         return scores, None

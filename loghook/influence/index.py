@@ -18,6 +18,7 @@ from loghook.log.files import loading, save_checked
 from loghook.log.query import Query
 from loghook.log.reader import Reader
 from loghook.processes import all_reduce, rank_and_size
+from loghook.project.linear import linear
 
 CANDIDATES = 200  # that are scored for each question, unless another number is asked for
 OPTIONS = ("damping", "damping_abs", "layers")  # of ``Log.influence``; rows in an index have no norms
@@ -143,7 +144,7 @@ def build(reader: Reader, dimensions: int, factory: str, sample: int, seed: int)
     basis = leading_directions(reader.gather(np.sort(drawn), columns).float(), dimensions)
     rows = torch.zeros(len(reader), len(basis))
     for place, block in progress(reader, "reducing"):
-        rows[place] = block[:, columns].float() @ basis.T
+        rows[place] = linear(block[:, columns].float(), basis)
     index = Index(reader, basis, all_reduce(rows), factory)
     method, top = compared_methods(reader)[-1], min(TOP, len(reader) - 1)
     recall = index.recall(min(QUESTIONS, len(reader)), top, method) if top else 1.0

@@ -18,6 +18,7 @@ from loghook.log.codec.lowbit import AFFINE, LowBitCodec, unpack
 from loghook.log.codec.lowrank import LowRankCodec
 from loghook.log.format import LayerSpec
 from loghook.log.source import Source
+from loghook.project.linear import linear
 
 UNPACKED = 2**20  # values of a layer that are unpacked at a time: one byte each, they stay in the cache
 LEAST_ROWS = 256  # fewer would not be worth a product
@@ -67,7 +68,7 @@ def _floats(reader: Source, matrix: Tensor, chosen: Sequence[LayerSpec]) -> Prod
     def multiply(block: Tensor) -> Tensor:
         if block.dtype != matrix.dtype:
             return torch.cat([multiply(wide[: len(part)].copy_(part)) for part in block.split(len(wide))], 1)
-        return reduce(torch.add, [matrix[:, run] @ block[:, run].T for run in runs])
+        return reduce(torch.add, [linear(matrix[:, run], block[:, run]) for run in runs])
 
     return multiply
 

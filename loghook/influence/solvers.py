@@ -10,6 +10,7 @@ from torch import Tensor
 
 from loghook.errors import ConfigError
 from loghook.factors import Eigenbasis
+from loghook.project.linear import linear
 
 
 def nonzero(sizes: Tensor) -> Tensor:
@@ -88,10 +89,10 @@ class Dense:
 
     def apply(self, rows: Tensor) -> Tensor:
         root = self._inverse_root.to(rows.dtype)
-        return rows @ root.T @ root
+        return linear(linear(rows, root), root.T)
 
     def quadratic(self, rows: Tensor) -> Tensor:
-        return (rows @ self._inverse_root.T.to(rows.dtype)).square().sum(1)
+        return linear(rows, self._inverse_root.to(rows.dtype)).square().sum(1)
 
 
 class LowRank:

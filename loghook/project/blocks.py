@@ -10,6 +10,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from loghook.project.linear import linear
+
 BLOCK = 4096
 
 
@@ -32,16 +34,17 @@ def blocks_of(flat: Tensor, width: int) -> list[Tensor]:
 
 def second_moment_blocks(z_Nk: Tensor, weight_N: Tensor | None) -> Tensor:
     """Sum over tokens of ``z z^T``, its diagonal blocks flattened one after the other."""
-    weighted = z_Nk if weight_N is None else z_Nk * weight_N[:, None]
-    return torch.cat([_symmetric(z_Nk[:, part], weighted[:, part]).flatten() for part in cut(z_Nk.shape[1])])
+    z_kN = z_Nk.T.contiguous()  # quick products want their strips as rows
+    weighted_kN = z_kN if weight_N is None else z_kN * weight_N
+    return torch.cat([_symmetric(z_kN[part], weighted_kN[part]).flatten() for part in cut(len(z_kN))])
 
 
-def _symmetric(z_Nk: Tensor, weighted_Nk: Tensor) -> Tensor:
-    """``z^T (w z)`` in strips that end at the diagonal, and mirrored: little more than half of the arithmetic."""
-    width = z_Nk.shape[1]
-    lower = z_Nk.new_zeros(width, width)
+def _symmetric(z_kN: Tensor, weighted_kN: Tensor) -> Tensor:
+    """``z (w z)^T`` in strips that end at the diagonal, and mirrored: little more than half of the arithmetic."""
+    width = len(z_kN)
+    lower = z_kN.new_zeros(width, width)
     for strip in cut(width, max(64, width // 8)):
-        lower[strip, : strip.stop] = z_Nk[:, strip].T @ weighted_Nk[:, : strip.stop]
+        lower[strip, : strip.stop] = linear(z_kN[strip], weighted_kN[: strip.stop])
     lower = lower.tril()
     return lower + lower.tril(-1).T
 

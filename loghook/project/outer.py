@@ -10,8 +10,9 @@ changed, projected on both sides and dropped. docs/methods.md has the formulas a
 from collections.abc import Iterator
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from loghook.project.linear import gram, linear
 
 GRADIENTS = ("plain", "normalized", "adam")  # what rows can be of
 CHUNK_BYTES = 64 * 2**20  # what the gradients of some samples of one layer may take at a time
@@ -22,12 +23,12 @@ def project_input(x: Tensor, matrix_kI: Tensor | None, bias: bool) -> Tensor:
     if matrix_kI is None:
         return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1) if bias else x
     matrix_kI = matrix_kI.to(x.dtype)
-    return F.linear(x, matrix_kI[:, :-1], matrix_kI[:, -1]) if bias else F.linear(x, matrix_kI)
+    return linear(x, matrix_kI[:, :-1], matrix_kI[:, -1]) if bias else linear(x, matrix_kI)
 
 
 def project_output(g_BSO: Tensor, matrix_kO: Tensor | None) -> Tensor:
     """Project output gradients to k_out values a token: (B, S, k_out); None keeps every output."""
-    return g_BSO if matrix_kO is None else F.linear(g_BSO, matrix_kO.to(g_BSO.dtype))
+    return g_BSO if matrix_kO is None else linear(g_BSO, matrix_kO.to(g_BSO.dtype))
 
 
 def gather_tokens(t: Tensor, index_DL: Tensor) -> Tensor:
@@ -38,6 +39,8 @@ def gather_tokens(t: Tensor, index_DL: Tensor) -> Tensor:
 
 def outer(g_BSk: Tensor, x_BSk: Tensor) -> Tensor:
     """Sum over tokens of the outer products of projected gradients and inputs: (..., B, k_out, k_in)."""
+    if g_BSk.dim() == 3 and len(g_BSk) == 1:  # a plain product, for which there is a quicker way
+        return gram(g_BSk[0], x_BSk[0])[None]
     return g_BSk.mT @ x_BSk
 
 

@@ -1,0 +1,64 @@
+"""Matrix products on a processor, by the quicker of the two libraries that PyTorch carries.
+
+It gives products of float32 to MKL, which takes AVX-512 on Intel's processors alone. oneDNN takes it on AMD's too, where
+it needs half the time (``benchmarks/products.py``); autocast to bfloat16 and torch.compile choose for themselves.
+"""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+LEAST = 2**21  # multiplications; where there are fewer, oneDNN's longer way to a product costs more than it saves
+WORTH_MOVING = 128  # how often an operand has to be used for it to pay that it is laid out anew, which MKL need not do
+
+
+def linear(x: Tensor, weight_kI: Tensor, bias_k: Tensor | None = None) -> Tensor:
+    """``F.linear`` of (..., I), without gradients: (..., k)."""
+    onednn = _onednn() if _is_ours(x, weight_kI) else None
+    if onednn is None:
+        return F.linear(x, weight_kI, bias_k)
+    # It has no quick kernel for a weight that is dense neither as rows nor as columns; a bias it reads as if it were.
+    weight_kI = weight_kI if _is_dense(weight_kI) else weight_kI.contiguous()
+    return onednn(x, weight_kI, None if bias_k is None else bias_k.contiguous(), "none", [], "")
+
+
+def gram(x_Nk: Tensor, y_Nm: Tensor) -> Tensor:
+    """``x^T y``: (k, m)."""
+    return linear(x_Nk.T, y_Nm.T)
+
+
+def _is_ours(x: Tensor, weight: Tensor) -> bool:
+    if torch.compiler.is_compiling() or x.numel() * len(weight) < LEAST:
+        return False
+    rows, columns = x.numel() // x.shape[-1], len(weight)
+    return (
+        min(rows, columns) > 1  # a product with a vector is as quick as the memory
+        and (x.stride(-1) == 1 or columns >= WORTH_MOVING)
+        and (_is_dense(weight) or rows >= WORTH_MOVING)
+        and type(x) is type(weight) is Tensor
+        and x.dtype is weight.dtype is torch.float32
+        and x.device.type == "cpu"
+        and not torch.is_autocast_enabled("cpu")
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+        and torch.backends.mkldnn.enabled
+    )
+
+
+def _is_dense(matrix: Tensor) -> bool:
+    return matrix.is_contiguous() or matrix.T.is_contiguous()
+
+
+@cache
+def _onednn() -> Callable[..., Tensor] | None:
+    """Its product, which PyTorch has for its own compiler; None where it is not there, or not what it was."""
+    if torch.backends.cpu.get_cpu_capability() != "AVX512":
+        return None
+    x, weight, bias = torch.arange(12.0).view(3, 4), torch.arange(8.0).view(2, 4), torch.arange(2.0)
+    try:
+        product = torch.ops.mkldnn._linear_pointwise.default
+        return product if torch.equal(product(x, weight, bias, "none", [], ""), F.linear(x, weight, bias)) else None
+    except (AttributeError, RuntimeError, TypeError, NotImplementedError):
+        return None
