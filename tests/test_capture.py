@@ -1139,6 +1139,19 @@ def test_batchnorms_are_looked_for_where_they_are_in_each_pass(tmp_path):
     assert len(loghook.load(run.path)) == 5
 
 
+def test_batch_norm_that_is_set_to_training_inside_a_block(tmp_path):
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)).eval(), torch.randn(5, 4)
+    run = loghook.init(tmp_path / "run", rank=2)
+    run.watch(model)
+    with pytest.raises(UnsupportedError, match="BatchNorm1d '1' is in training mode"), run(data_id=range(5)):
+        model.train()(x).square().sum().backward()
+    model.eval()
+    with run(data_id=range(5)):
+        model(x).square().sum().backward()
+    run.finalize()
+    assert len(loghook.load(run.path)) == 5
+
+
 @pytest.mark.parametrize("compiled", [False, True])
 def test_pairs_through_layers_that_see_different_tokens(tmp_path, compiled):
     """Chosen and rejected of a reward model with patches and a pooled head, or two views of an image."""

@@ -14,6 +14,7 @@ from transformers import (
 
 import loghook
 from loghook.capture.experts import watched
+from loghook.errors import BatchError
 from tests.harness import log_batch, sides, whole
 from tests.oracle import one_sample, one_sample_gradients, project, relative_error
 
@@ -183,3 +184,44 @@ def test_whole_entries_count_in_experts_as_their_tokens_do(tmp_path, mask):
     assert torch.equal(*(torch.from_numpy(log.moments()) for log in logs))
     for name in logs[0].layers:
         assert torch.equal(*(torch.tensor(log.rows(name)[:]) for log in logs))
+
+
+def test_experts_of_a_compiled_model_are_not_the_compilers():
+    torch._dynamo.reset()
+    model, ids = make("mixtral"), batch()
+    compiled = torch.compile(model, backend="aot_eager")
+    outside, losses = loss_fn(model, ids).item(), []
+
+    def noted(_, ids):
+        loss = loss_fn(compiled, ids)
+        losses.append(loss.item())
+        return loss
+
+    options = dict(rank=6, include=["*", "*experts*"], may_sleep="*experts*")
+    eager, log = log_batch(model, loss_fn, ids, **options), log_batch(compiled, noted, ids, **options)
+    assert losses == pytest.approx([outside] * len(losses), rel=1e-12)
+    for name in eager.layers:
+        assert relative_error(torch.tensor(log.rows(name)[:]), torch.tensor(eager.rows(name)[:])) <= 1e-9, name
+    assert loss_fn(compiled, ids).item() == pytest.approx(outside, rel=1e-12)
+
+
+class PartOfTheTokens(torch.nn.Module):
+    """Hands its experts every second token, as models do that keep others for images."""
+
+    def __init__(self):
+        super().__init__()
+        block = torch.nn.Module()
+        block.before, block.experts = torch.nn.Linear(16, 16).double(), make("mixtral").model.layers[0].mlp.experts
+        self.layers = torch.nn.ModuleList([block])
+
+    def forward(self, x):
+        block = self.layers[0]
+        h = block.before(x)
+        some = h[:, ::2].flatten(0, 1)
+        index = torch.arange(len(some))[:, None] % 4
+        return h.sum() + block.experts(some, index, torch.ones(len(some), 1).double()).square().sum()
+
+
+def test_experts_that_get_a_part_of_the_tokens_are_refused():
+    with pytest.raises(BatchError, match="an expert of 12 tokens, where layers beside it see 24"):
+        log_batch(PartOfTheTokens(), lambda m, x: m(x), torch.randn(4, 6, 16).double(), include=["*", "*experts*"])

@@ -7,9 +7,9 @@ projection a small module that hooks can watch, with the places of its tokens at
 
 import inspect
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -108,6 +108,12 @@ def routed(experts: Any, *args: Any, **kwargs: Any) -> Tensor:
     return out_NH
 
 
+@cache
+def _uncompiled() -> Callable[..., Tensor]:
+    """``routed``, out of reach of torch.compile, which runs what it made of one layer's experts for another's."""
+    return torch.compiler.disable(routed)  # type: ignore[no-any-return]
+
+
 @contextmanager
 def watched(modules: Sequence[nn.Module]) -> Iterator[None]:
     """Let experts run expert by expert for the length of a block; blocks of several runs may overlap."""
@@ -115,7 +121,7 @@ def watched(modules: Sequence[nn.Module]) -> Iterator[None]:
     for module in experts:
         if module not in _OPEN:
             _OPEN[module] = [0, module.__dict__.get("forward")]
-            module.forward = partial(routed, module)
+            module.forward = partial(_uncompiled(), module)
         _OPEN[module][0] += 1
     try:
         yield

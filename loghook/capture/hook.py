@@ -1,6 +1,7 @@
 """The forward hook of a watched layer: inert while no block is open, else it puts a tap into the layer's output."""
 
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -36,6 +37,7 @@ def _inert(taken: int) -> Hook:
 
 def make_hook(layer: Layer) -> Hook:
     key = layer.key
+    part = layer.name[: numbered.end()] if (numbered := re.search(r"\.\d+(?=\.)", layer.name)) else layer.name
     first = list(inspect.signature(type(layer.module).forward).parameters)[1]  # after self
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
@@ -65,8 +67,11 @@ def make_hook(layer: Layer) -> Hook:
                 if slots.input_side.matrix is None and not given.requires_grad and _is_part_of(projected, given):
                     projected = projected.clone()  # autograd keeps it not: the program may write its next batch there
             if isinstance(module, ExpertProjection):
-                documents, weight = slots.tokens.routed(layer.name, module.token_N, module.total)
+                seen = slots.place.block.tokens.get(part, ())
+                documents, weight = slots.tokens.routed(layer.name, module.token_N, module.total, seen)
             else:
+                if not torch.compiler.is_compiling():
+                    slots.place.block.tokens.setdefault(part, set()).add(projected.shape[:2].numel())
                 weight = slots.tokens.weight(projected)
                 documents = slots.tokens.places(layer.name, projected)
         except BatchError as error:
@@ -192,8 +197,8 @@ def _batch_first(layer: Layer, slots: Slots, x: Tensor) -> Tensor:
         raise BatchError(
             f"{len(x)} samples, {slots.tokens.size} ids: layer {layer.name!r} got an input of shape {shape}, and its "
             f"{'second axis (batch_dim=1)' if moved else 'first axis'} must be the batch. Pass one id for each sample, "
-            "or segments= where a sample is several rows (pairs); for other axes batch_dim=1 (sequence first) or "
-            "flattened=; or exclude the layer."
+            "or segments= where a sample is several rows (pairs); for other axes batch_dim=1 (sequence first) or, where "
+            "all samples have as many tokens, flattened=; or exclude the layer."
         )
     return x
 

@@ -4,7 +4,7 @@
 """
 
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -125,14 +125,7 @@ class Hooked:
             for layer in self._layers:
                 _require_unchanged(layer)
             self._mixing = [] if self._model is None else mixing_modules(self._model)
-        for name, module in self._mixing:
-            if module.training or module.running_mean is None:
-                state = "is in training mode" if module.training else "keeps no running statistics"
-                raise UnsupportedError(
-                    f"{type(module).__name__} {name!r} {state} and mixes the samples of a batch, so a gradient per "
-                    "sample does not exist: call eval() on it, with running statistics, for the logging pass, or use "
-                    "GroupNorm or LayerNorm."
-                )
+        _require_apart(self._mixing)
         documents = None if given.segments is None else arrange(given.segments, size)
         masks = check_masks(given.mask, size if documents is None else len(documents.number_BS), self._names)
         factor = unscaled(given.scale, given.scaler, None if job.sums else size)
@@ -144,6 +137,7 @@ class Hooked:
         try:
             with block(self._layers, size, job, factor, masks, kept, documents) as captured, watched(experts):
                 yield captured
+                _require_apart(self._mixing)  # a training step may call train()
         except RuntimeError as error:
             if "does not require grad" in str(error) and not any(layer.fired for layer in self._layers):
                 raise DeliveryError(nothing_delivered(self._layers)) from error  # backward() failed for want of a graph
@@ -222,6 +216,18 @@ class Asker(Hooked):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _require_apart(mixing: Iterable[tuple[str, nn.Module]]) -> None:
+    """Raise where a module mixes the samples of a batch."""
+    for name, module in mixing:
+        if module.training or module.running_mean is None:
+            state = "is in training mode" if module.training else "keeps no running statistics"
+            raise UnsupportedError(
+                f"{type(module).__name__} {name!r} {state} and mixes the samples of a batch, so a gradient per sample "
+                "does not exist: call eval() on it, with running statistics, for the logging pass, or use GroupNorm or "
+                "LayerNorm."
+            )
 
 
 def _require_unchanged(layer: Layer) -> None:

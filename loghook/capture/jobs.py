@@ -32,6 +32,8 @@ class Block:
 
     delivered: bool = False  # whether any layer has delivered yet
     restarted: bool = False  # whether a layer ran forward after that, outside the backward pass
+    # {part of the model, such as "layers.3": how many tokens of the batch its layers have seen, experts left out}
+    tokens: dict[str, set[int]] = field(default_factory=dict)
 
 
 @dataclass(eq=False)

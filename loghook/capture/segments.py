@@ -4,6 +4,7 @@
 functions here make that from what packed batches carry.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -117,10 +118,18 @@ class Tokens:
         B, S = tokens.shape[:2]
         return None if self.documents is None else self.documents.places(layer, (B, S))
 
-    def routed(self, layer: str, token_N: Tensor, total: int) -> tuple[Tensor, Tensor | None]:
-        """Both for a layer that gets, as an expert, some of the batch's ``total`` tokens: the weights are (1, N)."""
+    def routed(self, layer: str, token_N: Tensor, total: int, seen: Collection[int]) -> tuple[Tensor, Tensor | None]:
+        """Both for a layer that gets, as an expert, some of the batch's ``total`` tokens: the weights are (1, N).
+
+        ``seen``: how many tokens layers around it have seen, if any did.
+        """
         documents, mask, rows = self.documents, self.mask, self.entries
         weight: Tensor | None
+        if seen and total not in seen:
+            raise BatchError(
+                f"layer {layer!r} is an expert of {total} tokens, where layers beside it see {max(seen)}: the model "
+                "hands its experts a part of the batch, and whose tokens those are is not known. Exclude these experts."
+            )
         if total % rows:
             raise BatchError(
                 f"layer {layer!r} got {total} tokens for {rows} entries of the batch, no whole number for each: pass "
