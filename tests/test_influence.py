@@ -375,6 +375,29 @@ def test_small_rows_are_no_rounding_of_large_ones(tmp_path, spread):
     )
 
 
+@pytest.mark.parametrize("method", ["kfac", "ekfac", "shampoo"])
+def test_rows_beside_far_larger_ones_keep_their_scores(tmp_path, method):
+    """In float64 nothing is taken for rounding."""
+    torch.manual_seed(0)
+    model, n = nn.Sequential(nn.Linear(13, 8), nn.Tanh(), nn.Linear(8, 5)), 100
+    x, sizes = torch.randn(n, 13), torch.ones(n, 1)
+    sizes[[17, 80]] = 1e6
+    run = loghook.init(tmp_path / "run", projection="none")
+    run.watch(model)
+    with run(data_id=range(n)):
+        (model(x).square() * sizes).sum().backward()
+    with run.query(data_id=range(5)) as query:
+        model(torch.randn(5, 13)).square().sum().backward()
+    run.finalize()
+    log = loghook.load(run.path)
+    log.compress(tmp_path / "wide", "float64", queries=2)
+    wide = loghook.load(tmp_path / "wide")
+    small = (sizes == 1)[:, 0].numpy()
+    for damping in (0.1, 1e-3):
+        found, expected = (one.influence(query, method, damping=damping).values[:, small] for one in (log, wide))
+        np.testing.assert_allclose(found, expected, atol=1e-3 * np.abs(expected).max())
+
+
 def test_layers_whose_gradients_vanish_have_a_self_influence(tmp_path):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4)), torch.randn(30, 8)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loghook.errors import ConfigError
 from loghook.factors import Eigenbasis, eigenbasis
-from loghook.influence.solvers import Dense, Diagonal, Identity, LowRank, Solver
+from loghook.influence.solvers import Dense, Diagonal, Identity, LowRank, Solver, nonzero
 from loghook.log.disk import plain
 from loghook.log.format import LayerSpec
 from loghook.log.source import Source
@@ -105,14 +105,13 @@ def solvers(reader: Source, metric: Metric, layers: Sequence[LayerSpec]) -> Iter
         measured: Mapping[str, Tensor] = {}
         if not kfac or (narrow and small):
             measured = _corrected_eigenvalues(reader, "shampoo" if shampoo else "ekfac", bases)
-        eigenvalues = {name: basis.products for name, basis in bases.items()} if kfac else measured
-        yield {
-            name: Diagonal(
-                bases[name], values, metric.amount(float(values.mean())), measured.get(name) if narrow else None
-            )
-            for name, values in eigenvalues.items()
-            if float(values.sum()) > _vanishing(reader)
-        }
+        found: dict[str, Solver] = {}
+        for name, basis in bases.items():
+            corrected, shares = measured.get(name, (basis.products, None))
+            values = basis.products if kfac else corrected
+            if float(values.sum()) > _vanishing(reader):
+                found[name] = Diagonal(basis, values, metric.amount(float(values.mean())), shares if narrow else None)
+        yield found
 
 
 def _vanishing(reader: Source) -> float:
@@ -152,14 +151,19 @@ def _row_bases(reader: Source, layers: Sequence[LayerSpec]) -> dict[str, Eigenba
 
 
 def _corrected_eigenvalues(reader: Source, kind: str, bases: dict[str, Eigenbasis]) -> dict[str, Tensor]:
-    """EK-FAC's eigenvalues: the mean over rows of ``(Q_S^T G Q_A)^2`` (George et al. 2018), float64."""
+    """EK-FAC's eigenvalues, means over rows of ``(Q_S^T G Q_A)^2`` (George et al. 2018), and those of rows at unit norm.
+
+    (2, k_out, k_in) float64 for each layer.
+    """
     missing = {name: basis for name, basis in bases.items() if (kind, name) not in reader.cache}
     if missing:
-        sums = {name: torch.zeros_like(basis.products) for name, basis in missing.items()}
+        sums = {name: basis.products.new_zeros(2, *basis.products.shape) for name, basis in missing.items()}
         for _, block in progress(reader, "eigenvalues"):
             for name, basis in missing.items():
                 rows = block[:, reader.layout.columns[name]].unflatten(1, basis.products.shape)
-                sums[name] += basis.rotate(rows).double().square_().sum(0)  # in float32 the squares of 1e-23 are 0
+                squares = basis.rotate(rows).double().square_().flatten(1)  # in float32 those of 1e-23 are 0
+                weights = torch.stack([squares.new_ones(len(squares)), 1 / nonzero(squares.sum(1))])
+                sums[name] += (weights @ squares).view_as(sums[name])
         for name, total in sums.items():
             reader.cache[kind, name] = all_reduce(total) / len(reader)
     return {name: reader.cache[kind, name] for name in bases}

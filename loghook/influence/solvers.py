@@ -51,18 +51,19 @@ class Identity:
 class Diagonal:
     """Curvature that is diagonal in a Kronecker eigenbasis: KFAC, EK-FAC and Shampoo."""
 
-    def __init__(self, basis: Eigenbasis, eigenvalues: Tensor, damping: float, measured: Tensor | None = None) -> None:
-        """``measured``: mean squares in the eigenbasis of all rows that will be scored, if they are in float32."""
+    def __init__(self, basis: Eigenbasis, eigenvalues: Tensor, damping: float, shares: Tensor | None = None) -> None:
+        """``shares``: means of squares, in the eigenbasis, of all rows that will be scored, at unit norm, if in float32."""
         self.basis = basis
         damped = eigenvalues + damping
         # A layer that never got a gradient has no curvature and no gradients either: it contributes nothing.
         self.inverse = self._reached = torch.where(damped > 0, 1 / damped, torch.zeros_like(damped))
-        if measured is not None:
+        if shares is not None:
             # Where no row has a component, that of a question scores zero: divided by a small damping it would drown
-            # the scores in rounding, which leaves so much of a mean of squares where there is nothing.
-            least = 1e-10 * measured.max()
-            empty = (measured.amax(0) < least) | (measured.amax(1, keepdim=True) < least)
-            self._reached = self.inverse.masked_fill(empty | (measured <= 1e-12 * measured.mean()), 0)
+            # the scores in rounding, which leaves so much of a mean of squares where there is nothing. At unit norm no
+            # row's components are taken for the rounding of a larger one.
+            least = 1e-10 * shares.max()
+            empty = (shares.amax(0) < least) | (shares.amax(1, keepdim=True) < least)
+            self._reached = self.inverse.masked_fill(empty | (shares <= 1e-12 * shares.mean()), 0)
 
     def rotated(self, rows: Tensor) -> Tensor:
         """H^-1 G in the eigenbasis, for each row, without what no row of a log has: (n, k_out, k_in)."""
