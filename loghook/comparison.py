@@ -64,7 +64,7 @@ def compare(probe: Probe, tolerance: float, found: Found, alone: Alone, chosen: 
 
 def explain(found: Comparison) -> str:
     """Say what makes layers wrong: the first explanation that fits."""
-    return _scaled(found) or _other_layers(found) or _drowned(found) or _mixed(found)
+    return _scaled(found) or _other_layers(found) or _drowned(found) or _misplaced(found) or _mixed(found)
 
 
 def _scaled(found: Comparison) -> str | None:
@@ -121,6 +121,20 @@ def _drowned(found: Comparison) -> str | None:
         f"rounding alone moves the gradients of {len(found.wrong)} layers ({some(found.wrong)}) by up to "
         f"{max(largest(found.rounding).values()):.1g} of their size, so nothing can be compared: "
         f"{f'check in {wider}' if wider else 'leave out samples with next to no gradient, or exclude the layers'}."
+    )
+
+
+def _misplaced(found: Comparison) -> str | None:
+    """Whether rows are right together, so that only whose they are is wrong."""
+    together, alone = (
+        {name: rows[name].sum(0, keepdim=True) for name in found.wrong} for rows in (found.together, found.alone)
+    )
+    if not all(error <= 1e-3 for error in largest(relative_errors(together, alone)).values()):
+        return None
+    return (
+        f"the rows of {len(found.wrong)} layers ({some(found.wrong)}) are wrong one by one and right in their sum: their "
+        f"tokens are not in the order of {found.probe.unit}s that is assumed (time before batch in a layer that is "
+        "declared flattened, a batch_dim that is another, segments of other tokens). Mend that, or exclude them."
     )
 
 

@@ -621,3 +621,22 @@ def test_pairs_that_the_loss_itself_joins():
     assert not loghook.check(model, lambda m, b: preference(m, b) / len(b["chosen"]), batch, segments=pairs)
     with pytest.raises(BatchError, match="the batch has 3 entries, and segments 4 of 2 documents"):
         loghook.check(model, preference, batch, segments=torch.tensor([0, 1, 0, 1])[:, None])
+
+
+class TimeBeforeBatch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 5), nn.Linear(5, 3)
+
+    def forward(self, x):
+        h = x.transpose(0, 1)
+        return self.b(self.a(h.flatten(0, 1)).view(*h.shape[:2], -1).transpose(0, 1).tanh())
+
+
+def test_tokens_of_the_wrong_samples_are_no_samples_that_mix():
+    torch.manual_seed(0)
+    report = loghook.check(
+        TimeBeforeBatch(), lambda m, x: m(x).square().sum(), torch.randn(4, 7, 6), flattened="a", include=["a", "b"]
+    )
+    (problem,) = report.problems
+    assert "('a') are wrong one by one and right in their sum" in problem

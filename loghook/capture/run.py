@@ -80,8 +80,8 @@ class Run(Blocks, Hooked):
             exclude: patterns left out; replaces the default, which yields where ``include`` names ``lm_head``.
             bias: whether a module's bias is logged as the last column.
             may_sleep: patterns of layers that may rightly not run in a batch; they then get zero rows.
-            flattened: patterns of layers whose inputs have batch and tokens in one axis, batch first, as the shared
-                experts of some mixture-of-experts models have.
+            flattened: patterns of layers whose inputs have batch and tokens in one axis, batch first and as many
+                tokens for each sample, as the shared experts of some mixture-of-experts models have.
             batch_dim: axis of samples in the layers' inputs: 0, or 1 for sequence-first models, whose inputs without
                 tokens, (batch, features), are batch first all the same.
             activations: "mean" or "sum" over tokens logs each layer's input as well, unprojected.
