@@ -129,7 +129,9 @@ def _misplaced(found: Comparison) -> str | None:
     together, alone = (
         {name: rows[name].sum(0, keepdim=True) for name in found.wrong} for rows in (found.together, found.alone)
     )
-    if not all(error <= 1e-3 for error in largest(relative_errors(together, alone)).values()):
+    if not all(
+        (error <= 1e-2 * found.errors[name].max()).all() for name, error in relative_errors(together, alone).items()
+    ):
         return None
     return (
         f"the rows of {len(found.wrong)} layers ({some(found.wrong)}) are wrong one by one and right in their sum: their "
