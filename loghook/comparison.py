@@ -134,9 +134,9 @@ def _misplaced(found: Comparison) -> str | None:
     ):
         return None
     return (
-        f"the rows of {len(found.wrong)} layers ({some(found.wrong)}) are wrong one by one and right in their sum: their "
-        f"tokens are not in the order of {found.probe.unit}s that is assumed (time before batch in a layer that is "
-        "declared flattened, a batch_dim that is another, segments of other tokens). Mend that, or exclude them."
+        f"the rows of {len(found.wrong)} layers ({some(found.wrong)}) are wrong one by one and right in their sum: "
+        f"their tokens are not in the order of {found.probe.unit}s that is assumed (time before batch in a layer that "
+        "is declared flattened, a batch_dim that is another, segments of other tokens). Mend that, or exclude them."
     )
 
 

@@ -1,4 +1,4 @@
-"""Products by oneDNN: right whatever the operands look like in memory, and left to PyTorch where they are not for it."""
+"""Products by oneDNN: right whatever the operands' layout, and left to PyTorch where they are not for it."""
 
 import pytest
 import torch
@@ -119,7 +119,7 @@ def test_others_are_pytorchs(case, counted):
 
 def test_a_product_that_is_not_what_it_was_is_left_alone(monkeypatch):
     class Ops:
-        class _linear_pointwise:  # noqa: N801
+        class _linear_pointwise:
             default = staticmethod(lambda x, *_: x)
 
     monkeypatch.setattr(torch.ops, "mkldnn", Ops)

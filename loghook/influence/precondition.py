@@ -151,9 +151,9 @@ def _row_bases(reader: Source, layers: Sequence[LayerSpec]) -> dict[str, Eigenba
 
 
 def _corrected_eigenvalues(reader: Source, kind: str, bases: dict[str, Eigenbasis]) -> dict[str, Tensor]:
-    """EK-FAC's eigenvalues, means over rows of ``(Q_S^T G Q_A)^2`` (George et al. 2018), and those of rows at unit norm.
+    """EK-FAC's eigenvalues, means over rows of ``(Q_S^T G Q_A)^2`` (George et al. 2018); the same of rows at unit norm.
 
-    (2, k_out, k_in) float64 for each layer.
+    Both, (2, k_out, k_in) float64, for each layer.
     """
     missing = {name: basis for name, basis in bases.items() if (kind, name) not in reader.cache}
     if missing:

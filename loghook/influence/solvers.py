@@ -52,7 +52,7 @@ class Diagonal:
     """Curvature that is diagonal in a Kronecker eigenbasis: KFAC, EK-FAC and Shampoo."""
 
     def __init__(self, basis: Eigenbasis, eigenvalues: Tensor, damping: float, shares: Tensor | None = None) -> None:
-        """``shares``: means of squares, in the eigenbasis, of all rows that will be scored, at unit norm, if in float32."""
+        """``shares``: mean squares in the eigenbasis of all rows to be scored, at unit norm, if they are in float32."""
         self.basis = basis
         damped = eigenvalues + damping
         # A layer that never got a gradient has no curvature and no gradients either: it contributes nothing.

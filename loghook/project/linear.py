@@ -1,7 +1,7 @@
 """Matrix products on a processor, by the quicker of the two libraries that PyTorch carries.
 
-It gives products of float32 to MKL, which takes AVX-512 on Intel's processors alone. oneDNN takes it on AMD's too, where
-it needs half the time (``benchmarks/products.py``); autocast to bfloat16 and torch.compile choose for themselves.
+It gives products of float32 to MKL, which takes AVX-512 on Intel's processors alone. oneDNN takes it on AMD's too,
+where it needs half the time (``benchmarks/products.py``); autocast and torch.compile choose for themselves.
 """
 
 from collections.abc import Callable
@@ -43,7 +43,7 @@ def _is_ours(x: Tensor, weight: Tensor) -> bool:
         and x.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
-        and torch.backends.mkldnn.enabled
+        and bool(torch.backends.mkldnn.enabled)
     )
 
 
