@@ -111,7 +111,18 @@ def load(path: str | Path) -> "Log":
 
 
 class Log(Reader):
-    """A run's rows and what can be asked of them."""
+    """A run's rows and what can be asked of them.
+
+    Attributes:
+        path, manifest: the run's folder, and its ``loghook.json``.
+        layers, data_ids: names of the layers, and one id for each row, in the order of the rows.
+        keys: ``pass_index``, ``step`` and ``rank`` of each row, int64 arrays (rows,).
+        flagged: ids of samples left out because their rows were not finite.
+        repeats: how many rows were left out because their id came before.
+        unmeasured: how many rows are not in the statistics that kfac and ekfac use.
+        asleep: {layer: rows that are zero because the layer, which may sleep, did not run}.
+        finished, fingerprint: whether the run came to its end, and what identifies its rows.
+    """
 
     def influence(
         self,
@@ -151,6 +162,8 @@ class Log(Reader):
 
         Raises:
             MismatchError: if the query was made with other layers or another projection.
+            ConfigError: for an argument that is not among those above, scores that are not finite, or an empty log.
+            StateError: for kfac and ekfac, if the log has no statistics: after maintenance, or of other gradients.
 
         Warns:
             UnfinishedWarning: once for an open log, if its run is not finished, so that rows may be missing.

@@ -185,7 +185,7 @@ def merge(
     done = maintain.merge(out, runs)
     for note in done.notes:
         typer.secho(note, fg="yellow", err=True)
-    again = maintain.Reader(out).repeats
+    again = done.rows - len(maintain.Reader(out))
     repeated = f", of which {again:,} are repeats that readers leave out" if again else ""
     typer.echo(f"{out}: {done.rows:,} rows of {len(runs)} runs{repeated}")
 

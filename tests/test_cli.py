@@ -150,3 +150,16 @@ def test_ids_give_a_terminal_no_commands(tmp_path):
     query.save(tmp_path / "q")
     shown = call("score", tmp_path / "run", tmp_path / "q", "--method", "dot")
     assert r"'two\nlines\x1b[31m'" in shown and r"'a lone \ud800'" in shown and "\x1b" not in shown
+
+
+def test_merge_counts_the_rows_that_readers_leave_out(tmp_path):
+    model = torch.nn.Linear(4, 3)
+    for name in "ab":
+        run = loghook.init(tmp_path / name, rank=2)
+        run.watch(model)
+        for _ in run.passes():
+            with run(data_id=[0, 1, 2, 2]):  # one is left out here already
+                model(torch.randn(4, 4)).square().sum().backward()
+        run.finalize()
+    shown = call("merge", tmp_path / "both", tmp_path / "a", tmp_path / "b")
+    assert "6 rows of 2 runs, of which 3 are repeats" in shown

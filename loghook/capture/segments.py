@@ -13,6 +13,8 @@ from torch import Tensor
 
 from loghook.errors import BatchError
 
+__all__ = ["from_cu_seqlens", "from_position_ids", "per_token"]
+
 
 def from_position_ids(position_ids: Tensor) -> Tensor:
     """Number the documents of packed rows by their positions: a new one starts wherever a position does not grow.

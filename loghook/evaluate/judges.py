@@ -20,11 +20,17 @@ Relevant = NDArray[np.bool_] | Sequence[Collection[int]]
 
 @dataclass(frozen=True)
 class LossDifference:
-    """Query loss difference. Each is a mean over queries with its interval."""
+    """Query loss difference. Each is a mean over queries with its interval.
 
-    top: Estimate  # rise of a query's loss without its strongest samples, over training on everything
-    random: Estimate  # the same without as many random samples, mean over the random removals
-    lead: Estimate  # the first minus the second, query by query
+    Attributes:
+        top: rise of a query's loss without its strongest samples, over training on everything.
+        random: the same without as many random samples, mean over the random removals.
+        lead: the first minus the second, query by query.
+    """
+
+    top: Estimate
+    random: Estimate
+    lead: Estimate
 
 
 def without_top(scores: ArrayLike, k: int) -> NDArray[np.bool_]:

@@ -16,12 +16,18 @@ from loghook.influence.fidelity import correlations
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean over queries."""
+    """A mean over queries.
 
-    mean: float  # mean over queries of ``per_query``
-    low: float  # lower end of its bootstrap interval over queries
-    high: float  # upper end
-    per_query: NDArray[np.float64] = field(repr=False)  # (Q,) float64
+    Attributes:
+        mean: of ``per_query``.
+        low, high: ends of its bootstrap interval over queries.
+        per_query: (Q,) float64.
+    """
+
+    mean: float
+    low: float
+    high: float
+    per_query: NDArray[np.float64] = field(repr=False)
 
 
 def random_subsets(n: int, m: int, fraction: float = 0.5, seed: int = 0) -> NDArray[np.bool_]:

@@ -24,20 +24,32 @@ DAMPINGS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
 
 @dataclass(frozen=True)
 class Setting:
-    """One method and damping."""
+    """One method and damping.
 
-    method: str  # of ``Log.influence``
-    damping: float  # relative to each layer's mean eigenvalue
-    criterion: float  # what the choice is made by, more is better; see ``Sweep.criterion``
-    held_out: Estimate | None  # the LDS on the queries that the choice did not see, or None without ground truth
+    Attributes:
+        method: of ``Log.influence``.
+        damping: relative to each layer's mean eigenvalue.
+        criterion: what the choice is made by, more is better; see ``Sweep.criterion``.
+        held_out: the LDS on the queries that the choice did not see, or None without ground truth.
+    """
+
+    method: str
+    damping: float
+    criterion: float
+    held_out: Estimate | None
 
 
 @dataclass(frozen=True)
 class Sweep:
-    """What ``sweep`` found; print it."""
+    """What ``sweep`` found; print it.
 
-    settings: tuple[Setting, ...]  # every method and damping, as tried
-    criterion: str  # what ``Setting.criterion`` measures
+    Attributes:
+        settings: every method and damping, as tried.
+        criterion: what ``Setting.criterion`` measures.
+    """
+
+    settings: tuple[Setting, ...]
+    criterion: str
 
     @property
     def best(self) -> Setting:

@@ -43,8 +43,9 @@ class Scores:
         places: None, or (queries, k) int64: which row each value belongs to.
         by_layer: None, or float32 (layers, queries, rows), which sums to ``values``.
         layers: names of the layers that were scored.
-        method: "dot", "cosine", "fisher", "kfac", "ekfac" or "shampoo", with "(whitened)" or "(1-bit questions)" where
-            the rows or the questions were; "ensemble of ..." where ``combine`` made it.
+        method: "dot", "cosine", "fisher", "kfac", "ekfac" or "shampoo", with a note where rows or questions were of
+            another kind: "dot (whitened, 1-bit questions)", "ekfac (whole gradients)"; the solver of refined questions;
+            "ensemble of ..." where ``combine`` made it.
         normalize: None, "unit" or "relatif".
         damping: relative to each layer's mean eigenvalue, or None.
         damping_abs: absolute damping, or None.
