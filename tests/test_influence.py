@@ -14,7 +14,7 @@ from torch import nn
 import loghook
 from loghook import evaluate
 from loghook.errors import CheckpointWarning, ConfigError, CorruptLogError, MismatchError
-from loghook.influence import precondition, products
+from loghook.influence import engine, precondition, products
 from loghook.influence.scores import strongest
 from loghook.log import reader
 from tests import dense
@@ -677,6 +677,25 @@ def test_ties_keep_the_order_of_the_log(tmp_path, monkeypatch):
     full, best = log.influence(query, "dot"), log.influence(query, "dot", top=4)
     assert not full.values.any()
     assert [r.data_id for r in best.top(4)[0]] == [r.data_id for r in full.top(4)[0]] == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("at_a_time", [1, 7, 40, 2**20])
+@pytest.mark.parametrize("top", [1, 5, 23, 200])
+def test_the_best_of_many_rows_are_found_a_part_at_a_time(tmp_path, monkeypatch, top, at_a_time):
+    """Scores with many ties, in the order of the log."""
+    torch.manual_seed(0)
+    model, n = nn.Linear(2, 1, bias=False), 120
+    run = loghook.init(tmp_path / "run", projection="none")
+    run.watch(model)
+    with run(data_id=range(n)):
+        model(torch.randint(-2, 3, (n, 2)).float()).sum().backward()
+    with run.query(data_id=range(3)) as query:
+        model(torch.randn(3, 2)).sum().backward()
+    run.finalize()
+    log = loghook.load(run.path)
+    expected = log.influence(query, "dot").top(top)
+    monkeypatch.setattr(engine, "SCORES_AT_A_TIME", at_a_time)
+    assert log.influence(query, "dot", top=top).top(top) == expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

@@ -435,3 +435,11 @@ def test_a_lock_file_of_other_bytes_is_still_a_lock(path):
     with pytest.raises(LogLockedError, match="an unknown process"):
         maintain.delete(path, [3])
     run.close()
+
+
+def test_a_log_that_was_emptied_says_so(path):
+    maintain.delete(path, loghook.load(path).data_ids)
+    log = loghook.load(path)
+    for method in ("dot", "fisher", "shampoo"):
+        with pytest.raises(ConfigError, match="holds no rows yet"):
+            log.self_influence(method)

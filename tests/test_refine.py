@@ -232,6 +232,27 @@ def test_saved_directions_say_what_they_are(tmp_path):
         fit.refine(query, [], outputs_of(model), loss_of)
 
 
+def test_a_log_does_not_precondition_refined_questions_again(tmp_path):
+    model, (x, y) = make(), data()
+    fit, query = fitted(model, x, y)
+    u = fit.refine(query, [(x, y)], outputs_of(model), loss_of, iterations=2)
+    run = loghook.init(tmp_path / "run", projection="none", dtype="float64")
+    quietly(run, model)
+    with run(data_id=list(range(len(x)))):
+        loss_of(model(x), (x, y)).backward()
+    run.finalize()
+    log = loghook.load(run.path)
+    for options in ({}, {"method": "cosine"}, {"method": "dot", "normalize": "unit"}):
+        with pytest.raises(ConfigError, match="preconditioned already"):
+            log.influence(u, **options)
+    scores = log.influence(u, "dot")
+    rows = np.concatenate([log.rows(name)[:].reshape(len(x), -1) for name in log.layers], 1)
+    assert np.allclose(scores.values, u.matrix.numpy() @ rows.T, rtol=1e-5) and scores.method == u.direction
+    with pytest.raises(ConfigError, match="preconditioned already"):
+        loghook.evaluate.trust(log, u, nulls=0, k=3)
+    assert loghook.evaluate.trust(log, u, "dot", nulls=9, k=3).correlation == pytest.approx(1)
+
+
 def test_reranking_gives_the_order_of_whole_gradients():
     model, (x, y) = make(), data(60)
     fit, query = fitted(model, x, y)

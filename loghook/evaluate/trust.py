@@ -114,11 +114,13 @@ def trust(
         ConfigError: arguments that cannot work, or, without ``other``, a rank too small for quarters (below 8).
         MismatchError: ids of the two logs that do not match.
     """
+    engine.require_rows(log)
     if not 1 <= k < len(log) or nulls < 0:
         raise ConfigError(f"k={k} must be from 1 to {len(log) - 1}, below the number of rows, and nulls={nulls} >= 0.")
     metric = Metric(method=method, damping=damping, damping_abs=damping_abs, normalize=normalize)
     rng, pair = np.random.default_rng(seed), None  # scores of two seeds, or as if of two
     first = engine.influence(log, query, metric)
+    query = replace(query, direction=None)  # which fits this metric, and not the normalised one that chance has
     values_QN = _spread_out(first.values, metric)
     top_Qk = np.stack([strongest(values, k) for values in values_QN])
     if other is not None:
@@ -200,9 +202,12 @@ def membership(
         centre = values.mean() + r * (values - values.mean())
         for total, variance in ((stays, 1 - r**2), (true, r * (1 - r))):
             deviation = level * values.std() * np.sqrt(variance)
+            # Only rows count that six deviations may bring among the first k.
+            near = np.flatnonzero(centre + 6 * deviation >= np.partition(centre - 6 * deviation, -k)[-k])
+            top = np.searchsorted(near, top_Qk[q])
             for _ in range(DRAWS):
-                drawn = centre + deviation * rng.standard_normal(len(values))
-                total[q] += drawn[top_Qk[q]] >= np.partition(drawn, -k)[-k]
+                drawn = centre[near] + deviation[near] * rng.standard_normal(len(near))
+                total[q] += drawn[top] >= np.partition(drawn, -k)[-k]
     return stays / DRAWS, true / DRAWS
 
 

@@ -20,6 +20,8 @@ from loghook.log.query import Query, require_match, require_one_query
 from loghook.log.source import Source
 from loghook.processes import all_concatenate, all_gather, all_reduce, on_cpu, rank_and_size
 
+SCORES_AT_A_TIME = 2**22  # of which the best are kept: many rows of a narrow log fit in a block
+
 # preconditioned questions (Q, gradient_width) -> the best scores of each, and their places
 Scan = Callable[[Tensor], tuple[np.ndarray, np.ndarray]]
 
@@ -50,12 +52,11 @@ def influence(
             f"{reader.codec.name}: leave it out, or make a log of signs with log.compress(path, 'int1')."
         )
     require_match(query, reader.made, reader.manifest.values, str(reader.path), "log.attach(model)")
+    metric.require_fit_for(query.direction)
     if scan is None:  # which reads a share of the log; an index holds all of it
         require_one_query(query, reader.path)
-    if not len(reader):
-        raise ConfigError(f"{reader.path} holds no rows yet: log some first.")
+    require_rows(reader)
     chosen = choose_layers(reader, layers)
-    _warn_unfinished(reader)
     matrix, own, rows = _prepare(reader, metric, chosen, query, own_rows=metric.normalize is not None)
     norms = own[:, None] if metric.normalize == "unit" else None, rows
     sizes = [None if norm is None else nonzero(norm.clamp(min=0).sqrt()).to(matrix) for norm in norms]
@@ -70,7 +71,7 @@ def influence(
         places=places,
         by_layer=by_layer,
         layers=tuple(spec.name for spec in chosen),
-        method=_named(metric.method, reader, query_dtype),
+        method=_named(query.direction or metric.method, reader, query_dtype),
         normalize=metric.normalize,
         **metric.stated,
         fingerprint=reader.fingerprint,
@@ -115,7 +116,7 @@ def _fidelity(reader: Source, metric: Metric, query_dtype: str | None) -> float 
 @on_cpu
 def self_influence(reader: Source, metric: Metric, layers: Sequence[str] | None) -> np.ndarray:
     """<H^-1 G, G> for each row of a log, summed over layers: (rows,) float32; kept with the log."""
-    _warn_unfinished(reader)
+    require_rows(reader)
     rows = _prepare(reader, metric, choose_layers(reader, layers), own_rows=True)[2]
     assert rows is not None
     values = rows.float().numpy()
@@ -124,8 +125,10 @@ def self_influence(reader: Source, metric: Metric, layers: Sequence[str] | None)
     return values
 
 
-def _warn_unfinished(reader: Source) -> None:
-    """Warn once for each open log."""
+def require_rows(reader: Source) -> None:
+    """Raise if a log is empty, and warn, once for each open one, if it is not finished."""
+    if not len(reader):
+        raise ConfigError(f"{reader.path} holds no rows yet: log some first.")
     if reader.finished or reader.warned:
         return
     reader.warned = True
@@ -248,17 +251,18 @@ def _scan(
         return scores
 
     for place, block in progress(reader, "scoring", stored=stored):
-        scores = scored(product, block, place)
         if top is None:
-            values[:, place] = scores.float()
+            values[:, place] = scored(product, block, place).float()
             for total, part in zip(by_layer, parts, strict=True):
                 total[:, place] = scored(part, block, place).float()
             continue
-        index = torch.arange(place.start, place.stop)
-        if best.shape[1] == top:  # what cannot be among the best need not be sorted
-            near = ~(scores < best[:, -1:]).all(0)
-            scores, index = scores[:, near], index[near]
-        best, places = _best(torch.cat([best, scores], 1), torch.cat([places, index.expand(queries, -1)], 1), top)
+        for index in torch.arange(place.start, place.stop).split(max(1, SCORES_AT_A_TIME // queries)):
+            here = slice(int(index[0]), int(index[-1]) + 1)
+            scores = scored(product, block[here.start - place.start : here.stop - place.start], here)
+            if best.shape[1] + len(index) > top:  # what cannot be among the best need not be sorted
+                near = ~(scores < torch.cat([best, scores], 1).topk(top).values[:, -1:]).all(0)
+                scores, index = scores[:, near], index[near]
+            best, places = _best(torch.cat([best, scores], 1), torch.cat([places, index.expand(queries, -1)], 1), top)
     if top is None:
         return all_reduce(values).numpy(), None, all_reduce(by_layer).numpy() if per_layer else None
     best, places = _best(all_concatenate(best, 1), all_concatenate(places, 1), top)

@@ -46,6 +46,14 @@ class Metric:
         if self.method == "cosine" and self.normalize is None:
             object.__setattr__(self, "normalize", "unit")
 
+    def require_fit_for(self, direction: str | None) -> None:
+        """Raise where it would precondition, or normalise, questions that are preconditioned already."""
+        if direction is not None and (self.method != "dot" or self.normalize):
+            raise ConfigError(
+                f"this query is preconditioned already ({direction}): score it with method='dot' and without normalize, "
+                "since what its curvature says of samples is not known."
+            )
+
     @classmethod
     def among(cls, arguments: Mapping[str, Any]) -> tuple["Metric", dict[str, Any]]:
         """From arguments of ``Log.influence``: the metric, and the other arguments."""

@@ -207,11 +207,7 @@ class Fit(Blocks, Hooked):
         self._require_match(query)
         method = method or ("ekfac" if query.direction is None else "dot")
         metric = Metric(method=method, damping=damping, damping_abs=damping_abs, normalize=normalize)
-        if query.direction is not None and (method != "dot" or normalize):
-            raise ConfigError(
-                f"this query is preconditioned already ({query.direction}): score it with method='dot' and without "
-                "normalize, since what its curvature says of samples is not known."
-            )
+        metric.require_fit_for(query.direction)
         rank = plain(rank)
         if rank is not None and (type(rank) is not int or rank < 1):
             raise ConfigError(f"rank={rank!r} must be a whole number of at least 1, or None for whole questions.")
