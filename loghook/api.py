@@ -24,7 +24,7 @@ from loghook.log.files import load_sides
 from loghook.log.format import draw_sides
 from loghook.log.query import Query
 from loghook.log.reader import Reader
-from loghook.processes import on_cpu
+from loghook.processes import on_cpu, on_first
 from loghook.project.projection import FITTED
 from loghook.whole.fit import Fit
 
@@ -212,6 +212,8 @@ class Log(Reader):
     def compress(self, path: str | Path, dtype: str = "int8", *, queries: int = 16, seed: int = 0) -> Fidelity:
         """Write a finished log again in a smaller dtype, and say what is left of its scores; this log stays.
 
+        Under torch.distributed every process makes the call.
+
         Args:
             path: folder of the new run.
             dtype: how its rows are stored, as in ``init``.
@@ -224,7 +226,7 @@ class Log(Reader):
             NotFiniteError: for rows that the dtype cannot hold.
         """
         check_sample(self, queries)
-        maintain.compress(self.path, path, dtype)
+        on_first(lambda: maintain.compress(self.path, path, dtype))
         return compare(self, Reader(path), queries=queries, seed=seed)
 
     @on_cpu

@@ -75,6 +75,18 @@ def all_concatenate(part: Tensor, dim: int) -> Tensor:
     return torch.cat(all_gather(part), dim)
 
 
+def on_first(call: Callable[[], object]) -> None:
+    """Let rank 0 do something for all: every rank makes the call, and returns, or raises, when it is done."""
+    error = None
+    if rank_and_size()[0] == 0:
+        try:
+            call()
+        except Exception as raised:
+            error = raised
+    if (error := broadcast(error)) is not None:
+        raise error
+
+
 def on_cpu(function: Callable[P, R]) -> Callable[P, R]:
     """Let what a function makes lie on the CPU, where logs are, in float32, whatever the user's defaults are."""
 

@@ -1,5 +1,6 @@
 """Scoring on two processes gives what one process gives."""
 
+import json
 import os
 import subprocess
 import sys
@@ -105,3 +106,84 @@ def test_processes_that_ask_different_questions_are_told(logged):
     folder, _, _ = logged
     (folder / "each.py").write_text(EACH_ITS_OWN)
     assert torchrun(folder / "each.py", folder).count("REFUSED") == 2
+
+
+TOGETHER = """
+import copy, json, sys, torch, loghook
+from torch import nn
+from torch.distributed.fsdp import fully_shard
+torch.set_num_threads(1)
+torch.distributed.init_process_group("gloo")
+rank, folder = torch.distributed.get_rank(), sys.argv[1]
+torch.manual_seed(0)
+model, data = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 12)).eval(), torch.randn(24, 12)
+
+def loss_fn(model, x):
+    return model(x).square().sum()
+
+def pairs():
+    for i in range(0, 12, 4):
+        mine = slice(12 * rank + i, 12 * rank + i + 4)
+        yield list(range(24))[mine], data[mine]
+
+def questions():
+    yield [0, 1], data[:2]
+
+def refused(call, words):
+    try:
+        call()
+    except loghook.LoghookError as error:
+        return words in str(error)
+
+log, query = loghook.load(f"{folder}/run"), loghook.Query.load(f"{folder}/q.safetensors")
+for i in range(30):
+    log.influence(query, "dot").save(f"{folder}/scores.safetensors")
+said = {}
+said["compressed"] = len(log.compress(f"{folder}/int8", "int8").pearson) > 0
+said["again"] = refused(lambda: log.compress(f"{folder}/int8", "int8"), "exists")
+
+sharded = fully_shard(copy.deepcopy(model))
+said["check"] = refused(lambda: loghook.check(sharded, loss_fn, data[: 4 - rank]), "batches of [4, 3] samples")
+
+growing = loghook.init(f"{folder}/growing", rank=4)
+growing.watch(model)
+for ids, x in pairs():
+    with growing(data_id=ids):
+        loss_fn(model, x).backward()
+with growing.query(data_id=[0]) as own:
+    loss_fn(model, data[:1]).backward()
+growing._session.writer.commit_now() if rank == 0 else None
+torch.distributed.barrier()
+early = loghook.load(f"{folder}/growing") if rank == 0 else None
+torch.distributed.barrier()
+growing._session.writer.commit_now()
+torch.distributed.barrier()
+late = early or loghook.load(f"{folder}/growing")
+said["growing"] = refused(lambda: late.influence(own, "dot"), "while it grew")
+
+fit = loghook.fit(f"{folder}/factors")
+fit.watch(model)
+for _ in fit.passes():
+    for ids, x in pairs():
+        with fit(data_id=ids):
+            loss_fn(model, x).backward()
+with fit.query(data_id=[0]) as whole:
+    loss_fn(model, data[:1]).backward()
+batches = [x for _, x in pairs()][: 3 - rank]
+u = fit.refine(whole, batches, model, lambda y, x: y.square().sum(), solver="astra", iterations=5)
+said["refined"] = float(u.matrix.norm())
+tuned = loghook.tune(fit, pairs, questions, lambda x: loss_fn(model, x), ranks=(4, 8), dtypes=("float32", "int8"))
+said["tuned"] = tuned.best.fidelity
+json.dump(said, open(f"{folder}/said-{rank}.json", "w"))
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
+"""
+
+
+def test_what_all_processes_do_together(logged):
+    folder, _, _ = logged
+    (folder / "together.py").write_text(TOGETHER)
+    torchrun(folder / "together.py", folder)
+    one, two = (json.loads((folder / f"said-{rank}.json").read_text()) for rank in (0, 1))
+    assert one == two and [one[what] for what in ("compressed", "again", "check", "growing")] == [True] * 4
+    assert one["refined"] > 0 and one["tuned"] > 0.5

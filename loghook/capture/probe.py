@@ -15,6 +15,7 @@ from loghook.capture.hooked import Hooked
 from loghook.capture.layers import Layer
 from loghook.capture.select import Watch
 from loghook.errors import BatchError
+from loghook.processes import all_gather
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
 
@@ -48,14 +49,20 @@ class Probe(Hooked):
         self.unit = "sample" if segments is None else "document"
         # Each sample or document as a batch of its own, and its segments there.
         self._alone = documents(batch, segments) if segments is not None else [(one, None) for one in samples(batch)]
-        if len(self._alone) < 2:
-            raise BatchError(
-                f"check got a batch of one {self.unit}: pass at least two, so that they can be told apart."
-            )
-        # Whether a forward pass is something that all processes do together.
+        # Whether a forward pass is something that all processes do together, and so equally often.
         self.sharded = any(type(p).__name__ == "DTensor" for p in model.parameters()) or any(
             type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()
         )
+        sizes = all_gather(len(self._alone)) if self.sharded else [len(self._alone)]
+        if min(sizes) < 2:
+            raise BatchError(
+                f"check got a batch of one {self.unit}: pass at least two, so that they can be told apart."
+            )
+        if len(set(sizes)) > 1:
+            raise BatchError(
+                f"the processes check batches of {sizes} {self.unit}s, each of which goes alone through a model that "
+                "all of them hold together: give all processes as many, or check the model before it is sharded."
+            )
         self.watched, self.coverage = self._select(model, watch)
         self._hook(model, self.watched)
 

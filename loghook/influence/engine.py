@@ -54,7 +54,7 @@ def influence(
     require_match(query, reader.made, reader.manifest.values, str(reader.path), "log.attach(model)")
     metric.require_fit_for(query.direction)
     if scan is None:  # which reads a share of the log; an index holds all of it
-        require_one_query(query, reader.path)
+        require_one_query(query, reader.path, len(reader))
     require_rows(reader)
     chosen = choose_layers(reader, layers)
     matrix, own, rows = _prepare(reader, metric, chosen, query, own_rows=metric.normalize is not None)

@@ -50,8 +50,8 @@ class Metric:
         """Raise where it would precondition, or normalise, questions that are preconditioned already."""
         if direction is not None and (self.method != "dot" or self.normalize):
             raise ConfigError(
-                f"this query is preconditioned already ({direction}): score it with method='dot' and without normalize, "
-                "since what its curvature says of samples is not known."
+                f"this query is preconditioned already ({direction}): score it with method='dot' and without "
+                "normalize, since what its curvature says of samples is not known."
             )
 
     @classmethod

@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 
 from loghook.errors import LoghookError, LogLockedError, WriteError
+from loghook.processes import process_rank
 
 READ_BYTES = 2**20  # what is read and checked at a time: it stays in the processor's cache
 
@@ -74,7 +75,8 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 @contextmanager
 def replacing(file: Path) -> Iterator[Path]:
     """Yield where to write a file so that a reader sees the old one or the new one, also after a power cut."""
-    temporary = file.with_name(file.name + ".tmp")
+    rank = process_rank()  # all processes may save the same scores to one place
+    temporary = file.with_name(f"{file.name}.{rank}.tmp" if rank else f"{file.name}.tmp")
     yield temporary
     with open(temporary, "rb") as handle:
         os.fsync(handle.fileno())

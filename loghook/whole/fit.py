@@ -105,7 +105,8 @@ class Fit(Blocks, Hooked):
         """Yield the passes over the data that are not done yet: "covariance", then "eigenvalues".
 
         Each is committed when it is complete, and skipped by a later ``loghook.fit(..., resume=True)``. In every one of
-        them each data_id counts once. All ranks go through it together; their sums are brought together at its end.
+        them each data_id counts once, on each rank. All ranks go through it together; their sums are brought together
+        at its end.
         """
         store = self._require_store()
         held = lock(self.path / lock_name(process_rank()))

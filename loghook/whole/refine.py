@@ -23,7 +23,7 @@ from loghook.errors import ConfigError, UnsupportedError
 from loghook.factors import FactorStore
 from loghook.influence.solvers import Diagonal, gram_basis, nonzero
 from loghook.log.format import Layout
-from loghook.processes import all_reduce
+from loghook.processes import all_gather, all_reduce
 from loghook.progress import bar
 
 Outputs = Callable[[Any], Tensor]
@@ -200,11 +200,12 @@ def stochastic(system: Damped, g: Tensor, iterations: int, step: float, momentum
     """
     batches, largest = system.matrix.batches, 1.0
     start = torch.randn(1, g.shape[1], generator=torch.Generator().manual_seed(0), device="cpu").to(g)
-    steps = batches[:iterations]  # those that there will be a step for
-    for batch in bar(steps, "largest stable step", "batches"):
+    # Those that there will be a step for; on the process with most of them, since all multiply together.
+    steps = min(iterations, max(all_gather(len(batches))))
+    for i in bar(range(steps), "largest stable step", "batches"):
         v = start
         for _ in range(POWER_STEPS):
-            v = system.precondition(system.times(v / v.norm(), [batch]))
+            v = system.precondition(system.times(v / v.norm(), [batches[i % len(batches)]]))
         largest = max(largest, float(v.norm()))
     u = system.precondition(g)
     velocity, residuals = torch.zeros_like(u), []

@@ -12,6 +12,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from loghook.log import maintain
 from loghook.log.format import Layout, grouped
 from loghook.log.query import Query
 from loghook.log.reader import Reader
+from loghook.processes import all_gather, broadcast, on_first
 from loghook.progress import bar
 from loghook.project.projection import FITTED
 from loghook.whole.candidates import PROJECTIONS, ROW, SCORINGS, Candidate, plans
@@ -172,6 +174,7 @@ def tune(
     scoring = fit.score(asked, per_layer=judge is not None, **given if asked.direction is None else {})
     found: list[Candidate] = []
     with tempfile.TemporaryDirectory(prefix="loghook-tune-") as folder:
+        folder = broadcast(folder)  # one for all processes
         logs = _small_logs(fit, scoring, [init for init, _ in tried], Path(folder), samples, queries, loss, mask)
         reference = scoring.scores()
         wanted, liked = reference.values, ""
@@ -181,8 +184,9 @@ def tune(
             for dtype in fits:
                 stored = path if dtype == "float32" else path.with_name(f"{path.name}-{dtype}")
                 if stored != path:
-                    maintain.compress(path, stored, dtype)
+                    on_first(partial(maintain.compress, path, stored, dtype))
                 found += _measured(Reader(stored), query, init | {"dtype": dtype}, methods, wanted, subsets, limit)
+        all_gather(None)  # nobody reads there any more
     found.sort(key=lambda one: (one.bytes, -one.fidelity))
     if not found:
         raise ConfigError(
