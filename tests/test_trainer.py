@@ -31,6 +31,7 @@ from transformers import (
 )
 
 import loghook
+from loghook.integrations import transformers as integration
 from loghook.errors import BatchError, ConfigError, UnsupportedError
 from loghook.integrations.transformers import log_training
 from tests.harness import sides, whole
@@ -768,3 +769,12 @@ def test_two_processes(folder):
 
 if __name__ == "__main__":
     launched(sys.argv[1])
+
+
+def test_a_loss_is_tried_equally_often_on_all_processes(monkeypatch):
+    """Forward passes of a sharded model are something that all of them do together."""
+    few, many = torch.full((2, 12), -100), torch.arange(24).view(2, 12)
+    few[:, 0] = 1
+    counts = [int((labels != -100).sum()) for labels in (few, many)]
+    monkeypatch.setattr(integration, "all_gather", lambda _: counts)
+    assert len({len(list(integration._in_labels(labels, 20))) for labels in (few, many)}) == 1

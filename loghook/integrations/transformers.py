@@ -15,6 +15,7 @@ from torch import Tensor
 from loghook.capture.run import Run
 from loghook.capture.segments import from_cu_seqlens, from_position_ids
 from loghook.errors import BatchError, ConfigError, UnsupportedError, user_line
+from loghook.processes import all_gather
 
 IGNORED = -100  # the label that transformers' losses leave out
 TRIALS = 32  # of labels with other classes
@@ -320,7 +321,9 @@ def _in_labels(labels: Tensor, classes: int) -> Iterator[Trial]:
     row = torch.arange(len(labels), device=labels.device).view(-1, *[1] * (labels.dim() - 1))
     one = place % (3 + row) == 0
     made = [torch.where(place % 3 == 2, labels, place % 3)]
-    made += [(place + start) % classes for start in range(2, classes, max(1, int(counted.sum())))][:TRIALS]
+    # As often on all processes: a sharded model's forward passes are something that they do together.
+    fewest = min(all_gather(int(counted.sum())))
+    made += [(place + start) % classes for start in range(2, classes, max(1, fewest))][:TRIALS]
     for mixed in (m.where(counted, IGNORED) for m in made):
         yield (mixed, {}), (mixed.where(one, IGNORED), {}), (mixed.where(~one, IGNORED), {})
 
