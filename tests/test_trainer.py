@@ -31,8 +31,8 @@ from transformers import (
 )
 
 import loghook
-from loghook.integrations import transformers as integration
 from loghook.errors import BatchError, ConfigError, UnsupportedError
+from loghook.integrations import transformers as integration
 from loghook.integrations.transformers import log_training
 from tests.harness import sides, whole
 from tests.oracle import one_sample_gradients, project, relative_error
