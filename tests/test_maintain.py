@@ -370,6 +370,27 @@ def test_a_log_that_was_opened_before_rows_were_deleted_says_so(path):
     assert 3 not in loghook.load(path).data_ids
 
 
+def test_verifying_beside_maintenance_finds_nothing_wrong(path, monkeypatch):
+    found, clean, load = [], maintain._clean, reader.load_moments
+
+    def meanwhile(*arguments):
+        found.append(loghook.load(path).verify())  # the new files count, and the old ones are still there
+        return clean(*arguments)
+
+    def replaced(*arguments):
+        monkeypatch.setattr(reader, "load_moments", load)
+        maintain.delete(path, [4], keep_statistics=True)
+        return load(*arguments)
+
+    monkeypatch.setattr(maintain, "_clean", meanwhile)
+    maintain.delete(path, [3], keep_statistics=True)
+    assert len(found) == 2 and not any(found)
+    log = loghook.load(path)
+    monkeypatch.setattr(reader, "load_moments", replaced)
+    (line,) = log.verify()
+    assert "load it again" in line and not loghook.load(path).verify()
+
+
 def test_an_open_log_calls_no_rows_strays_that_came_later(path):
     log = loghook.load(path)
     maintain.reopen(path)
