@@ -322,6 +322,8 @@ def test_commands(path, tmp_path):
     (tmp_path / "odd").write_text("x y")
     assert "a JSON value on each line" in call("delete", path, "--ids-file", tmp_path / "odd", status=1)
     assert "2 rows deleted, 36 left" in call("delete", path, "--ids-file", tmp_path / "ids")
+    assert "no statistics, so that kfac and ekfac cannot score it: rows were deleted" in call("info", path)
+    assert "rows were deleted" in json.loads(call("info", path, "--json"))["no_statistics"]
     assert "40 rows" in call("merge", tmp_path / "out", *[write(tmp_path / n, r).path for n, r in PARTS])
     flip(tmp_path / "out" / "rows-00000-00000.safetensors", 700)
     lines = [line for line in call("repair", tmp_path / "out").splitlines() if line.isdecimal()]
