@@ -238,9 +238,7 @@ class Run(Blocks, Hooked):
         self._id_type = type(ids[0]).__name__
         manifest = self._session.manifest
         if manifest is not None and manifest.id_type != self._id_type:
-            raise BatchError(
-                f"data_id is {self._id_type} here, was {manifest.id_type}: use one type throughout the run."
-            )
+            raise BatchError(f"data_id is {self._id_type} here, was {manifest.id_type}: use one type throughout a run.")
         if self._pass is not None and self._pass._gathering is not None:
             with self._pass._gathering.block(ids, given):
                 yield
@@ -251,6 +249,7 @@ class Run(Blocks, Hooked):
         with self._capture(len(ids), given, self._rows(logs=True), keep) as captured:
             yield
         writer = self._ready(self._id_type)
+        self._session.warn_of_underflow(captured[0].rows[:, : self._layout.gradient_width])
         index, flag = self._pass.index if self._pass else -1, given.scaler is not None
         batch = pack(captured[0], ids, keep, dtype=writer.dtype, flag=flag, pass_index=index, step=self._step)
         # What an interrupted run has committed was counted there.
