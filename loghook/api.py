@@ -21,7 +21,7 @@ from loghook.influence.scores import Scores
 from loghook.log import maintain
 from loghook.log.disk import absolute
 from loghook.log.files import load_sides
-from loghook.log.format import draw_sides
+from loghook.log.format import differ, draw_sides
 from loghook.log.query import Query
 from loghook.log.reader import Reader
 from loghook.processes import on_cpu, on_first
@@ -265,9 +265,10 @@ class Log(Reader):
             MismatchError: if the model's layers are not those of the log.
         """
         asker = Asker(model, self.manifest, self.path, optimizer)
-        if self.manifest.values and asker.digest() not in (None, self.manifest.values):
+        if differ(asker.digest(), self.manifest.values):
             warnings.warn(
-                "the model's parameter values are not those that the log ended with: load that checkpoint first.",
+                "the model's parameter values, or the optimizer's moments, are not those that the log ended with: load "
+                "that checkpoint first.",
                 CheckpointWarning,
                 stacklevel=user_line(),
             )

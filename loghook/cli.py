@@ -101,6 +101,7 @@ def info(
         "dtype": m.dtype,
         "writers": m.world_size,
         "repeats_left_out": log.repeats, "flagged": log.flagged, "not_in_statistics": log.unmeasured,
+        "no_statistics": m.no_statistics,
         "asleep": log.asleep, "parameters": m.parameters, "fidelity": m.fidelity,
         "unfinished_records": log.torn,
         "fingerprint": log.fingerprint, "provenance": m.provenance,
@@ -131,6 +132,8 @@ def info(
     if m.parameters.get("first") and m.parameters.get("last"):
         same = m.parameters["first"] == m.parameters["last"]
         typer.echo(f"  parameters {'unchanged while logging' if same else 'changed while logging (as in training)'}")
+    if m.no_statistics is not None:
+        typer.echo(f"  no statistics, so that kfac and ekfac cannot score it: {m.no_statistics}")
     if log.unmeasured:
         typer.echo(f"  {log.unmeasured:,} rows are not in the statistics: their batches held rows that were not finite")
     if log.asleep:

@@ -755,6 +755,16 @@ def test_rows_too_large_for_float16_are_refused_by_id(path: Path, model: Net) ->
     assert opened.data_ids == ["a", "b", "e"] and opened.verify() == []
 
 
+def test_rows_too_small_for_float16_warn_once(path: Path, model: Net) -> None:
+    with watched(path, model, dtype="float16") as run, pytest.warns(UserWarning, match="underflow in float16") as told:
+        for ids, scale in (([1, 2], 1.0), ([3, 4], 0.0), ([5, 6], 1e-7), ([7, 8], 1e-9)):
+            assert bool(told) == (ids[0] > 5)  # rows of zeros lose nothing
+            with run(data_id=ids):
+                (scale * model(samples(ids)).pow(2).sum()).backward()
+        run.finalize()
+    assert len(told) == 1 and told[0].filename == __file__
+
+
 @pytest.fixture
 def found_late(monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows as a GPU hands them over: nobody has looked at them before the writer does."""

@@ -322,6 +322,8 @@ def test_commands(path, tmp_path):
     (tmp_path / "odd").write_text("x y")
     assert "a JSON value on each line" in call("delete", path, "--ids-file", tmp_path / "odd", status=1)
     assert "2 rows deleted, 36 left" in call("delete", path, "--ids-file", tmp_path / "ids")
+    assert "no statistics, so that kfac and ekfac cannot score it: rows were deleted" in call("info", path)
+    assert "rows were deleted" in json.loads(call("info", path, "--json"))["no_statistics"]
     assert "40 rows" in call("merge", tmp_path / "out", *[write(tmp_path / n, r).path for n, r in PARTS])
     flip(tmp_path / "out" / "rows-00000-00000.safetensors", 700)
     lines = [line for line in call("repair", tmp_path / "out").splitlines() if line.isdecimal()]
@@ -368,6 +370,27 @@ def test_a_log_that_was_opened_before_rows_were_deleted_says_so(path):
     (line,) = log.verify()
     assert "load it again" in line
     assert 3 not in loghook.load(path).data_ids
+
+
+def test_verifying_beside_maintenance_finds_nothing_wrong(path, monkeypatch):
+    found, clean, load = [], maintain._clean, reader.load_moments
+
+    def meanwhile(*arguments):
+        found.append(loghook.load(path).verify())  # the new files count, and the old ones are still there
+        return clean(*arguments)
+
+    def replaced(*arguments):
+        monkeypatch.setattr(reader, "load_moments", load)
+        maintain.delete(path, [4], keep_statistics=True)
+        return load(*arguments)
+
+    monkeypatch.setattr(maintain, "_clean", meanwhile)
+    maintain.delete(path, [3], keep_statistics=True)
+    assert len(found) == 2 and not any(found)
+    log = loghook.load(path)
+    monkeypatch.setattr(reader, "load_moments", replaced)
+    (line,) = log.verify()
+    assert "load it again" in line and not loghook.load(path).verify()
 
 
 def test_an_open_log_calls_no_rows_strays_that_came_later(path):

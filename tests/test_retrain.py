@@ -97,12 +97,37 @@ def test_another_plan_is_refused(tmp_path: Path, calls: Path) -> None:
     for change, says in (
         ({"subsets": ~SUBSETS}, "other subsets"),
         ({"subsets": SUBSETS[:2]}, "other subsets and shape"),
-        ({"seeds": [9, 3]}, "other seeds"),
+        ({"subsets": np.concatenate([SUBSETS[::-1], SUBSETS])}, "other subsets"),
         ({"recipe": {"rate": 0.2, "widths": (1, 2)}}, "other recipe"),
     ):
         with pytest.raises(ConfigError, match=says):
             again(**({"subsets": SUBSETS, "seeds": [3, 9], "recipe": recipe} | change))
     assert len(list(calls.iterdir())) == 8
+
+
+def test_a_truth_grows(tmp_path: Path, calls: Path) -> None:
+    more = functools.partial(retrain, functools.partial(outputs, calls=calls), path=tmp_path / "out", workers=0)
+    recipe = {"rate": np.float32(0.5), "steps": np.int64(3)}
+    old = more(subsets=SUBSETS, seeds=[3, 9], recipe=recipe)
+    seeded = more(subsets=SUBSETS, seeds=[5, 9, 3], recipe={"rate": 0.5, "steps": 3})
+    assert (seeded[:, [2, 1]] == old).all() and len(list(calls.iterdir())) == 12
+    larger = random_subsets(6, 7, seed=1)  # the first of which are the same
+    assert (more(subsets=larger, seeds=[3, 9], recipe=recipe)[:4] == old).all() and len(list(calls.iterdir())) == 18
+    with pytest.raises(ConfigError, match="is not JSON"):
+        more(subsets=larger, seeds=[3], recipe={"path": tmp_path})
+
+
+def test_outputs_may_have_a_graph(tmp_path: Path) -> None:
+    found = retrain(lambda *_: torch.ones(3, requires_grad=True).bfloat16(), SUBSETS, [3], tmp_path / "out", workers=0)
+    assert found.shape == (4, 1, 3) and (found == 1).all()
+    with pytest.raises(RetrainingError, match="subset 0 with seed 3 raised"):
+        retrain(lambda *_: ["a"], SUBSETS, [3], tmp_path / "text", workers=0)
+
+
+def test_a_function_that_no_other_process_can_import(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot be handed to another process .*workers=0"):
+        retrain(lambda *_: [1.0], SUBSETS, [3], tmp_path / "out", workers=1)
+    assert not multiprocessing.active_children()
 
 
 def fails(members: np.ndarray, seed: int) -> np.ndarray:

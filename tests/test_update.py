@@ -494,6 +494,27 @@ def test_a_pass_that_goes_on_with_other_moments_warns(tmp_path):
         attempt(late, 2)
 
 
+def test_questions_and_runs_of_other_moments_are_noticed(tmp_path):
+    model, x = make(), data()
+    right, other = trained(model, x), trained(model, x, steps=9, lr=0.0)  # which leaves the parameters as they are
+    log, query = logged(tmp_path / "run", "normalized", model, right, x)
+    with pytest.warns(CheckpointWarning, match="or the optimizer's moments, are not"):
+        asker = log.attach(model, other)
+    with asker.query(data_id=["q"]) as wrong:
+        loss_fn(model, x[:1]).backward()
+    with pytest.warns(CheckpointWarning, match="or moments of the optimizer, than"):
+        log.influence(wrong, "dot")
+    query.parameters = query.parameters.split("-")[0]  # as earlier versions saved it
+    query.save(tmp_path / "query")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        log.attach(model, right).close()
+        log.influence(loghook.Query.load(tmp_path / "query"), "dot")
+    logged(tmp_path / "other", "normalized", model, other, x)
+    merged = maintain.merge(tmp_path / "both", [tmp_path / "run", tmp_path / "other"])
+    assert any("or moments of the optimizer" in note for note in merged.notes)
+
+
 def test_attached_models(tmp_path):
     model, x = make(), data()
     optimizer = trained(model, x)

@@ -100,14 +100,14 @@ class Hooked:
         self._handles, self._layers, self._mixing, self._model = [], [], None, None
 
     def digest(self) -> str | None:
-        """Digest of sampled parameter values of the watched model, or None where there is none, or they are sharded."""
-        digest = None if self._model is None else parameters_digest(self._model)
-        return None if digest is None else digest[:16]
+        """Digest of sampled parameter values of the watched model, or None where there is none, or they are sharded.
 
-    def digests(self) -> dict[str, str | None]:
-        """Digests of the values that a log begins with: of parameters, and of moments where rows are made with them."""
-        held = [t for layer in self._layers if layer.moments is not None for t in layer.moments.held()]
-        return {"first": self.digest()} | ({"moments": values_digest(held)} if held else {})
+        One of the optimizer's moments follows after a hyphen where rows are made with them; see ``differ``.
+        """
+        found = [None if self._model is None else parameters_digest(self._model)]
+        if found[0] and (held := [t for layer in self._layers if layer.moments for t in layer.moments.held()]):
+            found.append(values_digest(held))
+        return "-".join(digest[:16] for digest in found if digest) or None
 
     @contextmanager
     def _capture(

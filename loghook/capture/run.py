@@ -31,7 +31,7 @@ from loghook.factors import FactorStore
 from loghook.log.disk import writing
 from loghook.log.files import Sides, load_sides, save_sides
 from loghook.log.folder import ARGUMENTS, check_same
-from loghook.log.format import MANIFEST, Manifest
+from loghook.log.format import MANIFEST, Manifest, differ
 from loghook.log.writer import Writer
 from loghook.processes import broadcast, process_rank, provenance, world_size
 from loghook.project.projection import FITTED
@@ -56,7 +56,7 @@ class Run(Blocks, Hooked):
         self._rehearsal: Plan | None = None  # a plan that measures blocks, which then write nothing
         self._id_type = ""
         self._closed = False
-        self._elsewhere: dict[str, str | None] | None = None  # digests of values that the run did not begin with
+        self._elsewhere: str | None = None  # digest of values that the run did not begin with
 
     def watch(
         self,
@@ -207,7 +207,7 @@ class Run(Blocks, Hooked):
             if self._session.writer is not None:
                 self._session.writer.settle()  # a pass that misses rows is not over
                 self._session.writer.record({"pass_end": index})
-            if self._elsewhere is not None and self._elsewhere == self.digests():
+            if self._elsewhere is not None and self._elsewhere == self.digest():
                 self._warn_of_other_values()  # training would have moved them on
             committed.done.add(index)
             self._completed.add(index)
@@ -238,9 +238,7 @@ class Run(Blocks, Hooked):
         self._id_type = type(ids[0]).__name__
         manifest = self._session.manifest
         if manifest is not None and manifest.id_type != self._id_type:
-            raise BatchError(
-                f"data_id is {self._id_type} here, was {manifest.id_type}: use one type throughout the run."
-            )
+            raise BatchError(f"data_id is {self._id_type} here, was {manifest.id_type}: use one type throughout a run.")
         if self._pass is not None and self._pass._gathering is not None:
             with self._pass._gathering.block(ids, given):
                 yield
@@ -251,6 +249,7 @@ class Run(Blocks, Hooked):
         with self._capture(len(ids), given, self._rows(logs=True), keep) as captured:
             yield
         writer = self._ready(self._id_type)
+        self._session.warn_of_underflow(captured[0].rows[:, : self._layout.gradient_width])
         index, flag = self._pass.index if self._pass else -1, given.scaler is not None
         batch = pack(captured[0], ids, keep, dtype=writer.dtype, flag=flag, pass_index=index, step=self._step)
         # What an interrupted run has committed was counted there.
@@ -372,14 +371,14 @@ class Run(Blocks, Hooked):
                 run_id=old.run_id if old else self._session.agree_on_id(), projection=c.projection,
                 rank=c.rank if isinstance(c.rank, int) else dict(c.rank), seed=c.seed, dtype=c.dtype, layers=self.specs,
                 coverage=self._coverage, id_type=id_type, on_repeat=c.on_repeat, world_size=world_size(),
-                provenance=provenance(), parameters=self.digests(), fitted=self._fitted, fidelity=c.fidelity,
+                provenance=provenance(), parameters={"first": self.digest()}, fitted=self._fitted, fidelity=c.fidelity,
                 gradient=c.gradient, whitening=c.whitening,
                 no_statistics=None if plain else f"its rows are of gradient={c.gradient!r}",
             )  # fmt: skip
         assert fresh is not None
         writer = self._session.open(fresh)
-        now, was = fresh.parameters, old.parameters if old else {}
-        if self._pass is not None and any(was.get(key) and now.get(key) not in (None, was[key]) for key in now):
+        now, was = fresh.parameters["first"], old.parameters.get("first") if old else None
+        if self._pass is not None and differ(now, was):
             if self._model is not None and any(p.requires_grad for p in self._model.parameters()):
                 self._elsewhere = now  # right in training, which moves them; the end of the pass shows it
             else:

@@ -5,6 +5,7 @@
 
 import dataclasses
 import uuid
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,12 +15,14 @@ from torch import Tensor
 
 from loghook.capture.config import Config
 from loghook.capture.rows import Captured
-from loghook.errors import BatchError, ConfigError, MismatchError, StateError, WriteError
+from loghook.errors import BatchError, ConfigError, MismatchError, StateError, WriteError, user_line
 from loghook.log.disk import writing
 from loghook.log.folder import Committed, check_same, claim, ranks_on_disk, read_back, seal
 from loghook.log.format import MANIFEST, Manifest
 from loghook.log.writer import Batch, Writer, finite_rows, not_finite
 from loghook.processes import broadcast, process_rank, world_size
+
+FAINT = 2.0**-18  # a row of smaller values is changed by some percent in float16, whose values lie 2**-24 apart there
 
 
 class Repeats:
@@ -76,6 +79,7 @@ class Session:
         self.manifest: Manifest | None = None  # before the first block of a new run
         self.writer: Writer | None = None  # open from the first block on
         self.repeats = Repeats()  # ids met, by this process and by the one that it takes up again
+        self._looks = config.dtype == "float16"  # whether rows are looked at for underflow
         self.sealed = False  # finished, by this process or by an earlier one
         self.rule = config.on_repeat  # or None: as the loop at hand makes it
         if self.resumed:
@@ -189,6 +193,24 @@ class Session:
             writer.unlock()
             self._know(writer)
         self.sealed = True
+
+    def warn_of_underflow(self, rows: Tensor) -> None:
+        """Warn once where float16 keeps next to nothing of a row of gradients (B, width) that is not zero.
+
+        Another device than the CPU would have to be waited for: of it only the first block is looked at.
+        """
+        if not self._looks:
+            return
+        largest = torch.maximum(rows.amax(1), -rows.amin(1))
+        faint = largest[(largest > 0) & (largest < FAINT)]
+        self._looks = rows.device.type == "cpu" and not len(faint)
+        if len(faint):
+            warnings.warn(
+                f"rows underflow in float16: the largest value of one is {float(faint.min()):.1e}, and what is below "
+                f"{FAINT:.0e} is mostly rounded away. Log with scale=, if the loss is divided by samples or tokens, or "
+                "with dtype='bfloat16'.",
+                stacklevel=user_line(),
+            )
 
 
 def pack(

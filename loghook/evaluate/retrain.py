@@ -20,7 +20,7 @@ from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
 from loghook.errors import ConfigError, RetrainingError
-from loghook.log.disk import absolute, lock, write_atomically
+from loghook.log.disk import absolute, lock, plain, write_atomically
 
 Train = Callable[[NDArray[np.bool_], int], ArrayLike]
 Job = tuple[int, int]  # place of the subset, and the seed
@@ -39,7 +39,8 @@ def retrain(
     """Call ``train(members, seed)`` for every subset and seed, and collect what it returns.
 
     Each result is written to ``path`` at once. After a crash or Ctrl-C, call again with the same arguments: what is
-    done is not done again.
+    done is not done again. Nor is it with other seeds, or more subsets behind the old ones, as ``random_subsets`` of
+    the same seed draws them: so a truth grows.
 
     Args:
         train: takes which samples to train on, (N,) bool, and a seed; returns a 1-D array of outputs, one for each
@@ -52,13 +53,14 @@ def retrain(
         workers: how many processes train at the same time. 0 trains in this one, where ``train`` may be anything and
             torch keeps its threads.
         recipe: what the results depend on besides (rates, sizes, versions), as JSON: kept beside them, and another one
-            is refused.
+            is refused; numpy's numbers are taken for Python's.
 
     Returns:
         (m, seeds, Q) float64.
 
     Raises:
-        ConfigError: arguments that cannot work, or another plan than the one that ``path`` was begun with.
+        ConfigError: arguments that cannot work, as a ``train`` that no other process can import, or another plan than
+            the one that ``path`` was begun with.
         RetrainingError: if a training raised, died, or returned something else than finite numbers, as many as the
             others did. It names subset and seed; the others' results are kept.
         LogLockedError: if another process works on ``path``.
@@ -73,7 +75,7 @@ def retrain(
     folder = absolute(path)
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / "lock"):
-        _check_plan(folder, subsets_mN, seeds, recipe)
+        _check_plan(folder, subsets_mN, recipe)
         jobs = [(i, seed) for i in range(len(subsets_mN)) for seed in seeds]
         open_jobs = [job for job in jobs if not _file(folder, *job).exists()]
         bar = tqdm(total=len(jobs), initial=len(jobs) - len(open_jobs), desc="retraining", unit=" trainings")
@@ -104,38 +106,44 @@ def retrain(
     return np.stack(results).reshape(len(subsets_mN), len(seeds), -1)
 
 
-def _check_plan(
-    folder: Path, subsets_mN: NDArray[np.bool_], seeds: Sequence[int], recipe: Mapping[str, object] | None
-) -> None:
-    plan = {
-        "subsets": hashlib.sha256(np.packbits(subsets_mN, axis=1).tobytes()).hexdigest(),
-        "shape": list(subsets_mN.shape),
-        "seeds": [int(seed) for seed in seeds],
-        "recipe": recipe,
-    }
-    file, text = folder / PLAN, json.dumps(plan, indent=1)
-    if not file.exists():
-        write_atomically(file, text.encode())
-        return
-    old, new = json.loads(file.read_text()), json.loads(text)
-    changed = [key for key in plan if old.get(key) != new[key]]
-    if changed:
-        raise ConfigError(f"{folder} was begun with other {' and '.join(changed)} (see {PLAN}): take another path.")
+def _check_plan(folder: Path, subsets_mN: NDArray[np.bool_], recipe: Mapping[str, object] | None) -> None:
+    file = folder / PLAN
+    if file.exists():
+        old = json.loads(file.read_text())
+        begun = json.loads(_plan(subsets_mN[: old["shape"][0]], recipe))
+        changed = [key for key in begun if old.get(key) != begun[key]]
+        if changed:
+            raise ConfigError(f"{folder} was begun with other {' and '.join(changed)} (see {PLAN}): take another path.")
+    write_atomically(file, _plan(subsets_mN, recipe).encode())
+
+
+def _plan(subsets_mN: NDArray[np.bool_], recipe: Mapping[str, object] | None) -> str:
+    digest = hashlib.sha256(np.packbits(subsets_mN, axis=1).tobytes()).hexdigest()
+    try:
+        return json.dumps({"subsets": digest, "shape": subsets_mN.shape, "recipe": recipe}, indent=1, default=plain)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"recipe={recipe!r} is not JSON: pass numbers, texts, lists and dicts of them.") from error
 
 
 @contextmanager
 def _calls(
     train: Train, subsets_mN: NDArray[np.bool_], jobs: list[Job], workers: int
-) -> Iterator[Iterator[tuple[Job, Callable[[], ArrayLike]]]]:
+) -> Iterator[Iterator[tuple[Job, Callable[[], NDArray[np.float64]]]]]:
     """Jobs, each with a call that returns its result: that trains, or asks a process that has."""
     if not workers or not jobs:
-        yield ((job, partial(train, subsets_mN[job[0]].copy(), job[1])) for job in jobs)
+        yield ((job, partial(_outputs, train, subsets_mN[job[0]], job[1])) for job in jobs)
         return
     context = multiprocessing.get_context("spawn")  # a fork after torch has started its threads can hang
     others = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start, (train, subsets_mN))
     try:
-        futures = {pool.submit(_work, *job): job for job in jobs}
+        try:
+            futures = {pool.submit(_work, *job): job for job in jobs}
+        except Exception as error:
+            raise ConfigError(
+                f"train={train!r} cannot be handed to another process ({error}): pass a function of a module or "
+                "script, or a functools.partial of one; or workers=0, which trains in this one."
+            ) from error
         yield ((futures[future], future.result) for future in as_completed(futures))
     except BaseException:  # Ctrl-C as well: nobody waits for trainings whose results would be thrown away
         for process in set(multiprocessing.active_children()) - others:
@@ -145,8 +153,14 @@ def _calls(
         pool.shutdown(cancel_futures=True)
 
 
-def _keep(result: ArrayLike, subset: int, seed: int, folder: Path) -> None:
-    outputs_Q = np.asarray(result, dtype=np.float64)
+def _outputs(train: Train, members_N: NDArray[np.bool_], seed: int) -> NDArray[np.float64]:
+    result = train(members_N.copy(), seed)
+    if isinstance(result, torch.Tensor):  # on any device, with its graph
+        result = result.detach().cpu().double()
+    return np.asarray(result, dtype=np.float64)
+
+
+def _keep(outputs_Q: NDArray[np.float64], subset: int, seed: int, folder: Path) -> None:
     if outputs_Q.ndim != 1 or not outputs_Q.size or not np.isfinite(outputs_Q).all():
         raise RetrainingError(
             f"training on subset {subset} with seed {seed} returned an array of shape {outputs_Q.shape} with "
@@ -184,4 +198,4 @@ def _end_with_parent() -> None:
 
 
 def _work(subset: int, seed: int) -> NDArray[np.float64]:
-    return np.asarray(_train(_subsets_mN[subset].copy(), seed), dtype=np.float64)
+    return _outputs(_train, _subsets_mN[subset], seed)

@@ -165,6 +165,11 @@ class Made:
         return checksum(json.dumps(body).encode())
 
 
+def differ(one: str | None, other: str | None) -> bool:
+    """Whether two digests are known to be of other parameter values, or of other moments where both name those."""
+    return any(a != b for a, b in zip((one or "").split("-"), (other or "").split("-"), strict=False) if a and b)
+
+
 @dataclass(kw_only=True)
 class Manifest:
     """``loghook.json``: everything about a run but its rows."""
@@ -190,7 +195,7 @@ class Manifest:
     no_statistics: str | None = None
     # versions, time and machine, for people; nothing depends on it
     provenance: dict[str, Any] = field(default_factory=dict)
-    # digests of sampled parameter values at the first block and at ``finalize``
+    # digests of sampled parameter values, and moments, at the first block and at ``finalize``
     parameters: dict[str, str | None] = field(default_factory=dict)
     sealed: dict[str, Any] | None = None  # None while a run goes on; then {"rows", "digest"} over all commit logs
     fitted: str | None = None  # None, or the checksum of ``projection.safetensors``, which holds a fitted projection
@@ -228,7 +233,7 @@ class Manifest:
 
     @property
     def values(self) -> str | None:
-        """Digest of the sampled parameter values that the rows ended with, if it is known."""
+        """Digest of the sampled values that the rows ended with, if it is known; see ``differ``."""
         return self.parameters.get("last") or self.parameters.get("first")
 
     def save(self, path: Path) -> None:

@@ -148,8 +148,8 @@ def merge(out: str | Path, runs: Sequence[str | Path]) -> Changed:
     merged = _build(out, list(zip(paths, manifests, strict=True)), first.dtype, [done], parameters)
     if len(values) > 1:
         merged.notes.append(
-            "the runs ended with different parameter values: their rows are gradients at different points, and no "
-            "question fits all of them."
+            "the runs ended with different parameter values, or moments of the optimizer: their rows were made at "
+            "different points, and no question fits all of them."
         )
     if first.no_statistics is None and (clashing := Reader(out).repeats - sum(Reader(path).repeats for path in paths)):
         merged.notes.append(

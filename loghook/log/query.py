@@ -12,7 +12,7 @@ from torch import Tensor
 
 from loghook.errors import CheckpointWarning, ConfigError, MismatchError, StateError, user_line
 from loghook.log.files import loading, save_checked
-from loghook.log.format import LayerSpec, Layout, Made
+from loghook.log.format import LayerSpec, Layout, Made, differ
 from loghook.processes import all_gather
 
 _NOTHING = Made((), "", 0)
@@ -26,7 +26,8 @@ class Query:
 
     Attributes:
         data_ids: one id for each question.
-        parameters: digest of the parameter values that it was made with, or None where they are not known.
+        parameters: digest of the parameter values (and moments) that it was made with, or None where they are not
+            known.
         direction: how the rows were preconditioned already, if they were.
     """
 
@@ -179,10 +180,10 @@ def require_match(query: Any, made: Made, values: str | None, whose: str, asked_
         raise MismatchError(
             f"the query was made with {what} than {whose}: make it with {asked_of}.query(...), on the same model."
         )
-    if values and query.parameters and values != query.parameters:
+    if differ(values, query.parameters):
         warnings.warn(
-            f"the query was made with other parameter values than {whose}: gradients at different points would be "
-            "compared. Load that checkpoint first.",
+            f"the query was made with other parameter values, or moments of the optimizer, than {whose}: gradients at "
+            "different points would be compared. Load that checkpoint first.",
             CheckpointWarning,
             stacklevel=user_line(),
         )

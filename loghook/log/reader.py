@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loghook.errors import CorruptLogError, StateError
-from loghook.log.disk import absolute
+from loghook.errors import CorruptLogError, LogLockedError, StateError
+from loghook.log.disk import absolute, lock, lock_name
 from loghook.log.files import load_moments, load_sides
 from loghook.log.format import Layout, Manifest, commits_name, run_files, shard_name
 from loghook.log.records import all_commits
@@ -192,8 +193,9 @@ class Reader(Source):
         Returns:
             One line for each problem, with the file and what to do; empty if all is well.
         """
+        changed = [CHANGED.format(self.path)]
         if self.manifest.superseded(self.path):
-            return [CHANGED.format(self.path)]
+            return changed
         problems = [
             line for shard in bar(self._shards, "verifying", "shards") for line in _problems(list, shard.verify())
         ]
@@ -203,19 +205,26 @@ class Reader(Source):
             problems += self._strays()
             for entry in self._snapshots:
                 problems += _problems(load_moments, self.path, entry, self.layout.moments_width)
-        return problems
+        return changed if self.manifest.superseded(self.path) else problems
 
     def _strays(self) -> list[str]:
         """Files in a sealed run that look like its own and that nothing names."""
         m = self.manifest
         known = {shard.file.name for shard in self._shards} | {entry["file"] for entry in self._snapshots}
         known |= {commits_name(rank, m.generation) for rank in range(m.world_size)}
-        return [
+        strays = [
             f"{file}: no record names this file, so that it is left over from maintenance that was killed, which "
             "`loghook repair` clears away, or of another run: restore the run from a copy."
             for file in run_files(self.path)
             if file.name not in known
         ]
+        try:
+            with suppress(OSError):  # of a folder that may only be read
+                if strays:
+                    lock(self.path / lock_name(0)).close()
+        except LogLockedError:  # maintenance is under way, and these are what it has written or will delete
+            return []
+        return strays
 
     def _read_records(self) -> None:
         ids: list[Any] = []
@@ -261,7 +270,7 @@ class Reader(Source):
 def _problems(check: Callable[..., object], *arguments: Any) -> list[str]:
     try:
         check(*arguments)
-    except CorruptLogError as error:
+    except (CorruptLogError, StateError) as error:
         return [str(error)]
     return []
 
