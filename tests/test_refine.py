@@ -250,7 +250,9 @@ def test_a_log_does_not_precondition_refined_questions_again(tmp_path):
     assert np.allclose(scores.values, u.matrix.numpy() @ rows.T, rtol=1e-5) and scores.method == u.direction
     with pytest.raises(ConfigError, match="preconditioned already"):
         loghook.evaluate.trust(log, u, nulls=0, k=3)
-    assert loghook.evaluate.trust(log, u, "dot", nulls=9, k=3).correlation == pytest.approx(1)
+    with pytest.raises(ConfigError, match="chance questions are not preconditioned"):
+        loghook.evaluate.trust(log, u, "dot", k=3)
+    assert loghook.evaluate.trust(log, u, "dot", nulls=0, k=3).correlation == pytest.approx(1)
 
 
 def test_reranking_gives_the_order_of_whole_gradients():

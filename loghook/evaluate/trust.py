@@ -111,16 +111,20 @@ def trust(
         seed: of everything drawn here.
 
     Raises:
-        ConfigError: arguments that cannot work, or, without ``other``, a rank too small for quarters (below 8).
+        ConfigError: arguments that cannot work, as refined questions with ``nulls``; or, without ``other``, a rank too
+            small for quarters (below 8).
         MismatchError: ids of the two logs that do not match.
     """
     engine.require_rows(log)
     if not 1 <= k < len(log) or nulls < 0:
         raise ConfigError(f"k={k} must be from 1 to {len(log) - 1}, below the number of rows, and nulls={nulls} >= 0.")
+    if nulls and getattr(query, "direction", None) is not None:
+        raise ConfigError(
+            f"chance questions are not preconditioned, as this query is ({query.direction}): pass nulls=0."
+        )
     metric = Metric(method=method, damping=damping, damping_abs=damping_abs, normalize=normalize)
     rng, pair = np.random.default_rng(seed), None  # scores of two seeds, or as if of two
     first = engine.influence(log, query, metric)
-    query = replace(query, direction=None)  # which fits this metric, and not the normalised one that chance has
     values_QN = _spread_out(first.values, metric)
     top_Qk = np.stack([strongest(values, k) for values in values_QN])
     if other is not None:
