@@ -277,7 +277,7 @@ class Run(Blocks, Hooked):
     def finalize(self) -> None:
         """End logging and seal the run. Harmless when called again; queries still work afterwards.
 
-        Every rank calls it; rank 0 waits for the others' last commit and then seals.
+        Every rank calls it, and it returns when rank 0, which waits for the others' last commit, has sealed the run.
 
         Raises:
             StateError: if nothing was logged, or ranks are missing after the timeout.

@@ -16,7 +16,7 @@ from loghook.capture.config import Config
 from loghook.capture.rows import Captured
 from loghook.errors import BatchError, ConfigError, MismatchError, StateError, WriteError
 from loghook.log.disk import writing
-from loghook.log.folder import Committed, check_same, claim, ranks_on_disk, read_back, seal
+from loghook.log.folder import Committed, check_same, claim, ranks_on_disk, read_back, seal, wait_for_seal
 from loghook.log.format import MANIFEST, Manifest
 from loghook.log.writer import Batch, Writer, finite_rows, not_finite
 from loghook.processes import broadcast, process_rank, world_size
@@ -159,7 +159,7 @@ class Session:
         self.repeats.committed.records[process_rank()] = len(writer.records)
 
     def end(self, digest: Callable[[], str | None] | None) -> None:
-        """Commit and, on rank 0, wait for the others and seal; ``digest`` gives that of the last parameter values."""
+        """Commit, and return when rank 0 has sealed the run; ``digest`` gives that of the last parameter values."""
         writer, manifest = self.writer, self.manifest
         assert writer is not None and manifest is not None
         try:
@@ -179,10 +179,12 @@ class Session:
         try:
             writer.record({"end": session})
             writer.close(keep_lock=True)
-            if process_rank() == 0:
-                if digest is not None:
-                    manifest.parameters["last"] = digest()
-                with writing(self.path):
+            with writing(self.path):
+                if process_rank() != 0:
+                    self.manifest = wait_for_seal(self.path, manifest.run_id)
+                else:
+                    if digest is not None:
+                        manifest.parameters["last"] = digest()
                     manifest.sealed = seal(self.path, manifest, session, world_size())
                     manifest.save(self.path)
         finally:

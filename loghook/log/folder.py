@@ -7,11 +7,20 @@ import os
 import time
 import warnings
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loghook.errors import ConfigError, CorruptLogError, LogExistsError, MismatchError, StateError, user_line
+from loghook.errors import (
+    ConfigError,
+    CorruptLogError,
+    LogExistsError,
+    LogLockedError,
+    MismatchError,
+    StateError,
+    user_line,
+)
 from loghook.log.disk import lock, lock_name, sync_folder, writing
 from loghook.log.files import KEPT, PROJECTION, holds_factors
 from loghook.log.format import MANIFEST, WRITTEN, Manifest, shard_name
@@ -103,6 +112,25 @@ def seal(path: Path, manifest: Manifest, session: str, active: int) -> dict[str,
             raise StateError(
                 f"ranks {missing} did not finish within {SEAL_TIMEOUT:.0f} s: every rank calls run.finalize(). What "
                 "they committed is kept: start again with resume=True."
+            )
+        time.sleep(0.1)
+
+
+def wait_for_seal(path: Path, run_id: str) -> Manifest:
+    """Wait, on other ranks than 0, until rank 0 has sealed the run; return the manifest that says so."""
+    begun = time.monotonic()
+    while True:
+        gone = time.monotonic() - begun > 2 * SEAL_TIMEOUT  # rank 0 itself may wait so long for the slowest
+        # Rank 0 keeps its lock until it has sealed the run, has failed or has died: which, the manifest then says.
+        with suppress(LogLockedError), lock(path / lock_name(0)):
+            gone = True
+        manifest = Manifest.load(path)
+        if manifest.sealed is not None and manifest.run_id == run_id:
+            return manifest
+        if gone:
+            raise StateError(
+                f"rank 0 failed (see its own error), died or took too long, and did not seal {path}: every rank calls "
+                "run.finalize(). What was committed is kept: start all of them again with resume=True."
             )
         time.sleep(0.1)
 

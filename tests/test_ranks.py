@@ -1,0 +1,120 @@
+"""What the ranks of one job owe each other: they begin, agree and end together, or all are told."""
+
+import datetime
+import os
+import signal
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+import loghook
+
+DATA = torch.randn(12, 3, 5, generator=torch.Generator().manual_seed(1))
+
+
+def make_model(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 4))
+
+
+def watched(folder, model=None, include="*", **options):
+    run = loghook.init(Path(folder, "run"), **({"rank": 3, "dtype": "float32"} | options))
+    run.watch(model or make_model(), include=include)
+    return run
+
+
+def log(run, ids, model=None):
+    with run(data_id=ids):
+        (model or run._model)(DATA[[int(i) for i in ids]]).pow(2).sum().backward()
+
+
+def log_pass(run, *batches):
+    for _ in run.passes():
+        for ids in batches:
+            log(run, ids)
+
+
+def mine(rank):
+    return [2 * rank, 2 * rank + 1]
+
+
+def child(scenario, rank, world, folder):
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    wait = datetime.timedelta(seconds=10)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=wait)
+    try:
+        said = scenario(rank, folder)
+    except Exception as error:
+        said = f"{type(error).__name__}: {error}"
+    Path(folder, f"said-{rank}").write_text(str(said))
+    os._exit(0)  # a rank that an error leaves behind waits for nobody
+
+
+def on_ranks(scenario, folder, world=2):
+    """What a scenario returns, or raises, on each rank; None of a rank that died."""
+    context = mp.get_context("forkserver")
+    context.set_forkserver_preload(["tests.killing"])
+    started = [context.Process(target=child, args=(scenario, rank, world, str(folder))) for rank in range(world)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join(60)
+        process.kill()
+    said = [folder / f"said-{rank}" for rank in range(world)]
+    return [file.read_text() if file.exists() else None for file in said]
+
+
+def at_the_seal(rank, act):
+    """Let rank 0 come to ``act`` when it puts the manifest that seals the run in its place."""
+    real = os.replace
+    if rank == 0:
+        os.replace = lambda *arguments: act() or real(*arguments)
+
+
+def ends_and_asks(rank, folder):
+    run = watched(folder)
+    log_pass(run, mine(rank))
+    with run.query(data_id=["q"]) as query:
+        run._model(DATA[:1]).pow(2).sum().backward()
+    at_the_seal(rank, lambda: time.sleep(1))
+    run.finalize()
+    log = loghook.load(run.path)
+    return log.finished, len(log), log.influence(query, "cosine").values.round(4).tolist()
+
+
+def test_finalize_returns_on_all_ranks_when_the_run_is_sealed(tmp_path):
+    said = on_ranks(ends_and_asks, tmp_path)
+    assert said[0].startswith("(True, 4,") and said[0] == said[1], said
+
+
+def full_disk():
+    raise OSError("No space left on device")
+
+
+def ends(rank, folder, act):
+    run = watched(folder)
+    log_pass(run, mine(rank))
+    at_the_seal(rank, act)
+    run.finalize()
+
+
+def dies(rank, folder):
+    ends(rank, folder, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def fails(rank, folder):
+    ends(rank, folder, full_disk)
+
+
+@pytest.mark.parametrize("scenario", [dies, fails])
+def test_a_rank_that_waits_for_the_seal_is_told_at_once_that_there_will_be_none(tmp_path, scenario):
+    first, second = on_ranks(scenario, tmp_path)
+    assert first is None or ("WriteError" in first and "No space left" in first)
+    assert second.startswith("StateError: rank 0 failed") and "resume=True" in second, second
