@@ -39,16 +39,16 @@ def world_size() -> int:
 
 
 def broadcast(value: Any) -> Any:
-    """Return rank 0's value on all ranks; every rank calls it at the same point."""
-    box = [value]
-    if _joined():
-        torch.distributed.broadcast_object_list(box)
-    elif world_size() > 1:
+    """Return rank 0's value on all ranks, once all have come: every rank calls it at the same point.
+
+    torch's own broadcast lets rank 0 go on alone, and what it then writes a late rank would take for something older.
+    """
+    if world_size() > 1 and not _joined():
         warnings.warn(
             "several processes without torch.distributed: initialise it before the first block.",
             stacklevel=user_line(),
         )
-    return box[0]
+    return all_gather(value)[0]
 
 
 def all_gather(value: Any) -> list[Any]:

@@ -15,7 +15,7 @@ from torch import nn
 
 import loghook
 
-DATA = torch.randn(12, 3, 5, generator=torch.Generator().manual_seed(1))
+DATA = torch.randn(16, 3, 5, generator=torch.Generator().manual_seed(1))
 
 
 def make_model(seed=0):
@@ -118,3 +118,39 @@ def test_a_rank_that_waits_for_the_seal_is_told_at_once_that_there_will_be_none(
     first, second = on_ranks(scenario, tmp_path)
     assert first is None or ("WriteError" in first and "No space left" in first)
     assert second.startswith("StateError: rank 0 failed") and "resume=True" in second, second
+
+
+def comes_late(rank, folder, passes):
+    time.sleep(rank // 7)  # the last one's data may be read slowly
+    run = watched(folder, resume=True)
+    if passes:
+        log_pass(run, mine(rank))
+    else:
+        log(run, mine(rank))
+    run.finalize()
+    return sorted(loghook.load(run.path).data_ids)
+
+
+def comes_late_to_passes(rank, folder):
+    return comes_late(rank, folder, True)
+
+
+def comes_late_to_training(rank, folder):
+    return comes_late(rank, folder, False)
+
+
+@pytest.mark.parametrize("scenario", [comes_late_to_passes, comes_late_to_training])
+def test_a_rank_that_comes_late_does_not_take_the_new_run_for_an_interrupted_one(tmp_path, scenario):
+    assert on_ranks(scenario, tmp_path, 8) == [str(list(range(16)))] * 8
+
+
+def finds_another_run(rank, folder):
+    log_pass(watched(Path(folder, str(rank)), resume=True), mine(rank))
+
+
+def test_ranks_that_find_different_runs_are_told(tmp_path):
+    with loghook.init(tmp_path / "1" / "run", rank=3, dtype="float32") as run:
+        run.watch(make_model())
+        log(run, [0, 1])
+    for said in on_ranks(finds_another_run, tmp_path):
+        assert said.startswith("StateError: ranks found different runs") and "one path" in said, said

@@ -160,9 +160,7 @@ class Run(Blocks, Hooked):
             raise StateError("a plan is being measured: run a few blocks inside it, without passes().")
         if self._was_sealed and process_rank() == 0:
             print(f"{self.path} is finished: nothing is logged. `loghook append {self.path}` opens it for more data.")
-        done = self._session.repeats.committed.done
-        if self._session.resumed:
-            done |= broadcast(done)  # all ranks skip a pass or none does: loops may hold collectives
+        done = self._session.passes_done()
         fits = self._config.projection in FITTED
         if fits and self._config.fitted is not None:
             self._require_projection()

@@ -19,7 +19,7 @@ from loghook.log.disk import writing
 from loghook.log.folder import Committed, check_same, claim, ranks_on_disk, read_back, seal, wait_for_seal
 from loghook.log.format import MANIFEST, Manifest
 from loghook.log.writer import Batch, Writer, finite_rows, not_finite
-from loghook.processes import broadcast, process_rank, world_size
+from loghook.processes import all_gather, broadcast, process_rank, world_size
 
 
 class Repeats:
@@ -70,7 +70,8 @@ class Repeats:
 class Session:
     def __init__(self, config: Config, *, resume: bool, overwrite: bool) -> None:
         self._config, self.path = config, config.path
-        self.resumed = resume and (config.path / MANIFEST).exists()  # there was a run to go on with
+        self._resume = resume
+        resumed = resume and (config.path / MANIFEST).exists()  # there is a run to go on with
         if process_rank() == 0:
             claim(config.path, resume=resume, overwrite=overwrite)
         self.manifest: Manifest | None = None  # before the first block of a new run
@@ -78,7 +79,7 @@ class Session:
         self.repeats = Repeats()  # ids met, by this process and by the one that it takes up again
         self.sealed = False  # finished, by this process or by an earlier one
         self.rule = config.on_repeat  # or None: as the loop at hand makes it
-        if self.resumed:
+        if resumed:
             self.manifest = Manifest.load(self.path)
             self.sealed = self.manifest.sealed is not None
             self.rule = self._rule_of(self.manifest)
@@ -92,6 +93,19 @@ class Session:
                 f"cannot resume: on_repeat is {before!r} there and {now!r} now. Pass the first one, or none."
             )
         return before or now
+
+    def passes_done(self) -> set[int]:
+        """Passes that are over, for rank 0 and so for all: loops may hold collectives."""
+        if self._resume:  # which all ranks were told, whatever each of them found
+            found = None if self.manifest is None else (self.manifest.run_id, self.manifest.sealed)
+            (first, done), *others = all_gather((found, self.repeats.committed.done))
+            if any(other != first for other, _ in others):
+                raise StateError(
+                    f"ranks found different runs in {self.path}, or only some found one: give all of them one path, on "
+                    "a disk that they see alike, and start all of them again."
+                )
+            self.repeats.committed.done = done
+        return self.repeats.committed.done
 
     def agree_on_id(self) -> str:
         """Draw the id of a new run, the same on all ranks."""
