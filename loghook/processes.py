@@ -43,17 +43,20 @@ def broadcast(value: Any) -> Any:
 
     torch's own broadcast lets rank 0 go on alone, and what it then writes a late rank would take for something older.
     """
-    if world_size() > 1 and not _joined():
+    return all_gather(value, together=True)[0]
+
+
+def all_gather(value: Any, *, together: bool = False) -> list[Any]:
+    """The values of all processes, in the order of ranks; every rank calls it at the same point.
+
+    ``together``: one that works alone is warned if it was started as one of several.
+    """
+    values = [value] * rank_and_size()[1]
+    if together and world_size() > len(values):
         warnings.warn(
             "several processes without torch.distributed: initialise it before the first block.",
             stacklevel=user_line(),
         )
-    return all_gather(value)[0]
-
-
-def all_gather(value: Any) -> list[Any]:
-    """The values of all processes, in the order of ranks; every rank calls it at the same point."""
-    values = [value] * rank_and_size()[1]
     if len(values) > 1:
         torch.distributed.all_gather_object(values, value)
     return values

@@ -1,6 +1,7 @@
 """What the ranks of one job owe each other: they begin, agree and end together, or all are told."""
 
 import datetime
+import json
 import os
 import signal
 import time
@@ -154,3 +155,43 @@ def test_ranks_that_find_different_runs_are_told(tmp_path):
         log(run, [0, 1])
     for said in on_ranks(finds_another_run, tmp_path):
         assert said.startswith("StateError: ranks found different runs") and "one path" in said, said
+
+
+def disagree(rank, folder):
+    """What this rank says of each way in which the two may differ."""
+    ways = {
+        "seed": lambda: watched(path, seed=rank),
+        "dtype": lambda: watched(path, dtype=("float32", "bfloat16")[rank]),
+        "rank": lambda: watched(path, rank=(3, 4)[rank]),
+        "layers": lambda: watched(path, include=("0", "2")[rank]),
+        "on_repeat": lambda: watched(path, on_repeat=("first", "all")[rank]),
+        "id_type": lambda: watched(path),
+        "path": lambda: watched(path / str(rank)),
+        "parameters": lambda: watched(path, make_model(rank)),
+    }
+    said = {}
+    for way, make in ways.items():
+        path = Path(folder, way)
+        run = make()
+        try:
+            with warnings.catch_warnings(record=True) as caught:
+                warnings.simplefilter("always")
+                log(run, [str(i) for i in mine(rank)] if way == "id_type" and rank else mine(rank))
+            said[way] = " ".join(f"{one.category.__name__}: {one.message}" for one in caught)
+        except loghook.LoghookError as error:
+            said[way] = f"{type(error).__name__}: {error}"
+        run.close()
+    return json.dumps(said)
+
+
+def test_ranks_that_would_not_write_the_same_are_told(tmp_path):
+    said = [json.loads(one) for one in on_ranks(disagree, tmp_path)]
+    assert said[0] == said[1]
+    for way, values in {"seed": "01", "rank": "34", "dtype": ("'float32'", "'bfloat16'"), "id_type": ("'int'", "'str'"),
+                        "on_repeat": ("'first'", "'all'")}.items():  # fmt: skip
+        assert f"MismatchError: {way} is {values[0]} on rank 0 and {values[1]} on rank 1: " in said[0][way]
+    assert (
+        said[0]["layers"].startswith("MismatchError: ranks 0 and 1 watch other layers") and "0, 2" in said[0]["layers"]
+    )
+    assert said[0]["path"].startswith("ConfigError: rank 1 writes to") and "same path" in said[0]["path"]
+    assert said[0]["parameters"].startswith("CheckpointWarning: the ranks begin with different parameter values")

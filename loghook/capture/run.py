@@ -1,6 +1,7 @@
 """``Run``: the user's handle around a training loop. It conducts capture and writer and holds no mathematics."""
 
 import dataclasses
+import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -367,7 +368,7 @@ class Run(Blocks, Hooked):
         if old is None or self._layers:
             c, plain = self._config, self._config.gradient == "plain"
             fresh = Manifest(
-                run_id=old.run_id if old else self._session.agree_on_id(), projection=c.projection,
+                run_id=old.run_id if old else uuid.uuid4().hex, projection=c.projection,
                 rank=c.rank if isinstance(c.rank, int) else dict(c.rank), seed=c.seed, dtype=c.dtype, layers=self.specs,
                 coverage=self._coverage, id_type=id_type, on_repeat=c.on_repeat, world_size=world_size(),
                 provenance=provenance(), parameters=self.digests(), fitted=self._fitted, fidelity=c.fidelity,

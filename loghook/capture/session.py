@@ -5,6 +5,7 @@
 
 import dataclasses
 import uuid
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,10 +15,10 @@ from torch import Tensor
 
 from loghook.capture.config import Config
 from loghook.capture.rows import Captured
-from loghook.errors import BatchError, ConfigError, MismatchError, StateError, WriteError
+from loghook.errors import BatchError, CheckpointWarning, ConfigError, MismatchError, StateError, WriteError, user_line
 from loghook.log.disk import writing
-from loghook.log.folder import Committed, check_same, claim, ranks_on_disk, read_back, seal, wait_for_seal
-from loghook.log.format import MANIFEST, Manifest
+from loghook.log.folder import SAME, Committed, check_same, claim, ranks_on_disk, read_back, seal, wait_for_seal
+from loghook.log.format import MANIFEST, Manifest, listed
 from loghook.log.writer import Batch, Writer, finite_rows, not_finite
 from loghook.processes import all_gather, broadcast, process_rank, world_size
 
@@ -107,20 +108,38 @@ class Session:
             self.repeats.committed.done = done
         return self.repeats.committed.done
 
-    def agree_on_id(self) -> str:
-        """Draw the id of a new run, the same on all ranks."""
-        run_id, path = broadcast((uuid.uuid4().hex, str(self.path)))
-        if path != str(self.path):
-            raise ConfigError(
-                f"this process writes to {self.path} and rank 0 to {path}: the ranks of one job write one run, so give "
-                "all of them the same path. Runs of separate jobs are joined by loghook merge."
+    def _agree(self, fresh: Manifest) -> Manifest:
+        """Return rank 0's manifest of a new run for all ranks, once it is seen that they would write the same."""
+        (path, first), *others = found = all_gather((self.path, fresh), together=True)
+        for rank, (other_path, other) in enumerate(others, 1):
+            if other_path != path:
+                raise ConfigError(
+                    f"rank {rank} writes to {other_path} and rank 0 to {path}: the ranks of one job write one run, so "
+                    "give all of them the same path. Runs of separate jobs are joined by loghook merge."
+                )
+            for name in (*SAME, "on_repeat"):
+                one, two = getattr(first, name), getattr(other, name)
+                if one != two:
+                    shown = f"{name} is {one!r} on rank 0 and {two!r} on rank {rank}"
+                    if name == "layers":
+                        odd = listed(sorted({spec.name for spec in {*one} ^ {*two}}))
+                        shown = f"ranks 0 and {rank} watch other layers, or layers of other widths ({odd})"
+                    raise MismatchError(f"{shown}: the ranks of one job write one log, so give all of them the same.")
+        if len({manifest.parameters["first"] for _, manifest in found} - {None}) > 1:
+            warnings.warn(
+                "the ranks begin with different parameter values, so that their rows are gradients at different "
+                "points: load one checkpoint on all of them.",
+                CheckpointWarning,
+                stacklevel=user_line(),
             )
-        return str(run_id)
+        return first
 
     def open(self, fresh: Manifest) -> Writer:
         """Open the writer, and with it the manifest, which is ``fresh`` unless the run has one already."""
         if self.manifest is not None:
             check_same(self.manifest, fresh)
+        else:
+            fresh = self._agree(fresh)
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             writer = Writer(

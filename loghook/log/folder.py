@@ -29,6 +29,7 @@ from loghook.log.shard import SHARD_HEADER, close_shard
 
 # Arguments of ``init`` that make rows what they are.
 ARGUMENTS = ("projection", "rank", "seed", "whitening", "dtype", "gradient")
+SAME = (*ARGUMENTS, "id_type", "layers", "fitted")  # of all who write to one run
 SEAL_TIMEOUT = 600.0  # seconds that rank 0 waits for the others
 TELLING = 10.0  # after which it says so
 _OURS = (*WRITTEN, "lock-*", MANIFEST, PROJECTION, KEPT)
@@ -66,7 +67,7 @@ def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
-def check_same(old: Manifest, new: Any, names: Sequence[str] = (*ARGUMENTS, "id_type", "layers", "fitted")) -> None:
+def check_same(old: Manifest, new: Any, names: Sequence[str] = SAME) -> None:
     """Raise unless a resumed run has the arguments and layers of the first one, or such of them as ``new`` has."""
     for name in names:
         was, now = getattr(old, name), getattr(new, name)
