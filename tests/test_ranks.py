@@ -45,24 +45,26 @@ def mine(rank):
     return [2 * rank, 2 * rank + 1]
 
 
-def child(scenario, rank, world, folder):
+def child(scenario, rank, world, folder, arguments):
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
     wait = datetime.timedelta(seconds=10)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world, timeout=wait)
     try:
-        said = scenario(rank, folder)
+        said = scenario(rank, folder, *arguments)
     except Exception as error:
         said = f"{type(error).__name__}: {error}"
     Path(folder, f"said-{rank}").write_text(str(said))
     os._exit(0)  # a rank that an error leaves behind waits for nobody
 
 
-def on_ranks(scenario, folder, world=2):
+def on_ranks(scenario, folder, *arguments, world=2):
     """What a scenario returns, or raises, on each rank; None of a rank that died."""
     context = mp.get_context("forkserver")
     context.set_forkserver_preload(["tests.killing"])
-    started = [context.Process(target=child, args=(scenario, rank, world, str(folder))) for rank in range(world)]
+    started = [
+        context.Process(target=child, args=(scenario, rank, world, str(folder), arguments)) for rank in range(world)
+    ]
     for process in started:
         process.start()
     for process in started:
@@ -95,6 +97,10 @@ def test_finalize_returns_on_all_ranks_when_the_run_is_sealed(tmp_path):
     assert said[0].startswith("(True, 4,") and said[0] == said[1], said
 
 
+def die():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def full_disk():
     raise OSError("No space left on device")
 
@@ -106,17 +112,9 @@ def ends(rank, folder, act):
     run.finalize()
 
 
-def dies(rank, folder):
-    ends(rank, folder, lambda: os.kill(os.getpid(), signal.SIGKILL))
-
-
-def fails(rank, folder):
-    ends(rank, folder, full_disk)
-
-
-@pytest.mark.parametrize("scenario", [dies, fails])
-def test_a_rank_that_waits_for_the_seal_is_told_at_once_that_there_will_be_none(tmp_path, scenario):
-    first, second = on_ranks(scenario, tmp_path)
+@pytest.mark.parametrize("act", [die, full_disk])
+def test_a_rank_that_waits_for_the_seal_is_told_at_once_that_there_will_be_none(tmp_path, act):
+    first, second = on_ranks(ends, tmp_path, act)
     assert first is None or ("WriteError" in first and "No space left" in first)
     assert second.startswith("StateError: rank 0 failed") and "resume=True" in second, second
 
@@ -132,17 +130,9 @@ def comes_late(rank, folder, passes):
     return sorted(loghook.load(run.path).data_ids)
 
 
-def comes_late_to_passes(rank, folder):
-    return comes_late(rank, folder, True)
-
-
-def comes_late_to_training(rank, folder):
-    return comes_late(rank, folder, False)
-
-
-@pytest.mark.parametrize("scenario", [comes_late_to_passes, comes_late_to_training])
-def test_a_rank_that_comes_late_does_not_take_the_new_run_for_an_interrupted_one(tmp_path, scenario):
-    assert on_ranks(scenario, tmp_path, 8) == [str(list(range(16)))] * 8
+@pytest.mark.parametrize("passes", [True, False])
+def test_a_rank_that_comes_late_does_not_take_the_new_run_for_an_interrupted_one(tmp_path, passes):
+    assert on_ranks(comes_late, tmp_path, passes, world=8) == [str(list(range(16)))] * 8
 
 
 def finds_another_run(rank, folder):
@@ -155,6 +145,34 @@ def test_ranks_that_find_different_runs_are_told(tmp_path):
         log(run, [0, 1])
     for said in on_ranks(finds_another_run, tmp_path):
         assert said.startswith("StateError: ranks found different runs") and "one path" in said, said
+
+
+def has_no_batch(rank, folder, idle, projection, passes):
+    run = watched(folder, projection=projection)
+    if passes:
+        log_pass(run, *[mine(rank)] * (rank != idle))
+        dist.barrier()
+    elif rank != idle:
+        log(run, mine(rank))
+    run.finalize()
+    return sorted(loghook.load(run.path).data_ids)
+
+
+@pytest.mark.parametrize("projection,passes", [("random", True), ("random", False), ("pca", True)])
+@pytest.mark.parametrize("idle", [0, 1])
+def test_a_rank_without_a_batch_does_not_keep_the_run_from_its_end(tmp_path, idle, projection, passes):
+    assert on_ranks(has_no_batch, tmp_path, idle, projection, passes) == [str(mine(1 - idle))] * 2
+
+
+def none_has_a_batch(rank, folder):
+    run = watched(folder)
+    log_pass(run)
+    run.finalize()
+
+
+def test_where_no_rank_has_a_batch_all_are_told(tmp_path):
+    for said in on_ranks(none_has_a_batch, tmp_path):
+        assert said.startswith("StateError: nothing was logged"), said
 
 
 def disagree(rank, folder):

@@ -95,6 +95,13 @@ class Session:
             )
         return before or now
 
+    def require_id_type(self, id_type: str) -> None:
+        """Raise unless ids are of the type that the run has."""
+        if self.manifest is not None and self.manifest.id_type != id_type:
+            raise BatchError(
+                f"data_id is {id_type} here, was {self.manifest.id_type}: use one type throughout the run."
+            )
+
     def passes_done(self) -> set[int]:
         """Passes that are over, for rank 0 and so for all: loops may hold collectives."""
         if self._resume:  # which all ranks were told, whatever each of them found
@@ -108,24 +115,31 @@ class Session:
             self.repeats.committed.done = done
         return self.repeats.committed.done
 
-    def _agree(self, fresh: Manifest) -> Manifest:
-        """Return rank 0's manifest of a new run for all ranks, once it is seen that they would write the same."""
-        (path, first), *others = found = all_gather((self.path, fresh), together=True)
-        for rank, (other_path, other) in enumerate(others, 1):
+    def _agree(self, fresh: Manifest, begun: bool) -> Manifest | None:
+        """Return one manifest of a new run for all ranks, that of the first which has had a block; None if none has.
+
+        It is seen before that they would write the same.
+        """
+        found = all_gather((self.path, begun, fresh), together=True)
+        lead = next((rank for rank, (_, begun, _) in enumerate(found) if begun), None)
+        if lead is None:
+            return None
+        path, _, first = found[lead]
+        for rank, (other_path, begun, other) in enumerate(found):
             if other_path != path:
                 raise ConfigError(
-                    f"rank {rank} writes to {other_path} and rank 0 to {path}: the ranks of one job write one run, so "
-                    "give all of them the same path. Runs of separate jobs are joined by loghook merge."
+                    f"rank {rank} writes to {other_path} and rank {lead} to {path}: the ranks of one job write one "
+                    "run, so give all of them the same path. Runs of separate jobs are joined by loghook merge."
                 )
             for name in (*SAME, "on_repeat"):
                 one, two = getattr(first, name), getattr(other, name)
-                if one != two:
-                    shown = f"{name} is {one!r} on rank 0 and {two!r} on rank {rank}"
+                if one != two and (begun or name != "id_type"):
+                    shown = f"{name} is {one!r} on rank {lead} and {two!r} on rank {rank}"
                     if name == "layers":
                         odd = listed(sorted({spec.name for spec in {*one} ^ {*two}}))
-                        shown = f"ranks 0 and {rank} watch other layers, or layers of other widths ({odd})"
+                        shown = f"ranks {lead} and {rank} watch other layers, or layers of other widths ({odd})"
                     raise MismatchError(f"{shown}: the ranks of one job write one log, so give all of them the same.")
-        if len({manifest.parameters["first"] for _, manifest in found} - {None}) > 1:
+        if len({manifest.parameters["first"] for _, begun, manifest in found if begun} - {None}) > 1:
             warnings.warn(
                 "the ranks begin with different parameter values, so that their rows are gradients at different "
                 "points: load one checkpoint on all of them.",
@@ -134,12 +148,17 @@ class Session:
             )
         return first
 
-    def open(self, fresh: Manifest) -> Writer:
-        """Open the writer, and with it the manifest, which is ``fresh`` unless the run has one already."""
+    def open(self, fresh: Manifest, begun: bool) -> Writer | None:
+        """Open the writer, and with it the manifest, which is ``fresh`` unless the run has one already.
+
+        ``begun``: this rank has had a block, and so knows the type of ids. Where none has, nothing is opened.
+        """
         if self.manifest is not None:
             check_same(self.manifest, fresh)
+        elif (agreed := self._agree(fresh, begun)) is None:
+            return None
         else:
-            fresh = self._agree(fresh)
+            fresh = agreed
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             writer = Writer(
