@@ -70,6 +70,7 @@ def on_ranks(scenario, folder, *arguments, world=2):
     for process in started:
         process.join(60)
         process.kill()
+    (folder / "store").unlink(missing_ok=True)  # for the next group
     said = [folder / f"said-{rank}" for rank in range(world)]
     return [file.read_text() if file.exists() else None for file in said]
 
@@ -213,3 +214,23 @@ def test_ranks_that_would_not_write_the_same_are_told(tmp_path):
     )
     assert said[0]["path"].startswith("ConfigError: rank 1 writes to") and "same path" in said[0]["path"]
     assert said[0]["parameters"].startswith("CheckpointWarning: the ranks begin with different parameter values")
+
+
+def leaves_the_group_first(rank, folder):
+    run = watched(folder, resume=True)
+    log_pass(run, mine(rank))
+    dist.destroy_process_group()
+    run.finalize()
+
+
+def ends_what_was_begun(rank, folder):
+    run = watched(folder, resume=True)
+    log_pass(run, mine(rank))
+    run.finalize()
+    return len(loghook.load(run.path))
+
+
+def test_finalize_after_the_end_of_the_group_is_refused_at_once_on_all_ranks(tmp_path):
+    for said in on_ranks(leaves_the_group_first, tmp_path):
+        assert said.startswith("StateError: 2 processes") and "before destroy_process_group()" in said, said
+    assert on_ranks(ends_what_was_begun, tmp_path) == ["4", "4"]

@@ -20,7 +20,7 @@ from loghook.log.disk import writing
 from loghook.log.folder import SAME, Committed, check_same, claim, ranks_on_disk, read_back, seal, wait_for_seal
 from loghook.log.format import MANIFEST, Manifest, listed
 from loghook.log.writer import Batch, Writer, finite_rows, not_finite
-from loghook.processes import all_gather, broadcast, process_rank, world_size
+from loghook.processes import all_gather, broadcast, process_rank, rank_and_size, world_size
 
 
 class Repeats:
@@ -173,7 +173,7 @@ class Session:
             except BaseException:
                 writer.close()
                 raise
-        self.writer = writer
+        self.writer, self._writers = writer, rank_and_size()[1]
         return writer
 
     def _require_unchanged(self, writer: Writer) -> None:
@@ -219,6 +219,12 @@ class Session:
         except WriteError:
             self.close()  # which raises it again and lets others write
             raise
+        if (now := rank_and_size()[1]) != self._writers:
+            raise StateError(
+                f"{self._writers} processes under torch.distributed began to log and {now} come to finalize(): call it "
+                "before destroy_process_group() or accelerate's end_training(). What was committed is kept: start all "
+                "of them again with resume=True."
+            )
         try:
             # New each time, so that the end of an interrupted run is not taken for this one.
             session = broadcast(uuid.uuid4().hex)
