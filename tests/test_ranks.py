@@ -15,6 +15,7 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import loghook
+from loghook.log import maintain
 
 DATA = torch.randn(16, 3, 5, generator=torch.Generator().manual_seed(1))
 
@@ -234,3 +235,18 @@ def test_finalize_after_the_end_of_the_group_is_refused_at_once_on_all_ranks(tmp
     for said in on_ranks(leaves_the_group_first, tmp_path):
         assert said.startswith("StateError: 2 processes") and "before destroy_process_group()" in said, said
     assert on_ranks(ends_what_was_begun, tmp_path) == ["4", "4"]
+
+
+def repeats_a_sample(rank, folder, *batches):
+    run = watched(folder, on_repeat="error", resume=True)
+    log_pass(run, batches[rank])
+    run.finalize()
+    return sorted(loghook.load(run.path).data_ids)
+
+
+def test_an_id_on_two_ranks_is_an_error_where_repeats_are(tmp_path):
+    first, second = on_ranks(repeats_a_sample, tmp_path, [0, 2], [1, 2])
+    assert first.startswith("BatchError: several ranks logged data_id 2 (1 in all)"), first
+    assert second.startswith("StateError: rank 0 failed"), second
+    maintain.delete(tmp_path / "run", [2])
+    assert on_ranks(repeats_a_sample, tmp_path, [0], [1]) == ["[0, 1]"] * 2

@@ -6,6 +6,7 @@ A kill may come at any point, also while a folder is being recovered.
 import os
 import time
 import warnings
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from loghook.errors import (
+    BatchError,
     ConfigError,
     CorruptLogError,
     LogExistsError,
@@ -103,6 +105,7 @@ def seal(path: Path, manifest: Manifest, session: str, active: int) -> dict[str,
         logs = all_commits(path, manifest)
         missing = [r for r in range(active) if not (logs[r].records and logs[r].records[-1].get("end") == session)]
         if not missing:
+            _require_once(path, manifest, logs)
             return sum_up(logs)
         if time.monotonic() - begun > TELLING and not told:
             told = True
@@ -115,6 +118,19 @@ def seal(path: Path, manifest: Manifest, session: str, active: int) -> dict[str,
                 "they committed is kept: start again with resume=True."
             )
         time.sleep(0.1)
+
+
+def _require_once(path: Path, manifest: Manifest, logs: Sequence[Commits]) -> None:
+    """Raise under on_repeat="error" if two ranks logged one id, which neither of them could see."""
+    if manifest.on_repeat != "error":
+        return
+    counts = Counter(i for log in logs for record in log.rows for i in record["ids"])
+    if twice := [i for i, count in counts.items() if count > 1]:
+        raise BatchError(
+            f"several ranks logged data_id {str(twice[:5])[1:-1]} ({len(twice):,} in all) and on_repeat='error': each "
+            f"sample belongs to one rank. Take these out with `loghook delete {path}`, and start again with "
+            "resume=True, which seals the run; `loghook append` opens it to log them once more."
+        )
 
 
 def wait_for_seal(path: Path, run_id: str) -> Manifest:
