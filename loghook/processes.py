@@ -39,21 +39,24 @@ def world_size() -> int:
 
 
 def broadcast(value: Any) -> Any:
-    """Return rank 0's value on all ranks; every rank calls it at the same point."""
-    box = [value]
-    if _joined():
-        torch.distributed.broadcast_object_list(box)
-    elif world_size() > 1:
+    """Return rank 0's value on all ranks, once all have come: every rank calls it at the same point.
+
+    torch's own broadcast lets rank 0 go on alone, and what it then writes a late rank would take for something older.
+    """
+    return all_gather(value, together=True)[0]
+
+
+def all_gather(value: Any, *, together: bool = False) -> list[Any]:
+    """The values of all processes, in the order of ranks; every rank calls it at the same point.
+
+    ``together``: one that works alone is warned if it was started as one of several.
+    """
+    values = [value] * rank_and_size()[1]
+    if together and world_size() > len(values):
         warnings.warn(
             "several processes without torch.distributed: initialise it before the first block.",
             stacklevel=user_line(),
         )
-    return box[0]
-
-
-def all_gather(value: Any) -> list[Any]:
-    """The values of all processes, in the order of ranks; every rank calls it at the same point."""
-    values = [value] * rank_and_size()[1]
     if len(values) > 1:
         torch.distributed.all_gather_object(values, value)
     return values

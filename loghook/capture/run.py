@@ -1,6 +1,7 @@
 """``Run``: the user's handle around a training loop. It conducts capture and writer and holds no mathematics."""
 
 import dataclasses
+import uuid
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,15 +19,7 @@ from loghook.capture.plan import Plan, parse_size
 from loghook.capture.select import FUSED_EXPERTS, HEAD, Watch
 from loghook.capture.session import Session, pack
 from loghook.capture.whole import Covariance
-from loghook.errors import (
-    BatchError,
-    CheckpointWarning,
-    ConfigError,
-    LoghookError,
-    MismatchError,
-    StateError,
-    user_line,
-)
+from loghook.errors import CheckpointWarning, ConfigError, LoghookError, MismatchError, StateError, user_line
 from loghook.factors import FactorStore
 from loghook.log.disk import writing
 from loghook.log.files import Sides, load_sides, save_sides
@@ -160,9 +153,7 @@ class Run(Blocks, Hooked):
             raise StateError("a plan is being measured: run a few blocks inside it, without passes().")
         if self._was_sealed and process_rank() == 0:
             print(f"{self.path} is finished: nothing is logged. `loghook append {self.path}` opens it for more data.")
-        done = self._session.repeats.committed.done
-        if self._session.resumed:
-            done |= broadcast(done)  # all ranks skip a pass or none does: loops may hold collectives
+        done = self._session.passes_done()
         fits = self._config.projection in FITTED
         if fits and self._config.fitted is not None:
             self._require_projection()
@@ -204,6 +195,8 @@ class Run(Blocks, Hooked):
                     "it anew inside `for _ in run.passes():`."
                 )
             logging._warn_of_places()
+            if self._session.manifest is None:
+                self._ready(self._id_type)  # with the others, on a rank that had no block
             if self._session.writer is not None:
                 self._session.writer.settle()  # a pass that misses rows is not over
                 self._session.writer.record({"pass_end": index})
@@ -236,9 +229,7 @@ class Run(Blocks, Hooked):
             self._session.writer.check()
         ids = check_ids(data_id)
         self._id_type = type(ids[0]).__name__
-        manifest = self._session.manifest
-        if manifest is not None and manifest.id_type != self._id_type:
-            raise BatchError(f"data_id is {self._id_type} here, was {manifest.id_type}: use one type throughout a run.")
+        self._session.require_id_type(self._id_type)
         if self._pass is not None and self._pass._gathering is not None:
             with self._pass._gathering.block(ids, given):
                 yield
@@ -249,6 +240,7 @@ class Run(Blocks, Hooked):
         with self._capture(len(ids), given, self._rows(logs=True), keep) as captured:
             yield
         writer = self._ready(self._id_type)
+        assert writer is not None
         self._session.warn_of_underflow(captured[0].rows[:, : self._layout.gradient_width])
         index, flag = self._pass.index if self._pass else -1, given.scaler is not None
         batch = pack(captured[0], ids, keep, dtype=writer.dtype, flag=flag, pass_index=index, step=self._step)
@@ -276,7 +268,7 @@ class Run(Blocks, Hooked):
     def finalize(self) -> None:
         """End logging and seal the run. Harmless when called again; queries still work afterwards.
 
-        Every rank calls it; rank 0 waits for the others' last commit and then seals.
+        Every rank calls it, and it returns when rank 0, which waits for the others' last commit, has sealed the run.
 
         Raises:
             StateError: if nothing was logged, or ranks are missing after the timeout.
@@ -286,9 +278,10 @@ class Run(Blocks, Hooked):
             return
         self._require_outside()
         self._require_open()
-        if self._session.manifest is None:
+        manifest = self._session.manifest
+        # An interrupted run may have nothing left to log, and a rank of several no batch.
+        if self._ready(manifest.id_type if manifest else self._id_type) is None:
             raise StateError("nothing was logged, so nothing is to finalise: run the loop with `with run(...)` first.")
-        self._ready(self._session.manifest.id_type)  # an interrupted run may have nothing left to log
         self._session.end(self.digest if self._model else None)
 
     def close(self) -> None:
@@ -360,23 +353,27 @@ class Run(Blocks, Hooked):
             factors = FactorStore.load(source).factors()
             self._settle_projection(fit_sides(self._layers, factors, self._config))
 
-    def _ready(self, id_type: str) -> Writer:
-        """Return the writer, opening it (and the manifest) at the first block."""
+    def _ready(self, id_type: str) -> Writer | None:
+        """Return the writer, opening it (and the manifest) at the first block, or None before any rank's first."""
         if self._session.writer is not None:
             return self._session.writer
         old = fresh = self._session.manifest
+        if old is None:
+            if not self._layers:
+                return None
+            self._require_projection()  # a rank without a block has none yet
         if old is None or self._layers:
             c, plain = self._config, self._config.gradient == "plain"
             fresh = Manifest(
-                run_id=old.run_id if old else self._session.agree_on_id(), projection=c.projection,
+                run_id=old.run_id if old else uuid.uuid4().hex, projection=c.projection,
                 rank=c.rank if isinstance(c.rank, int) else dict(c.rank), seed=c.seed, dtype=c.dtype, layers=self.specs,
-                coverage=self._coverage, id_type=id_type, on_repeat=c.on_repeat, world_size=world_size(),
+                coverage=self._coverage, id_type=id_type or "int", on_repeat=c.on_repeat, world_size=world_size(),
                 provenance=provenance(), parameters={"first": self.digest()}, fitted=self._fitted, fidelity=c.fidelity,
                 gradient=c.gradient, whitening=c.whitening,
                 no_statistics=None if plain else f"its rows are of gradient={c.gradient!r}",
             )  # fmt: skip
         assert fresh is not None
-        writer = self._session.open(fresh)
+        writer = self._session.open(fresh, begun=bool(id_type))
         now, was = fresh.parameters["first"], old.parameters.get("first") if old else None
         if self._pass is not None and differ(now, was):
             if self._model is not None and any(p.requires_grad for p in self._model.parameters()):

@@ -15,12 +15,12 @@ from torch import Tensor
 
 from loghook.capture.config import Config
 from loghook.capture.rows import Captured
-from loghook.errors import BatchError, ConfigError, MismatchError, StateError, WriteError, user_line
+from loghook.errors import BatchError, CheckpointWarning, ConfigError, MismatchError, StateError, WriteError, user_line
 from loghook.log.disk import writing
-from loghook.log.folder import Committed, check_same, claim, ranks_on_disk, read_back, seal
-from loghook.log.format import MANIFEST, Manifest
+from loghook.log.folder import SAME, Committed, check_same, claim, ranks_on_disk, read_back, seal, wait_for_seal
+from loghook.log.format import MANIFEST, Manifest, listed
 from loghook.log.writer import Batch, Writer, finite_rows, not_finite
-from loghook.processes import broadcast, process_rank, world_size
+from loghook.processes import all_gather, broadcast, process_rank, rank_and_size, world_size
 
 FAINT = 2.0**-18  # a row of smaller values is changed by some percent in float16, whose values lie 2**-24 apart there
 
@@ -73,7 +73,8 @@ class Repeats:
 class Session:
     def __init__(self, config: Config, *, resume: bool, overwrite: bool) -> None:
         self._config, self.path = config, config.path
-        self.resumed = resume and (config.path / MANIFEST).exists()  # there was a run to go on with
+        self._resume = resume
+        resumed = resume and (config.path / MANIFEST).exists()  # there is a run to go on with
         if process_rank() == 0:
             claim(config.path, resume=resume, overwrite=overwrite)
         self.manifest: Manifest | None = None  # before the first block of a new run
@@ -82,7 +83,7 @@ class Session:
         self._looks = config.dtype == "float16"  # whether rows are looked at for underflow
         self.sealed = False  # finished, by this process or by an earlier one
         self.rule = config.on_repeat  # or None: as the loop at hand makes it
-        if self.resumed:
+        if resumed:
             self.manifest = Manifest.load(self.path)
             self.sealed = self.manifest.sealed is not None
             self.rule = self._rule_of(self.manifest)
@@ -97,20 +98,70 @@ class Session:
             )
         return before or now
 
-    def agree_on_id(self) -> str:
-        """Draw the id of a new run, the same on all ranks."""
-        run_id, path = broadcast((uuid.uuid4().hex, str(self.path)))
-        if path != str(self.path):
-            raise ConfigError(
-                f"this process writes to {self.path} and rank 0 to {path}: the ranks of one job write one run, so give "
-                "all of them the same path. Runs of separate jobs are joined by loghook merge."
+    def require_id_type(self, id_type: str) -> None:
+        """Raise unless ids are of the type that the run has."""
+        if self.manifest is not None and self.manifest.id_type != id_type:
+            raise BatchError(
+                f"data_id is {id_type} here, was {self.manifest.id_type}: use one type throughout the run."
             )
-        return str(run_id)
 
-    def open(self, fresh: Manifest) -> Writer:
-        """Open the writer, and with it the manifest, which is ``fresh`` unless the run has one already."""
+    def passes_done(self) -> set[int]:
+        """Passes that are over, for rank 0 and so for all: loops may hold collectives."""
+        if self._resume:  # which all ranks were told, whatever each of them found
+            found = None if self.manifest is None else (self.manifest.run_id, self.manifest.sealed)
+            (first, done), *others = all_gather((found, self.repeats.committed.done))
+            if any(other != first for other, _ in others):
+                raise StateError(
+                    f"ranks found different runs in {self.path}, or only some found one: give all of them one path, on "
+                    "a disk that they see alike, and start all of them again."
+                )
+            self.repeats.committed.done = done
+        return self.repeats.committed.done
+
+    def _agree(self, fresh: Manifest, begun: bool) -> Manifest | None:
+        """Return one manifest of a new run for all ranks, that of the first which has had a block; None if none has.
+
+        It is seen before that they would write the same.
+        """
+        found = all_gather((self.path, begun, fresh), together=True)
+        lead = next((rank for rank, (_, begun, _) in enumerate(found) if begun), None)
+        if lead is None:
+            return None
+        path, _, first = found[lead]
+        for rank, (other_path, begun, other) in enumerate(found):
+            if other_path != path:
+                raise ConfigError(
+                    f"rank {rank} writes to {other_path} and rank {lead} to {path}: the ranks of one job write one "
+                    "run, so give all of them the same path. Runs of separate jobs are joined by loghook merge."
+                )
+            for name in (*SAME, "on_repeat"):
+                one, two = getattr(first, name), getattr(other, name)
+                if one != two and (begun or name != "id_type"):
+                    shown = f"{name} is {one!r} on rank {lead} and {two!r} on rank {rank}"
+                    if name == "layers":
+                        odd = listed(sorted({spec.name for spec in {*one} ^ {*two}}))
+                        shown = f"ranks {lead} and {rank} watch other layers, or layers of other widths ({odd})"
+                    raise MismatchError(f"{shown}: the ranks of one job write one log, so give all of them the same.")
+        if len({manifest.parameters["first"] for _, begun, manifest in found if begun} - {None}) > 1:
+            warnings.warn(
+                "the ranks begin with different parameter values, so that their rows are gradients at different "
+                "points: load one checkpoint on all of them.",
+                CheckpointWarning,
+                stacklevel=user_line(),
+            )
+        return first
+
+    def open(self, fresh: Manifest, begun: bool) -> Writer | None:
+        """Open the writer, and with it the manifest, which is ``fresh`` unless the run has one already.
+
+        ``begun``: this rank has had a block, and so knows the type of ids. Where none has, nothing is opened.
+        """
         if self.manifest is not None:
             check_same(self.manifest, fresh)
+        elif (agreed := self._agree(fresh, begun)) is None:
+            return None
+        else:
+            fresh = agreed
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
             writer = Writer(
@@ -125,7 +176,7 @@ class Session:
             except BaseException:
                 writer.close()
                 raise
-        self.writer = writer
+        self.writer, self._writers = writer, rank_and_size()[1]
         return writer
 
     def _require_unchanged(self, writer: Writer) -> None:
@@ -163,7 +214,7 @@ class Session:
         self.repeats.committed.records[process_rank()] = len(writer.records)
 
     def end(self, digest: Callable[[], str | None] | None) -> None:
-        """Commit and, on rank 0, wait for the others and seal; ``digest`` gives that of the last parameter values."""
+        """Commit, and return when rank 0 has sealed the run; ``digest`` gives that of the last parameter values."""
         writer, manifest = self.writer, self.manifest
         assert writer is not None and manifest is not None
         try:
@@ -171,6 +222,12 @@ class Session:
         except WriteError:
             self.close()  # which raises it again and lets others write
             raise
+        if (now := rank_and_size()[1]) != self._writers:
+            raise StateError(
+                f"{self._writers} processes under torch.distributed began to log and {now} come to finalize(): call it "
+                "before destroy_process_group() or accelerate's end_training(). What was committed is kept: start all "
+                "of them again with resume=True."
+            )
         try:
             # New each time, so that the end of an interrupted run is not taken for this one.
             session = broadcast(uuid.uuid4().hex)
@@ -183,10 +240,12 @@ class Session:
         try:
             writer.record({"end": session})
             writer.close(keep_lock=True)
-            if process_rank() == 0:
-                if digest is not None:
-                    manifest.parameters["last"] = digest()
-                with writing(self.path):
+            with writing(self.path):
+                if process_rank() != 0:
+                    self.manifest = wait_for_seal(self.path, manifest.run_id)
+                else:
+                    if digest is not None:
+                        manifest.parameters["last"] = digest()
                     manifest.sealed = seal(self.path, manifest, session, world_size())
                     manifest.save(self.path)
         finally:

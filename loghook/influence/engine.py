@@ -200,9 +200,11 @@ def _key(metric: Metric, chosen: Sequence[LayerSpec]) -> str:
 def _recall(reader: Source, metric: Metric, chosen: Sequence[LayerSpec]) -> Tensor | None:
     """The rows' self-influence, (rows,) float64, if it was computed before: from memory, or from the file."""
     key = _key(metric, chosen)
-    if key not in reader.cache and reader.seal is not None:
-        # The others take what rank 0 found, so that all or none compute.
-        kept = all_gather(load_kept(reader.path, reader.seal).get(key) if rank_and_size()[0] == 0 else None)[0]
+    if not all(all_gather(key in reader.cache)):
+        # All take what rank 0 finds in the file, so that all or none compute, whatever each of them sees or has.
+        reader.cache.pop(key, None)
+        seal = reader.seal if rank_and_size()[0] == 0 else None
+        kept = all_gather(load_kept(reader.path, seal).get(key) if seal else None)[0]
         if kept is not None and kept.shape == (len(reader),) and kept.dtype == np.float64:
             reader.cache[key] = torch.from_numpy(kept)
     return reader.cache.get(key)

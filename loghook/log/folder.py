@@ -6,12 +6,23 @@ A kill may come at any point, also while a folder is being recovered.
 import os
 import time
 import warnings
+from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from loghook.errors import ConfigError, CorruptLogError, LogExistsError, MismatchError, StateError, user_line
+from loghook.errors import (
+    BatchError,
+    ConfigError,
+    CorruptLogError,
+    LogExistsError,
+    LogLockedError,
+    MismatchError,
+    StateError,
+    user_line,
+)
 from loghook.log.disk import lock, lock_name, sync_folder, writing
 from loghook.log.files import KEPT, PROJECTION, holds_factors
 from loghook.log.format import MANIFEST, WRITTEN, Manifest, shard_name
@@ -20,6 +31,7 @@ from loghook.log.shard import SHARD_HEADER, close_shard
 
 # Arguments of ``init`` that make rows what they are.
 ARGUMENTS = ("projection", "rank", "seed", "whitening", "dtype", "gradient")
+SAME = (*ARGUMENTS, "id_type", "layers", "fitted")  # of all who write to one run
 SEAL_TIMEOUT = 600.0  # seconds that rank 0 waits for the others
 TELLING = 10.0  # after which it says so
 _OURS = (*WRITTEN, "lock-*", MANIFEST, PROJECTION, KEPT)
@@ -57,7 +69,7 @@ def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
         path.mkdir(parents=True, exist_ok=True)
 
 
-def check_same(old: Manifest, new: Any, names: Sequence[str] = (*ARGUMENTS, "id_type", "layers", "fitted")) -> None:
+def check_same(old: Manifest, new: Any, names: Sequence[str] = SAME) -> None:
     """Raise unless a resumed run has the arguments and layers of the first one, or such of them as ``new`` has."""
     for name in names:
         was, now = getattr(old, name), getattr(new, name)
@@ -93,6 +105,7 @@ def seal(path: Path, manifest: Manifest, session: str, active: int) -> dict[str,
         logs = all_commits(path, manifest)
         missing = [r for r in range(active) if not (logs[r].records and logs[r].records[-1].get("end") == session)]
         if not missing:
+            _require_once(path, manifest, logs)
             return sum_up(logs)
         if time.monotonic() - begun > TELLING and not told:
             told = True
@@ -103,6 +116,38 @@ def seal(path: Path, manifest: Manifest, session: str, active: int) -> dict[str,
             raise StateError(
                 f"ranks {missing} did not finish within {SEAL_TIMEOUT:.0f} s: every rank calls run.finalize(). What "
                 "they committed is kept: start again with resume=True."
+            )
+        time.sleep(0.1)
+
+
+def _require_once(path: Path, manifest: Manifest, logs: Sequence[Commits]) -> None:
+    """Raise under on_repeat="error" if two ranks logged one id, which neither of them could see."""
+    if manifest.on_repeat != "error":
+        return
+    counts = Counter(i for log in logs for record in log.rows for i in record["ids"])
+    if twice := [i for i, count in counts.items() if count > 1]:
+        raise BatchError(
+            f"several ranks logged data_id {str(twice[:5])[1:-1]} ({len(twice):,} in all) and on_repeat='error': each "
+            f"sample belongs to one rank. Take these out with `loghook delete {path}`, and start again with "
+            "resume=True, which seals the run; `loghook append` opens it to log them once more."
+        )
+
+
+def wait_for_seal(path: Path, run_id: str) -> Manifest:
+    """Wait, on other ranks than 0, until rank 0 has sealed the run; return the manifest that says so."""
+    begun = time.monotonic()
+    while True:
+        gone = time.monotonic() - begun > 2 * SEAL_TIMEOUT  # rank 0 itself may wait so long for the slowest
+        # Rank 0 keeps its lock until it has sealed the run, has failed or has died: which, the manifest then says.
+        with suppress(LogLockedError), lock(path / lock_name(0)):
+            gone = True
+        manifest = Manifest.load(path)
+        if manifest.sealed is not None and manifest.run_id == run_id:
+            return manifest
+        if gone:
+            raise StateError(
+                f"rank 0 failed (see its own error), died or took too long, and did not seal {path}: every rank calls "
+                "run.finalize(). What was committed is kept: start all of them again with resume=True."
             )
         time.sleep(0.1)
 
