@@ -109,11 +109,11 @@ def test_processes_that_ask_different_questions_are_told(logged):
 
 
 TOGETHER = """
-import contextlib, copy, io, json, sys, torch, loghook
+import contextlib, copy, datetime, io, json, sys, torch, loghook
 from torch import nn
 from torch.distributed.fsdp import fully_shard
 torch.set_num_threads(1)
-torch.distributed.init_process_group("gloo")
+torch.distributed.init_process_group("gloo", timeout=datetime.timedelta(seconds=60))
 rank, folder = torch.distributed.get_rank(), sys.argv[1]
 torch.manual_seed(0)
 model, data = nn.Sequential(nn.Linear(12, 16), nn.Tanh(), nn.Linear(16, 12)).eval(), torch.randn(24, 12)
@@ -175,6 +175,9 @@ for _ in fit.passes():
 with fit.query(data_id=[0]) as whole:
     loss_fn(model, data[:1]).backward()
 batches = [x for _, x in pairs()][: 3 - rank]
+said["none"] = refused(
+    lambda: fit.refine(whole, batches[:1 - rank], model, lambda y, x: y.square().sum()), "the processes have [1, 0]"
+)
 u = fit.refine(whole, batches, model, lambda y, x: y.square().sum(), solver="astra", iterations=5)
 said["refined"] = float(u.matrix.norm())
 tuned = loghook.tune(fit, pairs, questions, lambda x: loss_fn(model, x), ranks=(4, 8), dtypes=("float32", "int8"))
