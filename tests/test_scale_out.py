@@ -165,6 +165,7 @@ growing._session.writer.commit_now()
 torch.distributed.barrier()
 late = early or loghook.load(f"{folder}/growing")
 said["growing"] = refused(lambda: late.influence(own, "dot"), "while it grew")
+said["own"] = refused(lambda: late.self_influence("dot"), "while it grew")
 
 fit = loghook.fit(f"{folder}/factors")
 fit.watch(model)
