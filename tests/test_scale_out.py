@@ -167,6 +167,17 @@ late = early or loghook.load(f"{folder}/growing")
 said["growing"] = refused(lambda: late.influence(own, "dot"), "while it grew")
 said["own"] = refused(lambda: late.self_influence("dot"), "while it grew")
 
+large = loghook.init(f"{folder}/large", rank=4, dtype="float32")
+large.watch(model)
+for ids, x in pairs():
+    with large(data_id=ids, scale=1e7):
+        loss_fn(model, x).backward()
+large.finalize()
+try:
+    loghook.load(large.path).compress(f"{folder}/half", "float16")
+except loghook.errors.NotFiniteError as error:
+    said["half"] = len(error.ids) > 0
+
 fit = loghook.fit(f"{folder}/factors")
 fit.watch(model)
 for _ in fit.passes():
