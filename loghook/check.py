@@ -13,6 +13,7 @@ from loghook.capture.probe import LossFunction, Probe, left_alone
 from loghook.capture.select import HEAD, Watch, matches
 from loghook.comparison import TF32, TOLERANCE, Rows, compare, differ, explain, finite_samples, largest, only, some
 from loghook.errors import BatchError, ConfigError, DeliveryError, UnsupportedError
+from loghook.processes import all_gather
 
 
 @dataclass
@@ -145,7 +146,9 @@ def _examine(probe: Probe, report: CheckReport, may_sleep: str | Sequence[str]) 
     finite = finite_samples(together)
     if not finite.all():
         yield _not_finite(probe.unit, together, finite)
-    if problem := _random(probe, report.tolerance, only(together, finite), only(again, finite)):
+    problem = _random(probe, report.tolerance, only(together, finite), only(again, finite))
+    # What ends the check of a sharded model on one process ends it on all, which run each sample together.
+    if problem := next(filter(None, all_gather(problem) if probe.sharded else [problem]), None):
         yield problem
         return
     try:

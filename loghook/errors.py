@@ -52,6 +52,9 @@ class NotFiniteError(LoghookError, ValueError):
         super().__init__(message)
         self.ids = list(ids)
 
+    def __reduce__(self) -> tuple[type, tuple[str, list[int | str]]]:
+        return type(self), (str(self), self.ids)  # as it goes from process to process
+
 
 class LogExistsError(LoghookError, FileExistsError):
     """A run that is there already, opened without ``resume`` or ``overwrite``; or a folder of another kind."""

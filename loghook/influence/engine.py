@@ -16,7 +16,7 @@ from loghook.influence.solvers import Solver, nonzero
 from loghook.log.disk import plain
 from loghook.log.files import kept_name, load_kept, save_kept
 from loghook.log.format import LayerSpec, checksum, fits, listed
-from loghook.log.query import Query, require_match, require_one_query
+from loghook.log.query import Query, require_match, require_one_log, require_one_query
 from loghook.log.source import Source
 from loghook.processes import all_concatenate, all_gather, all_reduce, on_cpu, rank_and_size
 
@@ -54,7 +54,8 @@ def influence(
     require_match(query, reader.made, reader.manifest.values, str(reader.path), "log.attach(model)")
     metric.require_fit_for(query.direction)
     if scan is None:  # which reads a share of the log; an index holds all of it
-        require_one_query(query, reader.path, len(reader))
+        require_one_log(reader.path, len(reader))
+        require_one_query(query, reader.path)
     require_rows(reader)
     chosen = choose_layers(reader, layers)
     matrix, own, rows = _prepare(reader, metric, chosen, query, own_rows=metric.normalize is not None)
@@ -116,6 +117,7 @@ def _fidelity(reader: Source, metric: Metric, query_dtype: str | None) -> float 
 @on_cpu
 def self_influence(reader: Source, metric: Metric, layers: Sequence[str] | None) -> np.ndarray:
     """<H^-1 G, G> for each row of a log, summed over layers: (rows,) float32; kept with the log."""
+    require_one_log(reader.path, len(reader))
     require_rows(reader)
     rows = _prepare(reader, metric, choose_layers(reader, layers), own_rows=True)[2]
     assert rows is not None

@@ -189,18 +189,19 @@ def require_match(query: Any, made: Made, values: str | None, whose: str, asked_
         )
 
 
-def require_one_query(query: Query, what: object, rows: int = 0) -> None:
-    """Raise unless all processes ask the same questions: each scores a share of ``what`` for the answers of all.
-
-    ``rows``: how many the log has of which they read shares.
-    """
-    (ids, norms, first), *others = all_gather((query.data_ids, query.matrix.norm(dim=1).tolist(), rows))
-    if any(there != first for *_, there in others):
+def require_one_log(what: object, rows: int) -> None:
+    """Raise unless all processes have equally many rows of a log, of which each reads a share."""
+    if len(set(counts := all_gather(rows))) > 1:
         raise StateError(
-            f"the processes opened {what} while it grew, and have {[first, *(there for *_, there in others)]} rows of "
-            "it: let all of them load it after a torch.distributed.barrier(), or once it is finished."
+            f"the processes opened {what} while it grew, and have {counts} rows of it: let all of them load it after a "
+            "torch.distributed.barrier(), or once it is finished."
         )
-    for other, sizes, _ in others:
+
+
+def require_one_query(query: Query, what: object) -> None:
+    """Raise unless all processes ask the same questions: each scores a share of ``what`` for the answers of all."""
+    (ids, norms), *others = all_gather((query.data_ids, query.matrix.norm(dim=1).tolist()))
+    for other, sizes in others:
         # Equal questions may differ in rounding from process to process. All compare with the first, so that all raise.
         if other != ids or not np.allclose(sizes, norms, rtol=1e-2, equal_nan=True):
             raise MismatchError(

@@ -254,8 +254,9 @@ def require_batches(batches: Iterable[Any]) -> list[Any]:
     if callable(batches):
         raise ConfigError("batches= are batches here, such as list(loader)[:20], and no function that yields them.")
     found = list(batches)
-    if not found:
-        raise ConfigError("no batches to take the curvature from: pass some of the training data.")
+    if not min(counts := all_gather(len(found))):  # on one process: the others would wait for its products
+        each = f" (the processes have {counts})" if len(counts) > 1 else ""
+        raise ConfigError(f"no batches to take the curvature from{each}: pass some of the training data on each.")
     return found
 
 
