@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from transformers import (
@@ -739,6 +740,7 @@ TWO = {
 
 def launched(folder):
     torch.set_num_threads(1)
+    refused_together(folder)
     for name, (kind, options) in TWO.items():
         callback = Check()
         callback.trainer = trainer = make_trainer(
@@ -753,6 +755,28 @@ def launched(folder):
         assert callback.report, str(callback.report)
         run.finalize()
         run.close()
+
+
+def refused_together(folder):
+    """A loss that only the labels of one process tell from a plain mean is tried as often, and refused, on both."""
+    forwards = []
+
+    class Weighted(Trainer):
+        def compute_loss(self, model, inputs, num_items_in_batch=None, **_):
+            inputs = dict(inputs)
+            labels, alone = inputs.pop("labels"), dist.get_rank() == 0
+            forwards.append(labels)
+            logits = model(**inputs).logits
+            return F.cross_entropy(logits, labels, weight=torch.tensor([0.2, 1.0, 5.0]) if alone else None)
+
+    trainer = make_trainer(folder, "ignores", data=samples("ignores", names=True), subclass=Weighted)
+    run = open_run(f"{folder}/refused", trainer.model)
+    with pytest.raises(UnsupportedError, match="weighted mean"), log_training(trainer, run):
+        trainer.train()
+    run.close()
+    counts = [0, 0]
+    dist.all_gather_object(counts, len(forwards))
+    assert counts[0] == counts[1], counts
 
 
 def test_two_processes(folder):

@@ -208,7 +208,8 @@ def _find_count(trainer: Any, inputs: Mapping[str, Any], items: Any) -> Count:
                 unlike = shift and trainer.label_smoother is not None and trainer.args.torch_compile
                 classes = getattr(getattr(trainer.model, "config", None), "num_labels", 0)
                 tokens, rough = getattr(trainer.model, "main_input_name", "input_ids"), _roughness(trainer)
-                if not unlike and _adds_up(partial(loss, items=items), labels, inputs, tokens, shift, classes, rough):
+                tried = partial(_adds_up, partial(loss, items=items), labels, inputs, tokens, shift, classes, rough)
+                if not unlike and all(all_gather(tried())):
                     # A micro-batch without labels has rows of zeros, whatever their scale.
                     return lambda inputs, _: (inputs["labels"][..., shift:] != IGNORED).sum().clamp(min=1)
         except (IndexError, RuntimeError) as error:  # a loss to which -100 is a class like others
@@ -281,7 +282,9 @@ def _adds_up(
             exact = max(exact, 4 * torch.finfo(mean.dtype).eps)  # a loss may be in half precision
         return math.isclose(found[0], found[1] + found[2], rel_tol=exact)
 
-    if not all(sums(trial, TOLERANCE) for trial in _in_labels(labels, classes)):
+    # All trials, and one answer for all processes, which may hold other labels and run a sharded model together.
+    fine = [sums(trial, TOLERANCE) for trial in _in_labels(labels, classes)]
+    if not all(all_gather(all(fine))):
         return False
     try:
         trial = _in_samples(labels, inputs, tokens)
