@@ -130,6 +130,19 @@ def test_a_product_that_is_not_what_it_was_is_left_alone(monkeypatch):
         module._onednn.cache_clear()
 
 
+@pytest.mark.parametrize("defaults", [(torch.float64, "cpu"), (torch.float32, "meta")])
+def test_it_is_found_whatever_the_defaults_are(defaults):
+    expected, (dtype, device) = module._onednn(), defaults
+    module._onednn.cache_clear()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            assert module._onednn() is expected
+    finally:
+        torch.set_default_dtype(torch.float32)
+        module._onednn.cache_clear()
+
+
 def test_compiled_it_is_the_compilers():
     torch._dynamo.reset()
     x, weight = torch.randn(512, 512), torch.randn(32, 512)

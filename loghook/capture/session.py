@@ -79,6 +79,7 @@ class Session:
             claim(config.path, resume=resume, overwrite=overwrite)
         self.manifest: Manifest | None = None  # before the first block of a new run
         self.writer: Writer | None = None  # open from the first block on
+        self._writers = 1  # how many processes torch.distributed had then
         self.repeats = Repeats()  # ids met, by this process and by the one that it takes up again
         self._looks = config.dtype == "float16"  # whether rows are looked at for underflow
         self.sealed = False  # finished, by this process or by an earlier one

@@ -18,7 +18,7 @@ from loghook.influence.fidelity import correlations, shared_top
 from loghook.influence.precondition import Metric, progress
 from loghook.influence.scores import Scores, strongest
 from loghook.log.format import LayerSpec, Layout, Made
-from loghook.log.query import Query
+from loghook.log.query import Query, require_query
 from loghook.log.reader import Reader
 from loghook.log.source import Source
 from loghook.processes import all_reduce, on_cpu
@@ -118,7 +118,8 @@ def trust(
     engine.require_rows(log)
     if not 1 <= k < len(log) or nulls < 0:
         raise ConfigError(f"k={k} must be from 1 to {len(log) - 1}, below the number of rows, and nulls={nulls} >= 0.")
-    if nulls and getattr(query, "direction", None) is not None:
+    require_query(query)
+    if nulls and query.direction is not None:
         raise ConfigError(
             f"chance questions are not preconditioned, as this query is ({query.direction}): pass nulls=0."
         )

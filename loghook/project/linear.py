@@ -56,7 +56,8 @@ def _onednn() -> Callable[..., Tensor] | None:
     """Its product, which PyTorch has for its own compiler; None where it is not there, or not what it was."""
     if torch.backends.cpu.get_cpu_capability() != "AVX512":
         return None
-    x, weight, bias = torch.arange(12.0).view(3, 4), torch.arange(8.0).view(2, 4), torch.arange(2.0)
+    numbers = torch.arange(12, device="cpu", dtype=torch.float32)  # whatever the user's defaults are
+    x, weight, bias = numbers.view(3, 4), numbers[:8].view(2, 4), numbers[:2]
     try:
         product = torch.ops.mkldnn._linear_pointwise.default
         return product if torch.equal(product(x, weight, bias, "none", [], ""), F.linear(x, weight, bias)) else None
