@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -23,11 +23,12 @@ layouts = st.sampled_from(sorted(LAYOUTS))
 
 
 def is_product(found: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> bool:
-    """Up to rounding of the sums."""
+    """Up to the rounding of each of the sums' terms, all of it in one direction: equal terms come near to that."""
     x, weight, bias = (None if t is None else t.double() for t in (x, weight, bias))
     expected = F.linear(x, weight, bias)
     size = F.linear(x.abs(), weight.abs(), None if bias is None else bias.abs())
-    return found.shape == expected.shape and bool(((found.double() - expected).abs() <= 3e-6 * size).all())
+    rounding = (x.shape[-1] + 2) * 2**-24
+    return found.shape == expected.shape and bool(((found.double() - expected).abs() <= rounding * size).all())
 
 
 @pytest.fixture
@@ -41,6 +42,7 @@ def counted(monkeypatch):
 
 
 @settings(max_examples=60, deadline=None)
+@example(0, (1, 206, 16), "one column, repeated", "one column, repeated", False, False)
 @given(
     seed=st.integers(0, 99),
     sizes=st.tuples(st.integers(1, 400), st.integers(1, 300), st.integers(1, 200)),
