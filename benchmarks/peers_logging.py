@@ -1,10 +1,11 @@
 """What peers take for the same work over what we take: rows of rank 32 to disk, and whole-gradient EK-FAC.
 
 Same model, samples, layers (all linears but the head), batches and threads; each program in a process of its own, in
-turn. `make peers` installs the peers first. A time is the median of a process's turns after a warm-up; import and
-loading are not in it.
+turn, and beside the loggers their floor: the same passes over a frozen model without hooks. `make peers` installs the
+peers first. A time is the median of a process's turns after a warm-up; import and loading are not in it.
 """
 
+import dataclasses
 import math
 import os
 import tempfile
@@ -34,11 +35,11 @@ def main() -> None:
     a = made.parse_args()
     torch.set_num_threads(a.threads)
     log = Options(method="log", rank=a.rank, batch=a.batch, threads=a.threads, repeats=a.repeats)
+    floor = dataclasses.replace(log, method="floor")
     whole = Options(method="ekfac", batch=a.batch, query_batch=a.batch, threads=a.threads, repeats=1)
-    programs = {
-        "log": [driver.OURS, *LOGGERS],
-        "ekfac": [driver.OURS, "kronfluence"],
-    }
+    together = [[(driver.OURS, log), *((peer, log) for peer in LOGGERS), (driver.OURS, floor)]]
+    if not a.no_ekfac:
+        together.append([(driver.OURS, whole), ("kronfluence", whole)])
     times: dict[str, list[float]] = {}
     facts, reasons = {}, {}
     with tempfile.TemporaryDirectory() as scratch:
@@ -47,9 +48,8 @@ def main() -> None:
             tokens=a.tokens, vocabulary=4096, sampled=False,
         )  # fmt: skip
         scores = {}
-        for options in (log,) if a.no_ekfac else (log, whole):
-            cases = [(peer, options) for peer in programs[options.method]]
-            for (peer, _), outcomes in zip(cases, driver.alternate(cases, folder, a.turns), strict=True):
+        for cases in together:
+            for (peer, options), outcomes in zip(cases, driver.alternate(cases, folder, a.turns), strict=True):
                 name = f"{peer} {options.method}"
                 if outcomes[-1].reason:
                     reasons[name] = outcomes[-1].reason
@@ -58,13 +58,15 @@ def main() -> None:
                 facts[name] = [outcome.about for outcome in outcomes]
                 scores[name] = outcomes[-1].scores
     targets, ratios = {}, {}
-    for options, goal in ((log, 1.05), (whole, 1.3)):
-        ours = f"{driver.OURS} {options.method}"
-        for peer in programs[options.method][1:]:
-            name = f"{peer} {options.method}"
+    for method, peers, goal in (("log", LOGGERS, 1.05), ("ekfac", ["kronfluence"], 1.3)):
+        ours = f"{driver.OURS} {method}"
+        for name in (f"{peer} {method}" for peer in peers):
             if ours in times and name in times:
                 ratios[f"{name} / ours"] = ratio(times, name, ours)
                 targets[f"{name} / ours"] = (goal, ">=")
+    for name in (f"{peer} log" for peer in (driver.OURS, *LOGGERS)):
+        if name in times:
+            ratios[f"{name} / floor"] = ratio(times, name, f"{driver.OURS} floor")
     for name, reason in reasons.items():
         print(f"  {name}: could not run: {reason}")
     for name, values in times.items():

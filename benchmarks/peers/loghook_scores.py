@@ -1,6 +1,7 @@
 """loghook itself on an exchange, by the rules that peers go by; run by the interpreter that runs the benchmark.
 
-Methods: ekfac on whole gradients (rank 0); log (rows of the training data to its log on disk, nothing else).
+Methods: ekfac on whole gradients (rank 0); log (rows of the training data to its log on disk, nothing else); floor
+(the passes that log makes over a language model, without hooks: forward, and backward to the embeddings alone).
 """
 
 from collections.abc import Iterator
@@ -20,6 +21,14 @@ def work(exchange: Exchange, options: Options, costs: Costs, scratch: Path) -> T
         for rows in torch.arange(len(side[exchange.label])).split(step):
             yield rows.tolist(), {name: values[rows] for name, values in side.items()}
 
+    if options.method == "floor":
+        with loghook.frozen(model), costs.stage("floor"):
+            model.get_input_embeddings().requires_grad_(True)
+            for _, batch in batches(exchange.train, options.batch):
+                exchange.loss(model, batch).backward()
+                model.zero_grad(set_to_none=True)
+        costs.facts["bytes_per_sample"] = 0
+        return None
     if options.method == "log":
         with costs.stage("log"), loghook.frozen(model):
             run = loghook.init(scratch / "log", rank=options.rank, seed=options.seed)
@@ -32,7 +41,9 @@ def work(exchange: Exchange, options: Options, costs: Costs, scratch: Path) -> T
         costs.facts["bytes_per_sample"] = size(scratch) / len(exchange.train[exchange.label])
         return None
     if options.method != "ekfac" or options.rank:
-        raise ValueError(f"this program has ekfac at rank 0 and log, not {options.method} at rank {options.rank}")
+        raise ValueError(
+            f"this program has ekfac at rank 0, log and floor, not {options.method} at rank {options.rank}"
+        )
     with loghook.frozen(model):
         with costs.stage("fit"):
             fit = loghook.fit(scratch / "factors")

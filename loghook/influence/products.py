@@ -2,7 +2,7 @@
 
 For low-bit rows the question is written as ``t (d0 + d1 / 254 + ...)`` with whole numbers of 8 bits and a t for each
 layer. These digits meet the rows' whole numbers in integer products, which are exact. With two digits the error is at
-most 1/64,516 of the layer's largest value; few questions get three, which cost no more and are as good as float32.
+most 1/64,516 of the layer's largest value. Where three cost no more they are taken: for two to five questions.
 """
 
 from collections.abc import Callable, Sequence
@@ -76,7 +76,8 @@ def _floats(reader: Source, matrix: Tensor, chosen: Sequence[LayerSpec]) -> Prod
 def _integers(codec: LowBitCodec, matrix: Tensor, numbers: Sequence[int], layers: int) -> Product:
     """Integer products, layer by layer, on codes that are unpacked a chunk at a time."""
     slope, shift = AFFINE[codec.bits]
-    queries, single, count = len(matrix), len(matrix) == 1, 3 if 3 * len(matrix) <= COLUMNS else 2
+    queries, single = len(matrix), len(matrix) == 1
+    count = 3 if 1 < queries <= COLUMNS // 3 else 2
     spare = 0 if single else -count * queries % COLUMNS
     parts: list[tuple[Alike, list[tuple[list[Tensor], Tensor]]]] = []
     shifts = torch.zeros(layers, count * queries + spare)
@@ -199,12 +200,13 @@ def _signs(codec: LowBitCodec, stored: Tensor, numbers: Sequence[int]) -> Produc
     def multiply(block: Tensor) -> Tensor:
         out = torch.zeros(len(stored), len(block))
         for rows, sums in zip(block.split(step), out.split(step, 1), strict=True):
-            scales = codec.scales(rows).T
+            scales = codec.scales(rows).T.contiguous()
             for part, questions, sizes in parts:
-                these = words(rows, part)
+                these, counted = words(rows, part), np.uint16 if part.width < 2**16 else np.int32
                 for q, size in enumerate(sizes):
-                    unequal = np.bitwise_count(these ^ questions[:, :, q, None]).sum(1, dtype=np.int32)
-                    sums[q] += size @ (scales[part.layers] * torch.from_numpy(part.width - 2 * unequal))
+                    unequal = np.bitwise_count(these ^ questions[:, :, q, None]).sum(1, dtype=counted)
+                    found = torch.from_numpy(unequal.astype(np.float32)).mul_(-2).add_(part.width)
+                    sums[q] += size @ found.mul_(scales[part.layers])
         return out
 
     return multiply
