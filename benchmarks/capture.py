@@ -19,7 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from _common import Peak, alternate, llama, medians, parser, ratio, report, setting, silent, summed_loss
+from _common import Peak, alternate, keep_memory, llama, medians, parser, ratio, report, setting, silent, summed_loss
 from torch.utils.flop_counter import FlopCounterMode
 
 import loghook
@@ -172,7 +172,10 @@ def main() -> None:
     made.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     made.add_argument("--peak", help="run one case a few times and print its peak memory in bytes")
     made.add_argument("--no-memory", action="store_true")
+    made.add_argument("--keep-memory", action="store_true", help="let glibc keep what is freed, in all processes")
     a = made.parse_args()
+    if a.keep_memory:
+        keep_memory()
     torch.set_num_threads(a.threads)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(a.layers, a.batch, a.tokens, a.compile, Path(folder))
@@ -207,9 +210,9 @@ def main() -> None:
         name: counts[over] / counts[under] for name, (over, under, _) in RATIOS.items() if over in counts
     }  # of the products alone
     report(
-        f"capture_{a.batch * a.tokens}_tokens" + "_cpu" * (a.clock == "cpu"),
+        f"capture_{a.batch * a.tokens}_tokens" + "_kept" * a.keep_memory + "_cpu" * (a.clock == "cpu"),
         {
-            "setting": setting(a, "layers", "batch", "tokens", "compile", "clock", "repeats"),
+            "setting": setting(a, "layers", "batch", "tokens", "compile", "clock", "keep_memory", "repeats"),
             "seconds": medians(times),
             "operations": counts,
             "arithmetic": arithmetic,

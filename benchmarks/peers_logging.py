@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from _common import parser, ratio, report, setting
+from _common import keep_memory, parser, ratio, report, setting
 from peers import driver
 from peers.exchange import Options
 from peers_check import llama_folder
@@ -32,7 +32,10 @@ def main() -> None:
     made.add_argument("--turns", type=int, default=3, help="processes for each program; --repeats is within one")
     made.add_argument("--no-ekfac", action="store_true", help="time the logging alone")
     made.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time of all threads")
+    made.add_argument("--keep-memory", action="store_true", help="let glibc keep what is freed, in all processes")
     a = made.parse_args()
+    if a.keep_memory:
+        keep_memory()
     torch.set_num_threads(a.threads)
     log = Options(method="log", rank=a.rank, batch=a.batch, threads=a.threads, repeats=a.repeats)
     floor = dataclasses.replace(log, method="floor")
@@ -82,9 +85,9 @@ def main() -> None:
         print(f"  EK-FAC scores, ours and Kronfluence's: correlation {agreement:.6f}")
     about = setting(a, "hidden", "layers", "samples", "queries", "tokens", "batch", "rank", "turns", "clock", "repeats")
     report(
-        "peers_logging",
+        "peers_logging" + "_kept" * a.keep_memory,
         {
-            "setting": about | {"cores": os.cpu_count()},
+            "setting": about | {"cores": os.cpu_count(), "keep_memory": a.keep_memory},
             "seconds": times,
             "facts": facts,
             "reasons": reasons,

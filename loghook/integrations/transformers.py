@@ -157,13 +157,17 @@ def _documents(inputs: Mapping[str, Any], size: int) -> Tensor | None:
 
 
 def _divided_by(trainer: Any, items: Any) -> float:
-    """What Trainer itself divides the model's loss by: accumulation steps, unless it is scaled, over processes."""
+    """What Trainer divides the model's loss by: accumulation steps, unless it is scaled, over processes.
+
+    transformers 5.2 to 5.5 tell accelerate of the steps too, which then divides once more.
+    """
     accepts, function = trainer.model_accepts_loss_kwargs, trainer.compute_loss_func is not None
     scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
     if scaled is None:
         scaled = (accepts and items is not None) or function
     multiplied = trainer.args.average_tokens_across_devices and (accepts or function) and items is not None
     steps = 1 if scaled else trainer.current_gradient_accumulation_steps
+    steps *= trainer.accelerator.gradient_accumulation_steps
     return steps / (trainer.accelerator.num_processes if multiplied else 1)
 
 
