@@ -203,7 +203,9 @@ def folder(tmp_path_factory):
 
 
 ARGUMENTS = {field.name for field in dataclasses.fields(TrainingArguments)}
-CHECKPOINTING = next(n for n in ("activation_checkpointing", "gradient_checkpointing") if n in ARGUMENTS)  # new name, old
+CHECKPOINTING = next(
+    n for n in ("activation_checkpointing", "gradient_checkpointing") if n in ARGUMENTS
+)  # new name, old
 SETTINGS = {
     "plain": {},
     "accumulate": {"gradient_accumulation_steps": 4},  # 6 micro-batches of 2 (the last of 1): windows of 4 and 2
