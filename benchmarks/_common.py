@@ -144,7 +144,6 @@ def keep_memory() -> None:
     Else it gives the end of its heap back to the system in each step, and asks for it again in the next.
     """
     if not os.environ.items() >= KEEP.items():
-        sys.stdout.flush()
         os.execve(sys.executable, [sys.executable, *sys.argv], os.environ | KEEP)
 
 

@@ -203,9 +203,7 @@ def folder(tmp_path_factory):
 
 
 ARGUMENTS = {field.name for field in dataclasses.fields(TrainingArguments)}
-CHECKPOINTING = next(
-    n for n in ("activation_checkpointing", "gradient_checkpointing") if n in ARGUMENTS
-)  # new name, old
+CHECKPOINTING = ("activation" if "activation_checkpointing" in ARGUMENTS else "gradient") + "_checkpointing"
 SETTINGS = {
     "plain": {},
     "accumulate": {"gradient_accumulation_steps": 4},  # 6 micro-batches of 2 (the last of 1): windows of 4 and 2
