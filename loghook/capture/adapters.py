@@ -113,9 +113,9 @@ def registered_type(module: nn.Module) -> type[nn.Module] | None:
 
 def find_adapter(module: nn.Module) -> Adapter | None:
     """Return the adapter of the nearest class in the module's method resolution order, or None."""
-    known = registered_type(module)
-    if known is not None:
-        return _REGISTRY[known]
+    nearest = registered_type(module)
+    if nearest is not None:
+        return _REGISTRY[nearest]
     # transformers' Conv1D is recognised by name and attribute, so that ``import loghook`` needs no transformers.
     kind = type(module)
     known_by_name = kind.__name__ == "Conv1D" and kind.__module__.startswith("transformers.")

@@ -100,11 +100,11 @@ def check_masks(mask: Any, size: int, layers: Sequence[str]) -> dict[str, Tensor
             raise BatchError(f"mask has shape {tuple(value.shape)} in a block of {size} ids: pass (batch, tokens).")
         if value.device.type == "cpu" and not bool((value >= 0).all()):  # on a device that would wait for it
             raise BatchError("mask holds negative numbers or nan: it says how much each token counts, mostly 0 or 1.")
-    found = {name: [p for p in masks if fits(name, p)] for name in layers}
-    unused = masks.keys() - {patterns[0] for patterns in found.values() if patterns}
+    fitting = {name: [p for p in masks if fits(name, p)] for name in layers}
+    unused = masks.keys() - {patterns[0] for patterns in fitting.values() if patterns}
     if unused:
         raise BatchError(f"mask={{{min(unused)!r}: ...}} serves no watched layer: the first that fits a name is used.")
-    return {name: masks[patterns[0]] for name, patterns in found.items() if patterns}
+    return {name: masks[patterns[0]] for name, patterns in fitting.items() if patterns}
 
 
 def _check_scale(scale: Any, size: int | None = None) -> float | Tensor:
@@ -174,25 +174,25 @@ def documents(batch: Any, segments: Any) -> list[tuple[Any, Tensor | None]]:
     for each document.
     """
     numbers = torch.as_tensor(segments)
-    found = arrange(numbers, int(numbers.max()) + 1)
-    mine = [found.number_BS == i for i in range(len(found.index_DL))]
+    arranged = arrange(numbers, int(numbers.max()) + 1)
+    masks_BS = [arranged.number_BS == i for i in range(len(arranged.index_DL))]
     if numbers.shape[1] > 1:
-        return [(_each(batch, partial(_document, one)), None) for one in mine]
-    rows, size = [one[:, 0].nonzero().flatten() for one in mine], batch_size(batch)
+        return [(_each(batch, partial(_document, mask)), None) for mask in masks_BS]
+    entries, size = [mask[:, 0].nonzero().flatten() for mask in masks_BS], batch_size(batch)
     if size == len(numbers):
-        alone = [_each(batch, partial(_entries, one)) for one in rows]
-    elif size == len(rows):
+        alone = [_each(batch, partial(_entries, places)) for places in entries]
+    elif size == len(entries):
         alone = samples(batch)
     else:
         raise BatchError(
-            f"the batch has {size} entries, and segments {len(numbers)} of {len(rows)} documents: pass segments for "
+            f"the batch has {size} entries, and segments {len(numbers)} of {len(entries)} documents: pass segments for "
             "the batch's own entries, or for those that the loss makes of a batch with one entry a document."
         )
-    return [(own, torch.zeros(len(one), 1, dtype=torch.long)) for own, one in zip(alone, rows, strict=True)]
+    return [(own, torch.zeros(len(places), 1, dtype=torch.long)) for own, places in zip(alone, entries, strict=True)]
 
 
-def _entries(rows: Tensor, t: Tensor) -> Tensor:
-    return t[rows.to(t.device)]
+def _entries(places: Tensor, t: Tensor) -> Tensor:
+    return t[places.to(t.device)]
 
 
 def _document(mine_BS: Tensor, t: Tensor) -> Tensor:

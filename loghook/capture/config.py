@@ -133,9 +133,9 @@ def _positive(name: str, value: Any) -> float:
 def _measured(fidelity: Any) -> dict[str, Any]:
     """Return what ``loghook.tune`` measured as the manifest will say it."""
     try:
-        found = json.loads(json.dumps(fidelity))
-        if {"pearson", "reference", "scoring"} <= found.keys():
-            return dict(found)
+        measured = json.loads(json.dumps(fidelity))
+        if {"pearson", "reference", "scoring"} <= measured.keys():
+            return dict(measured)
     except (TypeError, ValueError, AttributeError):
         pass
     raise ConfigError(

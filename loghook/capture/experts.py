@@ -88,12 +88,12 @@ def routed(experts: Any, *args: Any, **kwargs: Any) -> Tensor:
     """What transformers' eager experts compute, expert by expert, through modules that hooks can watch."""
     # By place in the module's own signature: models name them differently, and may pass them by name in any order.
     _, hidden_NH, index_NK, weight_NK = inspect.signature(type(experts).forward).bind(experts, *args, **kwargs).args[:4]
-    made = projections(experts)
-    first = "gate_up_proj" if "gate_up_proj.0" in made else "up_proj"
+    by_name = projections(experts)
+    first = "gate_up_proj" if "gate_up_proj.0" in by_name else "up_proj"
     out_NH = torch.zeros_like(hidden_NH)
 
     def call(name: str, x: Tensor) -> Tensor:
-        projection = made[name]
+        projection = by_name[name]
         projection.token_N, projection.total = token_N, len(hidden_NH)
         return projection(x.unsqueeze(0)).squeeze(0)
 

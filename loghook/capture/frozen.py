@@ -1,6 +1,6 @@
 """Log-only passes: no weight gradient is computed, and the graph starts at the first tap."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 from torch import Tensor, nn
@@ -15,19 +15,28 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     up, embeddings' outputs require grad meanwhile, without which reentrant checkpoints would deliver nothing. The model
     may be wrapped, and is yielded as it is.
     """
-    before = [(p, p.requires_grad) for p in model.parameters()]
     hooks = []
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         hooks = [m.register_forward_hook(_require_grad) for m in model.modules() if isinstance(m, nn.Embedding)]
     try:
-        for parameter, _ in before:
-            parameter.requires_grad_(False)
-        yield model
+        with requiring_grad(model.parameters(), False):
+            yield model
     finally:
-        for parameter, required in before:
-            parameter.requires_grad_(required)
         for hook in hooks:
             hook.remove()
+
+
+@contextmanager
+def requiring_grad(parameters: Iterable[Tensor], wanted: bool) -> Iterator[None]:
+    """Switch gradients of parameters on or off; each gets its own ``requires_grad`` back."""
+    before = [(p, p.requires_grad) for p in parameters]
+    try:
+        for p, _ in before:
+            p.requires_grad_(wanted)
+        yield
+    finally:
+        for p, required in before:
+            p.requires_grad_(required)
 
 
 def _require_grad(module: nn.Module, args: object, y: Tensor) -> None:

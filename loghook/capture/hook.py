@@ -1,7 +1,6 @@
 """The forward hook of a watched layer: inert while no block is open, else it puts a tap into the layer's output."""
 
 import inspect
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -36,17 +35,18 @@ def _inert(taken: int) -> Hook:
 
 
 def make_hook(layer: Layer) -> Hook:
+    """Return the forward hook of a layer, which puts a tap into its output while a block is open."""
     key = layer.key
-    part = layer.name[: numbered.end()] if (numbered := re.search(r"\.\d+(?=\.)", layer.name)) else layer.name
     first = list(inspect.signature(type(layer.module).forward).parameters)[1]  # after self
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
         slots = OPEN.get(key)
         if slots is None or module is not layer.module:  # a shallow copy has the same hooks
             return None
+        compiling = torch.compiler.is_compiling()
         if not torch.is_grad_enabled():
             # A reentrant checkpoint's first forward has no graph; its recomputation comes here again with one.
-            if not torch.compiler.is_compiling():
+            if not compiling:
                 slots.quiet += 1
             return None
         _require_backward(layer)
@@ -56,50 +56,68 @@ def make_hook(layer: Layer) -> Hook:
                 f"layer {layer.name!r} takes {type(x).__name__} and returns {type(y).__name__}: exclude it, as modules "
                 "are watched that make one tensor of one."
             )
-        documents: Tensor | None
-        weight: Tensor | None
         try:
-            if slots.early is not None and slots.early[0] is x and slots.early[1] == x._version:
-                projected = slots.early[2]
-            else:
-                given, x = x, _batch_first(layer, slots, x)
-                projected = _regrouped(layer, slots, _project(layer, slots, module, x))
-                if slots.input_side.matrix is None and not given.requires_grad and _is_part_of(projected, given):
-                    projected = projected.clone()  # autograd keeps it not: the program may write its next batch there
-            if isinstance(module, ExpertProjection):
-                seen = slots.place.block.tokens.get(part, ())
-                documents, weight = slots.tokens.routed(layer.name, module.token_N, module.total, seen)
-            else:
-                if not torch.compiler.is_compiling():
-                    slots.place.block.tokens.setdefault(part, set()).add(projected.shape[:2].numel())
-                weight = slots.tokens.weight(projected)
-                documents = slots.tokens.places(layer.name, projected)
+            projected = _projected(layer, slots, module, x)
+            documents, weight = _tokens(layer, slots, projected)
         except BatchError as error:
-            if torch.compiler.is_compiling():
+            if compiling:
                 raise
             # A call on something else than the batch does no harm where the loss does not depend on it: DoRA multiplies
             # an adapter's matrices by calling them on an identity, and detaches the product.
             slots.misfit = error.with_traceback(None)  # whose frames would hold the activations of all that called
             return Misfit.apply(y, slots.leaves.main, slots.misfit)
-        activations, leaves = None, slots.leaves
-        if leaves.activations is not None:
-            tokens = _regrouped(layer, slots, layer.adapter.tokens(x.detach())).to(leaves.activations.dtype)
-            same = tokens.shape[:2] == projected.shape[:2]  # not so for patches, which have positions of their own
-            activations = sum_tokens(tokens, weight if same else slots.tokens.weight(tokens), documents)
-        if not torch.compiler.is_compiling():
-            layer.fired, layer.computes_in, slots.early = True, y.dtype, None
-            if torch._C._current_graph_task_id() != -1:  # inside a backward pass: a checkpoint recomputes
-                slots.recomputed += 1
-            else:
-                slots.ran += 1
-                slots.place.block.restarted |= slots.place.block.delivered
+        activations = None
+        if slots.leaves.activations is not None:
+            activations = _sum_inputs(layer, slots, x, projected, documents, weight)
         how = slots.place.job.kind, layer.adapter.channel_dim, layer.batch_dim
         call = y, projected, weight, documents, activations, how
-        if torch.compiler.is_compiling():
-            return Tap.apply(*call, None, *leaves, *slots.held)
-        return Tap.apply(*call, slots, *leaves)
+        if compiling:
+            return Tap.apply(*call, None, *slots.leaves, *slots.held)
+        _note_call(layer, slots, y)
+        return Tap.apply(*call, slots, *slots.leaves)
 
     return Hook(hook)
+
+
+def _projected(layer: Layer, slots: Slots, module: nn.Module, x: Tensor) -> Tensor:
+    """The layer's input in projected space, (B, S, k_in) or, in groups, (B, S, G, k_in)."""
+    if slots.early is not None and slots.early[0] is x and slots.early[1] == x._version:
+        return slots.early[2]
+    projected = _regrouped(layer, slots, _project(layer, slots, module, _batch_first(layer, slots, x)))
+    if slots.input_side.matrix is None and not x.requires_grad and _is_part_of(projected, x):
+        return projected.clone()  # autograd keeps it not: the program may write its next batch there
+    return projected
+
+
+def _tokens(layer: Layer, slots: Slots, projected: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Which tokens make a row, and how much each counts; as in ``Call``."""
+    seen = slots.place.block.tokens
+    if isinstance(layer.module, ExpertProjection):
+        return slots.tokens.routed(layer.name, layer.module.token_N, layer.module.total, seen.get(layer.part, ()))
+    if not torch.compiler.is_compiling():
+        seen.setdefault(layer.part, set()).add(projected.shape[:2].numel())
+    return slots.tokens.places(layer.name, projected), slots.tokens.weight(projected)
+
+
+def _sum_inputs(
+    layer: Layer, slots: Slots, x: Tensor, projected: Tensor, documents: Tensor | None, weight: Tensor | None
+) -> Tensor:
+    """The layer's inputs summed over tokens: (B, channels + 1)."""
+    assert slots.leaves.activations is not None
+    tokens = _regrouped(layer, slots, layer.adapter.tokens(_batch_first(layer, slots, x)))
+    tokens = tokens.to(slots.leaves.activations.dtype)
+    if tokens.shape[:2] != projected.shape[:2]:  # patches have positions of their own
+        weight = slots.tokens.weight(tokens)
+    return sum_tokens(tokens, weight, documents)
+
+
+def _note_call(layer: Layer, slots: Slots, y: Tensor) -> None:
+    layer.fired, layer.computes_in, slots.early = True, y.dtype, None
+    if torch._C._current_graph_task_id() != -1:  # inside a backward pass: a checkpoint recomputes
+        slots.recomputed += 1
+    else:
+        slots.ran += 1
+        slots.place.block.restarted |= slots.place.block.delivered
 
 
 def make_early_hook(layer: Layer) -> Hook:

@@ -104,10 +104,10 @@ class Hooked:
 
         One of the optimizer's moments follows after a hyphen where rows are made with them; see ``differ``.
         """
-        found = [None if self._model is None else parameters_digest(self._model)]
-        if found[0] and (held := [t for layer in self._layers if layer.moments for t in layer.moments.held()]):
-            found.append(values_digest(held))
-        return "-".join(digest[:16] for digest in found if digest) or None
+        digests = [None if self._model is None else parameters_digest(self._model)]
+        if digests[0] and (moments := [t for layer in self._layers if layer.moments for t in layer.moments.held()]):
+            digests.append(values_digest(moments))
+        return "-".join(digest[:16] for digest in digests if digest) or None
 
     @contextmanager
     def _capture(

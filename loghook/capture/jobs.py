@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from loghook.capture.layers import Layer, Leaves, Slots
-from loghook.capture.work import Call, Delivery, Held, sum_tokens, wide_context
+from loghook.capture.work import Call, Held, wide_context
 from loghook.project.projection import Side
 
 Result = TypeVar("Result")
@@ -140,15 +140,6 @@ class Job(Generic[Result]):
     def collect(self, opened: Sequence[Slots], scale: float | Tensor) -> Result:
         """Make the block's result of what its layers' leaves received."""
         raise NotImplementedError
-
-
-def make(
-    kind: str, call: Call, held: Held, wide: torch.dtype, *, moments: bool = False, outputs: bool = False
-) -> Delivery:
-    """Do a job's work on one call, in ``wide``; moments and summed outputs only where they are asked for."""
-    main, summed = KINDS[kind].work(call, held, wide, moments)
-    total = sum_tokens(call.g_BSO.to(wide), call.weight_BS, call.documents_DL) if outputs else None
-    return Delivery(main, summed, call.activations, total)
 
 
 def scale_for(rows: Tensor, scale: float | Tensor) -> float | Tensor:

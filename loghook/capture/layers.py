@@ -1,7 +1,9 @@
 """A watched layer, and the leaves that wait for its rows while a block is open."""
 
 import itertools
+import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
@@ -42,6 +44,12 @@ class Layer:
     def name(self) -> str:
         return self.spec.name
 
+    @cached_property
+    def part(self) -> str:
+        """The part of the model that it is in, such as "layers.3"; of one without numbered parts its own name."""
+        numbered = re.search(r"\.\d+(?=\.)", self.name)
+        return self.name[: numbered.end()] if numbered else self.name
+
     @property
     def batch_dim(self) -> int:
         """The axis of samples: in a sequence-first model too it is the first of convolutions and flattened layers."""
@@ -75,21 +83,21 @@ class Layer:
 def _execution_device(module: nn.Module) -> torch.device:
     """Where accelerate lets a layer compute whose weights it fetches for each forward."""
     hook = getattr(module, "_hf_hook", None)
-    for one in getattr(hook, "hooks", (hook,)):
-        device = getattr(one, "execution_device", None)
+    for step in getattr(hook, "hooks", (hook,)):
+        device = getattr(step, "execution_device", None)
         if device is not None:
             return torch.device(device)
     raise UnsupportedError(f"a watched {type(module).__name__} has weights on the meta device: load the model first.")
 
 
 class Leaves(NamedTuple):
-    """Where arrives what is made of a layer's calls: the ``.grad`` of each."""
+    """Where arrives what is made of a layer's calls: the ``.grad`` of each; None where nobody asks for it."""
 
-    main: Tensor  # like the next three as in ``Delivery``, or None where it is not asked for
-    moments: Tensor | None = None
-    activations: Tensor | None = None
-    outputs: Tensor | None = None
-    calls: Tensor | None = None  # (1,) how many calls delivered that did not wait; None where nobody asks
+    main: Tensor  # rows (B, k_out, k_in), or what the job makes instead
+    moments: Tensor | None = None  # see ``sum_moments``
+    activations: Tensor | None = None  # inputs summed over tokens, (B, channels + 1): the last value counts tokens
+    outputs: Tensor | None = None  # the same of output gradients, (B, O + 1)
+    calls: Tensor | None = None  # (1,) how many calls delivered that did not wait
 
     def clear(self) -> None:
         for leaf in self:

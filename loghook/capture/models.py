@@ -167,10 +167,10 @@ def _flattened(model: nn.Module) -> dict[nn.Module, dict[Any, int]]:
 
 
 def by_reason(coverage: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = {}
+    items: dict[str, list[dict[str, Any]]] = {}
     for item in coverage["not_covered"]:
-        found.setdefault(item["reason"], []).append(item)
-    return found
+        items.setdefault(item["reason"], []).append(item)
+    return items
 
 
 def describe_coverage(layers: int, coverage: dict[str, Any]) -> str:
@@ -190,10 +190,10 @@ def describe_trainable(model: nn.Module, watched: Collection[str]) -> str:
 
     Adapters that are no layers (IA3, VeRA) may leave all of it uncovered under layers that are.
     """
-    every = {p for p in unwrap(model).parameters() if p.requires_grad}
-    if not every or len(every) == sum(1 for _ in unwrap(model).parameters()) or _flattened(model):
+    trainable = {p for p in unwrap(model).parameters() if p.requires_grad}
+    if not trainable or len(trainable) == sum(1 for _ in unwrap(model).parameters()) or _flattened(model):
         return ""
     modules = [module for name, module in named_modules(model) if _owner(name) in watched]
-    held = every & {p for module in modules for p in module.parameters(recurse=False)}
-    covered, total = (sum(p.numel() for p in found) for found in (held, every))
-    return f"\n  and {covered:,} of {total:,} trainable parameters"
+    covered = trainable & {p for module in modules for p in module.parameters(recurse=False)}
+    part, whole = (sum(p.numel() for p in parameters) for parameters in (covered, trainable))
+    return f"\n  and {part:,} of {whole:,} trainable parameters"

@@ -34,7 +34,7 @@ class Moments:
 
     def read(self, layer: Layer, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, Tensor, Tensor]:
         """Return what ``update_rows`` takes of them, arranged as the layer's gradient: mean, square and numbers."""
-        kept: dict[str, list[Tensor]] = {key: [] for key in ("exp_avg", "exp_avg_sq")[self.linear :]}
+        moments: dict[str, list[Tensor]] = {key: [] for key in ("exp_avg", "exp_avg_sq")[self.linear :]}
         numbers: list[Tensor] = []
         for parameter, group in self.parameters:
             state = self.optimizer.state.get(parameter, {})
@@ -44,18 +44,18 @@ class Moments:
                     f"{self.gradient!r} needs step, exp_avg and exp_avg_sq: load the optimizer's state, or take its "
                     "first step before the first block; a parameter that never had a gradient has none."
                 )
-            for key, found in kept.items():
+            for key, values in moments.items():
                 if type(state[key]) is not Tensor or state[key].shape != parameter.shape:
                     raise UnsupportedError(
                         f"the optimizer's moments of layer {layer.name!r} are sharded or quantised, so that the whole "
                         "gradient has no counterpart: log on one process, from a checkpoint with plain Adam state."
                     )
-                found.append(state[key].to(device, dtype))
+                values.append(state[key].to(device, dtype))
             width = 1 if numbers else layer.spec.in_features  # a bias is the last column
             numbers.append(self._numbers(group, state["step"], device, dtype)[:, None].expand(-1, width))
         arranged = {
-            key: layer.adapter.gradient(layer.module, found[0], found[1] if len(found) > 1 else None)
-            for key, found in kept.items()
+            key: layer.adapter.gradient(layer.module, values[0], values[1] if len(values) > 1 else None)
+            for key, values in moments.items()
         }
         return arranged.get("exp_avg"), arranged["exp_avg_sq"], torch.cat(numbers, 1)
 

@@ -167,7 +167,7 @@ def decompose(layers: Sequence[Layer], sums: Gathering) -> dict[str, tuple[Facto
     """
     rank, world = rank_and_size()
     inputs: dict[tuple[int, torch.device], list[tuple[Tensor, Factor]]] = {}
-    found: dict[str, tuple[Factor, Factor]] = {}
+    factors: dict[str, tuple[Factor, Factor]] = {}
     for start in range(0, len(layers), world):
         mine: dict[str, tuple[Factor, Factor]] = {}
         for place, layer in enumerate(layers[start : start + world]):
@@ -179,15 +179,15 @@ def decompose(layers: Sequence[Layer], sums: Gathering) -> dict[str, tuple[Facto
                 total = torch.zeros(square_size(w_in) + square_size(w_out) + 1, dtype=torch.float64, device="cpu")
             flat_in, flat_out, tokens = split(layer, total.to(layer.device_and_dtype()[0]))
             flat_in, flat_out = flat_in / max(tokens, 1.0), flat_out / max(tokens, 1.0)
-            same = inputs.setdefault((w_in, flat_in.device), [])
-            factor = next((known for flat, known in same if torch.equal(flat, flat_in)), None)
+            decomposed = inputs.setdefault((w_in, flat_in.device), [])
+            factor = next((factor for flat, factor in decomposed if torch.equal(flat, flat_in)), None)
             if factor is None:
                 factor = _on_cpu(Factor.of(flat_in, w_in))
-                same[:] = [*same, (flat_in, factor)][-2:]  # siblings come one after the other
+                decomposed[:] = [*decomposed, (flat_in, factor)][-2:]  # siblings come one after the other
             mine[layer.name] = factor, _on_cpu(Factor.of(flat_out, w_out))
-        for part in all_gather(mine):
-            found.update(part)
-    return found
+        for share in all_gather(mine):
+            factors.update(share)
+    return factors
 
 
 def _on_cpu(factor: Factor) -> Factor:
@@ -195,18 +195,18 @@ def _on_cpu(factor: Factor) -> Factor:
 
 
 def fit_sides(
-    layers: Sequence[Layer], found: Mapping[str, tuple[Factor, Factor]], config: Config
+    layers: Sequence[Layer], factors: Mapping[str, tuple[Factor, Factor]], config: Config
 ) -> dict[str, tuple[Side, Side]]:
     """Make a fitted projection from the factors of second moments."""
     sides = {}
     for layer in layers:
-        if layer.name not in found:
+        if layer.name not in factors:
             raise MismatchError(f"layer {layer.name!r} has no factors: fit them with the same watch(...) patterns.")
         fit = partial(
             fit_side, config.projection, seed=config.seed, rank=rank_of(layer.name, config.rank),
             damping=config.whitening or 0.0,
         )  # fmt: skip
-        inputs, outputs = found[layer.name]
+        inputs, outputs = factors[layer.name]
         sides[layer.name] = (
             fit(inputs, name=shared_input_name(layer.name), side="in"), fit(outputs, name=layer.name, side="out")
         )  # fmt: skip

@@ -178,9 +178,9 @@ class Plan:
 
 def parse_size(text: str | float) -> float:
     """Read "500 GB" (10^9), "1.5 TiB" (2^40) or a number of bytes."""
-    found = re.fullmatch(r"(\d{1,3}(?:,\d{3})+(?:\.\d*)?|[\d_.]+(?:e[+-]?\d+)?)\s*([kKMGT]?i?)B?", str(text).strip())
+    match = re.fullmatch(r"(\d{1,3}(?:,\d{3})+(?:\.\d*)?|[\d_.]+(?:e[+-]?\d+)?)\s*([kKMGT]?i?)B?", str(text).strip())
     try:
-        if found is not None and (size := float(found[1].replace(",", "")) * _UNITS[found[2]]) > 0:
+        if match is not None and (size := float(match[1].replace(",", "")) * _UNITS[match[2]]) > 0:
             return size
     except (ValueError, KeyError):
         pass
@@ -218,15 +218,15 @@ def plan_config(
 
     config = Config(path=Path(), rank=rank, projection=projection, dtype=dtype)
     try:
-        found = transformers.AutoConfig.from_pretrained(model)
-        kind = getattr(transformers, (found.architectures or ["AutoModelForCausalLM"])[0])
+        config = transformers.AutoConfig.from_pretrained(model)
+        kind = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0])
         with torch.device("meta"):
-            made = kind._from_config(found) if found.architectures else kind.from_config(found)
+            empty = kind._from_config(config) if config.architectures else kind.from_config(config)
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{str(model)!r} is no configuration of what transformers can build: {error}") from error
     with torch.device("meta"):  # place-holders serve: a random projection has the shape of a fitted one
         shape = "none" if projection == "none" else "pca"
-        layers, coverage = select(made, Watch(include, exclude), Recipe(projection=shape, rank=rank))
+        layers, coverage = select(empty, Watch(include, exclude), Recipe(projection=shape, rank=rank))
     return Plan(
         config=config, layers=layers, coverage=coverage, samples=samples, tokens=tokens, batch=batch,
         disk=None if disk is None else parse_size(disk),

@@ -11,6 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from loghook.capture.batch import Given, documents, samples
 from loghook.capture.config import Recipe
+from loghook.capture.frozen import requiring_grad
 from loghook.capture.hooked import Hooked
 from loghook.capture.layers import Layer
 from loghook.capture.select import Watch
@@ -48,7 +49,9 @@ class Probe(Hooked):
         self.model, self._loss_fn, self._batch, self._segments = model, loss_fn, batch, segments
         self.unit = "sample" if segments is None else "document"
         # Each sample or document as a batch of its own, and its segments there.
-        self._alone = documents(batch, segments) if segments is not None else [(one, None) for one in samples(batch)]
+        self._alone = (
+            documents(batch, segments) if segments is not None else [(sample, None) for sample in samples(batch)]
+        )
         # Whether a forward pass is something that all processes do together, and so equally often.
         self.sharded = any(type(p).__name__ == "DTensor" for p in model.parameters()) or any(
             type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()
@@ -73,12 +76,12 @@ class Probe(Hooked):
 
     def each_alone(self) -> Iterator[Found]:
         """Run each sample or document alone, from the same random numbers; ``parameter.grad`` is then its own."""
-        for one, segments in self._alone:
+        for sample, segments in self._alone:
             for p in self.model.parameters():
                 p.grad = None
             with _random_state(), _unsynchronised(self.model):
-                found = self._run(one, 1, segments)
-            yield found
+                captured = self._run(sample, 1, segments)
+            yield captured
 
     def gradients_alone(self) -> Alone:
         """Projected gradients of each sample or document alone, as autograd has them and as hooks capture them."""
@@ -87,23 +90,16 @@ class Probe(Hooked):
         hooked: dict[str, list[Tensor]] = {layer.name: [] for layer in self.watched}
         losses = []
         parameters = [p for layer in self.watched for p in layer.module.parameters(recurse=False)]
-        frozen = [(p, p.requires_grad) for p in parameters]
         # In how many modules a parameter is, watched or not.
         uses = Counter(id(p) for module in self.model.modules() for p in module.parameters(recurse=False))
-        try:
-            for p in parameters:
-                if p.is_floating_point():
-                    p.requires_grad_(True)
-            for found in self.each_alone():
-                losses.append(found.loss)
+        with requiring_grad((p for p in parameters if p.is_floating_point()), True):
+            for alone in self.each_alone():
+                losses.append(alone.loss)
                 for layer in self.watched:
                     own = _from_parameters(layer, uses)
                     captured |= {layer.name} if own is None else set()
-                    hooked[layer.name].append(found.rows[layer.name][0])
-                    rows[layer.name].append(found.rows[layer.name][0] if own is None else own)
-        finally:
-            for p, required in frozen:
-                p.requires_grad_(required)
+                    hooked[layer.name].append(alone.rows[layer.name][0])
+                    rows[layer.name].append(alone.rows[layer.name][0] if own is None else own)
         stacked, caught = ({name: torch.stack(values) for name, values in of.items()} for of in (rows, hooked))
         return Alone(stacked, caught, losses, captured)
 
@@ -169,18 +165,18 @@ def _from_parameters(layer: Layer, uses: Counter[int]) -> Tensor | None:
 def left_alone(model: nn.Module) -> Iterator[None]:
     """Give a model its gradients back, and keep optimisers that live in hooks from training it."""
     gradients = [(p, p.grad) for p in model.parameters()]
-    hooks = [(found, dict(found)) for p in model.parameters() if (found := p._post_accumulate_grad_hooks)]
+    hooks = [(table, dict(table)) for p in model.parameters() if (table := p._post_accumulate_grad_hooks)]
     for p, _ in gradients:
         p.grad = None  # backward adds in place to what is there
-    for found, _ in hooks:
-        found.clear()
+    for table, _ in hooks:
+        table.clear()
     try:
         yield
     finally:
         for p, gradient in gradients:
             p.grad = gradient
-        for found, before in hooks:
-            found.update(before)
+        for table, before in hooks:
+            table.update(before)
 
 
 @contextmanager

@@ -206,10 +206,10 @@ class Run(Blocks, Hooked):
             self._completed.add(index)
 
     @contextmanager
-    def _under_way(self, one: Pass) -> Iterator[Pass]:
-        self._pass, self._mixing = one, None
+    def _under_way(self, started: Pass) -> Iterator[Pass]:
+        self._pass, self._mixing = started, None
         try:
-            yield one
+            yield started
         finally:
             self._pass = None
 

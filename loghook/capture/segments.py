@@ -192,9 +192,9 @@ def arrange(segments: Any, size: int) -> Documents:
     flat = numbers.flatten()
     counts = torch.bincount(flat[flat >= 0], minlength=size)
     if len(counts) > size or flat.min() < -1 or (counts == 0).any():
-        found = sorted(set(flat.tolist()) - {-1})
+        named = sorted(set(flat.tolist()) - {-1})
         raise BatchError(
-            f"segments names {len(found)} documents ({found[:1]} to {found[-1:]}) in a block of {size} ids: number "
+            f"segments names {len(named)} documents ({named[:1]} to {named[-1:]}) in a block of {size} ids: number "
             f"them 0 to {size - 1}, each with at least one token, and -1 for tokens that belong to none."
         )
     return Documents(numbers, list_tokens(flat, size))

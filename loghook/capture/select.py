@@ -64,13 +64,13 @@ def select(model: nn.Module, watch: Watch, recipe: Recipe) -> tuple[list[Layer],
     chosen: dict[str, tuple[nn.Module, Adapter]] = {}
     reasons: dict[str, str] = {}
     for name, module in modules.items():
-        found = find_adapter(module)
+        adapter = find_adapter(module)
         if name in bypassed:
             reasons[name] = "nn.MultiheadAttention reads its weight without calling it"
-        elif (reason := _why_not(name, module, found, watch)) is not None:
+        elif (reason := _why_not(name, module, adapter, watch)) is not None:
             reasons[name] = reason
-        elif found is not None:
-            chosen[name] = (module, found)
+        elif adapter is not None:
+            chosen[name] = (module, adapter)
     if not chosen:
         left_out = [name for name in reasons if find_adapter(modules[name]) is not None]
         left = "".join(f" {name or '(model)'}: {reasons[name]}." for name in left_out[:3])
@@ -78,7 +78,7 @@ def select(model: nn.Module, watch: Watch, recipe: Recipe) -> tuple[list[Layer],
             f"include={list(watch.include)} with exclude={list(watch.exclude)} selects no linear or convolution layer: "
             f"widen include or narrow exclude.{left}"
         )
-    specs = [_specify(name, module, found, watch, recipe) for name, (module, found) in chosen.items()]
+    specs = [_specify(name, module, adapter, watch, recipe) for name, (module, adapter) in chosen.items()]
     sides = draw_sides(specs, recipe.projection, recipe.seed)
     layers = [Layer(spec, *chosen[spec.name], *sides[spec.name]) for spec in specs]
     return layers, coverage(model, chosen, reasons)
@@ -87,45 +87,45 @@ def select(model: nn.Module, watch: Watch, recipe: Recipe) -> tuple[list[Layer],
 def _require_found(modules: Mapping[str, nn.Module], watch: Watch) -> None:
     """Raise for a pattern that names no module, or none that could be watched."""
     for pattern in (*watch.include, *watch.may_sleep, *watch.flattened):
-        found_by = [module for name, module in modules.items() if _named_by(name, module, pattern)]
-        if found_by and pattern != "*" and not any(find_adapter(module) for module in found_by):
-            types = ", ".join(sorted({type(module).__name__ for module in found_by})[:4])
+        named = [module for name, module in modules.items() if _named_by(name, module, pattern)]
+        if named and pattern != "*" and not any(find_adapter(module) for module in named):
+            types = ", ".join(sorted({type(module).__name__ for module in named})[:4])
             raise ConfigError(
                 f"pattern {pattern!r} matches only modules of types that have no adapter ({types}): register one with "
                 "@loghook.adapter, or take the pattern out."
             )
-        if not found_by:
-            known = [(name, found) for name, m in modules.items() if (found := find_adapter(m))]
-            likely = listed(name for name, found in sorted(known, key=lambda item: not item[1].default))
+        if not named:
+            watchable = [(name, adapter) for name, m in modules.items() if (adapter := find_adapter(m))]
+            likely = listed(name for name, adapter in sorted(watchable, key=lambda item: not item[1].default))
             raise ConfigError(f"pattern {pattern!r} matches no module: fnmatch patterns are of whole names: {likely}.")
 
 
-def _why_not(name: str, module: nn.Module, found: Adapter | None, watch: Watch) -> str | None:
+def _why_not(name: str, module: nn.Module, adapter: Adapter | None, watch: Watch) -> str | None:
     """Why a module with this adapter is not watched, or None where it is."""
     if projections(module):
         return FUSED_EXPERTS
-    if found is not None and (why := _unlike_its_base(module)):
+    if adapter is not None and (why := _unlike_its_base(module)):
         return why
     if any(p.is_complex() for p in module.parameters(recurse=False)):
         return "complex parameters"
-    if found is None:
+    if adapter is None:
         return f"no adapter for {type(module).__name__}"
     if 0 in (getattr(module, "in_features", 1), getattr(module, "out_features", 1)):
         return "no inputs, or no outputs"
-    wanted = [p for p in watch.include if _named_by(name, module, p) and (p != "*" or found.default)]
+    wanted = [p for p in watch.include if _named_by(name, module, p) and (p != "*" or adapter.default)]
     if not wanted:
-        return "not included" if found.default else "an embedding is watched only where a pattern names it"
+        return "not included" if adapter.default else "an embedding is watched only where a pattern names it"
     return "excluded" if _left_out(name, wanted, watch.exclude) else None
 
 
-def _specify(name: str, module: nn.Module, found: Adapter, watch: Watch, recipe: Recipe) -> LayerSpec:
-    shape = found.geometry(module)
+def _specify(name: str, module: nn.Module, adapter: Adapter, watch: Watch, recipe: Recipe) -> LayerSpec:
+    shape = adapter.geometry(module)
     bias = shape.bias and watch.bias
     k_in, k_out = shape.in_features + bias, shape.out_features
     if recipe.projection != "none":
         k_in, k_out = (min(width, rank_of(name, recipe.rank)) for width in (k_in, k_out))
     return LayerSpec(
-        name=name, **_sizes(found, shape), bias=bias, k_in=k_in, k_out=k_out,
+        name=name, **_sizes(adapter, shape), bias=bias, k_in=k_in, k_out=k_out,
         activations=watch.activations if shape.channels else None,  # indices have none
         output_gradients=watch.output_gradients, batch_dim=watch.batch_dim,
         may_sleep=matches(name, watch.may_sleep) or isinstance(module, ExpertProjection),
@@ -133,17 +133,17 @@ def _specify(name: str, module: nn.Module, found: Adapter, watch: Watch, recipe:
     )  # fmt: skip
 
 
-def _sizes(found: Adapter, shape: Geometry) -> dict[str, Any]:
+def _sizes(adapter: Adapter, shape: Geometry) -> dict[str, Any]:
     """Those fields of a layer's record that a model has to have in common with the log."""
     keys = ("in_features", "out_features", "groups", "channels")
-    return {"type": type(found).__name__} | {key: getattr(shape, key) for key in keys}
+    return {"type": type(adapter).__name__} | {key: getattr(shape, key) for key in keys}
 
 
-def fits_record(spec: LayerSpec, module: nn.Module, found: Adapter) -> bool:
+def fits_record(spec: LayerSpec, module: nn.Module, adapter: Adapter) -> bool:
     """Whether a module has the shape that is recorded, and the bias if that is logged."""
-    shape = found.geometry(module)
-    here = _sizes(found, shape)
-    return here == {key: getattr(spec, key) for key in here} and (shape.bias or not spec.bias)
+    shape = adapter.geometry(module)
+    sizes = _sizes(adapter, shape)
+    return sizes == {key: getattr(spec, key) for key in sizes} and (shape.bias or not spec.bias)
 
 
 def _named_by(name: str, module: nn.Module, pattern: str) -> bool:
@@ -160,16 +160,17 @@ def _left_out(name: str, wanted: Sequence[str], exclude: str | Sequence[str]) ->
 
 def _unlike_its_base(module: nn.Module) -> str | None:
     """Why a module may compute something else than the known layer that it is a kind of, or None."""
-    known, kind = registered_type(module), type(module)
-    if known is None:
+    base, kind = registered_type(module), type(module)
+    if base is None:
         return None
     for name in ("forward", "_conv_forward"):  # the second is what a convolution's own forward calls
-        own = vars(module).get(name)
-        own = getattr(own, "_torchdynamo_orig_callable", own)  # torch.compile(layer.forward)
+        replacement = vars(module).get(name)
+        replacement = getattr(replacement, "_torchdynamo_orig_callable", replacement)  # torch.compile(layer.forward)
         calls_it = hasattr(module, "_hf_hook") or hasattr(module, "_original_forward")  # accelerate's own
-        if own is not None and not calls_it and getattr(own, "__func__", own) is not getattr(kind, name, None):
+        function = getattr(replacement, "__func__", replacement)
+        if replacement is not None and not calls_it and function is not getattr(kind, name, None):
             return f"{name} was replaced on the module"
-        if getattr(kind, name, None) is not getattr(known, name, None):
+        if getattr(kind, name, None) is not getattr(base, name, None):
             definer = next(cls for cls in kind.__mro__ if name in vars(cls))
             if f"{definer.__module__.partition('.')[0]}.{definer.__name__}" not in _FAITHFUL:
                 return f"{kind.__name__} overrides {name}; vouch for it with @loghook.adapter({kind.__name__})"
@@ -182,14 +183,14 @@ def find_logged(model: nn.Module, manifest: Manifest, origin: Path) -> list[Laye
     modules, layers = dict(named_modules(model)), []
     for spec in manifest.layers:
         module = modules.get(spec.name)
-        found = None if module is None or _unlike_its_base(module) else find_adapter(module)
-        if module is None or found is None:
+        adapter = None if module is None or _unlike_its_base(module) else find_adapter(module)
+        if module is None or adapter is None:
             raise MismatchError(
                 f"the model has no layer {spec.name!r} as in {origin}: attach the model that was logged."
             )
-        if not fits_record(spec, module, found):
+        if not fits_record(spec, module, adapter):
             raise MismatchError(
-                f"{origin} has {spec}, the model {found.geometry(module)}: attach the model that was logged."
+                f"{origin} has {spec}, the model {adapter.geometry(module)}: attach the model that was logged."
             )
-        layers.append(Layer(spec, module, found, *sides[spec.name]))
+        layers.append(Layer(spec, module, adapter, *sides[spec.name]))
     return layers

@@ -109,8 +109,8 @@ class Session:
     def passes_done(self) -> set[int]:
         """Passes that are over, for rank 0 and so for all: loops may hold collectives."""
         if self._resume:  # which all ranks were told, whatever each of them found
-            found = None if self.manifest is None else (self.manifest.run_id, self.manifest.sealed)
-            (first, done), *others = all_gather((found, self.repeats.committed.done))
+            state = None if self.manifest is None else (self.manifest.run_id, self.manifest.sealed)
+            (first, done), *others = all_gather((state, self.repeats.committed.done))
             if any(other != first for other, _ in others):
                 raise StateError(
                     f"ranks found different runs in {self.path}, or only some found one: give all of them one path, on "
@@ -124,12 +124,12 @@ class Session:
 
         It is seen before that they would write the same.
         """
-        found = all_gather((self.path, begun, fresh), together=True)
-        lead = next((rank for rank, (_, begun, _) in enumerate(found) if begun), None)
+        proposals = all_gather((self.path, begun, fresh), together=True)
+        lead = next((rank for rank, (_, begun, _) in enumerate(proposals) if begun), None)
         if lead is None:
             return None
-        path, _, first = found[lead]
-        for rank, (other_path, begun, other) in enumerate(found):
+        path, _, first = proposals[lead]
+        for rank, (other_path, begun, other) in enumerate(proposals):
             if other_path != path:
                 raise ConfigError(
                     f"rank {rank} writes to {other_path} and rank {lead} to {path}: the ranks of one job write one "
@@ -143,7 +143,7 @@ class Session:
                         odd = listed(sorted({spec.name for spec in {*one} ^ {*two}}))
                         shown = f"ranks {lead} and {rank} watch other layers, or layers of other widths ({odd})"
                     raise MismatchError(f"{shown}: the ranks of one job write one log, so give all of them the same.")
-        if len({manifest.parameters["first"] for _, begun, manifest in found if begun} - {None}) > 1:
+        if len({manifest.parameters["first"] for _, begun, manifest in proposals if begun} - {None}) > 1:
             warnings.warn(
                 "the ranks begin with different parameter values, so that their rows are gradients at different "
                 "points: load one checkpoint on all of them.",
@@ -184,8 +184,8 @@ class Session:
         """Raise if another process went on with the run since this one read what is committed."""
         if self.manifest is None:
             return
-        known = self.repeats.committed.records.get(process_rank(), 0)
-        if len(writer.records) != known:
+        read = self.repeats.committed.records.get(process_rank(), 0)
+        if len(writer.records) != read:
             raise StateError(
                 f"another process went on with {self.path} meanwhile: start again with loghook.init(..., resume=True)."
             )

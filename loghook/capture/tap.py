@@ -1,11 +1,20 @@
 """The tap: an identity in the graph whose backward delivers a sample's row as the gradient of a leaf.
 
-A leaf is a tensor that nobody reads. Because what is made arrives as *its gradient*, autograd itself does the
-bookkeeping: a layer called twice accumulates, a recomputed forward counts once, frozen parameters still build a
-graph from the first tap on, and ``torch.compile`` traces it without a break.
+The life of a row, in a block:
 
-Where nothing is compiled, a call may wait for others instead (see ``loghook.capture.jobs``), if autograd is about to
-visit the leaf; what is made of them is then put where autograd would have.
+1. ``block`` makes ``Slots`` for each watched layer: the leaves that wait for its rows, and what its hook has to know.
+2. The layer runs. Its hook (``loghook.capture.hook``) projects the input, (B, S, I) to (B, S, k_in), and returns the
+   layer's output through a tap, which keeps the projected input and nothing of the layer.
+3. Backward reaches the tap with the output's gradient, which goes on unchanged.
+4. The block's ``Job`` projects that gradient too, (B, S, O) to (B, S, k_out), and sums outer products over tokens: the
+   row of a sample is (k_out, k_in), and its whole gradient is never formed.
+5. The tap returns the rows as the gradient of the layer's leaf. Or the call waits in a ``Place``, where rows of several
+   layers are formed at once, in larger products; they are then put where autograd would have.
+6. The block ends, checks that every layer delivered once, and the job collects the leaves into one matrix of rows.
+
+A leaf is a tensor that nobody reads. Because rows arrive as *its gradient*, autograd itself does the bookkeeping: a
+layer called twice accumulates, a recomputed forward counts once, frozen parameters still build a graph from the first
+tap on, and ``torch.compile`` traces it without a break.
 """
 
 from typing import Any
@@ -14,14 +23,14 @@ import torch
 from torch import Tensor
 
 from loghook.capture.adapters import as_tokens
-from loghook.capture.jobs import make
-from loghook.capture.layers import Slots
-from loghook.capture.work import Call, Delivery, wide_context
+from loghook.capture.jobs import KINDS
+from loghook.capture.layers import Leaves, Slots
+from loghook.capture.work import Call, sum_tokens, wide_context
 from loghook.errors import UnsupportedError
 
 _PASSED = (None,) * 6  # gradients of all that is passed between output and leaves
 _FIRST, _END = 7, 12  # places of the leaves in what is passed
-_NOTHING = Delivery(None)
+_NOTHING: tuple[Tensor | None, ...] = (None,) * len(Leaves._fields)
 
 
 class Tap(torch.autograd.Function):
@@ -34,7 +43,7 @@ class Tap(torch.autograd.Function):
         x: Tensor,  # like the next three as in ``Call``
         weight_BS: Tensor | None,
         documents_DL: Tensor | None,
-        activations: Tensor | None,
+        activations: Tensor | None,  # inputs summed over tokens, if they are logged
         how: tuple[str, int, int],  # kind of job; axes of features and of samples in `y`
         slots: Slots | None,  # to let the call wait, or None where it is compiled
         main: Tensor,  # like the next four a leaf, see ``Leaves``
@@ -50,26 +59,26 @@ class Tap(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (g,) = grads
+        (g,), slots = grads, ctx.slots
         x, weight_BS, documents_DL, activations, *held = ctx.saved_tensors
-        if ctx.slots is not None and ctx.slots.closed:  # nobody will collect what is made of it
-            ctx.slots.count()
+        if slots is not None and slots.closed:  # nobody will collect what is made of it
+            slots.count()
             return (g, *(None,) * (len(ctx.needs_input_grad) - 1))
         # Sums over tokens run in float32 or wider, also where the user calls backward() under autocast.
         with wide_context(g.device.type):
             kind, channel_dim, batch_dim = ctx.how
-            call = Call(output_gradient(channel_dim, batch_dim, g, x), x, weight_BS, documents_DL, activations)
-            made, told, slots = _NOTHING, None, ctx.slots
-            waits = None if slots is None else slots.place.job.defer(slots, call)
-            if waits is None:
+            call = Call(output_gradient(channel_dim, batch_dim, g, x), x, weight_BS, documents_DL)
+            delivered, waiting = _NOTHING, None if slots is None else slots.place.job.defer(slots, call)
+            if waiting is None:
                 _, need_moments, _, need_outputs, need_calls = ctx.needs_input_grad[_FIRST:_END]
                 held = held if slots is None else slots.held
-                made = make(kind, call, held, ctx.wide, moments=need_moments, outputs=need_outputs)
-                told = x.new_ones(1) if need_calls else None
+                main, moments = KINDS[kind].work(call, held, ctx.wide, need_moments)
+                outputs = sum_tokens(call.g_BSO.to(ctx.wide), weight_BS, documents_DL) if need_outputs else None
+                delivered = main, moments, activations, outputs, x.new_ones(1) if need_calls else None
             # Not in autograd.grad, nor in backward(inputs=...); the last tensor that forward got is a leaf.
             elif torch._C._will_engine_execute_node(ctx.next_functions[-1][0]):
-                slots.place.keep(slots, *waits)
-        return g, *_PASSED, *made, told, *(None,) * (len(ctx.needs_input_grad) - _END)
+                slots.place.keep(slots, *waiting)
+        return g, *_PASSED, *delivered, *(None,) * (len(ctx.needs_input_grad) - _END)
 
 
 class Misfit(torch.autograd.Function):

@@ -47,12 +47,12 @@ class Whole(Job[dict[str, Tensor]]):
     def form(self, group: Sequence[tuple[Slots, Call]]) -> None:
         """Take the tokens of a sample's calls for tokens of one call."""
         slots, calls = group[0][0], [call for _, call in group]
-        one = Call(torch.cat([c.g_BSO for c in calls], 1), torch.cat([c.x for c in calls], 1))
-        deliver(slots.leaves.main, self.work(one, slots.held, slots.place.dtype, False)[0])
+        together = Call(torch.cat([c.g_BSO for c in calls], 1), torch.cat([c.x for c in calls], 1))
+        deliver(slots.leaves.main, self.work(together, slots.held, slots.place.dtype, False)[0])
 
     def collect(self, opened: Sequence[Slots], scale: float | Tensor) -> dict[str, Tensor]:
-        there = {s.layer: arrived(s.leaves.main) for s in opened if s.delivered}
-        return {layer.name: self.finish(layer, found, scale_for(found, scale)) for layer, found in there.items()}
+        delivered = {s.layer: arrived(s.leaves.main) for s in opened if s.delivered}
+        return {layer.name: self.finish(layer, t, scale_for(t, scale)) for layer, t in delivered.items()}
 
 
 class Covariance(Whole):
@@ -159,7 +159,7 @@ class Products(Whole):
             outputs = rotation.matrix
         inverse = None if self.inverse is None else self.inverse[name]
         held = outputs, inverse, *self.queries[name]
-        return inputs, [None if one is None else one.to(place.device, place.dtype) for one in held]
+        return inputs, [None if t is None else t.to(place.device, place.dtype) for t in held]
 
     def shape(self, layer: Layer, size: int) -> tuple[int, ...]:
         return size, self.count + (self.inverse is not None)

@@ -1,4 +1,4 @@
-"""What one call of a layer gives, what is made of it, and the sums over tokens that several kinds of job make.
+"""What one call of a layer gives, and the sums over tokens that several kinds of job make of it.
 
 The functions are pure, and the compiler traces them.
 
@@ -25,16 +25,6 @@ class Call(NamedTuple):
     # how much each token counts in moments and means, or None: each once. Rows never use it
     weight_BS: Tensor | None = None
     documents_DL: Tensor | None = None  # which tokens make a row (see ``gather_tokens``); there are then D rows, not B
-    activations: Tensor | None = None  # inputs summed over tokens, if they are logged
-
-
-class Delivery(NamedTuple):
-    """What is made of a call; the leaves of a layer have the same order."""
-
-    main: Tensor | None  # rows (B, k_out, k_in), or what the job makes instead
-    moments: Tensor | None = None  # see ``sum_moments``
-    activations: Tensor | None = None  # (B, channels + 1): the last value counts tokens
-    outputs: Tensor | None = None  # (B, O + 1): output gradients summed over tokens, the last value as above
 
 
 def sum_moments(

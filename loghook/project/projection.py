@@ -34,12 +34,12 @@ class Side:
         """The side on a device, and in a dtype; made once, so that layers which share it share the copy."""
         if self.matrix is None:
             return self
-        there = device, dtype or self.matrix.dtype
-        if there == (self.matrix.device, self.matrix.dtype):
+        target = device, dtype or self.matrix.dtype
+        if target == (self.matrix.device, self.matrix.dtype):
             return self
-        if there not in self._moved:
-            self._moved[there] = Side(self.width, self.matrix.to(*there), self.gain)
-        return self._moved[there]
+        if target not in self._moved:
+            self._moved[target] = Side(self.width, self.matrix.to(*target), self.gain)
+        return self._moved[target]
 
     @property
     def k(self) -> int:  # values a token after the projection
