@@ -7,6 +7,7 @@ import sys
 import tempfile
 import textwrap
 from collections.abc import Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -963,6 +964,49 @@ def test_a_layer_called_plainly_and_in_reentrant_checkpoints(tmp_path, order):
         loss(x).backward()
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("twice", ["retained", "after a reference pass", "two forwards"])
+def test_two_backward_passes_through_checkpoints_are_seen(tmp_path, reentrant, nested, twice):
+    """All deliver inside a checkpoint's own backward passes, which are not to be taken for more of one."""
+    model, x = nn.Sequential(nn.Linear(5, 5), nn.Tanh()), torch.randn(4, 5, requires_grad=True)
+    again = partial(torch.utils.checkpoint.checkpoint, use_reentrant=reentrant)
+
+    def forward(x):
+        return again(lambda t: again(model, again(model, t)), x) if nested else again(model, x)
+
+    run = loghook.init(tmp_path / "run", rank=3)
+    run.watch(model)
+    with run.query(data_id=[0, 1, 2, 3]) as query:  # one pass is fine, after one without gradients too
+        with torch.no_grad():
+            forward(x)
+        (forward(x) + forward(2 * x)).sum().backward()
+    assert query.rows("0").any()
+    with pytest.raises(DeliveryError, match="two backward passes"), run.query(data_id=[0, 1, 2, 3]):
+        if twice == "two forwards":
+            one, two = forward(x), forward(2 * x)
+            one.sum().backward()
+            two.sum().backward()
+        else:
+            with torch.no_grad() if twice == "after a reference pass" else contextlib.nullcontext():
+                forward(x)
+            y = forward(x)
+            y.sum().backward(retain_graph=True)
+            y.sin().sum().backward()
+
+
+def test_a_forward_pass_after_the_backward_pass_is_no_second_loss(tmp_path):
+    model, x = nn.Sequential(nn.Linear(5, 5), nn.Tanh()), torch.randn(4, 5)
+    run = loghook.init(tmp_path / "run", rank=3)
+    run.watch(model)
+    with run.query(data_id=[0, 1, 2, 3]) as query:
+        model(x).sum().backward()
+        float(model(x).square().mean())  # a metric, without torch.no_grad
+    with run.query(data_id=[0, 1, 2, 3]) as alone:
+        model(x).sum().backward()
+    assert np.array_equal(query.rows("0"), alone.rows("0"))
+
+
 def test_a_call_that_has_no_rows_holds_nothing_of_its_callers(tmp_path):
     import gc
     import weakref
@@ -1145,6 +1189,10 @@ def test_batch_norm_that_is_set_to_training_inside_a_block(tmp_path):
     run.watch(model)
     with pytest.raises(UnsupportedError, match="BatchNorm1d '1' is in training mode"), run(data_id=range(5)):
         model.train()(x).square().sum().backward()
+    with pytest.raises(UnsupportedError, match="BatchNorm1d '1' is in training mode"), run(data_id=range(5)):
+        model.train()(x).square().sum().backward()
+        model.eval()  # as for a validation
+    assert not model[1]._forward_pre_hooks
     model.eval()
     with run(data_id=range(5)):
         model(x).square().sum().backward()
@@ -1219,6 +1267,29 @@ class Siblings(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         a, b = self.views(x)
         return self.first(a).sin() + self.second(b)
+
+
+def test_an_array_that_the_program_writes_anew_between_siblings():
+    torch.manual_seed(0)
+    first, second, buffer = *torch.randn(2, 5, 20, dtype=torch.float64), np.zeros((5, 20))
+
+    class Rewriting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.of = nn.ModuleDict({"a": nn.Linear(20, 4), "b": nn.Linear(20, 4)})
+
+        def forward(self, frames, copies=False):
+            x, out = torch.from_numpy(buffer)[: len(frames)], []
+            for layer, frame in zip(self.of.values(), frames.unbind(1), strict=True):
+                buffer[: len(frame)] = frame
+                out.append(layer(x.clone() if copies else x))
+            return out[0].sin() + out[1].cos()
+
+    frames = torch.stack([first, second], 1)
+    model = Rewriting().double()
+    log = log_batch(model, lambda model, batch: model(batch).sum(), frames, frozen=True, rank=3)
+    # Autograd itself keeps the array, and would see what was written last.
+    assert_rows_exact(log, model, lambda model, batch: model(batch, copies=True).sum(), frames, 1e-9)
 
 
 class ReluLinear(nn.Linear):

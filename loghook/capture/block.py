@@ -103,7 +103,8 @@ def _check(opened: Sequence[Slots], masks: Mapping[str, Tensor]) -> None:
             "retain_graph=True), whose rows are written already: detach what is carried on, or compute all in one "
             "block. Nothing of this batch was written."
         )
-    if any(s.place.block.restarted or s.too_many for s in opened):
+    common = opened[0].place.block
+    if any(len(s.passes) > 1 for s in opened) or (common.restarted and len(common.passes) > 1):
         raise DeliveryError(
             "two backward passes ran in this block, so rows would add up two losses: open one block for each "
             "backward pass, or add the losses and call backward() once. Nothing of this batch was written."

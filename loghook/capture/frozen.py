@@ -3,7 +3,10 @@
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import Tensor, nn
+
+from loghook.capture.tap import alias
 
 
 @contextmanager
@@ -39,6 +42,8 @@ def requiring_grad(parameters: Iterable[Tensor], wanted: bool) -> Iterator[None]
             p.requires_grad_(required)
 
 
-def _require_grad(module: nn.Module, args: object, y: Tensor) -> None:
-    if not y.requires_grad:
-        y.requires_grad_(True)
+def _require_grad(module: nn.Module, args: object, y: Tensor) -> Tensor | None:
+    if y.requires_grad:
+        return None
+    with torch.enable_grad():
+        return alias(y.requires_grad_(True))  # the leaf itself could not be changed in place

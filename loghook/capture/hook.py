@@ -47,7 +47,7 @@ def make_hook(layer: Layer) -> Hook:
         if not torch.is_grad_enabled():
             # A reentrant checkpoint's first forward has no graph; its recomputation comes here again with one.
             if not compiling:
-                slots.quiet += 1
+                slots.run(graph=False)
             return None
         _require_backward(layer)
         x = args[0] if args else kwargs.get(first)
@@ -73,7 +73,8 @@ def make_hook(layer: Layer) -> Hook:
         call = y, projected, weight, documents, activations, how
         if compiling:
             return Tap.apply(*call, None, *slots.leaves, *slots.held)
-        _note_call(layer, slots, y)
+        layer.fired, layer.computes_in, slots.early = True, y.dtype, None
+        slots.run(graph=True)
         return Tap.apply(*call, slots, *slots.leaves)
 
     return Hook(hook)
@@ -83,7 +84,7 @@ def _projected(layer: Layer, slots: Slots, module: nn.Module, x: Tensor) -> Tens
     """The layer's input in projected space, (B, S, k_in) or, in groups, (B, S, G, k_in)."""
     if slots.early is not None and slots.early[0] is x and slots.early[1] == x._version:
         return slots.early[2]
-    projected = _regrouped(layer, slots, _project(layer, slots, module, _batch_first(layer, slots, x)))
+    projected = _regrouped(layer, slots, _project(layer, slots, module, x))
     if slots.input_side.matrix is None and not x.requires_grad and _is_part_of(projected, x):
         return projected.clone()  # autograd keeps it not: the program may write its next batch there
     return projected
@@ -111,15 +112,6 @@ def _sum_inputs(
     return sum_tokens(tokens, weight, documents)
 
 
-def _note_call(layer: Layer, slots: Slots, y: Tensor) -> None:
-    layer.fired, layer.computes_in, slots.early = True, y.dtype, None
-    if torch._C._current_graph_task_id() != -1:  # inside a backward pass: a checkpoint recomputes
-        slots.recomputed += 1
-    else:
-        slots.ran += 1
-        slots.place.block.restarted |= slots.place.block.delivered
-
-
 def make_early_hook(layer: Layer) -> Hook:
     """Return the forward pre-hook of a layer: it projects an input while a processor still has it in its cache.
 
@@ -143,7 +135,7 @@ def make_early_hook(layer: Layer) -> Hook:
             and (slots.tokens.documents is not None or len(x) == slots.tokens.size)
         )
         if fits and _shareable(layer, slots, x):
-            slots.early = x, x._version, _project(layer, slots, module, _batch_first(layer, slots, x))
+            slots.early = x, x._version, _project(layer, slots, module, x)
 
     return Hook(hook)
 
@@ -164,14 +156,15 @@ def _require_backward(layer: Layer) -> None:
 def _shareable(layer: Layer, slots: Slots, x: Tensor) -> bool:
     """Whether another layer's projection of the same input can be taken.
 
-    Under torch.compile the compiler itself merges equal products of equal inputs. Address 0 is none: tensor subclasses
-    that wrap others all have it.
+    Not of what needs no gradient: the program may write its next batch there, which torch does not count if numpy does
+    it. Under torch.compile the compiler itself merges equal products of equal inputs. Address 0 is none: tensor
+    subclasses that wrap others all have it.
     """
     projects = layer.adapter.shares_input and slots.input_side.matrix is not None
     if not projects or torch.compiler.is_compiling():
         return False
     try:
-        return x.data_ptr() != 0
+        return x.data_ptr() != 0 and x.requires_grad
     except RuntimeError as error:
         raise UnsupportedError(
             f"layer {layer.name!r} got a tensor without memory of its own, as a sparse one: exclude the layer, or "
@@ -180,19 +173,17 @@ def _shareable(layer: Layer, slots: Slots, x: Tensor) -> bool:
 
 
 def _project(layer: Layer, slots: Slots, module: nn.Module, x: Tensor) -> Tensor:
-    side, bias = slots.input_side, layer.spec.bias
-    if not _shareable(layer, slots, x):
+    side, bias, shareable = slots.input_side, layer.spec.bias, _shareable(layer, slots, x)
+    x = _batch_first(layer, slots, x)
+    if not shareable:
         with torch.no_grad():  # an adapter may read the module's parameters
             return layer.adapter.project(module, x, side, bias)
     place = slots.place
-    # Address and version identify a tensor for as long as `source` keeps it alive, to a layer that has not read it yet:
-    # what one program writes into an array of numpy's, torch does not count.
+    # Address and version identify a tensor for as long as `source` keeps it alive.
     precision = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     key = (x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, x.is_neg(), precision, layer.adapter, side)
-    if place.key != key or layer.key in place.readers:
-        place.projected = layer.adapter.project(module, x, side, bias)
-        place.key, place.source, place.readers = key, x, set()
-    place.readers.add(layer.key)
+    if place.key != key:
+        place.key, place.source, place.projected = key, x, layer.adapter.project(module, x, side, bias)
     assert place.projected is not None
     return place.projected
 

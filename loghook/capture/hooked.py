@@ -17,7 +17,7 @@ from loghook.capture.batch import Given, Ids, Mask, check_ids, check_masks, unsc
 from loghook.capture.block import block, nothing_delivered
 from loghook.capture.config import Recipe
 from loghook.capture.experts import ExpertProjection, watched
-from loghook.capture.hook import make_early_hook, make_hook
+from loghook.capture.hook import Hook, make_early_hook, make_hook
 from loghook.capture.jobs import Job, Result
 from loghook.capture.layers import Layer
 from loghook.capture.models import mixing_modules, parameters_digest, refuse, unwrap, values_digest
@@ -135,9 +135,12 @@ class Hooked:
         self._open = True
         experts = [layer.module.owner for layer in self._layers if isinstance(layer.module, ExpertProjection)]
         try:
-            with block(self._layers, size, job, factor, masks, kept, documents) as captured, watched(experts):
+            with (
+                block(self._layers, size, job, factor, masks, kept, documents) as captured,
+                watched(experts),
+                _kept_apart(self._mixing),
+            ):
                 yield captured
-                _require_apart(self._mixing)  # a training step may call train()
         except RuntimeError as error:
             if "does not require grad" in str(error) and not any(layer.fired for layer in self._layers):
                 raise DeliveryError(nothing_delivered(self._layers)) from error  # backward() failed for want of a graph
@@ -216,6 +219,23 @@ class Asker(Hooked):
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextmanager
+def _kept_apart(mixing: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
+    """Look again when a module runs, and at the end, where it may be compiled: a training step may call train()."""
+
+    def look(module: nn.Module, _: Any) -> None:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            _require_apart([(names[module], module)])
+
+    names = {module: name for name, module in mixing}
+    handles = [module.register_forward_pre_hook(Hook(look)) for module in names]
+    try:
+        yield
+        _require_apart(mixing)
+    finally:
+        _remove(handles)
 
 
 def _require_apart(mixing: Iterable[tuple[str, nn.Module]]) -> None:

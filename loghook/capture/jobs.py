@@ -30,8 +30,9 @@ Result = TypeVar("Result")
 class Block:
     """What the hooks of a block's layers tell one another."""
 
-    delivered: bool = False  # whether any layer has delivered yet
-    restarted: bool = False  # whether a layer ran forward after that, outside the backward pass
+    passes: set[int] = field(default_factory=set)  # autograd's numbers of outermost backward passes that delivered
+    outermost: dict[int, int] = field(default_factory=dict)  # {a backward pass in which layers ran: the one around it}
+    restarted: bool = False  # whether a layer ran forward after a delivery, outside of backward passes
     # {part of the model, such as "layers.3": how many tokens of the batch its layers have seen, experts left out}
     tokens: dict[str, set[int]] = field(default_factory=dict)
 
@@ -53,7 +54,6 @@ class Place:
     source: Tensor | None = None
     key: tuple[Any, ...] | None = None  # which tensor that was, and by which side it was projected
     projected: Tensor | None = None  # the result
-    readers: set[int] = field(default_factory=set)  # keys of the layers that took it
 
     def __post_init__(self) -> None:
         self.zero = torch.zeros((), device=self.device, dtype=self.dtype)

@@ -119,16 +119,10 @@ def arrived(leaf: Tensor) -> Tensor:
 class Slots:
     """One layer in one block: its leaves, what its hook has to know, and what hook and tap count.
 
-    What the cases count, n being the number of checkpoints around one layer, and how often it then may deliver:
-
-        case                                     ran  quiet  recomputed  deliveries
-        eager, once or several times             1..      0           0           1
-        compiled, where hooks count nothing        0      0           0           1
-        checkpoint without reentrance              1      0         0, 1           1
-        n reentrant checkpoints                    0      n           n        1..n
-        both, n reentrant ones and plain calls    1..     n           n      1..n + 1
-        under torch.no_grad, or a reentrant
-        checkpoint whose input needs no gradient   0    1..           0           0
+    A row is of one loss, so that a layer may deliver in one backward pass alone. Autograd numbers these, but a
+    reentrant checkpoint starts passes of its own inside one: its layers run without a graph first, run again inside the
+    outer pass, and deliver in the inner one. A call therefore keeps the outermost pass that it ran in, and counts for
+    it.
     """
 
     layer: Layer
@@ -140,28 +134,42 @@ class Slots:
     # an input that was projected before the layer's forward, its version, and the result
     early: tuple[Tensor, int, Tensor] | None = None
     misfit: Exception | None = None  # what is wrong with a call that has no rows
-    ran: int = 0  # forward, with a graph, outside the backward pass
+    ran: int = 0  # forward, with a graph, outside of backward passes
     quiet: int = 0  # forward, without a graph, as it does first in a reentrant checkpoint
-    recomputed: int = 0  # inside the backward pass, as it does when a checkpoint recomputes
-    passes: set[int] = field(default_factory=set)  # autograd's numbers of backward passes that delivered
+    quiet_in: int = -1  # autograd's number of the backward pass in which it last did, or -1
+    ran_in: int = -1  # the outermost backward pass in which it last ran with a graph, or -1
+    delivers_for: int = -1  # the same of the call that delivers, or -1
+    passes: set[int] = field(default_factory=set)  # outermost backward passes that delivered
     waited: int = 0  # calls that waited for others
     closed: bool = False  # whether the block is over
     stale: bool = False  # whether a backward pass in this block delivered to the layer in an earlier one
+
+    def run(self, *, graph: bool) -> None:
+        """Note that the layer runs forward."""
+        block, backward = self.place.block, torch._C._current_graph_task_id()
+        if backward != -1:  # a checkpoint recomputes
+            # What runs again in an inner pass has run without a graph in the outer one.
+            block.outermost.setdefault(backward, block.outermost.get(self.quiet_in, backward))
+        if not graph:
+            self.quiet, self.quiet_in = self.quiet + 1, backward
+            return
+        self.ran_in = block.outermost.get(backward, -1)
+        if backward == -1:
+            self.ran += 1
+            block.restarted |= bool(block.passes)
 
     def count(self) -> None:
         """Note that the backward pass that is under way delivers."""
         if self.closed and self.layer.key in OPEN:
             OPEN[self.layer.key].stale = True
-        self.passes.add(torch._C._current_graph_task_id())
-        self.place.block.delivered = True
+        outermost = torch._C._current_graph_task_id() if self.delivers_for == -1 else self.delivers_for
+        self.passes.add(outermost)
+        self.place.block.passes.add(outermost)
+        self.quiet_in = self.delivers_for = -1
 
     @property
     def delivered(self) -> bool:
         return bool(self.passes)
-
-    @property
-    def too_many(self) -> bool:
-        return len(self.passes) > max(1, min(self.quiet, self.recomputed) + (self.ran > 0))
 
     @property
     def several_calls(self) -> bool:

@@ -181,11 +181,14 @@ def left_alone(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _same_buffers(model: nn.Module) -> Iterator[None]:
-    """Put buffers back that a forward pass moves, so that the next begins where this one did (spectral_norm)."""
+    """Put buffers back that a forward pass moves (spectral_norm) or replaces, so that the next begins where it did."""
+    tables = [(module._buffers, dict(module._buffers)) for module in model.modules() if module._buffers]
     buffers = [(b, b.detach().clone()) for b in model.buffers() if not b.is_meta and b.layout is torch.strided]
     try:
         yield
     finally:
+        for table, before in tables:
+            table.update(before)
         with torch.no_grad():
             for b, value in buffers:
                 if not torch.equal(b, value):

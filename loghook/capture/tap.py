@@ -55,6 +55,8 @@ class Tap(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(x, weight_BS, documents_DL, activations, *held)
         ctx.how, ctx.slots, ctx.wide = how, slots, main.dtype
+        if slots is not None:
+            ctx.ran_in = slots.ran_in
         return alias(y)
 
     @staticmethod
@@ -64,6 +66,8 @@ class Tap(torch.autograd.Function):
         if slots is not None and slots.closed:  # nobody will collect what is made of it
             slots.count()
             return (g, *(None,) * (len(ctx.needs_input_grad) - 1))
+        if slots is not None:
+            slots.delivers_for = ctx.ran_in
         # Sums over tokens run in float32 or wider, also where the user calls backward() under autocast.
         with wide_context(g.device.type):
             kind, channel_dim, batch_dim = ctx.how
