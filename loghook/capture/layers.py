@@ -138,7 +138,6 @@ class Slots:
     quiet: int = 0  # forward, without a graph, as it does first in a reentrant checkpoint
     quiet_in: int = -1  # autograd's number of the backward pass in which it last did, or -1
     ran_in: int = -1  # the outermost backward pass in which it last ran with a graph, or -1
-    delivers_for: int = -1  # the same of the call that delivers, or -1
     passes: set[int] = field(default_factory=set)  # outermost backward passes that delivered
     waited: int = 0  # calls that waited for others
     closed: bool = False  # whether the block is over
@@ -162,10 +161,11 @@ class Slots:
         """Note that the backward pass that is under way delivers."""
         if self.closed and self.layer.key in OPEN:
             OPEN[self.layer.key].stale = True
-        outermost = torch._C._current_graph_task_id() if self.delivers_for == -1 else self.delivers_for
+        backward = torch._C._current_graph_task_id()
+        outermost = self.place.block.outermost.get(backward, backward)
         self.passes.add(outermost)
         self.place.block.passes.add(outermost)
-        self.quiet_in = self.delivers_for = -1
+        self.quiet_in = -1
 
     @property
     def delivered(self) -> bool:

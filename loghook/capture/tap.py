@@ -66,8 +66,8 @@ class Tap(torch.autograd.Function):
         if slots is not None and slots.closed:  # nobody will collect what is made of it
             slots.count()
             return (g, *(None,) * (len(ctx.needs_input_grad) - 1))
-        if slots is not None:
-            slots.delivers_for = ctx.ran_in
+        if slots is not None and ctx.ran_in != -1:
+            slots.place.block.outermost[torch._C._current_graph_task_id()] = ctx.ran_in
         # Sums over tokens run in float32 or wider, also where the user calls backward() under autocast.
         with wide_context(g.device.type):
             kind, channel_dim, batch_dim = ctx.how
