@@ -2,11 +2,13 @@
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from loghook.capture.tap import alias
+from loghook.errors import UnsupportedError
 
 
 @contextmanager
@@ -17,8 +19,13 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     ``requires_grad`` back at the end, whatever happens inside. Under gradient checkpointing as transformers sets it
     up, embeddings' outputs require grad meanwhile, without which reentrant checkpoints would deliver nothing. The model
     may be wrapped, and is yielded as it is.
+
+    Raises:
+        UnsupportedError: a wrapper whose training afterwards would be another one: DDP with a static graph that has had
+            no iteration yet, FSDP1 without shards, or with gradients that wait for a step.
     """
-    hooks = []
+    hooks, fresh = [], _before_first_forward(model)
+    _require_harmless(model)
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         hooks = [m.register_forward_hook(_require_grad) for m in model.modules() if isinstance(m, nn.Embedding)]
     try:
@@ -27,6 +34,9 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for hook in hooks:
             hook.remove()
+        for module in fresh:
+            module.unshard()
+            module.reshard()
 
 
 @contextmanager
@@ -40,6 +50,40 @@ def requiring_grad(parameters: Iterable[Tensor], wanted: bool) -> Iterator[None]
     finally:
         for p, required in before:
             p.requires_grad_(required)
+
+
+def _before_first_forward(model: nn.Module) -> list[Any]:
+    """FSDP2's modules that have yet to run: they choose a dtype of gradients then, and for frozen ones choose none.
+
+    They choose anew when they are unsharded.
+    """
+    sharded: list[Any] = [m for m in model.modules() if hasattr(m, "_get_fsdp_state")]
+    return [m for m in sharded if getattr(m._get_fsdp_state(), "_is_root", False) is None]
+
+
+def _require_harmless(model: nn.Module) -> None:
+    for module in model.modules():
+        # What DDP does in its first iteration is what it does in all others.
+        if getattr(module, "static_graph", False) and not getattr(
+            module, "_static_graph_delay_allreduce_enqueued", True
+        ):
+            raise UnsupportedError(
+                "DistributedDataParallel(static_graph=True) would take a pass without weight gradients for the pattern "
+                "of all that follow, and reduce none: go through the unwrapped model (model.module), or freeze it "
+                "after a step."
+            )
+        if type(module).__name__ != "FullyShardedDataParallel":
+            continue
+        if "NO_SHARD" in str(module.sharding_strategy):
+            raise UnsupportedError(
+                "FSDP1 without shards (NO_SHARD, or a single process) trains otherwise after a pass without weight "
+                "gradients: wrap the model after that pass, or use fully_shard (FSDP2)."
+            )
+        if any(p.grad is not None for p in module.parameters()):
+            raise UnsupportedError(
+                "FSDP1 drops the gradients that its parameters have in a pass without weight gradients: freeze the "
+                "model before backward() or after step() and zero_grad()."
+            )
 
 
 def _require_grad(module: nn.Module, args: object, y: Tensor) -> Tensor | None:

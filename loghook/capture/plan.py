@@ -218,10 +218,10 @@ def plan_config(
 
     config = Config(path=Path(), rank=rank, projection=projection, dtype=dtype)
     try:
-        config = transformers.AutoConfig.from_pretrained(model)
-        kind = getattr(transformers, (config.architectures or ["AutoModelForCausalLM"])[0])
+        described = transformers.AutoConfig.from_pretrained(model)
+        kind = getattr(transformers, (described.architectures or ["AutoModelForCausalLM"])[0])
         with torch.device("meta"):
-            empty = kind._from_config(config) if config.architectures else kind.from_config(config)
+            empty = kind._from_config(described) if described.architectures else kind.from_config(described)
     except (OSError, ValueError, AttributeError) as error:
         raise ConfigError(f"{str(model)!r} is no configuration of what transformers can build: {error}") from error
     with torch.device("meta"):  # place-holders serve: a random projection has the shape of a fitted one

@@ -15,7 +15,7 @@ from loghook.capture.frozen import requiring_grad
 from loghook.capture.hooked import Hooked
 from loghook.capture.layers import Layer
 from loghook.capture.select import Watch
-from loghook.errors import BatchError
+from loghook.errors import BatchError, UnsupportedError
 from loghook.processes import all_gather
 
 LossFunction = Callable[[nn.Module, Any], Tensor]
@@ -164,7 +164,11 @@ def _from_parameters(layer: Layer, uses: Counter[int]) -> Tensor | None:
 @contextmanager
 def left_alone(model: nn.Module) -> Iterator[None]:
     """Give a model its gradients back, and keep optimisers that live in hooks from training it."""
+    _require_no_waiting(model)
     gradients = [(p, p.grad) for p in model.parameters()]
+    # DDP may have them in buffers of its own, which backward fills anew.
+    views = any(getattr(module, "gradient_as_bucket_view", False) for module in model.modules())
+    values = [None if p.grad is None or not views else p.grad.clone() for p, _ in gradients]
     hooks = [(table, dict(table)) for p in model.parameters() if (table := p._post_accumulate_grad_hooks)]
     for p, _ in gradients:
         p.grad = None  # backward adds in place to what is there
@@ -173,10 +177,33 @@ def left_alone(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        for p, gradient in gradients:
+        for (p, gradient), value in zip(gradients, values, strict=True):
             p.grad = gradient
+            if gradient is not None and value is not None:
+                gradient.copy_(value)
         for table, before in hooks:
             table.update(before)
+
+
+def _require_no_waiting(model: nn.Module) -> None:
+    """Raise where FSDP keeps gradients that wait for others, out of reach; backward would add to them."""
+    for module in model.modules():
+        waits = False
+        if type(module).__name__ == "FullyShardedDataParallel":
+            waits = not module._sync_gradients or any(p.grad is not None for p in module.parameters())
+        elif hasattr(module, "_get_fsdp_state"):
+            state: Any = module._get_fsdp_state()  # type: ignore[operator]
+            groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+            waits = any(
+                not group.reduce_grads or any(p.unsharded_accumulated_grad is not None for p in group.fsdp_params)
+                for group in groups
+                if group is not None
+            )
+        if waits:
+            raise UnsupportedError(
+                "FSDP holds gradients that wait to be reduced, or for a step, and backward would add to them: call "
+                "loghook.check before the first micro-batch of a step."
+            )
 
 
 @contextmanager
