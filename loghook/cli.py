@@ -16,6 +16,7 @@ import loghook
 from loghook.capture.models import by_reason
 from loghook.errors import ConfigError, LoghookError
 from loghook.log import maintain
+from loghook.project.projection import describe_projection
 
 app = typer.Typer(
     name="loghook",
@@ -92,9 +93,10 @@ def info(
     """Say what a run holds: rows, layers, coverage, projection, statistics, where it came from."""
     log = loghook.load(run)
     m = log.manifest
+    size = sum(file.stat().st_size for file in log.path.iterdir() if file.is_file())
     facts = {
         "path": str(log.path), "rows": len(log), "finished": log.finished,
-        "bytes": sum(file.stat().st_size for file in log.path.iterdir() if file.is_file()),
+        "bytes": size,
         "values_a_row": log.layout.width, "layers": log.layers,
         "covered": m.coverage["covered"] / max(1, m.coverage["total"]), "not_covered": m.coverage["not_covered"],
         "projection": m.projection, "rank": m.rank, "seed": m.seed, "whitening": m.whitening, "gradient": m.gradient,
@@ -108,41 +110,44 @@ def info(
     }  # fmt: skip
     if as_json:
         typer.echo(json.dumps(facts, indent=1))
-        return
-    state = "finished" if facts["finished"] else "not finished (rows so far; resume=True goes on)"
-    typer.echo(f"{log.path}: {len(log):,} rows, {state}, {facts['bytes'] / 1e6:,.1f} MB on disk")
-    kind = "whole gradients" if m.projection == "none" else f"{m.projection} projection, rank {m.rank}, seed {m.seed}"
-    if m.whitening is not None:
-        kind += f", whitening {m.whitening:g}"
-    if m.gradient != "plain":
-        kind += f", gradient {m.gradient}"
-    typer.echo(f"  {log.layout.width:,} values a row in {m.dtype}; {kind}")
+    else:
+        typer.echo("\n  ".join(_describe(log, size)))
+
+
+def _describe(log: loghook.Log, size: int) -> Iterator[str]:
+    """Yield the lines of ``info``; all but the first are indented."""
+    m = log.manifest
+    state = "finished" if log.finished else "not finished (rows so far; resume=True goes on)"
+    yield f"{log.path}: {len(log):,} rows, {state}, {size / 1e6:,.1f} MB on disk"
+    kind = describe_projection(m.projection, m.rank)
+    kind += f", seed {m.seed}" if m.projection != "none" else ""
+    kind += f", whitening {m.whitening:g}" if m.whitening is not None else ""
+    kind += f", gradient {m.gradient}" if m.gradient != "plain" else ""
+    yield f"{log.layout.width:,} values a row in {m.dtype}; {kind}"
     if m.fidelity is not None:
-        typer.echo(f"  fidelity {m.fidelity['pearson']:.3f} to {m.fidelity['reference']}, as tuned")
+        yield f"fidelity {m.fidelity['pearson']:.3f} to {m.fidelity['reference']}, as tuned"
     if not len(log):
-        typer.echo("  nothing is committed yet")
-    typer.echo(
-        f"  {len(log.layers)} layers with {facts['covered']:.1%} of {m.coverage['total']:,} parameters (--json: all)"
-    )
+        yield "nothing is committed yet"
+    share = m.coverage["covered"] / max(1, m.coverage["total"])
+    yield f"{len(log.layers)} layers with {share:.1%} of {m.coverage['total']:,} parameters (--json: all)"
     for reason, items in by_reason(m.coverage).items():
-        size = sum(item["parameters"] for item in items)
         more = f" and {len(items) - 1} more" if len(items) > 1 else ""
-        typer.echo(f"    not covered: {items[0]['name'] or '(model)'}{more}, {size:,} parameters ({reason})")
-    typer.echo(f"  {log.repeats:,} repeats left out, {len(log.flagged):,} samples flagged as not finite")
-    if m.parameters.get("first") and m.parameters.get("last"):
-        same = m.parameters["first"] == m.parameters["last"]
-        typer.echo(f"  parameters {'unchanged while logging' if same else 'changed while logging (as in training)'}")
+        parameters = sum(item["parameters"] for item in items)
+        yield f"  not covered: {items[0]['name'] or '(model)'}{more}, {parameters:,} parameters ({reason})"
+    yield f"{log.repeats:,} repeats left out, {len(log.flagged):,} samples flagged as not finite"
+    first, last = m.parameters.get("first"), m.parameters.get("last")
+    if first and last:
+        yield f"parameters {'unchanged while logging' if first == last else 'changed while logging (as in training)'}"
     if m.no_statistics is not None:
-        typer.echo(f"  no statistics, so that kfac and ekfac cannot score it: {m.no_statistics}")
+        yield f"no statistics, so that kfac and ekfac cannot score it: {m.no_statistics}"
     if log.unmeasured:
-        typer.echo(f"  {log.unmeasured:,} rows are not in the statistics: their batches held rows that were not finite")
+        yield f"{log.unmeasured:,} rows are not in the statistics: their batches held rows that were not finite"
     if log.asleep:
-        typer.echo(f"  {len(log.asleep)} layers slept in some batches; their rows there are zero (--json: how many)")
-    for torn in log.torn:
-        typer.echo(f"  {torn}")
-    created, versions = m.provenance.get("created", "?"), m.provenance.get("versions", {})
-    typer.echo(f"  made {created} with " + ", ".join(f"{k} {v}" for k, v in versions.items()))
-    typer.echo(f"  fingerprint {log.fingerprint}")
+        yield f"{len(log.asleep)} layers slept in some batches; their rows there are zero (--json: how many)"
+    yield from log.torn
+    versions = ", ".join(f"{package} {version}" for package, version in m.provenance.get("versions", {}).items())
+    yield f"made {m.provenance.get('created', '?')} with {versions}"
+    yield f"fingerprint {log.fingerprint}"
 
 
 @_command
