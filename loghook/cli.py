@@ -366,6 +366,10 @@ def demo(
     """Fine-tune on Python's reference, log it, ask what made the model say this, and prove it: about five minutes."""
     from loghook.demo import DemoConfig, run_demo
 
-    make = DemoConfig.fast if fast else DemoConfig
-    chosen = {"model": model, "dataset": dataset, "rank": rank, "seed": seed, "device": device}
-    run_demo(make(out=out, prompts=tuple(prompt or ()), prove=proof, lds_subsets=lds, **chosen))  # type: ignore[arg-type]
+    make: Callable[..., DemoConfig] = DemoConfig.fast if fast else DemoConfig
+    run_demo(
+        make(
+            out=out, prompts=tuple(prompt or ()), model=model, dataset=dataset, rank=rank, seed=seed, device=device,
+            prove=proof, lds_subsets=lds,
+        )
+    )  # fmt: skip
