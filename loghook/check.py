@@ -142,10 +142,11 @@ def _examine(probe: Probe, report: CheckReport, may_sleep: str | Sequence[str]) 
     finite = finite_samples(together)
     if not finite.all():
         yield _not_finite(probe.unit, together, finite)
-    problem = _not_reproducible(probe, report.tolerance, only(together, finite), only(again, finite))
+    difference = _not_reproducible(probe, report.tolerance, only(together, finite), only(again, finite))
     # What ends the check of a sharded model on one process ends it on all, which run each sample together.
-    if problem := next(filter(None, all_gather(problem) if probe.sharded else [problem]), None):
-        yield problem
+    differences = list(filter(None, all_gather(difference) if probe.sharded else [difference]))
+    if differences:
+        yield differences[0]
         return
     try:
         alone = probe.gradients_alone()

@@ -72,8 +72,8 @@ def _command(function: Callable[..., Any]) -> Callable[..., Any]:
     return app.command()(wrapped)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(asked_for: bool) -> None:
+    if asked_for:
         typer.echo(f"loghook {loghook.__version__}")
         raise typer.Exit
 
@@ -81,7 +81,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None: ...
 
@@ -165,15 +165,15 @@ def verify(run: Run) -> None:
 @_command
 def repair(run: Run) -> None:
     """Drop what is damaged, keep what is good, and list the ids to log again (one JSON value a line)."""
-    done = maintain.repair(run)
-    for note in done.notes:
+    repaired = maintain.repair(run)
+    for note in repaired.notes:
         typer.secho(note, fg="red", err=True)
-    if not done.notes:
-        typer.echo(f"{run}: {done.rows:,} rows, nothing to repair")
+    if not repaired.notes:
+        typer.echo(f"{run}: {repaired.rows:,} rows, nothing to repair")
         return
-    typer.secho(f"{run}: {done.rows:,} rows are good; to log again: {len(done.ids):,} ids", err=True)
+    typer.secho(f"{run}: {repaired.rows:,} rows are good; to log again: {len(repaired.ids):,} ids", err=True)
     typer.secho("`loghook append` opens a finished run, loghook.init(..., resume=True) logs them.", err=True)
-    for data_id in done.ids:
+    for data_id in repaired.ids:
         typer.echo(json.dumps(data_id))
 
 
@@ -190,12 +190,12 @@ def merge(
     runs: Annotated[list[Path], typer.Argument(help="Finished runs with the same layers.", metavar="RUN...")],
 ) -> None:
     """Join finished runs, for instance of several machines, into a new one; the old ones stay."""
-    done = maintain.merge(out, runs)
-    for note in done.notes:
+    merged = maintain.merge(out, runs)
+    for note in merged.notes:
         typer.secho(note, fg="yellow", err=True)
-    again = done.rows - len(maintain.Reader(out))
-    repeated = f", of which {again:,} are repeats that readers leave out" if again else ""
-    typer.echo(f"{out}: {done.rows:,} rows of {len(runs)} runs{repeated}")
+    repeats = merged.rows - len(loghook.load(out))
+    left_out = f", of which {repeats:,} are repeats that readers leave out" if repeats else ""
+    typer.echo(f"{out}: {merged.rows:,} rows of {len(runs)} runs{left_out}")
 
 
 @_command
@@ -253,11 +253,12 @@ def delete(
     id_type = loghook.load(run).manifest.id_type
     if not ids and ids_file is None:
         raise ConfigError("nothing names the rows to delete: pass --ids or --ids-file.")
-    wanted = [_parse_id(id_type, text) for text in ids or ()]
+    texts = list(ids or ())
     if ids_file is not None:
-        wanted += [_parse_id(id_type, str(value)) for value in _read_lines(ids_file, "a JSON value")]
-    done = maintain.delete(run, wanted, keep_statistics=keep_statistics)
-    typer.echo(f"{run}: {done.dropped:,} rows deleted, {done.rows:,} left")
+        texts += map(str, _read_lines(ids_file, "a JSON value"))
+    data_ids = [_parse_id(id_type, text) for text in texts]
+    changed = maintain.delete(run, data_ids, keep_statistics=keep_statistics)
+    typer.echo(f"{run}: {changed.dropped:,} rows deleted, {changed.rows:,} left")
     if not keep_statistics:
         typer.echo("the statistics went with them, so that kfac and ekfac cannot score it: take fisher or shampoo")
 
@@ -268,7 +269,7 @@ def _parse_id(id_type: str, text: str) -> int | str:
     return int(text) if id_type == "int" else text
 
 
-def _shown(data_id: object) -> str:
+def _printable(data_id: object) -> str:
     """An id as a terminal may show it: one line, and no commands to it."""
     return str(data_id) if str(data_id).isprintable() else ascii(data_id)
 
@@ -306,9 +307,9 @@ def score(
             typer.echo(f"scores written to {out}")
         opponents = scores.bottom(bottom) if bottom else [[]] * len(scores.query_ids)
         for query_id, best, worst in zip(scores.query_ids, scores.top(top), opponents, strict=True):
-            typer.echo(_shown(query_id))
+            typer.echo(_printable(query_id))
             for record in (*best, *worst):
-                typer.echo(f"  {record.score:+.6g}  {_shown(record.data_id)}")
+                typer.echo(f"  {record.score:+.6g}  {_printable(record.data_id)}")
 
 
 @_command
@@ -326,28 +327,29 @@ def report(
 ) -> None:
     """Score a log against a saved query and write an HTML page of the strongest proponents and opponents."""
     _require_folder(out)
-    shown, asked = (None if file is None else _read_texts(file) for file in (texts, questions))
+    row_texts, question_texts = (None if file is None else _read_texts(file) for file in (texts, questions))
     scores = loghook.load(run).influence(
         loghook.Query.load(query), method, damping=damping, normalize=normalize, top=None if bottom else top
     )
-    scores.report(out, texts=shown, questions=asked, top=top, bottom=bottom)
+    scores.report(out, texts=row_texts, questions=question_texts, top=top, bottom=bottom)
     typer.echo(f"{out}: {len(scores.query_ids):,} questions")
 
 
 def _read_texts(file: Path) -> dict[int | str, str]:
     records = _read_lines(file, _LINES)
-    odd = [r for r in records if not isinstance(r, dict) or not isinstance(r.get("text"), str) or "id" not in r]
-    if odd:
-        raise ConfigError(f"{file} has {json.dumps(odd[0])[:100]}: it must hold {_LINES} on each line.")
+    for record in records:
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str) or "id" not in record:
+            raise ConfigError(f"{file} has {json.dumps(record)[:100]}: it must hold {_LINES} on each line.")
     return {record["id"]: record["text"] for record in records}
 
 
-def _read_lines(file: Path, what: str) -> list[Any]:
+def _read_lines(file: Path, rule: str) -> list[Any]:
+    """Read a JSON value from each line; ``rule`` says in an error what they must be."""
     try:
         with file.open(encoding="utf-8") as lines:
             return [json.loads(line) for line in lines if line.strip()]
     except ValueError as error:
-        raise ConfigError(f"{file} cannot be read ({error}): it must hold {what} on each line.") from error
+        raise ConfigError(f"{file} cannot be read ({error}): it must hold {rule} on each line.") from error
 
 
 @_command

@@ -50,7 +50,8 @@ def compare(
 ) -> Comparison:
     """Compare the layers that delivered, and let errors pass that rounding makes."""
     together = only(together, chosen)
-    rows, hooked = (only({name: of[name] for name in together}, chosen) for of in (alone.rows, alone.hooked))
+    rows = only({name: alone.rows[name] for name in together}, chosen)
+    hooked = only({name: alone.hooked[name] for name in together}, chosen)
     nothing = rounding_alone(rows, tolerance)
     errors, rounding = relative_errors(together, rows, nothing), {}
     above = [name for name, error in largest(errors).items() if not error <= tolerance]
@@ -74,9 +75,8 @@ def explain(comparison: Comparison) -> str:
 
 def _scaled(comparison: Comparison) -> str | None:
     """Whether rows in the batch are multiples of those alone, as where the loss is a mean."""
-    together, alone = (
-        torch.cat([rows.flatten(1) for rows in of.values()], 1) for of in (comparison.together, comparison.alone)
-    )
+    together = torch.cat([rows.flatten(1) for rows in comparison.together.values()], 1)
+    alone = torch.cat([rows.flatten(1) for rows in comparison.alone.values()], 1)
     norm = alone.square().sum(1)
     factors = torch.where(norm > 0, (together * alone).sum(1) / norm.clamp(min=1e-300), 1.0)  # by least squares
     rescaled = {name: rows * factors[:, None, None] for name, rows in comparison.alone.items()}
@@ -113,9 +113,9 @@ def _other_layers(comparison: Comparison) -> str | None:
         return None
     return (
         f"the rows of {in_words(wrong_alone)} are not their gradients for a {comparison.probe.unit} alone either: they "
-        "compute something else than their adapter says (a forward replaced on the object, a hook that "
-        "changes what goes in or comes out), or a weight is read without calling its module. Exclude them, or write an "
-        "adapter (docs/adapters.md)."
+        "compute something else than their adapter says (a forward replaced on the object, a hook that changes what "
+        "goes in or comes out), or a weight is read without calling its module. Exclude them, or write an adapter "
+        "(docs/adapters.md)."
     )
 
 
@@ -133,10 +133,8 @@ def _drowned(comparison: Comparison) -> str | None:
 
 def _misplaced(comparison: Comparison) -> str | None:
     """Whether rows are right together, so that only whose they are is wrong."""
-    together, alone = (
-        {name: rows[name].sum(0, keepdim=True) for name in comparison.wrong}
-        for rows in (comparison.together, comparison.alone)
-    )
+    together = {name: comparison.together[name].sum(0, keepdim=True) for name in comparison.wrong}
+    alone = {name: comparison.alone[name].sum(0, keepdim=True) for name in comparison.wrong}
     errors = largest(relative_errors(together, alone))
     if not all(errors[name] <= 1e-2 * comparison.errors[name].max() for name in errors):
         return None
@@ -170,12 +168,12 @@ def _mixed(comparison: Comparison) -> str:
 
 def finite_samples(rows: Rows) -> Tensor:
     """Which samples have finite rows in all layers, (B,)."""
-    return torch.stack([of.flatten(1).isfinite().all(1) for of in rows.values()]).all(0)
+    return torch.stack([layer.flatten(1).isfinite().all(1) for layer in rows.values()]).all(0)
 
 
 def only(rows: Rows, chosen: Tensor) -> Rows:
     """Rows with zeros for samples that are not compared; nan would make each comparison, and each maximum, void."""
-    return {name: of.where(chosen[:, None, None], 0.0) for name, of in rows.items()}
+    return {name: layer.where(chosen[:, None, None], 0.0) for name, layer in rows.items()}
 
 
 def rounding_alone(rows: Rows, tolerance: float) -> Tensor:
@@ -184,7 +182,7 @@ def rounding_alone(rows: Rows, tolerance: float) -> Tensor:
     Rounding is a share of the largest layer's row: queries of attention over a single key are their own differences.
     """
     eps = torch.finfo(torch.float64 if tolerance <= TOLERANCE[torch.float64] else torch.float32).eps
-    return _NOTHING * eps * torch.stack([of.flatten(1).norm(dim=1) for of in rows.values()]).amax(0)
+    return _NOTHING * eps * torch.stack([layer.flatten(1).norm(dim=1) for layer in rows.values()]).amax(0)
 
 
 def relative_errors(a: Rows, b: Rows, nothing: Tensor | float = 0.0) -> Rows:

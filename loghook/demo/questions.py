@@ -17,7 +17,7 @@ class Question(NamedTuple):
     text: str  # all of it
     tokens: tuple[int, ...]  # its ids
     before: str = ""  # the text in front that counts for nothing
-    given: int = 1  # how many of the ids at the front are context only and count for nothing
+    context: int = 1  # how many of the ids at the front count for nothing
 
     @property
     def counted(self) -> str:

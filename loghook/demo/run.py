@@ -36,7 +36,6 @@ class DemoResult(NamedTuple):
     questions: Sequence[Question]  # the rows of the scores
     passages: Sequence[Passage]  # their columns
     proof: Proof | None  # what fine-tuning again showed, or None if it was not asked for
-    seconds: dict[str, float]  # wall-clock time of each stage
 
 
 def run_demo(config: DemoConfig | None = None, *, console: Console | None = None) -> DemoResult:
@@ -106,7 +105,7 @@ def run_demo(config: DemoConfig | None = None, *, console: Console | None = None
     write_atomically(page, render(report).encode())
     print_proof(report, console)
     console.print(f"\npage: {page}\nlog:  {log.path}", markup=False)
-    return DemoResult(page, config.out / "log", report, scores, questions, passages, proof, seconds)
+    return DemoResult(page, config.out / "log", report, scores, questions, passages, proof)
 
 
 def log_passages(model: Any, passages: Sequence[Passage], path: Path, config: DemoConfig) -> None:
@@ -133,7 +132,7 @@ def ask(model: Any, questions: Sequence[Question], log: loghook.Log, config: Dem
             ids_BS, mask_BS = collate([question.tokens for question in batch], config.device)
             counts_BS = mask_BS.clone()
             for row, question in zip(counts_BS, batch, strict=True):
-                row[: question.given] = 0
+                row[: question.context] = 0
             with asker.query(data_id=[question.data_id for question in batch], mask=mask_BS) as query:
                 sequence_losses(model, ids_BS, counts_BS).sum().backward()
             queries.append(query)

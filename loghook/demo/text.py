@@ -1,6 +1,5 @@
 """The text: a dataset or what every CPython carries, cut into passages, some of them held out."""
 
-import importlib.util
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -62,10 +61,12 @@ def library_source(limit: int) -> list[str]:
 
 def language_reference() -> list[Document]:
     """Python's language reference as ``help()`` shows it, one document a topic."""
-    if importlib.util.find_spec("pydoc_data.topics") is None:
-        raise ConfigError("this Python has no pydoc_data.topics to fine-tune on: pass a model and a dataset.")
-    from pydoc_data.topics import topics
-
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise ConfigError(
+            "this Python has no pydoc_data.topics to fine-tune on: pass a model and a dataset."
+        ) from error
     return [Document(topic, text) for topic, text in sorted(topics.items())]
 
 
@@ -102,13 +103,13 @@ def load_tokenizer(model: str) -> Any:
 
 
 @contextmanager
-def loading(what: str, remedy: str) -> Iterator[None]:
+def loading(argument: str, remedy: str) -> Iterator[None]:
     """Make one line of whatever the libraries let out: their own errors and their file systems' and connections'."""
     try:
         yield
     except Exception as error:
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-        raise ConfigError(f"{what} cannot be loaded ({reason}): give {remedy}.") from error
+        raise ConfigError(f"{argument} cannot be loaded ({reason}): give {remedy}.") from error
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> Any:

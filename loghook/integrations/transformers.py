@@ -105,9 +105,9 @@ class _Collate:
     def __call__(self, features: list[Any]) -> Any:
         column, first = self._column, features[0]
         if not isinstance(first, Mapping) or column not in first:
-            has = ", ".join(map(repr, first)) if isinstance(first, Mapping) else type(first).__name__
+            columns = ", ".join(map(repr, first)) if isinstance(first, Mapping) else type(first).__name__
             raise ConfigError(
-                f"id_column={column!r} is no column of the training set (it has {has}): add one with an int or str "
+                f"id_column={column!r} is no column of the training set (it has {columns}): add one with an int or str "
                 "for each sample, or name another with id_column=."
             )
         batch = self._collate([{k: v for k, v in feature.items() if k != column} for feature in features])
