@@ -31,6 +31,8 @@ Query = Annotated[Path, typer.Argument(help="A query saved with query.save(...).
 Method = Annotated[str, typer.Option(help="dot, cosine, fisher, kfac, ekfac or shampoo.")]
 Damping = Annotated[float, typer.Option(help="Times the mean eigenvalue of each layer.")]
 Normalize = Annotated[str | None, typer.Option(help="unit or relatif.")]
+Top = Annotated[int, typer.Option(min=1, help="Proponents shown for each question.")]
+Bottom = Annotated[int, typer.Option(min=0, help="Opponents shown for each question.")]
 _LINES = 'a JSON object with "id" and "text"'
 
 
@@ -287,8 +289,8 @@ def score(
     method: Method = "ekfac",
     damping: Damping = 0.1,
     normalize: Normalize = None,
-    top: Annotated[int, typer.Option(min=1, help="Proponents shown for each question.")] = 10,
-    bottom: Annotated[int, typer.Option(min=0, help="Opponents shown for each question.")] = 0,
+    top: Top = 10,
+    bottom: Bottom = 0,
     out: Annotated[Path | None, typer.Option(help="Also write all scores to this safetensors file.")] = None,
 ) -> None:
     """Score a log against a saved query and print the strongest proponents of each question.
@@ -298,8 +300,8 @@ def score(
     _require_folder(out)
     with _processes() as first:
         log, questions = loghook.load(run), loghook.Query.load(query)
-        keep = None if out or bottom else top
-        scores = log.influence(questions, method, damping=damping, normalize=normalize, top=keep)
+        only_best = None if out or bottom else top
+        scores = log.influence(questions, method, damping=damping, normalize=normalize, top=only_best)
         if not first:
             return
         if out:
@@ -322,8 +324,8 @@ def report(
     method: Method = "ekfac",
     damping: Damping = 0.1,
     normalize: Normalize = None,
-    top: Annotated[int, typer.Option(min=1, help="Proponents shown for each question.")] = 10,
-    bottom: Annotated[int, typer.Option(min=0, help="Opponents shown for each question.")] = 5,
+    top: Top = 10,
+    bottom: Bottom = 5,
 ) -> None:
     """Score a log against a saved query and write an HTML page of the strongest proponents and opponents."""
     _require_folder(out)

@@ -97,15 +97,13 @@ class DemoConfig:
 
     @property
     def learning_rate(self) -> float:
-        if self.finetune_lr is not None:
-            return self.finetune_lr
-        return 8e-3 if self.model is None else 5e-5
+        default = 8e-3 if self.model is None else 5e-5
+        return default if self.finetune_lr is None else self.finetune_lr
 
     @property
     def watched(self) -> tuple[str, ...]:
-        if self.include is not None:
-            return self.include
-        return ("*o_proj", "*down_proj") if self.model is None else ("*",)
+        default = ("*o_proj", "*down_proj") if self.model is None else ("*",)
+        return default if self.include is None else self.include
 
     @property
     def processes(self) -> int:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -72,40 +72,32 @@ def find_count(trainer: Any, inputs: Mapping[str, Any], num_items: Any) -> Count
 
 @dataclass(frozen=True)
 class _Loss:
-    """A trainer's loss of one micro-batch, to be run with other labels, with other inputs or for more items."""
+    """A trainer's loss of one micro-batch, to be run with other entries of the batch or for more items."""
 
     trainer: Any
     inputs: Mapping[str, Any]
     labels: Tensor  # the micro-batch's own
     num_items: Any  # Trainer's num_items_in_batch, or None
 
-    def __call__(self, labels: Tensor, inputs: Mapping[str, Any] | None = None, *, times_items: int = 1) -> Tensor:
-        """Compute the loss; ``inputs`` replace the batch's of the same names."""
+    def __call__(self, entries: Mapping[str, Tensor], times_items: int = 1) -> Tensor:
         num_items = None if self.num_items is None else times_items * self.num_items
-        batch = {**self.inputs, **(inputs or {}), "labels": labels}
-        return self.trainer.compute_loss(self.trainer.model, batch, num_items_in_batch=num_items)
-
-
-class _Part(NamedTuple):
-    """Labels, and the inputs that replace the batch's."""
-
-    labels: Tensor
-    inputs: Mapping[str, Any] | None = None
+        inputs = {**self.inputs, **entries}
+        return self.trainer.compute_loss(self.trainer.model, inputs, num_items_in_batch=num_items)
 
 
 @dataclass(frozen=True)
 class _Trial:
-    """A batch, and two parts that have each of its labels once between them."""
+    """Entries of a batch, and of two parts that have each of its labels once between them."""
 
-    whole: _Part
-    first: _Part
-    second: _Part
+    whole: Mapping[str, Tensor]
+    first: Mapping[str, Tensor]
+    second: Mapping[str, Tensor]
 
 
 def _explain(loss: _Loss) -> Count | None:
     """Return what the loss is divided by, or None if it is neither of the two that can be told."""
     if loss.num_items is not None:
-        zeros = torch.zeros_like(loss.labels)
+        zeros = {"labels": torch.zeros_like(loss.labels)}
         once, twice = loss(zeros), loss(zeros, times_items=2)
         if math.isclose(once, 2 * twice, rel_tol=TOLERANCE):
             return lambda _, num_items: num_items
@@ -129,21 +121,21 @@ def _number_of_labels(labels: Tensor, shift: int) -> Tensor:
 
 def _is_mean_over_labels(loss: _Loss) -> bool:
     """Whether the loss divides by the number of labels: over none it is 0 / 0, which is not a number."""
-    return math.isnan(loss(torch.full_like(loss.labels, IGNORED)))
+    return math.isnan(loss({"labels": torch.full_like(loss.labels, IGNORED)}))
 
 
 def _shift(loss: _Loss) -> int:
     """How many labels at a sample's front are not counted: with only the first, a loss that shifts is 0 / 0."""
     only_first = torch.full_like(loss.labels, IGNORED)
     only_first[..., 0] = 0
-    return int(loss.labels.dim() > 1 and math.isnan(loss(only_first)))
+    return int(loss.labels.dim() > 1 and math.isnan(loss({"labels": only_first})))
 
 
 def _adds_up(loss: _Loss, trial: _Trial, shift: int, tolerance: float) -> bool:
     """Whether the sum over all labels, the loss times their number, is the sum over those of both parts."""
     sums = []
-    for labels, inputs in (trial.whole, trial.first, trial.second):
-        number, mean = int(_number_of_labels(labels, shift)), loss(labels, inputs)
+    for entries in (trial.whole, trial.first, trial.second):
+        number, mean = int(_number_of_labels(entries["labels"], shift)), loss(entries)
         sums.append(number * float(mean) if number else 0.0)
         tolerance = max(tolerance, 4 * torch.finfo(mean.dtype).eps)  # a loss may be in half precision
     return math.isclose(sums[0], sums[1] + sums[2], rel_tol=tolerance)
@@ -171,8 +163,8 @@ def label_trials(labels: Tensor, classes: int) -> Iterator[_Trial]:
     fewest = min(all_gather(int(counted.sum())))
     mixtures += [(place + start) % classes for start in range(2, classes, max(1, fewest))][:TRIALS]
     for mixture in mixtures:
-        mixed = mixture.where(counted, IGNORED)
-        yield _Trial(_Part(mixed), _Part(mixed.where(in_first, IGNORED)), _Part(mixed.where(~in_first, IGNORED)))
+        parts = (mixture.where(counted & chosen, IGNORED) for chosen in (counted, in_first, ~in_first))
+        yield _Trial(*({"labels": part} for part in parts))
 
 
 def _has_only_terms_of_labels(loss: _Loss, shift: int) -> bool:
@@ -207,25 +199,25 @@ def _sample_trial(loss: _Loss) -> _Trial | None:
     One sample alone gets a second beside it, with the same tokens turned by one place, so that terms without labels
     differ.
     """
-    labels, tokens = loss.labels, getattr(loss.trainer.model, "main_input_name", "input_ids")
-    inputs = {k: v for k, v in loss.inputs.items() if k != "labels" and not isinstance(v, int | float | str | None)}
-    if not all(isinstance(v, Tensor) and v.dim() and len(v) == len(labels) for v in inputs.values()):
+    # Numbers and strings hold for all samples.
+    entries = {k: v for k, v in loss.inputs.items() if not isinstance(v, int | float | str | None)}
+    entries["labels"] = labels = loss.labels
+    if not all(isinstance(v, Tensor) and v.dim() and len(v) == len(labels) for v in entries.values()):
         return None  # packed, or with parts of another batch axis, or lists
     if len(labels) == 1:
-        turned = inputs | {tokens: inputs[tokens].roll(1, -1)}
+        name = getattr(loss.trainer.model, "main_input_name", "input_ids")
+        turned = entries[name].roll(1, -1)
         # Flash attention looks for packed documents in one row alone, by its position_ids.
-        if "position_ids" in inputs or torch.equal(turned[tokens], inputs[tokens]):
+        if "position_ids" in entries or torch.equal(turned, entries[name]):
             return None
-        inputs = {k: torch.cat([v, turned[k]]) for k, v in inputs.items()}
-        labels = torch.cat([labels, labels])
-    half = len(labels) // 2
+        entries = {k: torch.cat([v, turned if k == name else v]) for k, v in entries.items()}
+    half = len(entries["labels"]) // 2
     if labels.dim() > 1:
         every_other = torch.arange(labels[0].numel(), device=labels.device).view(labels.shape[1:]) % 2 == 0
-        labels = torch.cat([labels[:half].where(every_other, IGNORED), labels[half:]])
-    first, second = (
-        _Part(labels[rows], {k: v[rows] for k, v in inputs.items()}) for rows in (slice(half), slice(half, None))
-    )
-    return _Trial(_Part(labels, inputs), first, second)
+        thinned = entries["labels"][:half].where(every_other, IGNORED)
+        entries["labels"] = torch.cat([thinned, entries["labels"][half:]])
+    first, second = ({k: v[rows] for k, v in entries.items()} for rows in (slice(half), slice(half, None)))
+    return _Trial(entries, first, second)
 
 
 def _roughness(trainer: Any) -> float:
@@ -265,11 +257,9 @@ def _run_as_in_training(trainer: Any, inputs: Mapping[str, Any], num_items: Any)
         if isinstance(tokens, Tensor):
             decoder_inputs["decoder_input_ids"] = tokens
 
-    made_of_labels = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and not (
-        {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys()
-    )
-    watched = made_of_labels and hasattr(model, "get_decoder")
-    with model.get_decoder().register_forward_pre_hook(note, with_kwargs=True) if watched else nullcontext():
+    decodes = getattr(getattr(model, "config", None), "is_encoder_decoder", False) and hasattr(model, "get_decoder")
+    makes = decodes and not {"decoder_input_ids", "decoder_inputs_embeds"} & inputs.keys()
+    with model.get_decoder().register_forward_pre_hook(note, with_kwargs=True) if makes else nullcontext():
         trainer.compute_loss(model, dict(inputs), num_items_in_batch=num_items)
     return decoder_inputs
 
