@@ -157,7 +157,7 @@ def label_trials(labels: Tensor, classes: int) -> Iterator[_Trial]:
     counted = labels != IGNORED
     place = (counted.flatten().cumsum(0) - 1).view(labels.shape)
     row = torch.arange(len(labels), device=labels.device).view(-1, *[1] * (labels.dim() - 1))
-    in_first = place % (3 + row) == 0
+    in_first = place % (3 + row) == 0  # a share that differs from sample to sample
     mixtures = [torch.where(place % 3 == 2, labels, place % 3)]
     # As often on all processes: a sharded model's forward passes are something that they do together.
     fewest = min(all_gather(int(counted.sum())))
