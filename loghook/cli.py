@@ -371,9 +371,8 @@ def demo(
     from loghook.demo import DemoConfig, run_demo
 
     make: Callable[..., DemoConfig] = DemoConfig.fast if fast else DemoConfig
-    run_demo(
-        make(
-            out=out, prompts=tuple(prompt or ()), model=model, dataset=dataset, rank=rank, seed=seed, device=device,
-            prove=proof, lds_subsets=lds,
-        )
+    config = make(
+        out=out, prompts=tuple(prompt or ()), model=model, dataset=dataset, rank=rank, seed=seed, device=device,
+        prove=proof, lds_subsets=lds,
     )  # fmt: skip
+    run_demo(config)
