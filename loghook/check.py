@@ -11,8 +11,8 @@ from loghook.capture.block import nothing_delivered
 from loghook.capture.models import describe_coverage, unwrap
 from loghook.capture.probe import LossFunction, Probe, left_alone
 from loghook.capture.select import HEAD, Watch, matches
-from loghook.comparison import TF32, TOLERANCE, Rows, compare, differ, explain, finite_samples, largest, only, some
-from loghook.errors import BatchError, ConfigError, DeliveryError, UnsupportedError
+from loghook.comparison import TF32, TOLERANCE, Rows, compare, differ, explain, finite_samples, in_words, largest, only
+from loghook.errors import BatchError, ConfigError, DeliveryError, UnsupportedError, some
 from loghook.processes import all_gather
 
 
@@ -48,7 +48,7 @@ class CheckReport:
         return not self.problems
 
     def __str__(self) -> str:
-        width = max([len(name) for name in self.errors] + [5])
+        width = max(map(len, ["layer", *self.errors]))
         lines = [describe_coverage(self.watched, self.coverage)]
         lines.append(f"{'layer':<{width}}  largest relative error (up to {self.tolerance:.0e} is rounding)")
         for name, error in self.errors.items():
@@ -56,19 +56,19 @@ class CheckReport:
             note += "  <-- wrong" if name in self.wrong else ""
             lines.append(f"{name:<{width}}  {error:.1e}{note}")
         lines += [f"PROBLEM: {problem}" for problem in self.problems]
-        worst = max(self.errors.values(), default=0.0)
-        good = f"all rows are exact, up to rounding ({worst:.0e})."
+        largest_error = max(self.errors.values(), default=0.0)
+        verdict = f"all rows are exact, up to rounding ({largest_error:.0e})."
         if self.not_compared:
             lines.append(
                 f"Autograd has no gradient of its own for {len(self.not_compared)} layers ({some(self.not_compared)}: "
                 "sharded, quantised, parametrised or tied weights): samples were compared with themselves alone."
             )
-            good = f"nothing is wrong, up to rounding ({worst:.0e}), as far as could be compared."
-        lines.append("loghook.check: " + (good if self else f"{len(self.problems)} problem(s)."))
+            verdict = f"nothing is wrong, up to rounding ({largest_error:.0e}), as far as could be compared."
+        lines.append("loghook.check: " + (verdict if self else f"{len(self.problems)} problem(s)."))
         return "\n".join(lines)
 
 
-def check(
+def check(  # noqa: D417 - five arguments share a line
     model: nn.Module,
     loss_fn: LossFunction,
     batch: Any,
@@ -91,11 +91,7 @@ def check(
         model: the user's model, in the mode (train or eval) in which it will be logged.
         loss_fn: ``loss_fn(model, batch)`` returns the loss that will be logged: a sum over samples.
         batch: a batch of at least two samples: a tensor, or a tuple, list or dict of tensors with the samples first.
-        include: as in ``run.watch``, like the next four.
-        exclude: patterns left out.
-        may_sleep: patterns of layers that may rightly not run.
-        flattened: patterns of layers with batch and tokens in one axis.
-        batch_dim: axis of samples.
+        include, exclude, may_sleep, flattened, batch_dim: as in ``run.watch``.
         segments: for packed batches, (B, S) as in ``run(..., segments=)``, or a function that makes it from the batch.
             A document is then compared with itself in a row of its own, cut out of the batch's tensors: those of
             shape (B, S, ...), and masks of shape (B, heads or 1, S, S). Pairs, (B, 1), are whole entries of the batch,
@@ -131,25 +127,26 @@ def check(
 def _examine(probe: Probe, report: CheckReport, may_sleep: str | Sequence[str]) -> Iterator[str]:
     """Yield what is wrong, until it leaves nothing to compare."""
     try:
-        found = probe.together()
+        batch = probe.together()
         again = probe.together(advance=True).rows
     except (DeliveryError, UnsupportedError, BatchError) as error:
         yield str(error)
         return
     report.tolerance = _tolerance(probe)
-    if len(found.silent) == len(probe.watched):
+    if len(batch.silent) == len(probe.watched):
         yield nothing_delivered(probe.watched)
         return
-    if problem := _silent(probe, found.silent, may_sleep):
+    if problem := _silent_layers(probe, batch.silent, may_sleep):
         yield problem
-    together = {name: rows for name, rows in found.rows.items() if name not in found.silent}
+    together = {name: rows for name, rows in batch.rows.items() if name not in batch.silent}
     finite = finite_samples(together)
     if not finite.all():
         yield _not_finite(probe.unit, together, finite)
-    problem = _random(probe, report.tolerance, only(together, finite), only(again, finite))
+    difference = _not_reproducible(probe, report.tolerance, only(together, finite), only(again, finite))
     # What ends the check of a sharded model on one process ends it on all, which run each sample together.
-    if problem := next(filter(None, all_gather(problem) if probe.sharded else [problem]), None):
-        yield problem
+    differences = list(filter(None, all_gather(difference) if probe.sharded else [difference]))
+    if differences:
+        yield differences[0]
         return
     try:
         alone = probe.gradients_alone()
@@ -162,12 +159,12 @@ def _examine(probe: Probe, report: CheckReport, may_sleep: str | Sequence[str]) 
             f"{probe.unit}s {_places(finite & ~chosen)} have rows in the batch, but alone they are not finite, as "
             "where a mean runs over no label: check a batch without them."
         )
-    compared = compare(probe, report.tolerance, found, alone, chosen)
-    if compared.wrong:
-        yield explain(compared)
-    report.errors, report.rounding = largest(compared.errors), largest(compared.rounding)
+    comparison = compare(probe, report.tolerance, together, batch.loss, alone, chosen)
+    if comparison.wrong:
+        yield explain(comparison)
+    report.errors, report.rounding = largest(comparison.errors), largest(comparison.rounding)
     report.not_compared = tuple(name for name in together if name in alone.captured)
-    report.wrong = compared.wrong
+    report.wrong = comparison.wrong
 
 
 def _tolerance(probe: Probe) -> float:
@@ -188,31 +185,31 @@ def _computes_in_tf32(model: nn.Module) -> bool:
     return "tf32" in (torch.backends.cuda.matmul.fp32_precision, conv.fp32_precision if convolves else None)
 
 
-def _silent(probe: Probe, silent: Collection[str], may_sleep: str | Sequence[str]) -> str | None:
+def _silent_layers(probe: Probe, silent: Collection[str], may_sleep: str | Sequence[str]) -> str | None:
     patterns = (may_sleep,) if isinstance(may_sleep, str) else may_sleep
     unexpected = {name for name in silent if not matches(name, patterns)}
     if not unexpected:
         return None
-    never = sorted(layer.name for layer in probe.watched if layer.name in unexpected and not layer.fired)
-    unreached = sorted(unexpected - set(never))
-    parts = [f"never ran: {some(never)}"] if never else []
-    parts += [f"ran, but no gradient reached them: {some(unreached)}"] if unreached else []
+    never_ran = sorted(layer.name for layer in probe.watched if layer.name in unexpected and not layer.fired)
+    unreached = sorted(unexpected - set(never_ran))
+    reasons = [f"never ran: {some(never_ran)}"] if never_ran else []
+    reasons += [f"ran, but no gradient reached them: {some(unreached)}"] if unreached else []
     return (
-        f"{len(unexpected)} layers delivered nothing ({'; '.join(parts)}): exclude them, or name them in "
+        f"{len(unexpected)} layers delivered nothing ({'; '.join(reasons)}): exclude them, or name them in "
         "watch(..., may_sleep=...) if they may rightly stay silent."
     )
 
 
 def _not_finite(unit: str, together: Rows, finite: Tensor) -> str:
-    off = [name for name, rows in together.items() if not rows.isfinite().all()]
+    layers = [name for name, rows in together.items() if not rows.isfinite().all()]
     return (
-        f"the rows of {unit}s {_places(~finite)} are not finite, in {len(off)} layers ({some(off)}), and a run refuses "
+        f"the rows of {unit}s {_places(~finite)} are not finite, in {in_words(layers)}, and a run refuses "
         "them: look for a division by zero, a mean over nothing, attention whose keys are all masked, an overflow. "
         "What follows is about the others."
     )
 
 
-def _random(probe: Probe, tolerance: float, together: Rows, again: Rows) -> str | None:
+def _not_reproducible(probe: Probe, tolerance: float, together: Rows, again: Rows) -> str | None:
     if not differ(again, together, tolerance):
         return None
     dropouts = [n for n, m in unwrap(probe.model).named_modules() if "Dropout" in type(m).__name__ and m.training]
@@ -225,5 +222,4 @@ def _random(probe: Probe, tolerance: float, together: Rows, again: Rows) -> str 
 
 
 def _places(chosen: Tensor) -> str:
-    places = chosen.nonzero().flatten().tolist()
-    return f"{str(places[:8])[:-1]}{', ...' if len(places) > 8 else ''}]"
+    return f"[{some(chosen.nonzero().flatten().tolist(), 8)}]"

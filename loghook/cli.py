@@ -16,6 +16,7 @@ import loghook
 from loghook.capture.models import by_reason
 from loghook.errors import ConfigError, LoghookError
 from loghook.log import maintain
+from loghook.project.projection import describe_projection
 
 app = typer.Typer(
     name="loghook",
@@ -30,6 +31,8 @@ Query = Annotated[Path, typer.Argument(help="A query saved with query.save(...).
 Method = Annotated[str, typer.Option(help="dot, cosine, fisher, kfac, ekfac or shampoo.")]
 Damping = Annotated[float, typer.Option(help="Times the mean eigenvalue of each layer.")]
 Normalize = Annotated[str | None, typer.Option(help="unit or relatif.")]
+Top = Annotated[int, typer.Option(min=1, help="Proponents shown for each question.")]
+Bottom = Annotated[int, typer.Option(min=0, help="Opponents shown for each question.")]
 _LINES = 'a JSON object with "id" and "text"'
 
 
@@ -71,8 +74,8 @@ def _command(function: Callable[..., Any]) -> Callable[..., Any]:
     return app.command()(wrapped)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _print_version(asked_for: bool) -> None:
+    if asked_for:
         typer.echo(f"loghook {loghook.__version__}")
         raise typer.Exit
 
@@ -80,7 +83,7 @@ def _version(wanted: bool) -> None:
 @app.callback()
 def _main(
     version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None: ...
 
@@ -92,9 +95,10 @@ def info(
     """Say what a run holds: rows, layers, coverage, projection, statistics, where it came from."""
     log = loghook.load(run)
     m = log.manifest
+    size = sum(file.stat().st_size for file in log.path.iterdir() if file.is_file())
     facts = {
         "path": str(log.path), "rows": len(log), "finished": log.finished,
-        "bytes": sum(file.stat().st_size for file in log.path.iterdir() if file.is_file()),
+        "bytes": size,
         "values_a_row": log.layout.width, "layers": log.layers,
         "covered": m.coverage["covered"] / max(1, m.coverage["total"]), "not_covered": m.coverage["not_covered"],
         "projection": m.projection, "rank": m.rank, "seed": m.seed, "whitening": m.whitening, "gradient": m.gradient,
@@ -108,41 +112,44 @@ def info(
     }  # fmt: skip
     if as_json:
         typer.echo(json.dumps(facts, indent=1))
-        return
-    state = "finished" if facts["finished"] else "not finished (rows so far; resume=True goes on)"
-    typer.echo(f"{log.path}: {len(log):,} rows, {state}, {facts['bytes'] / 1e6:,.1f} MB on disk")
-    kind = "whole gradients" if m.projection == "none" else f"{m.projection} projection, rank {m.rank}, seed {m.seed}"
-    if m.whitening is not None:
-        kind += f", whitening {m.whitening:g}"
-    if m.gradient != "plain":
-        kind += f", gradient {m.gradient}"
-    typer.echo(f"  {log.layout.width:,} values a row in {m.dtype}; {kind}")
+    else:
+        typer.echo("\n  ".join(_describe(log, size)))
+
+
+def _describe(log: loghook.Log, size: int) -> Iterator[str]:
+    """Yield the lines of ``info``; all but the first are indented."""
+    m = log.manifest
+    state = "finished" if log.finished else "not finished (rows so far; resume=True goes on)"
+    yield f"{log.path}: {len(log):,} rows, {state}, {size / 1e6:,.1f} MB on disk"
+    kind = describe_projection(m.projection, m.rank)
+    kind += f", seed {m.seed}" if m.projection != "none" else ""
+    kind += f", whitening {m.whitening:g}" if m.whitening is not None else ""
+    kind += f", gradient {m.gradient}" if m.gradient != "plain" else ""
+    yield f"{log.layout.width:,} values a row in {m.dtype}; {kind}"
     if m.fidelity is not None:
-        typer.echo(f"  fidelity {m.fidelity['pearson']:.3f} to {m.fidelity['reference']}, as tuned")
+        yield f"fidelity {m.fidelity['pearson']:.3f} to {m.fidelity['reference']}, as tuned"
     if not len(log):
-        typer.echo("  nothing is committed yet")
-    typer.echo(
-        f"  {len(log.layers)} layers with {facts['covered']:.1%} of {m.coverage['total']:,} parameters (--json: all)"
-    )
+        yield "nothing is committed yet"
+    share = m.coverage["covered"] / max(1, m.coverage["total"])
+    yield f"{len(log.layers)} layers with {share:.1%} of {m.coverage['total']:,} parameters (--json: all)"
     for reason, items in by_reason(m.coverage).items():
-        size = sum(item["parameters"] for item in items)
         more = f" and {len(items) - 1} more" if len(items) > 1 else ""
-        typer.echo(f"    not covered: {items[0]['name'] or '(model)'}{more}, {size:,} parameters ({reason})")
-    typer.echo(f"  {log.repeats:,} repeats left out, {len(log.flagged):,} samples flagged as not finite")
-    if m.parameters.get("first") and m.parameters.get("last"):
-        same = m.parameters["first"] == m.parameters["last"]
-        typer.echo(f"  parameters {'unchanged while logging' if same else 'changed while logging (as in training)'}")
+        parameters = sum(item["parameters"] for item in items)
+        yield f"  not covered: {items[0]['name'] or '(model)'}{more}, {parameters:,} parameters ({reason})"
+    yield f"{log.repeats:,} repeats left out, {len(log.flagged):,} samples flagged as not finite"
+    first, last = m.parameters.get("first"), m.parameters.get("last")
+    if first and last:
+        yield f"parameters {'unchanged while logging' if first == last else 'changed while logging (as in training)'}"
     if m.no_statistics is not None:
-        typer.echo(f"  no statistics, so that kfac and ekfac cannot score it: {m.no_statistics}")
+        yield f"no statistics, so that kfac and ekfac cannot score it: {m.no_statistics}"
     if log.unmeasured:
-        typer.echo(f"  {log.unmeasured:,} rows are not in the statistics: their batches held rows that were not finite")
+        yield f"{log.unmeasured:,} rows are not in the statistics: their batches held rows that were not finite"
     if log.asleep:
-        typer.echo(f"  {len(log.asleep)} layers slept in some batches; their rows there are zero (--json: how many)")
-    for torn in log.torn:
-        typer.echo(f"  {torn}")
-    created, versions = m.provenance.get("created", "?"), m.provenance.get("versions", {})
-    typer.echo(f"  made {created} with " + ", ".join(f"{k} {v}" for k, v in versions.items()))
-    typer.echo(f"  fingerprint {log.fingerprint}")
+        yield f"{len(log.asleep)} layers slept in some batches; their rows there are zero (--json: how many)"
+    yield from log.torn
+    versions = ", ".join(f"{package} {version}" for package, version in m.provenance.get("versions", {}).items())
+    yield f"made {m.provenance.get('created', '?')} with {versions}"
+    yield f"fingerprint {log.fingerprint}"
 
 
 @_command
@@ -160,15 +167,15 @@ def verify(run: Run) -> None:
 @_command
 def repair(run: Run) -> None:
     """Drop what is damaged, keep what is good, and list the ids to log again (one JSON value a line)."""
-    done = maintain.repair(run)
-    for note in done.notes:
+    repaired = maintain.repair(run)
+    for note in repaired.notes:
         typer.secho(note, fg="red", err=True)
-    if not done.notes:
-        typer.echo(f"{run}: {done.rows:,} rows, nothing to repair")
+    if not repaired.notes:
+        typer.echo(f"{run}: {repaired.rows:,} rows, nothing to repair")
         return
-    typer.secho(f"{run}: {done.rows:,} rows are good; to log again: {len(done.ids):,} ids", err=True)
+    typer.secho(f"{run}: {repaired.rows:,} rows are good; to log again: {len(repaired.ids):,} ids", err=True)
     typer.secho("`loghook append` opens a finished run, loghook.init(..., resume=True) logs them.", err=True)
-    for data_id in done.ids:
+    for data_id in repaired.ids:
         typer.echo(json.dumps(data_id))
 
 
@@ -185,12 +192,12 @@ def merge(
     runs: Annotated[list[Path], typer.Argument(help="Finished runs with the same layers.", metavar="RUN...")],
 ) -> None:
     """Join finished runs, for instance of several machines, into a new one; the old ones stay."""
-    done = maintain.merge(out, runs)
-    for note in done.notes:
+    merged = maintain.merge(out, runs)
+    for note in merged.notes:
         typer.secho(note, fg="yellow", err=True)
-    again = done.rows - len(maintain.Reader(out))
-    repeated = f", of which {again:,} are repeats that readers leave out" if again else ""
-    typer.echo(f"{out}: {done.rows:,} rows of {len(runs)} runs{repeated}")
+    repeats = merged.rows - len(loghook.load(out))
+    left_out = f", of which {repeats:,} are repeats that readers leave out" if repeats else ""
+    typer.echo(f"{out}: {merged.rows:,} rows of {len(runs)} runs{left_out}")
 
 
 @_command
@@ -248,11 +255,12 @@ def delete(
     id_type = loghook.load(run).manifest.id_type
     if not ids and ids_file is None:
         raise ConfigError("nothing names the rows to delete: pass --ids or --ids-file.")
-    wanted = [_parse_id(id_type, text) for text in ids or ()]
+    texts = list(ids or ())
     if ids_file is not None:
-        wanted += [_parse_id(id_type, str(value)) for value in _read_lines(ids_file, "a JSON value")]
-    done = maintain.delete(run, wanted, keep_statistics=keep_statistics)
-    typer.echo(f"{run}: {done.dropped:,} rows deleted, {done.rows:,} left")
+        texts += map(str, _read_lines(ids_file, "a JSON value"))
+    data_ids = [_parse_id(id_type, text) for text in texts]
+    changed = maintain.delete(run, data_ids, keep_statistics=keep_statistics)
+    typer.echo(f"{run}: {changed.dropped:,} rows deleted, {changed.rows:,} left")
     if not keep_statistics:
         typer.echo("the statistics went with them, so that kfac and ekfac cannot score it: take fisher or shampoo")
 
@@ -263,7 +271,7 @@ def _parse_id(id_type: str, text: str) -> int | str:
     return int(text) if id_type == "int" else text
 
 
-def _shown(data_id: object) -> str:
+def _printable(data_id: object) -> str:
     """An id as a terminal may show it: one line, and no commands to it."""
     return str(data_id) if str(data_id).isprintable() else ascii(data_id)
 
@@ -281,8 +289,8 @@ def score(
     method: Method = "ekfac",
     damping: Damping = 0.1,
     normalize: Normalize = None,
-    top: Annotated[int, typer.Option(min=1, help="Proponents shown for each question.")] = 10,
-    bottom: Annotated[int, typer.Option(min=0, help="Opponents shown for each question.")] = 0,
+    top: Top = 10,
+    bottom: Bottom = 0,
     out: Annotated[Path | None, typer.Option(help="Also write all scores to this safetensors file.")] = None,
 ) -> None:
     """Score a log against a saved query and print the strongest proponents of each question.
@@ -292,8 +300,8 @@ def score(
     _require_folder(out)
     with _processes() as first:
         log, questions = loghook.load(run), loghook.Query.load(query)
-        keep = None if out or bottom else top
-        scores = log.influence(questions, method, damping=damping, normalize=normalize, top=keep)
+        only_best = None if out or bottom else top
+        scores = log.influence(questions, method, damping=damping, normalize=normalize, top=only_best)
         if not first:
             return
         if out:
@@ -301,9 +309,9 @@ def score(
             typer.echo(f"scores written to {out}")
         opponents = scores.bottom(bottom) if bottom else [[]] * len(scores.query_ids)
         for query_id, best, worst in zip(scores.query_ids, scores.top(top), opponents, strict=True):
-            typer.echo(_shown(query_id))
+            typer.echo(_printable(query_id))
             for record in (*best, *worst):
-                typer.echo(f"  {record.score:+.6g}  {_shown(record.data_id)}")
+                typer.echo(f"  {record.score:+.6g}  {_printable(record.data_id)}")
 
 
 @_command
@@ -316,33 +324,34 @@ def report(
     method: Method = "ekfac",
     damping: Damping = 0.1,
     normalize: Normalize = None,
-    top: Annotated[int, typer.Option(min=1, help="Proponents shown for each question.")] = 10,
-    bottom: Annotated[int, typer.Option(min=0, help="Opponents shown for each question.")] = 5,
+    top: Top = 10,
+    bottom: Bottom = 5,
 ) -> None:
     """Score a log against a saved query and write an HTML page of the strongest proponents and opponents."""
     _require_folder(out)
-    shown, asked = (None if file is None else _read_texts(file) for file in (texts, questions))
+    row_texts, question_texts = (None if file is None else _read_texts(file) for file in (texts, questions))
     scores = loghook.load(run).influence(
         loghook.Query.load(query), method, damping=damping, normalize=normalize, top=None if bottom else top
     )
-    scores.report(out, texts=shown, questions=asked, top=top, bottom=bottom)
+    scores.report(out, texts=row_texts, questions=question_texts, top=top, bottom=bottom)
     typer.echo(f"{out}: {len(scores.query_ids):,} questions")
 
 
 def _read_texts(file: Path) -> dict[int | str, str]:
     records = _read_lines(file, _LINES)
-    odd = [r for r in records if not isinstance(r, dict) or not isinstance(r.get("text"), str) or "id" not in r]
-    if odd:
-        raise ConfigError(f"{file} has {json.dumps(odd[0])[:100]}: it must hold {_LINES} on each line.")
+    for record in records:
+        if not isinstance(record, dict) or not isinstance(record.get("text"), str) or "id" not in record:
+            raise ConfigError(f"{file} has {json.dumps(record)[:100]}: it must hold {_LINES} on each line.")
     return {record["id"]: record["text"] for record in records}
 
 
-def _read_lines(file: Path, what: str) -> list[Any]:
+def _read_lines(file: Path, rule: str) -> list[Any]:
+    """Read a JSON value from each line; ``rule`` says in an error what they must be."""
     try:
         with file.open(encoding="utf-8") as lines:
             return [json.loads(line) for line in lines if line.strip()]
     except ValueError as error:
-        raise ConfigError(f"{file} cannot be read ({error}): it must hold {what} on each line.") from error
+        raise ConfigError(f"{file} cannot be read ({error}): it must hold {rule} on each line.") from error
 
 
 @_command
@@ -361,6 +370,9 @@ def demo(
     """Fine-tune on Python's reference, log it, ask what made the model say this, and prove it: about five minutes."""
     from loghook.demo import DemoConfig, run_demo
 
-    make = DemoConfig.fast if fast else DemoConfig
-    chosen = {"model": model, "dataset": dataset, "rank": rank, "seed": seed, "device": device}
-    run_demo(make(out=out, prompts=tuple(prompt or ()), prove=proof, lds_subsets=lds, **chosen))  # type: ignore[arg-type]
+    make: Callable[..., DemoConfig] = DemoConfig.fast if fast else DemoConfig
+    config = make(
+        out=out, prompts=tuple(prompt or ()), model=model, dataset=dataset, rank=rank, seed=seed, device=device,
+        prove=proof, lds_subsets=lds,
+    )  # fmt: skip
+    run_demo(config)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loghook.capture.probe import Alone, Found, Probe
+from loghook.capture.probe import Alone, Probe
+from loghook.errors import some
 
 Rows = dict[str, Tensor]  # by layer
 
@@ -35,7 +36,8 @@ class Comparison:
     alone: Rows  # by autograd
     hooked: Rows  # alone as well
     chosen: Tensor  # which samples are compared
-    losses: tuple[float, list[float]]  # of the batch, and of each sample alone
+    batch_loss: float
+    losses: list[float]  # of each sample alone
     nothing: Tensor  # see ``rounding_alone``
     errors: Rows
     rounding: Rows  # how far rounding moves ``alone``; of layers with an error above the tolerance
@@ -43,44 +45,48 @@ class Comparison:
     wrong: tuple[str, ...]
 
 
-def compare(probe: Probe, tolerance: float, found: Found, alone: Alone, chosen: Tensor) -> Comparison:
+def compare(
+    probe: Probe, tolerance: float, together: Rows, batch_loss: float, alone: Alone, chosen: Tensor
+) -> Comparison:
     """Compare the layers that delivered, and let errors pass that rounding makes."""
-    together = only({name: rows for name, rows in found.rows.items() if name not in found.silent}, chosen)
-    rows, hooked = (only({name: of[name] for name in together}, chosen) for of in (alone.rows, alone.hooked))
+    together = only(together, chosen)
+    rows = only({name: alone.rows[name] for name in together}, chosen)
+    hooked = only({name: alone.hooked[name] for name in together}, chosen)
     nothing = rounding_alone(rows, tolerance)
     errors, rounding = relative_errors(together, rows, nothing), {}
-    above = {name for name, error in largest(errors).items() if not error <= tolerance}
+    above = [name for name, error in largest(errors).items() if not error <= tolerance]
     if above or probe.sharded:  # whose gathering all processes do together, whatever each of them finds
         with probe.rounded_otherwise():
             otherwise = only(probe.gradients_alone().rows, chosen)
         rounding = relative_errors(otherwise, rows, nothing)
-    limits = {name: (_TIMES * each).clamp(tolerance, _MOST) for name, each in rounding.items()}
+    limits = {name: (_TIMES * moved).clamp(tolerance, _MOST) for name, moved in rounding.items()}
     return Comparison(
-        probe, tolerance, together, rows, hooked, chosen, (found.loss, alone.losses), nothing, errors,
-        rounding={name: each for name, each in rounding.items() if name in above}, limits=limits,
-        wrong=tuple(name for name in errors if name in above and not (errors[name] <= limits[name]).all()),
+        probe, tolerance, together, rows, hooked, chosen, batch_loss, alone.losses, nothing, errors,
+        rounding={name: rounding[name] for name in above}, limits=limits,
+        wrong=tuple(name for name in above if not (errors[name] <= limits[name]).all()),
     )  # fmt: skip
 
 
-def explain(found: Comparison) -> str:
+def explain(comparison: Comparison) -> str:
     """Say what makes layers wrong: the first explanation that fits."""
-    return _scaled(found) or _other_layers(found) or _drowned(found) or _misplaced(found) or _mixed(found)
+    explanations = (_scaled, _other_layers, _drowned, _misplaced, _mixed)
+    return next(filter(None, (explanation(comparison) for explanation in explanations)))
 
 
-def _scaled(found: Comparison) -> str | None:
+def _scaled(comparison: Comparison) -> str | None:
     """Whether rows in the batch are multiples of those alone, as where the loss is a mean."""
-    a, b = (torch.cat([rows.flatten(1) for rows in of.values()], 1) for of in (found.together, found.alone))
-    norm = b.square().sum(1)
-    factors = torch.where(norm > 0, (a * b).sum(1) / norm.clamp(min=1e-300), 1.0)  # in the least-squares sense
-    rescaled = relative_errors(
-        found.together, {name: rows * factors[:, None, None] for name, rows in found.alone.items()}, found.nothing
-    )
-    close = all((each <= found.limits[name].clamp(min=1e-3)).all() for name, each in rescaled.items())
+    together = torch.cat([rows.flatten(1) for rows in comparison.together.values()], 1)
+    alone = torch.cat([rows.flatten(1) for rows in comparison.alone.values()], 1)
+    norm = alone.square().sum(1)
+    factors = torch.where(norm > 0, (together * alone).sum(1) / norm.clamp(min=1e-300), 1.0)  # by least squares
+    rescaled = {name: rows * factors[:, None, None] for name, rows in comparison.alone.items()}
+    errors = relative_errors(comparison.together, rescaled, comparison.nothing)
+    close = all((error <= comparison.limits[name].clamp(min=1e-3)).all() for name, error in errors.items())
     # Else factors leave as much unexplained as they explain.
-    if not close or not (factors - 1).abs().max() > 2 * max(largest(rescaled).values()):
+    if not close or not (factors - 1).abs().max() > 2 * max(largest(errors).values()):
         return None
-    loss, singles = found.losses
-    factors, size, unit = factors[norm > 0], len(singles), found.probe.unit
+    losses, unit = comparison.losses, comparison.probe.unit
+    factors, size = factors[norm > 0], len(losses)
     if (factors * size - 1).abs().max() < 1e-2:
         remedy = (
             f"It is a mean over the {size} {unit}s: pass run(..., scale={size}), or sum the loss (and check it with "
@@ -94,81 +100,80 @@ def _scaled(found: Comparison) -> str | None:
         )
     return (
         f"the loss is no sum over {unit}s: rows in the batch are {factors.min():.6g} to {factors.max():.6g} times "
-        f"those of each alone (loss of the batch {loss:.4g}; sum of its {unit}s' losses {sum(singles):.4g}). {remedy}"
+        f"those of each alone (loss of the batch {comparison.batch_loss:.4g}; sum of its {unit}s' losses "
+        f"{sum(losses):.4g}). {remedy}"
     )
 
 
-def _other_layers(found: Comparison) -> str | None:
+def _other_layers(comparison: Comparison) -> str | None:
     """Whether layers' rows alone are wrong as well."""
-    hooked = relative_errors(found.hooked, found.alone, found.nothing)
-    other = [name for name in found.wrong if not (hooked[name] <= found.limits[name]).all()]
-    if not other:
+    hooked = relative_errors(comparison.hooked, comparison.alone, comparison.nothing)
+    wrong_alone = [name for name in comparison.wrong if not (hooked[name] <= comparison.limits[name]).all()]
+    if not wrong_alone:
         return None
     return (
-        f"the rows of {len(other)} layers ({some(other)}) are not their gradients for a {found.probe.unit} alone "
-        "either: they compute something else than their adapter says (a forward replaced on the object, a hook that "
-        "changes what goes in or comes out), or a weight is read without calling its module. Exclude them, or write an "
-        "adapter (docs/adapters.md)."
+        f"the rows of {in_words(wrong_alone)} are not their gradients for a {comparison.probe.unit} alone either: they "
+        "compute something else than their adapter says (a forward replaced on the object, a hook that changes what "
+        "goes in or comes out), or a weight is read without calling its module. Exclude them, or write an adapter "
+        "(docs/adapters.md)."
     )
 
 
-def _drowned(found: Comparison) -> str | None:
+def _drowned(comparison: Comparison) -> str | None:
     """Whether rounding does as much."""
-    if not all((found.errors[name] <= _TIMES * found.rounding[name]).all() for name in found.wrong):
+    if not all((comparison.errors[name] <= _TIMES * comparison.rounding[name]).all() for name in comparison.wrong):
         return None
-    wider = "float32" if found.tolerance > TF32 else "float64" if found.tolerance > 1e-9 else None
+    wider = "float32" if comparison.tolerance > TF32 else "float64" if comparison.tolerance > 1e-9 else None
     return (
-        f"rounding alone moves the gradients of {len(found.wrong)} layers ({some(found.wrong)}) by up to "
-        f"{max(largest(found.rounding).values()):.1g} of their size, so nothing can be compared: "
+        f"rounding alone moves the gradients of {in_words(comparison.wrong)} by up to "
+        f"{max(largest(comparison.rounding).values()):.1g} of their size, so nothing can be compared: "
         f"{f'check in {wider}' if wider else 'leave out samples with next to no gradient, or exclude the layers'}."
     )
 
 
-def _misplaced(found: Comparison) -> str | None:
+def _misplaced(comparison: Comparison) -> str | None:
     """Whether rows are right together, so that only whose they are is wrong."""
-    together, alone = (
-        {name: rows[name].sum(0, keepdim=True) for name in found.wrong} for rows in (found.together, found.alone)
-    )
-    if not all(
-        (error <= 1e-2 * found.errors[name].max()).all() for name, error in relative_errors(together, alone).items()
-    ):
+    together = {name: comparison.together[name].sum(0, keepdim=True) for name in comparison.wrong}
+    alone = {name: comparison.alone[name].sum(0, keepdim=True) for name in comparison.wrong}
+    errors = largest(relative_errors(together, alone))
+    if not all(errors[name] <= 1e-2 * comparison.errors[name].max() for name in errors):
         return None
     return (
-        f"the rows of {len(found.wrong)} layers ({some(found.wrong)}) are wrong one by one and right in their sum: "
-        f"their tokens are not in the order of {found.probe.unit}s that is assumed (time before batch in a layer that "
-        "is declared flattened, a batch_dim that is another, segments of other tokens). Mend that, or exclude them."
+        f"the rows of {in_words(comparison.wrong)} are wrong one by one and right in their sum: their tokens are not "
+        f"in the order of {comparison.probe.unit}s that is assumed (time before batch in a layer that is declared "
+        "flattened, a batch_dim that is another, segments of other tokens). Mend that, or exclude them."
     )
 
 
-def _mixed(found: Comparison) -> str:
+def _mixed(comparison: Comparison) -> str:
     """Where samples mix: the first layer whose *input* depends on the rest of the batch."""
-    probe = found.probe
-    what = f"{probe.unit}s influence each other: the rows of {len(found.wrong)} layers ({some(found.wrong)})"
+    probe = comparison.probe
+    statement = f"{probe.unit}s influence each other: the rows of {in_words(comparison.wrong)}"
     if probe.sharded:  # other processes may have found nothing wrong, and would not gather the weights
-        return f"{what} depend on the rest of the batch; check the model before it is sharded to see where."
+        return f"{statement} depend on the rest of the batch; check the model before it is sharded to see where."
     inputs = probe.together(synchronised=False).inputs
     names, first = list(inputs), len(inputs)
-    for i, one in enumerate(probe.each_alone()):
-        if found.chosen[i]:
-            errors = relative_errors({name: rows[i : i + 1] for name, rows in inputs.items()}, one.inputs)
-            first = min([first, *(names.index(name) for name, error in largest(errors).items() if not error <= 1e-3)])
+    for i, alone in enumerate(probe.each_alone()):
+        if comparison.chosen[i]:
+            errors = largest(relative_errors({name: rows[i : i + 1] for name, rows in inputs.items()}, alone.inputs))
+            first = min([first, *(names.index(name) for name, error in errors.items() if not error <= 1e-3)])
     before, after = _SUSPECTS[probe.unit]
     where = (
         f"the input of {names[first]!r} is the first that does so: look at what comes before it ({before})"
         if first < len(names)
         else f"inputs of layers do not, so look at the loss ({after}) and at weights read without calling their module"
     )
-    return f"{what} depend on the rest of the batch; {where}."
+    return f"{statement} depend on the rest of the batch; {where}."
 
 
 def finite_samples(rows: Rows) -> Tensor:
     """Which samples have finite rows in all layers, (B,)."""
-    return torch.stack([of.flatten(1).isfinite().all(1) for of in rows.values()]).all(0)
+    return torch.stack([layer.flatten(1).isfinite().all(1) for layer in rows.values()]).all(0)
 
 
 def only(rows: Rows, chosen: Tensor) -> Rows:
     """Rows with zeros for samples that are not compared; nan would make each comparison, and each maximum, void."""
-    return {name: of.where(chosen[:, None, None], 0.0) for name, of in rows.items()}
+    return {name: layer.where(chosen[:, None, None], 0.0) for name, layer in rows.items()}
 
 
 def rounding_alone(rows: Rows, tolerance: float) -> Tensor:
@@ -177,7 +182,7 @@ def rounding_alone(rows: Rows, tolerance: float) -> Tensor:
     Rounding is a share of the largest layer's row: queries of attention over a single key are their own differences.
     """
     eps = torch.finfo(torch.float64 if tolerance <= TOLERANCE[torch.float64] else torch.float32).eps
-    return _NOTHING * eps * torch.stack([of.flatten(1).norm(dim=1) for of in rows.values()]).amax(0)
+    return _NOTHING * eps * torch.stack([layer.flatten(1).norm(dim=1) for layer in rows.values()]).amax(0)
 
 
 def relative_errors(a: Rows, b: Rows, nothing: Tensor | float = 0.0) -> Rows:
@@ -185,24 +190,23 @@ def relative_errors(a: Rows, b: Rows, nothing: Tensor | float = 0.0) -> Rows:
 
     Rows that are both ``nothing`` are equal.
     """
-    found = {}
+    errors = {}
     for name, rows in b.items():
-        norms, off = rows.flatten(1).norm(dim=1), (a[name] - rows).flatten(1).norm(dim=1)
-        off = off.masked_fill((norms <= nothing) & (off <= nothing), 0.0)
+        norms, distances = rows.flatten(1).norm(dim=1), (a[name] - rows).flatten(1).norm(dim=1)
+        distances = distances.masked_fill((norms <= nothing) & (distances <= nothing), 0.0)
         floor = float(norms.max()) * 1e-3
-        found[name] = off / norms.clamp(min=floor) if floor else (off > 0).to(off)
-    return found
+        errors[name] = distances / norms.clamp(min=floor) if floor else (distances > 0).to(distances)
+    return errors
 
 
 def differ(a: Rows, b: Rows, tolerance: float) -> bool:
-    return not all(
-        error <= tolerance for error in largest(relative_errors(a, b, rounding_alone(b, tolerance))).values()
-    )
+    errors = largest(relative_errors(a, b, rounding_alone(b, tolerance)))
+    return not all(error <= tolerance for error in errors.values())
 
 
 def largest(errors: Rows) -> dict[str, float]:
-    return {name: float(each.max()) for name, each in errors.items()}
+    return {name: float(error.max()) for name, error in errors.items()}
 
 
-def some(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names[:4])) + (", ..." if len(names) > 4 else "")
+def in_words(layers: Sequence[str]) -> str:
+    return f"{len(layers)} layers ({some(layers)})"

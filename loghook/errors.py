@@ -17,6 +17,11 @@ def user_line() -> int:
     return level
 
 
+def some(values: Sequence[object], most: int = 4) -> str:
+    """Show the first few values, for a message."""
+    return ", ".join(map(repr, values[:most])) + (", ..." if len(values) > most else "")
+
+
 class LoghookError(Exception):
     """Base of every error that loghook raises on purpose."""
 

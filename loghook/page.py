@@ -51,8 +51,8 @@ def render_scores(scores: Scores, texts: Texts | None, questions: Texts | None, 
         "sign": scores.sign, "fingerprint": scores.fingerprint,
     }  # fmt: skip
     lead = f"{len(scores.data_ids):,} training samples, scored for each of {len(cards):,} questions: {scores.method}."
-    shown = {name: value for name, value in facts.items() if value not in (None, "")}
-    return render(lead, [render_cards(cards), render_facts("How they were made", shown)])
+    facts = {name: value for name, value in facts.items() if value not in (None, "")}
+    return render(lead, [render_cards(cards), render_facts("How they were made", facts)])
 
 
 def _text(argument: str, texts: Texts | None, data_id: int | str) -> str:
@@ -67,14 +67,14 @@ def _text(argument: str, texts: Texts | None, data_id: int | str) -> str:
         ) from error
 
 
-def render(lead: str, parts: Iterable[str]) -> str:
+def render(lead: str, sections: Iterable[str]) -> str:
     """A page: a sentence under the title, and what follows."""
     title = "loghook: which training data made the model say this?"
     return (
         f"<!doctype html>\n<html lang=en><head><meta charset=utf-8><title>{title}</title>"
         '<meta name=viewport content="width=device-width, initial-scale=1">'
         f"<style>{_STYLE}</style></head>\n<body><main><h1>{title}</h1><p class=lead>{escape(lead)}</p>\n"
-        + "\n".join(parts)
+        + "\n".join(sections)
         + "</main></body></html>\n"
     )
 
@@ -91,13 +91,12 @@ def render_cards(cards: Iterable[Card]) -> str:
 
 def _card(card: Card) -> str:
     before = f"<span class=dim>{escape(card.before)}</span>" if card.before else ""
-    asked = f"<pre class=asked>{before}{escape(card.text)}</pre>" if card.before or card.text else ""
-    con = _ranking(card.opponents, "con")
-    less = f"<details><summary>Opponents: training on these made it less likely</summary>{con}</details>"
+    question = f"<pre class=asked>{before}{escape(card.text)}</pre>" if card.before or card.text else ""
+    pro, con = _ranking(card.proponents, "pro"), _ranking(card.opponents, "con")
+    proponents = f"<details open><summary>Proponents: training on these made it likelier</summary>{pro}</details>"
+    opponents = f"<details><summary>Opponents: training on these made it less likely</summary>{con}</details>"
     return (
-        f"<section><h3>{escape(card.title)}</h3>{asked}"
-        "<details open><summary>Proponents: training on these made it likelier</summary>"
-        f"{_ranking(card.proponents, 'pro')}</details>{less if card.opponents else ''}</section>"
+        f"<section><h3>{escape(card.title)}</h3>{question}{proponents}{opponents if card.opponents else ''}</section>"
     )
 
 

@@ -62,20 +62,15 @@ def all_gather(value: Any, *, together: bool = False) -> list[Any]:
     return values
 
 
-def all_reduce(part: Tensor) -> Tensor:
-    """Add up, in place, what the processes found (zero where they have nothing)."""
+def all_reduce(values: Tensor) -> Tensor:
+    """Add up, in place, the values of all processes (zero where one has nothing)."""
     if rank_and_size()[1] > 1:
         # nccl and its like alone, as accelerate starts them, know nothing of a processor's tensors.
-        serves = "cpu:" in torch.distributed.get_backend_config()
-        there = part if serves else part.to(torch.accelerator.current_accelerator())
-        torch.distributed.all_reduce(there)
-        part.copy_(there)
-    return part
-
-
-def all_concatenate(part: Tensor, dim: int) -> Tensor:
-    """Join the processes' parts along an axis on which they may differ in length, in the order of ranks."""
-    return torch.cat(all_gather(part), dim)
+        serves_cpu = "cpu:" in torch.distributed.get_backend_config()
+        moved = values if serves_cpu else values.to(torch.accelerator.current_accelerator())
+        torch.distributed.all_reduce(moved)
+        values.copy_(moved)
+    return values
 
 
 def on_first(call: Callable[[], object]) -> None:
@@ -108,6 +103,11 @@ def on_cpu(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
+def time_of_now() -> str:
+    """In UTC, as "2026-01-31T12:00:00Z"."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
 def provenance() -> dict[str, Any]:
     """When and with what a run was made, for people."""
     versions = {}
@@ -115,7 +115,7 @@ def provenance() -> dict[str, Any]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             versions[package] = importlib.metadata.version(package)
     return {
-        "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "created": time_of_now(),
         "python": platform.python_version(),
         "machine": platform.machine(),
         "versions": versions,

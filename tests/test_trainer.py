@@ -34,7 +34,7 @@ from transformers import (
 
 import loghook
 from loghook.errors import BatchError, ConfigError, UnsupportedError
-from loghook.integrations import transformers as integration
+from loghook.integrations import loss_scale
 from loghook.integrations.transformers import log_training
 from tests.harness import sides, whole
 from tests.oracle import one_sample_gradients, project, relative_error
@@ -813,5 +813,5 @@ def test_a_loss_is_tried_equally_often_on_all_processes(monkeypatch):
     few, many = torch.full((2, 12), -100), torch.arange(24).view(2, 12)
     few[:, 0] = 1
     counts = [int((labels != -100).sum()) for labels in (few, many)]
-    monkeypatch.setattr(integration, "all_gather", lambda _: counts)
-    assert len({len(list(integration._in_labels(labels, 20))) for labels in (few, many)}) == 1
+    monkeypatch.setattr(loss_scale, "all_gather", lambda _: counts)
+    assert len({len(list(loss_scale.label_trials(labels, 20))) for labels in (few, many)}) == 1

@@ -22,7 +22,7 @@ from loghook.log.writer import QUEUE
 from loghook.processes import world_size
 from loghook.project.blocks import square_size
 from loghook.project.outer import CHUNK_BYTES
-from loghook.project.projection import FITTED
+from loghook.project.projection import FITTED, describe_projection
 
 _UNITS = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 
@@ -148,10 +148,10 @@ class Plan:
 
     def __str__(self) -> str:
         c, (capture, model) = self.config, self.arithmetic
-        kind = "whole gradients" if c.projection == "none" else f"{c.projection} projection, rank {c.rank}"
         lines = [
             describe_coverage(len(self.layers), self.coverage),
-            f"{self.samples:,} samples of {self.tokens:,} tokens, {kind}: {self.layout().width:,} values a sample",
+            f"{self.samples:,} samples of {self.tokens:,} tokens, {describe_projection(c.projection, c.rank)}: "
+            f"{self.layout().width:,} values a sample",
             f"  {'dtype':<12}{'a sample':>12}{'in all':>12}" + (f"   fits in {_size(self.disk)}" if self.disk else ""),
         ]
         for dtype in DTYPES:

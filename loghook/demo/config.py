@@ -9,7 +9,6 @@ from pathlib import Path
 
 from loghook.errors import ConfigError
 
-METHODS = ("ekfac", "cosine", "dot", "bm25")
 _PRETRAINING = (
     "vocabulary", "hidden", "layers", "heads", "intermediate", "corpus_bytes", "batch_size",
     "pretrain_steps", "pretrain_tokens", "pretrain_lr", "seed",
@@ -72,10 +71,10 @@ class DemoConfig:
         object.__setattr__(self, "prompts", tuple(self.prompts))
         if not all(map(str.strip, self.prompts)):
             raise ConfigError(f"a prompt of {self.prompts} is empty: give a few words for the model to continue.")
-        for name in (field.name for field in fields(self) if field.type is int):
-            value, least = getattr(self, name), _LEAST.get(name, 1)
-            if type(value) is not int or value < least:
-                raise ConfigError(f"{name}={value!r} must be a whole number of at least {least}.")
+        for field in fields(self):
+            value, least = getattr(self, field.name), _LEAST.get(field.name, 1)
+            if field.type is int and (type(value) is not int or value < least):
+                raise ConfigError(f"{field.name}={value!r} must be a whole number of at least {least}.")
         if self.hidden % self.heads or (self.hidden // self.heads) % 2:
             raise ConfigError(f"hidden={self.hidden} over heads={self.heads} must be an even width for each head.")
         if not 0 < self.fraction < 0.5:
@@ -98,15 +97,13 @@ class DemoConfig:
 
     @property
     def learning_rate(self) -> float:
-        if self.finetune_lr is not None:
-            return self.finetune_lr
-        return 8e-3 if self.model is None else 5e-5
+        default = 8e-3 if self.model is None else 5e-5
+        return default if self.finetune_lr is None else self.finetune_lr
 
     @property
     def watched(self) -> tuple[str, ...]:
-        if self.include is not None:
-            return self.include
-        return ("*o_proj", "*down_proj") if self.model is None else ("*",)
+        default = ("*o_proj", "*down_proj") if self.model is None else ("*",)
+        return default if self.include is None else self.include
 
     @property
     def processes(self) -> int:

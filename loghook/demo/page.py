@@ -7,12 +7,13 @@ from typing import NamedTuple
 
 import numpy as np
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from loghook import page
 from loghook.demo.proof import NAMES, Proof
-from loghook.demo.text import Passage, Question
+from loghook.demo.questions import Question
+from loghook.demo.text import Passage
 from loghook.evaluate.lds import Estimate
 from loghook.page import Card, Entry
 
@@ -21,6 +22,10 @@ class Bars(NamedTuple):
     title: str
     note: str
     estimates: Mapping[str, Estimate]  # by method
+
+    def lines(self) -> list[tuple[str, str, str]]:
+        """Method, mean and interval, as page and terminal show them."""
+        return [(NAMES[m], f"{e.mean:+.3f}", f"{e.low:+.3f} to {e.high:+.3f}") for m, e in self.estimates.items()]
 
 
 class Report(NamedTuple):
@@ -37,14 +42,13 @@ def make_card(question: Question, passages: Sequence[Passage], scores: np.ndarra
     """The card of a question, from its scores of the passages."""
     order = np.argsort(-scores, kind="stable")
     ranked = [Entry(float(scores[i]), passages[i].topic, passages[i].data_id, passages[i].text) for i in order]
-    return Card(
-        question.kind, question.title, question.before, question.counted, ranked[:show], ranked[: -show - 1 : -1]
-    )
+    best, worst = ranked[:show], ranked[::-1][:show]
+    return Card(question.kind, question.title, question.before, question.counted, best, worst)
 
 
 def make_bars(proof: Proof, groups: int) -> list[Bars]:
     n, loss = len(proof.full), proof.full.mean()
-    measured = [
+    bars = [
         Bars(
             "Fine-tuned again without the strongest proponents",
             f"Rise of the loss, in nats a token, over {n} held-out passages in {groups} groups, each group without its "
@@ -59,8 +63,8 @@ def make_bars(proof: Proof, groups: int) -> list[Bars]:
     ]
     if proof.lds:
         note = f"Rank correlation of predicted and real outcomes of fine-tuning on {proof.subsets} random halves"
-        measured.append(Bars("Linear datamodelling score", f"{note} of the passages.", proof.lds))
-    return measured
+        bars.append(Bars("Linear datamodelling score", f"{note} of the passages.", proof.lds))
+    return bars
 
 
 def render(report: Report) -> str:
@@ -81,9 +85,9 @@ def _bars(bars: Bars) -> str:
         return f"<i class={name} style='left:{left:.1f}%;width:{right - left:.1f}%'></i>"
 
     lines = (
-        f"<tr><th>{NAMES[method]}</th><td>{e.mean:+.3f}</td><td class=dim>{e.low:+.3f} to {e.high:+.3f}</td>"
+        f"<tr><th>{method}</th><td>{mean}</td><td class=dim>{interval}</td>"
         f"<td class=plot>{stretch('bar', 0.0, e.mean)}{stretch('range', e.low, e.high)}</td></tr>"
-        for method, e in bars.estimates.items()
+        for (method, mean, interval), e in zip(bars.lines(), estimates, strict=True)
     )
     head = "<tr class=dim><th></th><td>mean</td><td>95 % interval</td><td></td></tr>"
     table = f"<table class=bars>{head}{''.join(lines)}</table>"
@@ -95,12 +99,11 @@ def print_cards(cards: Sequence[Card], console: Console) -> None:
     for kind, group in groupby(cards, lambda card: card.kind):
         console.print(Text(f"\n{kind.upper()}", "bold"))
         for card in group:
-            given, text = _line(card.before, 160), _line(card.text, 240)
+            before = _line(card.before, 160)
             console.print(Text.assemble("\n", (card.title, "bold")))
-            console.print(Text.assemble((given, "dim"), " " if given else "", text))
-            table = Table(box=None, pad_edge=False, show_header=False)
-            for justify in ("right", "left", "left"):
-                table.add_column(justify=justify, no_wrap=True)
+            console.print(Text.assemble((before, "dim"), " " if before else "", _line(card.text, 240)))
+            columns = Column(justify="right", no_wrap=True), Column(no_wrap=True), Column(no_wrap=True)
+            table = Table(*columns, box=None, pad_edge=False, show_header=False)
             for style, ranking in (("green", card.proponents), ("yellow", card.opponents[:2])):
                 for entry in ranking:
                     text = _line(entry.text, max(20, console.width - 40))
@@ -113,11 +116,10 @@ def print_proof(report: Report, console: Console) -> None:
     for bars in report.bars:
         console.print(Text.assemble("\n", (bars.title, "bold")))
         console.print(Text(bars.note, "dim"))
-        table = Table(box=None, pad_edge=False)
-        for column in ("", "mean", "95 % interval"):
-            table.add_column(column, justify="right" if column else "left", no_wrap=True)
-        for method, e in bars.estimates.items():
-            table.add_row(NAMES[method], f"{e.mean:+.3f}", f"{e.low:+.3f} to {e.high:+.3f}")
+        numbers = (Column(name, justify="right", no_wrap=True) for name in ("mean", "95 % interval"))
+        table = Table(Column(no_wrap=True), *numbers, box=None, pad_edge=False)
+        for cells in bars.lines():
+            table.add_row(*cells)
         console.print(table)
     console.print()
     for line in report.story:

@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import numpy as np
 
-from loghook.demo.config import METHODS
 from loghook.demo.train import Task, finetune, mean_losses, one_thread, quiet
 from loghook.evaluate.judges import without_top
 from loghook.evaluate.lds import Estimate, estimate, lds, random_subsets
@@ -16,6 +15,7 @@ from loghook.evaluate.retrain import retrain
 from loghook.log.format import checksum
 
 NAMES = {"ekfac": "EK-FAC", "cosine": "cosine", "dot": "dot product", "bm25": "BM25", "random": "random"}
+METHODS = tuple(name for name in NAMES if name != "random")  # that score passages
 
 
 class Proof(NamedTuple):
@@ -48,20 +48,20 @@ def prove(task: Task, full: np.ndarray, scores: dict[str, np.ndarray], sizes: Se
         keeps += list(random_subsets(n, config.lds_subsets, seed=config.seed))
     outcomes = measure_all(task, keeps)
 
-    own = iter(outcomes)  # of each method, of each group
-    losses = {method: np.concatenate([next(own)[group] for group in groups]) for method in METHODS}
+    chosen = iter(outcomes)  # in the order of keeps: each method's removals, one for each group
+    losses = {method: np.concatenate([next(chosen)[group] for group in groups]) for method in METHODS}
     losses["random"] = outcomes[len(METHODS) * len(groups) : removals].mean(0)
 
     mean = partial(estimate, resamples=config.resamples, seed=config.seed)
-    members, measured = np.array(keeps[removals:]), outcomes[removals:]
+    subsets, measured = np.array(keeps[removals:]), outcomes[removals:]
     return Proof(
         removed=removed,
         full=full,
         losses=losses,
         rises={method: mean(values - full) for method, values in losses.items()},
         leads={method: mean(losses["ekfac"] - values) for method, values in losses.items() if method != "ekfac"},
-        lds={method: lds(scores[method], members, measured) for method in METHODS if len(members)},
-        subsets=len(members),
+        lds={method: lds(scores[method], subsets, measured) for method in METHODS if len(subsets)},
+        subsets=len(subsets),
     )
 
 
@@ -70,12 +70,12 @@ def measure_all(task: Task, keeps: Sequence[np.ndarray]) -> np.ndarray:
 
     A run that is broken off goes on where it was.
     """
-    workers, what = task.config.processes, task._replace(config=replace(task.config, workers=0))
-    results = task.config.out / f"again-{checksum(repr(what).encode() + np.packbits(keeps).tobytes())[:16]}"
-    train, seeds = partial(_measure, task), [task.config.seed]
-    measured = retrain(train, keeps, seeds, results, workers=0 if workers == 1 else workers)[:, 0]
+    config, workers = task.config, task.config.processes
+    described = repr(task._replace(config=replace(config, workers=0)))  # how many work changes no number
+    results = config.out / f"again-{checksum(described.encode() + np.packbits(keeps).tobytes())[:16]}"
+    losses = retrain(partial(_measure, task), keeps, [config.seed], results, workers=0 if workers == 1 else workers)
     shutil.rmtree(results)
-    return measured
+    return losses[:, 0]
 
 
 def _measure(task: Task, keep: np.ndarray, _: int) -> list[float]:
@@ -91,14 +91,13 @@ def story(proof: Proof) -> list[str]:
         f"Leaving out EK-FAC's {proof.removed} strongest proponents of a group {effect} the loss on its passages: "
         f"{ekfac.mean:+.2f} nats a token ({ekfac.low:+.2f} to {ekfac.high:+.2f}); random removal: {random.mean:+.2f}."
     ]
-    for method in ("cosine", "dot", "bm25", "random"):
-        lead = proof.leads[method]
+    for method, lead in proof.leads.items():
         verdict = "stronger than" if lead.low > 0 else "weaker than" if lead.high < 0 else "not clearly different from"
         lines.append(
             f"EK-FAC is {verdict} {NAMES[method]} here: {lead.mean:+.2f} nats, {lead.low:+.2f} to {lead.high:+.2f}."
         )
     if proof.lds:
-        ranking = sorted(proof.lds, key=lambda method: -proof.lds[method].mean)
-        best = ", ".join(f"{NAMES[method]} {proof.lds[method].mean:.2f}" for method in ranking)
-        lines.append(f"Rank correlation with training on {proof.subsets} random halves of the passages: {best}.")
+        ranking = sorted(proof.lds.items(), key=lambda entry: -entry[1].mean)
+        scores = ", ".join(f"{NAMES[method]} {estimate.mean:.2f}" for method, estimate in ranking)
+        lines.append(f"Rank correlation with training on {proof.subsets} random halves of the passages: {scores}.")
     return lines

@@ -15,32 +15,12 @@ from rich.console import Console
 from tqdm import tqdm
 
 import loghook
-from loghook.demo.config import METHODS, DemoConfig
+from loghook.demo.config import DemoConfig
 from loghook.demo.page import Report, make_bars, make_card, print_cards, print_proof, render
-from loghook.demo.proof import Proof, prove, story
-from loghook.demo.text import (
-    Passage,
-    Question,
-    Split,
-    decode,
-    language_reference,
-    load_documents,
-    load_tokenizer,
-    split,
-    start_tokens,
-    tokenize,
-)
-from loghook.demo.train import (
-    Task,
-    collate,
-    finetune,
-    generate,
-    mean_losses,
-    one_thread,
-    pretrained,
-    quiet,
-    sequence_losses,
-)
+from loghook.demo.proof import METHODS, Proof, prove, story
+from loghook.demo.questions import Question, make_questions
+from loghook.demo.text import Passage, language_reference, load_documents, load_tokenizer, split
+from loghook.demo.train import Task, collate, finetune, mean_losses, one_thread, pretrained, quiet, sequence_losses
 from loghook.evaluate.controls import bm25
 from loghook.log.disk import write_atomically
 
@@ -56,7 +36,6 @@ class DemoResult(NamedTuple):
     questions: Sequence[Question]  # the rows of the scores
     passages: Sequence[Passage]  # their columns
     proof: Proof | None  # what fine-tuning again showed, or None if it was not asked for
-    seconds: dict[str, float]  # wall-clock time of each stage
 
 
 def run_demo(config: DemoConfig | None = None, *, console: Console | None = None) -> DemoResult:
@@ -88,18 +67,19 @@ def run_demo(config: DemoConfig | None = None, *, console: Console | None = None
             base = config.model or pretrained(config)
             tokenizer = load_tokenizer(base)
             documents = load_documents(config.dataset, config) if config.dataset else language_reference()
-            parts = split(documents, tokenizer, config)
-        passages, queries = parts.train, parts.queries
-        console.print(f"{len(passages)} passages to fine-tune on, {len(queries)} held out to ask about: "
-                      f"{', '.join(topic for topic, _ in parts.groups)}", markup=False)  # fmt: skip
-        task = Task(base, [p.tokens for p in passages], [p.tokens for p in queries], config)
+            data = split(documents, tokenizer, config)
+        passages, held_out = data.train, data.queries
+        topics = ", ".join(topic for topic, _ in data.groups)
+        counts = f"{len(passages)} passages to fine-tune on, {len(held_out)} held out to ask about: "
+        console.print(counts + topics, markup=False)
+        task = Task(base, [p.tokens for p in passages], [p.tokens for p in held_out], config)
         with clock("fine-tuning"):
             model: Any = finetune(task, [True] * len(passages), "fine-tuning")
             full = np.array(mean_losses(model, task.queries, config.batch_size))
         with clock("log"):
             log_passages(model, passages, config.out / "log", config)
         with clock("attribution"):
-            questions = _questions(model, tokenizer, parts, config)
+            questions = make_questions(model, tokenizer, data, config)
             log = loghook.load(config.out / "log")
             scores = score(log, ask(model, questions, log, config), questions, passages, config.damping)
         # Of the held-out passages a group's first is shown, then all that was generated.
@@ -109,23 +89,23 @@ def run_demo(config: DemoConfig | None = None, *, console: Console | None = None
         proof = None
         if config.prove:
             with clock("proof"):
-                held = {method: values[: len(queries)] for method, values in scores.items()}
-                proof = prove(task, full, held, [len(group) for _, group in parts.groups])
+                of_held_out = {method: values[: len(held_out)] for method, values in scores.items()}
+                proof = prove(task, full, of_held_out, [len(group) for _, group in data.groups])
 
+    facts = {name: value for name, value in asdict(config).items() if name != "out"}
     report = Report(
         lead=f"A language model was fine-tuned on {len(passages)} passages. Each left one row in the log; EK-FAC "
         "influence ranks them for each text below.",
         story=story(proof) if proof else (),
-        bars=make_bars(proof, len(parts.groups)) if proof else (),
+        bars=make_bars(proof, len(data.groups)) if proof else (),
         cards=cards,
-        facts={name: value for name, value in asdict(config).items() if name != "out"}
-        | {f"seconds: {stage}": f"{value:.1f}" for stage, value in seconds.items()},
+        facts=facts | {f"seconds: {stage}": f"{value:.1f}" for stage, value in seconds.items()},
     )
     page = config.out / "index.html"
     write_atomically(page, render(report).encode())
     print_proof(report, console)
     console.print(f"\npage: {page}\nlog:  {log.path}", markup=False)
-    return DemoResult(page, config.out / "log", report, scores, questions, passages, proof, seconds)
+    return DemoResult(page, config.out / "log", report, scores, questions, passages, proof)
 
 
 def log_passages(model: Any, passages: Sequence[Passage], path: Path, config: DemoConfig) -> None:
@@ -152,7 +132,7 @@ def ask(model: Any, questions: Sequence[Question], log: loghook.Log, config: Dem
             ids_BS, mask_BS = collate([question.tokens for question in batch], config.device)
             counts_BS = mask_BS.clone()
             for row, question in zip(counts_BS, batch, strict=True):
-                row[: question.given] = 0
+                row[: question.context] = 0
             with asker.query(data_id=[question.data_id for question in batch], mask=mask_BS) as query:
                 sequence_losses(model, ids_BS, counts_BS).sum().backward()
             queries.append(query)
@@ -167,24 +147,3 @@ def score(
     ids = [passage.data_id for passage in passages]
     scores = {m: log.influence(query, m, damping=damping).align(ids).values for m in METHODS if m != "bm25"}
     return scores | {"bm25": bm25([question.text for question in questions], [passage.text for passage in passages])}
-
-
-def _questions(model: Any, tokenizer: Any, parts: Split, config: DemoConfig) -> list[Question]:
-    """What is asked about: held-out passages, what the model makes of their beginnings and of the user's prompts."""
-    questions = [Question(p.data_id, "held out", p.topic, p.text, p.tokens) for p in parts.queries]
-
-    def go_on(data_id: str, kind: str, title: str, start: tuple[int, ...]) -> None:
-        ids = generate(model, start, config.new_tokens, config.seed)
-        text, before = decode(tokenizer, ids), decode(tokenizer, start)
-        questions.append(Question(data_id, kind, title, text, tuple(ids), before, len(start)))
-
-    for topic, passages in parts.groups:
-        start = passages[0].tokens[: config.chunk_tokens // 8]
-        title = f"the beginning of a passage on {topic}, and how the model goes on"
-        go_on(f"generated#{topic}", "generated", title, start)
-    for number, prompt in enumerate(config.prompts):
-        start = (*start_tokens(tokenizer), *tokenize(tokenizer, prompt)[0])
-        if len(start) > 1:  # a single token is never predicted
-            questions.append(Question(f"prompt#{number}", "prompt", "the prompt itself", prompt, start))
-        go_on(f"continuation#{number}", "prompt", "how the model goes on", start)
-    return questions

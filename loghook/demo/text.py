@@ -1,6 +1,5 @@
 """The text: a dataset or what every CPython carries, cut into passages, some of them held out."""
 
-import importlib.util
 import sysconfig
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
@@ -44,23 +43,6 @@ class Split(NamedTuple):
         return tuple(passage for _, passages in self.groups for passage in passages)
 
 
-class Question(NamedTuple):
-    """Something the model says, whose loss is attributed."""
-
-    data_id: str  # what the query is called
-    kind: str  # "held out", "generated" or "prompt"
-    title: str  # a line above it
-    text: str  # all of it
-    tokens: tuple[int, ...]  # its ids
-    before: str = ""  # the text in front that counts for nothing
-    given: int = 1  # how many of the ids at the front are context only and count for nothing
-
-    @property
-    def counted(self) -> str:
-        """The text without what is in front."""
-        return self.text.removeprefix(self.before).rstrip("\n")
-
-
 def library_source(limit: int) -> list[str]:
     """Source of the standard library's top-level modules, by name, until ``limit`` characters are reached."""
     folder, texts, size = Path(sysconfig.get_path("stdlib")), [], 0
@@ -79,10 +61,12 @@ def library_source(limit: int) -> list[str]:
 
 def language_reference() -> list[Document]:
     """Python's language reference as ``help()`` shows it, one document a topic."""
-    if importlib.util.find_spec("pydoc_data.topics") is None:
-        raise ConfigError("this Python has no pydoc_data.topics to fine-tune on: pass a model and a dataset.")
-    from pydoc_data.topics import topics
-
+    try:
+        from pydoc_data.topics import topics
+    except ImportError as error:
+        raise ConfigError(
+            "this Python has no pydoc_data.topics to fine-tune on: pass a model and a dataset."
+        ) from error
     return [Document(topic, text) for topic, text in sorted(topics.items())]
 
 
@@ -95,9 +79,10 @@ def load_documents(name: str, config: DemoConfig) -> Iterator[Document]:
             f"dataset={name!r} needs the datasets library: pip install 'loghook[hub]', or leave the dataset out to "
             "take Python's own reference."
         ) from error
-    kind = _FILES.get(Path(name).suffix)
+    file_type = _FILES.get(Path(name).suffix)
     with loading(f"dataset={name!r}", f"a dataset with a train split while online, or a {', '.join(_FILES)} file"):
-        records = datasets.load_dataset(kind or name, data_files=name if kind else None, split="train", streaming=True)
+        data_files = name if file_type else None
+        records = datasets.load_dataset(file_type or name, data_files=data_files, split="train", streaming=True)
         first = next(iter(records), None)
     if first is None:
         raise ConfigError(f"dataset={name!r} is empty: give one with a train split that holds text.")
@@ -107,8 +92,7 @@ def load_documents(name: str, config: DemoConfig) -> Iterator[Document]:
     topic = next((column for column in _TOPIC if isinstance(first.get(column), str | int) and column != text), None)
     block = max(config.hold_out * config.group_size, round(config.fraction * config.passages))
     for i, record in enumerate(islice(records, config.passages * config.hold_out)):
-        about = str(record[topic]) if topic else f"records from {i // block * block}"
-        yield Document(about, record[text] or "")
+        yield Document(str(record[topic]) if topic else f"records from {i // block * block}", record[text] or "")
 
 
 def load_tokenizer(model: str) -> Any:
@@ -119,13 +103,13 @@ def load_tokenizer(model: str) -> Any:
 
 
 @contextmanager
-def loading(what: str, remedy: str) -> Iterator[None]:
+def loading(argument: str, remedy: str) -> Iterator[None]:
     """Make one line of whatever the libraries let out: their own errors and their file systems' and connections'."""
     try:
         yield
     except Exception as error:
         reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
-        raise ConfigError(f"{what} cannot be loaded ({reason}): give {remedy}.") from error
+        raise ConfigError(f"{argument} cannot be loaded ({reason}): give {remedy}.") from error
 
 
 def train_tokenizer(texts: Iterable[str], size: int) -> Any:
@@ -183,19 +167,16 @@ def split(documents: Iterable[Document], tokenizer: Any, config: DemoConfig) -> 
     """
     start = start_tokens(tokenizer)
     train: list[Passage] = []
-    held: dict[str, list[Passage]] = {}
-    count: Counter[str] = Counter()
+    held_out: dict[str, list[Passage]] = {}
+    count: Counter[str] = Counter()  # passages of each topic
     for document in documents:
         for text, ids in cut(document, tokenizer, config.chunk_tokens - len(start)):
-            number = count[document.topic]
+            number, tokens = count[document.topic], start + ids
             count[document.topic] += 1
-            passage = Passage(f"{document.topic}#{number}", document.topic, text, start + ids)
-            if len(passage.tokens) < 2:
-                continue
-            whole = len(passage.tokens) >= config.chunk_tokens // 3
-            if whole and number % config.hold_out == config.hold_out // 2:
-                held.setdefault(document.topic, []).append(passage)
-            else:
+            passage = Passage(f"{document.topic}#{number}", document.topic, text, tokens)
+            if number % config.hold_out == config.hold_out // 2 and len(tokens) >= max(2, config.chunk_tokens // 3):
+                held_out.setdefault(document.topic, []).append(passage)
+            elif len(tokens) >= 2:  # a single token is never predicted
                 train.append(passage)
         if len(train) >= config.passages:
             break
@@ -206,14 +187,15 @@ def split(documents: Iterable[Document], tokenizer: Any, config: DemoConfig) -> 
             f"fraction={config.fraction} of {len(train)} passages is none: give more text, a larger fraction or a "
             "smaller chunk_tokens."
         )
-    large = [topic for topic in held if len(held[topic]) >= config.group_size]
+    large = [topic for topic in held_out if len(held_out[topic]) >= config.group_size]
     large.sort(key=lambda topic: (abs(count[topic] - removed), topic))
     if len(large) < config.groups:
         raise ConfigError(
             f"{len(large)} topics have group_size={config.group_size} held-out passages and groups={config.groups} are "
             "needed: give more text, fewer groups, a smaller group_size or a smaller chunk_tokens."
         )
-    return Split(tuple(train), tuple((t, tuple(held[t][: config.group_size])) for t in large[: config.groups]))
+    groups = tuple((topic, tuple(held_out[topic][: config.group_size])) for topic in large[: config.groups])
+    return Split(tuple(train), groups)
 
 
 def decode(tokenizer: Any, ids: Sequence[int]) -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import cycle, islice
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -59,8 +58,8 @@ def pretrained(config: DemoConfig) -> str:
     size = config.pretrain_tokens
     sequences = [stream[k : k + size] for k in range(0, len(stream) - size + 1, size)]
     order = np.random.default_rng(config.seed).permutation(len(sequences))
-    endless = (sequences[i] for i in cycle(order))
-    batches = iter(lambda: list(islice(endless, config.batch_size)), [])
+    places = np.resize(order, (config.pretrain_steps, config.batch_size))  # again and again in one order
+    batches = ([sequences[i] for i in batch] for batch in places)
     model: Any = small_llama(config).to(config.device)
     steps = fit(model, batches, config.pretrain_steps, config.pretrain_lr)
     with tqdm(steps, "pre-training", total=config.pretrain_steps, unit="step") as bar:

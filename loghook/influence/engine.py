@@ -18,7 +18,7 @@ from loghook.log.files import kept_name, load_kept, save_kept
 from loghook.log.format import LayerSpec, checksum, fits, listed
 from loghook.log.query import Query, require_match, require_one_log, require_one_query
 from loghook.log.source import Source
-from loghook.processes import all_concatenate, all_gather, all_reduce, on_cpu, rank_and_size
+from loghook.processes import all_gather, all_reduce, on_cpu, rank_and_size
 
 SCORES_AT_A_TIME = 2**22  # of which the best are kept: many rows of a narrow log fit in a block
 
@@ -269,7 +269,7 @@ def _scan(
             best, places = _best(torch.cat([best, scores], 1), torch.cat([places, index.expand(queries, -1)], 1), top)
     if top is None:
         return all_reduce(values).numpy(), None, all_reduce(by_layer).numpy() if per_layer else None
-    best, places = _best(all_concatenate(best, 1), all_concatenate(places, 1), top)
+    best, places = _best(torch.cat(all_gather(best), 1), torch.cat(all_gather(places), 1), top)
     return best.float().numpy(), places.numpy(), None
 
 

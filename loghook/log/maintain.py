@@ -12,7 +12,6 @@ dtype cannot hold.
 
 import os
 import shutil
-import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -32,7 +31,7 @@ from loghook.log.reader import Reader
 from loghook.log.records import Commits, all_commits, decode_record, encode_record, read_commits, sum_up
 from loghook.log.shard import SHARD_HEADER, ShardFile, close_shard
 from loghook.log.writer import finite_rows, not_finite
-from loghook.processes import on_cpu
+from loghook.processes import on_cpu, time_of_now
 
 SEVERAL = "several"  # in place of a digest of parameter values, where rows are gradients at different ones
 RECODED = 2**22  # values of rows that are written in another dtype at a time
@@ -196,7 +195,7 @@ def _difference(one: Manifest, other: Manifest, name: str) -> str:
 
 def _entry(what: str, **facts: Any) -> dict[str, Any]:
     """Make a line of the manifest's history."""
-    return {"what": what, "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())} | facts
+    return {"what": what, "when": time_of_now()} | facts
 
 
 def _origin(manifest: Manifest) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from loghook.log.records import all_commits
 from loghook.log.shard import BLOCK_BYTES, CHANGED, MAP_BYTES, Shard
 from loghook.log.source import Source
 from loghook.progress import bar
+from loghook.project.projection import describe_projection
 
 T = TypeVar("T")
 
@@ -82,7 +83,7 @@ class Reader(Source):
     def __repr__(self) -> str:
         m = self.manifest
         rows = f"{len(self):,} rows, finished" if self.finished else f"not finished: {len(self):,} rows so far"
-        kind = "whole gradients" if m.projection == "none" else f"{m.projection} projection, rank {m.rank}"
+        kind = describe_projection(m.projection, m.rank)
         return f"{type(self).__name__}({str(self.path)!r}, {rows}, {len(self.layers)} layers, {m.dtype}, {kind})"
 
     def rows(self, layer: str, kind: str = "gradients") -> "Rows":

@@ -9,6 +9,7 @@ integers alone, so the same seed gives the same bits on every machine.
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,6 +19,10 @@ from torch import Tensor
 from loghook.project.blocks import Factor
 
 FITTED = ("pca", "whitened")  # kinds that depend on the data
+
+
+def describe_projection(kind: str, rank: int | Mapping[str, int]) -> str:
+    return "whole gradients" if kind == "none" else f"{kind} projection, rank {rank}"
 
 
 @dataclass(eq=False)
