@@ -142,8 +142,85 @@ def worker(rank, world, folder):
     for name in ("ddp", "fsdp2_leaves", "fsdp2_checkpoint_compile"):
         train(f"{folder}/train_{name}", WRAPPERS[name](make_model()), data, rank, world)
     no_sync(f"{folder}/no_sync", ddp(make_model()), data, rank, world)
+    for name, (wrap, look) in LOOKS.items():
+        mine = data[BATCH * rank : BATCH * rank + BATCH]
+        plain, looked = losses(wrap(make_model()), mine), losses(wrap(make_model()), mine, look)
+        Path(folder, f"looked-{name}-{rank}").write_text(looked if isinstance(looked, str) else str(looked == plain))
     dist.barrier()
     dist.destroy_process_group()
+
+
+def frozen_pass(model, x, step):
+    if step == 0:
+        with loghook.frozen(model):
+            loss_of(model, x.clone().requires_grad_()).backward()
+
+
+def frozen_in_mid_step(model, x, step):
+    if step == 1.5:
+        with loghook.frozen(model):
+            loss_of(model, x.clone().requires_grad_()).backward()
+
+
+def check_in_mid_step(model, x, step):
+    if step == 1.5:
+        loghook.check(model, loss_of, x)
+
+
+def check_while_gradients_wait(model, x, step):
+    if step == 1:
+        with model.no_sync() if hasattr(model, "no_sync") else contextlib.nullcontext():
+            if hasattr(model, "set_requires_gradient_sync"):
+                model.set_requires_gradient_sync(False)
+            loss_of(model, x).backward()
+        if hasattr(model, "set_requires_gradient_sync"):
+            model.set_requires_gradient_sync(True)
+        loghook.check(model, loss_of, x)
+
+
+def losses(model, x, look=lambda *_: None):
+    """Those of a few steps, with a look at the model in between; or why it was refused."""
+    optimizer, found = torch.optim.SGD(model.parameters(), lr=1e-3), []
+    for step in range(4):
+        try:
+            look(model, x, step)
+            loss = loss_of(model, x)
+            loss.backward()
+            look(model, x, step + 0.5)
+        except loghook.errors.UnsupportedError as error:
+            return str(error)
+        optimizer.step()
+        optimizer.zero_grad()
+        found.append(loss.item())
+    return found
+
+
+LOOKS = {
+    "ddp": (ddp, frozen_pass),
+    "ddp static": (lambda m: DistributedDataParallel(m, static_graph=True), frozen_pass),
+    "ddp static, later": (lambda m: DistributedDataParallel(m, static_graph=True), frozen_in_mid_step),
+    "fsdp1": (fsdp1, frozen_pass),
+    "fsdp1 without shards": (
+        lambda m: FullyShardedDataParallel(
+            m, device_id=torch.device("cpu"), sharding_strategy=ShardingStrategy.NO_SHARD, use_orig_params=True
+        ),
+        frozen_pass,
+    ),
+    "fsdp1 in mid-step": (fsdp1, frozen_in_mid_step),
+    "fsdp2": (fsdp2, frozen_pass),
+    "fsdp2 bf16": (BFLOAT16["fsdp2_bf16"], frozen_pass),
+    "fsdp2 in mid-step": (fsdp2, frozen_in_mid_step),
+    "check, ddp": (lambda m: DistributedDataParallel(m, gradient_as_bucket_view=True), check_in_mid_step),
+    "check, fsdp2": (fsdp2, check_in_mid_step),
+    "check, fsdp1": (fsdp1, check_in_mid_step),
+    "check, fsdp1 no_sync": (fsdp1, check_while_gradients_wait),
+    "check, fsdp2 no_sync": (fsdp2, check_while_gradients_wait),
+}
+REFUSED = {
+    "ddp static": "static_graph", "fsdp1 without shards": "without shards", "fsdp1 in mid-step": "drops the gradients",
+    "check, fsdp1": "wait to be reduced", "check, fsdp1 no_sync": "wait to be reduced",
+    "check, fsdp2 no_sync": "wait to be reduced",
+}  # fmt: skip
 
 
 def train(folder, model, data, rank, world):
@@ -206,6 +283,12 @@ def test_check_agrees_on_two_ranks(logs, name):
 def test_a_rank_that_finds_a_problem_alone_waits_for_nobody(logs):
     assert "samples influence each other" in (logs / "mixing-0").read_text()
     assert (logs / "mixing-1").read_text() == ""
+
+
+@pytest.mark.parametrize("name", LOOKS)
+def test_training_is_the_same_after_a_look_or_the_look_is_refused(logs, name):
+    for rank in (0, 1):
+        assert REFUSED.get(name, "True") in (logs / f"looked-{name}-{rank}").read_text()
 
 
 def by_id(log, layer):

@@ -194,11 +194,11 @@ def _require_no_waiting(model: nn.Module) -> None:
         elif hasattr(module, "_get_fsdp_state"):
             state: Any = module._get_fsdp_state()  # type: ignore[operator]
             groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-            waits = any(
-                not group.reduce_grads or any(p.unsharded_accumulated_grad is not None for p in group.fsdp_params)
-                for group in groups
-                if group is not None
-            )
+            for group in filter(None, groups):
+                waits |= not group.reduce_grads
+                for p in group.fsdp_params:
+                    unsharded = getattr(p, "_unsharded_param", None)
+                    waits |= p.unsharded_accumulated_grad is not None or getattr(unsharded, "grad", None) is not None
         if waits:
             raise UnsupportedError(
                 "FSDP holds gradients that wait to be reduced, or for a step, and backward would add to them: call "
