@@ -177,7 +177,8 @@ def _prepare(
     width, columns = reader.layout.gradient_width, reader.layout.columns
     questions = (torch.zeros(0, width) if query is None else query.matrix[:, :width]).double()
     preconditioned, of_questions = torch.zeros_like(questions), questions.new_zeros(len(questions))
-    of_rows = _recall(reader, metric, chosen) if with_rows else None
+    key = _key(metric, chosen)
+    of_rows = _recall(reader, key) if with_rows else None
     fresh = torch.zeros(len(reader), dtype=torch.float64) if with_rows and of_rows is None else None
     if query is not None or fresh is not None:
         for group in solvers(reader, metric, chosen):
@@ -188,12 +189,12 @@ def _prepare(
             if fresh is not None:
                 _add_quadratics(reader, group, fresh)
     if fresh is not None:
-        of_rows = _keep(reader, metric, chosen, all_reduce(fresh))
+        of_rows = _keep(reader, key, all_reduce(fresh))
     return preconditioned.to(working_dtype(reader)), of_questions, of_rows
 
 
 def _key(metric: Metric, chosen: Sequence[LayerSpec]) -> str:
-    """What the rows' self-influence is called in the cache of an open log and in the file beside a finished one."""
+    """The name of the rows' self-influence in the cache of an open log and in the file beside a finished one."""
     return kept_name(
         what="self-influence",
         method="dot" if metric.plain else metric.method,
@@ -203,21 +204,19 @@ def _key(metric: Metric, chosen: Sequence[LayerSpec]) -> str:
     )
 
 
-def _recall(reader: Source, metric: Metric, chosen: Sequence[LayerSpec]) -> Tensor | None:
+def _recall(reader: Source, key: str) -> Tensor | None:
     """The rows' self-influence, (rows,) float64, if it was computed before: from memory, or from the file."""
-    key = _key(metric, chosen)
     if not all(all_gather(key in reader.cache)):
         # All take what rank 0 finds in the file, so that all or none compute, whatever each of them sees or has.
         reader.cache.pop(key, None)
         seal = reader.seal if rank_and_size()[0] == 0 else None
-        kept = all_gather(load_kept(reader.path, seal).get(key) if seal else None)[0]
-        if kept is not None and kept.shape == (len(reader),) and kept.dtype == np.float64:
-            reader.cache[key] = torch.from_numpy(kept)
+        values = all_gather(load_kept(reader.path, seal).get(key) if seal else None)[0]
+        if values is not None and values.shape == (len(reader),) and values.dtype == np.float64:
+            reader.cache[key] = torch.from_numpy(values)
     return reader.cache.get(key)
 
 
-def _keep(reader: Source, metric: Metric, chosen: Sequence[LayerSpec], values: Tensor) -> Tensor:
-    key = _key(metric, chosen)
+def _keep(reader: Source, key: str, values: Tensor) -> Tensor:
     reader.cache[key] = values
     if reader.seal is not None and rank_and_size()[0] == 0:
         save_kept(reader.path, reader.seal, key, values.numpy())

@@ -316,10 +316,10 @@ def _check_count(k: int) -> None:
         raise ConfigError(f"k={k!r} must be a whole number of at least 1.")
 
 
-def _places(kind: str, mine: Sequence[Any], wanted: Sequence[Any], *, all_of_them: bool = False) -> np.ndarray:
-    """Where each wanted id is among mine; ``all_of_them``: none may be on one side only."""
-    places = {name: place for place, name in enumerate(mine)}
-    repeated, repeated_wanted = ([name for name, n in Counter(ids).items() if n > 1] for ids in (mine, wanted))
+def _places(kind: str, scored: Sequence[Any], wanted: Sequence[Any], *, all_of_them: bool = False) -> np.ndarray:
+    """Where each wanted id is among those scored; ``all_of_them``: none may be on one side only."""
+    places = {name: place for place, name in enumerate(scored)}
+    repeated, repeated_wanted = ([name for name, n in Counter(ids).items() if n > 1] for ids in (scored, wanted))
     if repeated_wanted and not all_of_them:
         raise MismatchError(f"{kind} {repeated_wanted[0]!r} is asked for more than once: name each id once.")
     relevant = set(wanted)

@@ -44,10 +44,10 @@ class Candidate:
     def __str__(self) -> str:
         """A line of ``Tuned``'s table."""
         kind = self.init["projection"] + (f" {self.init['whitening']:g}" if "whitening" in self.init else "")
-        how = " ".join(str(value) for value in self.scoring.values())
+        scoring = " ".join(str(value) for value in self.scoring.values())
         kinds = ", ".join(pattern.rpartition(".")[2] for pattern in grouped(self.layers))
         size, fidelity = f"{self.bytes:,}", f"{self.fidelity:.3f}"
-        return ROW.format(kind, self.init["rank"], self.init["dtype"], size, fidelity, how, kinds)
+        return ROW.format(kind, self.init["rank"], self.init["dtype"], size, fidelity, scoring, kinds)
 
 
 def plans(
@@ -66,7 +66,7 @@ def plans(
     for projection, rank in itertools.product(projections, ranks):
         if rank > widest:
             continue
-        most = widest if projection["projection"] == "none" else rank
+        most = widest if projection["projection"] == "none" else int(rank)
         projected = [replace(s, k_in=min(most, s.k_in), k_out=min(most, s.k_out)) for s in specs]
         fits = []
         for dtype in dtypes:

@@ -9,6 +9,7 @@ EK-FAC is the preconditioner: block conjugate gradients (O'Leary 1980), or stoch
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,8 +47,7 @@ class GaussNewton:
     def __post_init__(self) -> None:
         self._parameters: list[tuple[Layer, list[nn.Parameter]]] = []
         for layer in self.layers:
-            weight, bias = layer.module.weight, layer.module.bias if layer.spec.bias else None
-            parameters = [p for p in (weight, bias) if p is not None]
+            parameters = [layer.module.weight, *([layer.module.bias] if layer.spec.bias else [])]
             if not all(type(p) is nn.Parameter and p.is_floating_point() and not p.is_meta for p in parameters):
                 raise UnsupportedError(
                     f"layer {layer.name!r} holds no plain weight (quantised or sharded) for Gauss-Newton products to "
@@ -93,19 +93,19 @@ class GaussNewton:
 
     def _split(self, vectors: Tensor) -> list[Tensor]:
         """Rows as they are laid out in a log -> tensors shaped as the parameters, (q, ...)."""
-        values: list[Tensor] = []
-        for layer, group in self._parameters:
+        tensors: list[Tensor] = []
+        for layer, parameters in self._parameters:
             rows = vectors[:, self.layout.columns[layer.name]].unflatten(1, (layer.spec.k_out, -1))
             # The adapter's arrangement of a gradient moves values about; its transpose puts them back.
-            blank = [torch.zeros_like(p, requires_grad=True) for p in group]
-            values += _pull([_arrange(layer, *blank)], blank, [rows.to(group[0])])
-        return values
+            blank = [torch.zeros_like(p, requires_grad=True) for p in parameters]
+            tensors += _pull([_arrange(layer, *blank)], blank, [rows.to(parameters[0])])
+        return tensors
 
     def _join(self, gradients: Sequence[Tensor], out: Tensor) -> None:
         """Add gradients shaped as the parameters, (q, ...), to rows as they are laid out in a log."""
-        place = iter(gradients)
-        for layer, group in self._parameters:
-            rows = torch.vmap(functools.partial(_arrange, layer))(*(next(place) for _ in group))
+        remaining = iter(gradients)
+        for layer, parameters in self._parameters:
+            rows = torch.vmap(functools.partial(_arrange, layer))(*itertools.islice(remaining, len(parameters)))
             out[:, self.layout.columns[layer.name]] += rows.flatten(1).to(out)
 
 

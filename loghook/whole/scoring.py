@@ -89,9 +89,9 @@ class Scoring(Blocks):
             places.setdefault(data_id, place)  # what several processes scored counts once
         by_layer = torch.cat(batches, 1)[:, list(places.values())].transpose(1, 2)
         if self._normalize is not None:  # without questions there is nothing but each sample's own
-            by_layer, own = by_layer[:, :-1], by_layer[:, -1:].sum(0)
-            size = own.clamp(min=0).sqrt() * (1 if self._norms is None else self._norms[:, None])
-            by_layer = by_layer / nonzero(size)
+            by_layer, squares = by_layer[:, :-1], by_layer[:, -1:].sum(0)
+            norms = squares.clamp(min=0).sqrt() * (1 if self._norms is None else self._norms[:, None])
+            by_layer = by_layer / nonzero(norms)
         direction = None if self._query is None else self._query.direction
         return Scores(
             values=np.ascontiguousarray(by_layer.sum(0).numpy()),
