@@ -1,5 +1,6 @@
 """An optional vector index: rows reduced to few dimensions propose candidates, and the log scores those exactly."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,10 +70,7 @@ class Index:
             )
         _check_top(top, candidates)
         top, candidates = plain(top), plain(candidates)
-
-        def scan(matrix: Tensor) -> tuple[np.ndarray, np.ndarray]:
-            return self._rescore(matrix, top, min(candidates, len(self.rows)))
-
+        scan = partial(self._rescore, top=top, candidates=min(candidates, len(self.rows)))
         metric, others = Metric.among({"method": method} | options)
         return influence(self._reader, query, metric, top=top, scan=scan, **others)
 
@@ -94,11 +92,8 @@ class Index:
         metric, others = Metric.among({"method": method} | options)
         best = influence(self._reader, query, metric, top=top, **others).places
         assert proposed is not None and best is not None
-        shares = []
-        for i in range(len(query)):
-            wanted = np.setdiff1d(best[i], [] if asked_row is None else asked_row[i])
-            shares.append(np.isin(wanted, proposed[i]).mean())
-        return float(np.mean(shares))
+        wanted = best if asked_row is None else [np.setdiff1d(*pair) for pair in zip(best, asked_row, strict=True)]
+        return float(np.mean([np.isin(*pair).mean() for pair in zip(wanted, proposed, strict=True)]))
 
     def save(self, path: str | Path) -> None:
         """Write basis and reduced rows to one safetensors file, for ``Log.load_index``.

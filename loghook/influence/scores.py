@@ -123,19 +123,15 @@ class Scores:
         """
         if data_ids is not None and self.places is not None:
             raise ConfigError("scores that keep only the best rows (top=...) have no other order: score without top.")
-        data_ids, query_ids = (
-            None if ids is None else ids.tolist() if hasattr(ids, "tolist") else list(ids)
-            for ids in (data_ids, query_ids)
-        )  # fmt: skip
-        rows = slice(None) if query_ids is None else _places("query_id", self.query_ids, query_ids)
-        columns = slice(None) if data_ids is None else _places("data_id", self.data_ids, data_ids)
+        ids_of_queries, queries = _order("query_id", self.query_ids, query_ids)
+        ids_of_rows, rows = _order("data_id", self.data_ids, data_ids)
         return dataclasses.replace(
             self,
-            values=self.values[rows][:, columns],
-            query_ids=self.query_ids if query_ids is None else query_ids,  # type: ignore[arg-type]
-            data_ids=self.data_ids if data_ids is None else data_ids,  # type: ignore[arg-type]
-            places=None if self.places is None else self.places[rows],
-            by_layer=None if self.by_layer is None else self.by_layer[:, rows][:, :, columns],
+            values=self.values[queries][:, rows],
+            query_ids=ids_of_queries,
+            data_ids=ids_of_rows,
+            places=None if self.places is None else self.places[queries],
+            by_layer=None if self.by_layer is None else self.by_layer[:, queries][:, :, rows],
         )
 
     def among(self, candidates: Sequence[Sequence[int | str]]) -> "Scores":
@@ -314,6 +310,14 @@ def strongest(values: np.ndarray, k: int) -> np.ndarray:
 def _check_count(k: int) -> None:
     if not isinstance(k, int | np.integer) or k < 1:
         raise ConfigError(f"k={k!r} must be a whole number of at least 1.")
+
+
+def _order(kind: str, scored: Sequence[Any], wanted: Any) -> tuple[Any, np.ndarray | slice]:
+    """The wanted ids as a list and their places; None: all that are scored, as they are."""
+    if wanted is None:
+        return scored, slice(None)
+    ids = wanted.tolist() if hasattr(wanted, "tolist") else list(wanted)
+    return ids, _places(kind, scored, ids)
 
 
 def _places(kind: str, scored: Sequence[Any], wanted: Sequence[Any], *, all_of_them: bool = False) -> np.ndarray:

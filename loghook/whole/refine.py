@@ -136,10 +136,7 @@ def _pull(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Seque
     else:
         pull = functools.partial(torch.autograd.grad, retain_graph=True, allow_unused=True, is_grads_batched=True)
         gradients = list(pull(outputs, inputs, cotangents))
-    return [
-        x.new_zeros(q, *x.shape) if gradient is None else gradient
-        for gradient, x in zip(gradients, inputs, strict=True)
-    ]
+    return [x.new_zeros(q, *x.shape) if v is None else v for v, x in zip(gradients, inputs, strict=True)]
 
 
 @dataclass(frozen=True)
