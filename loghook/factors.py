@@ -21,6 +21,7 @@ from loghook.log.format import LayerSpec, Layout, parse_object
 from loghook.project.blocks import Factor, cut
 
 FACTORS_VERSION = 1
+_KEYS = ("fisher", "samples", "parameters", "files")  # of a store that are written as they are
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ def eigenbasis(layout: Layout, moments: np.ndarray, layer: str) -> Eigenbasis:
     """The eigenbasis of a layer's factors in a log, means over its tokens (one or more)."""
     *sides, count = layout.moments[layer]
     factors = []
-    for part in sides:
-        width = round((part.stop - part.start) ** 0.5)
-        factors.append(torch.from_numpy(moments)[part].view(width, width) / float(moments[count]))
+    for place in sides:
+        width = round((place.stop - place.start) ** 0.5)
+        factors.append(torch.from_numpy(moments[place]).view(width, width) / float(moments[count]))
     return Eigenbasis.of_moments(*factors)
 
 
@@ -80,7 +81,7 @@ class FactorStore:
             "version": FACTORS_VERSION,
             "layers": [dataclasses.asdict(s) for s in self.layers],
         }
-        body |= {key: getattr(self, key) for key in ("fisher", "samples", "parameters", "files")}
+        body |= {key: getattr(self, key) for key in _KEYS}
         write_atomically(self.path / FACTORS, json.dumps(body, indent=1).encode())
 
     @classmethod
@@ -97,8 +98,7 @@ class FactorStore:
                     f"{file} has version {body['version']!r:.20}, not {FACTORS_VERSION}: upgrade loghook."
                 )
             layers = tuple(LayerSpec(**layer) for layer in body["layers"])
-            keys = ("fisher", "samples", "parameters", "files")
-            return cls(path=path, layers=layers, **{key: body[key] for key in keys})
+            return cls(path=path, layers=layers, **{key: body[key] for key in _KEYS})
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptLogError(f"{file} is no description of factors ({error}): fit again.") from error
 
@@ -117,11 +117,11 @@ class FactorStore:
     def commit(self, kind: str, tensors: Mapping[str, Tensor], samples: int) -> None:
         """Write what a pass found; it counts once ``factors.json`` names it. A tensor that comes twice is kept once."""
         file = self.path / f"{kind}.safetensors"
-        owners: dict[int, str] = {}
-        same = {name: owners.setdefault(id(tensor), name) for name, tensor in tensors.items()}
-        kept = {name: tensor.contiguous() for name, tensor in tensors.items() if same[name] == name}
+        first: dict[int, str] = {}
+        owners = {name: first.setdefault(id(tensor), name) for name, tensor in tensors.items()}
+        distinct = {name: tensor.contiguous() for name, tensor in tensors.items() if owners[name] == name}
         with replacing(file) as temporary:
-            safetensors.torch.save_file(kept, temporary, {"loghook_same": json.dumps(same)})
+            safetensors.torch.save_file(distinct, temporary, {"loghook_same": json.dumps(owners)})
         self.files[file.name] = checksum_of(file)
         self.samples[kind] = samples
         self.save()
@@ -139,11 +139,11 @@ class FactorStore:
         """Eigendecompositions of each layer's (input, output) second moments."""
         with safetensors.safe_open(os.fspath(self.check("covariance")), framework="pt") as file:
             owners = json.loads(file.metadata()["loghook_same"])
-            kept = {name: file.get_tensor(name).double() for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name).double() for name in file.keys()}  # noqa: SIM118
 
         def factor(name: str) -> Factor:
-            values = kept[owners[name]]
-            return Factor(values, [kept[owners[f"{name}/{i}"]] for i in range(len(cut(len(values))))])
+            values = tensors[owners[name]]
+            return Factor(values, [tensors[owners[f"{name}/{i}"]] for i in range(len(cut(len(values))))])
 
         return {spec.name: (factor(f"{spec.name}/in"), factor(f"{spec.name}/out")) for spec in self.layers}
 
@@ -160,10 +160,10 @@ class FactorStore:
 def pack_factors(factors: Mapping[str, tuple[Factor, Factor]]) -> dict[str, Tensor]:
     """Lay out factors for ``commit``: values in float64, vectors in float32, shared ones once."""
     tensors = {}
-    narrow: dict[int, Tensor] = {}
+    float32: dict[int, Tensor] = {}  # by the id of the vectors
     for name, pair in factors.items():
         for side, factor in zip(("in", "out"), pair, strict=True):
             tensors[f"{name}/{side}"] = factor.values
             for i, vectors in enumerate(factor.vectors):
-                tensors[f"{name}/{side}/{i}"] = narrow.setdefault(id(vectors), vectors.float())
+                tensors[f"{name}/{side}/{i}"] = float32.setdefault(id(vectors), vectors.float())
     return tensors

@@ -58,11 +58,15 @@ def influence(
         require_one_query(query, reader.path)
     require_rows(reader)
     chosen = choose_layers(reader, layers)
-    matrix, own, rows = _prepare(reader, metric, chosen, query, own_rows=metric.normalize is not None)
-    norms = own[:, None] if metric.normalize == "unit" else None, rows
-    sizes = [None if norm is None else nonzero(norm.clamp(min=0).sqrt()).to(matrix) for norm in norms]
-    found = _scan(reader, matrix, chosen, query_dtype, sizes, top, per_layer) if scan is None else (*scan(matrix), None)
-    values, places, by_layer = found
+    questions, of_questions, of_rows = _prepare(reader, metric, chosen, query, with_rows=metric.normalize is not None)
+    # What scores are divided by: the roots of both sides' quadratics, or of the rows' only.
+    squares = of_questions[:, None] if metric.normalize == "unit" else None, of_rows
+    norms = [None if square is None else nonzero(square.clamp(min=0).sqrt()).to(questions) for square in squares]
+    by_layer = None
+    if scan is None:
+        values, places, by_layer = _scan(reader, questions, chosen, query_dtype, norms, top, per_layer)
+    else:
+        values, places = scan(questions)
     if not np.isfinite(values).all():
         raise _not_finite("scores are", metric)
     return Scores(
@@ -119,9 +123,9 @@ def self_influence(reader: Source, metric: Metric, layers: Sequence[str] | None)
     """<H^-1 G, G> for each row of a log, summed over layers: (rows,) float32; kept with the log."""
     require_one_log(reader.path, len(reader))
     require_rows(reader)
-    rows = _prepare(reader, metric, choose_layers(reader, layers), own_rows=True)[2]
-    assert rows is not None
-    values = rows.float().numpy()
+    of_rows = _prepare(reader, metric, choose_layers(reader, layers), with_rows=True)[2]
+    assert of_rows is not None
+    values = of_rows.float().numpy()
     if not np.isfinite(values).all():
         raise _not_finite("self-influence is", metric)
     return values
@@ -147,7 +151,7 @@ def choose_layers(reader: Source, layers: Sequence[str] | None) -> list[LayerSpe
     if layers is None:
         return list(reader.layout.layers)
     wanted = [layers] if isinstance(layers, str) else list(layers)
-    unknown = [p for p in wanted if not any(fits(name, p) for name in reader.layers)]
+    unknown = [pattern for pattern in wanted if not any(fits(name, pattern) for name in reader.layers)]
     if not wanted:
         raise ConfigError(f"layers=[] leaves nothing to score: name some of {listed(reader.layers)}, or pass None.")
     if unknown:
@@ -155,7 +159,7 @@ def choose_layers(reader: Source, layers: Sequence[str] | None) -> list[LayerSpe
             f"layers={wanted}: {unknown[0]!r} fits no layer of the log, which has {listed(reader.layers)}: see "
             "log.layers."
         )
-    return [spec for spec in reader.layout.layers if any(fits(spec.name, p) for p in wanted)]
+    return [spec for spec in reader.layout.layers if any(fits(spec.name, pattern) for pattern in wanted)]
 
 
 def _prepare(
@@ -163,7 +167,7 @@ def _prepare(
     metric: Metric,
     chosen: Sequence[LayerSpec],
     query: Query | None = None,
-    own_rows: bool = False,
+    with_rows: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Fit the curvature once for all that is made of it.
 
@@ -172,24 +176,25 @@ def _prepare(
     """
     width, columns = reader.layout.gradient_width, reader.layout.columns
     questions = (torch.zeros(0, width) if query is None else query.matrix[:, :width]).double()
-    matrix, own = torch.zeros_like(questions), torch.zeros(len(questions), dtype=torch.float64)
-    rows = _recall(reader, metric, chosen) if own_rows else None
-    fresh = torch.zeros(len(reader), dtype=torch.float64) if own_rows and rows is None else None
+    preconditioned, of_questions = torch.zeros_like(questions), questions.new_zeros(len(questions))
+    key = _key(metric, chosen)
+    of_rows = _recall(reader, key) if with_rows else None
+    fresh = torch.zeros(len(reader), dtype=torch.float64) if with_rows and of_rows is None else None
     if query is not None or fresh is not None:
         for group in solvers(reader, metric, chosen):
             for name, solver in group.items():
-                part = questions[:, columns[name]]
-                matrix[:, columns[name]] = solver.apply(part)
-                own += solver.quadratic(part)
+                gradients = questions[:, columns[name]]
+                preconditioned[:, columns[name]] = solver.apply(gradients)
+                of_questions += solver.quadratic(gradients)
             if fresh is not None:
                 _add_quadratics(reader, group, fresh)
     if fresh is not None:
-        rows = _keep(reader, metric, chosen, all_reduce(fresh))
-    return matrix.to(working_dtype(reader)), own, rows
+        of_rows = _keep(reader, key, all_reduce(fresh))
+    return preconditioned.to(working_dtype(reader)), of_questions, of_rows
 
 
 def _key(metric: Metric, chosen: Sequence[LayerSpec]) -> str:
-    """What the rows' self-influence is called in the cache of an open log and in the file beside a finished one."""
+    """The name of the rows' self-influence in the cache of an open log and in the file beside a finished one."""
     return kept_name(
         what="self-influence",
         method="dot" if metric.plain else metric.method,
@@ -199,21 +204,19 @@ def _key(metric: Metric, chosen: Sequence[LayerSpec]) -> str:
     )
 
 
-def _recall(reader: Source, metric: Metric, chosen: Sequence[LayerSpec]) -> Tensor | None:
+def _recall(reader: Source, key: str) -> Tensor | None:
     """The rows' self-influence, (rows,) float64, if it was computed before: from memory, or from the file."""
-    key = _key(metric, chosen)
     if not all(all_gather(key in reader.cache)):
         # All take what rank 0 finds in the file, so that all or none compute, whatever each of them sees or has.
         reader.cache.pop(key, None)
         seal = reader.seal if rank_and_size()[0] == 0 else None
-        kept = all_gather(load_kept(reader.path, seal).get(key) if seal else None)[0]
-        if kept is not None and kept.shape == (len(reader),) and kept.dtype == np.float64:
-            reader.cache[key] = torch.from_numpy(kept)
+        values = all_gather(load_kept(reader.path, seal).get(key) if seal else None)[0]
+        if values is not None and values.shape == (len(reader),) and values.dtype == np.float64:
+            reader.cache[key] = torch.from_numpy(values)
     return reader.cache.get(key)
 
 
-def _keep(reader: Source, metric: Metric, chosen: Sequence[LayerSpec], values: Tensor) -> Tensor:
-    key = _key(metric, chosen)
+def _keep(reader: Source, key: str, values: Tensor) -> Tensor:
     reader.cache[key] = values
     if reader.seal is not None and rank_and_size()[0] == 0:
         save_kept(reader.path, reader.seal, key, values.numpy())
@@ -229,22 +232,23 @@ def _add_quadratics(reader: Source, group: dict[str, Solver], total: Tensor) -> 
 
 def _scan(
     reader: Source,
-    matrix: Tensor,
+    questions: Tensor,
     chosen: Sequence[LayerSpec],
     query_dtype: str | None,
-    sizes: Sequence[Tensor | None],
+    norms: Sequence[Tensor | None],
     top: int | None,
     per_layer: bool,
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
     """Scores of all rows, if asked for by layer too; or the best ``top`` of each question, merged block by block.
 
-    They are divided by ``sizes``, if any: of the questions (Q, 1), of the rows (rows,).
+    They are divided by ``norms``, if any: of the questions (Q, 1), of the rows (rows,).
     """
-    queries, (of_questions, of_rows) = len(matrix), sizes
-    product, stored = products(reader, matrix, chosen, query_dtype)
-    parts = [products(reader, matrix, [spec], query_dtype)[0] for spec in chosen] if per_layer else []
-    values, by_layer = torch.zeros(queries, 0 if top else len(reader)), torch.zeros(len(parts), queries, len(reader))
-    best, places = torch.empty(queries, 0, dtype=matrix.dtype), torch.empty(queries, 0, dtype=torch.int64)
+    queries, (of_questions, of_rows) = len(questions), norms
+    product, stored = products(reader, questions, chosen, query_dtype)
+    of_layers = [products(reader, questions, [spec], query_dtype)[0] for spec in chosen] if per_layer else []
+    values = torch.zeros(queries, 0 if top else len(reader))
+    by_layer = torch.zeros(len(of_layers), queries, len(reader))
+    best, places = torch.empty(queries, 0, dtype=questions.dtype), torch.empty(queries, 0, dtype=torch.int64)
 
     def scored(multiply: Product, block: Tensor, place: slice) -> Tensor:
         scores = multiply(block)
@@ -257,16 +261,16 @@ def _scan(
     for place, block in progress(reader, "scoring", stored=stored):
         if top is None:
             values[:, place] = scored(product, block, place).float()
-            for total, part in zip(by_layer, parts, strict=True):
-                total[:, place] = scored(part, block, place).float()
+            for layer_values, layer_product in zip(by_layer, of_layers, strict=True):
+                layer_values[:, place] = scored(layer_product, block, place).float()
             continue
-        for index in torch.arange(place.start, place.stop).split(max(1, SCORES_AT_A_TIME // queries)):
-            here = slice(int(index[0]), int(index[-1]) + 1)
-            scores = scored(product, block[here.start - place.start : here.stop - place.start], here)
-            if best.shape[1] + len(index) > top:  # what cannot be among the best need not be sorted
+        for rows in torch.arange(place.start, place.stop).split(max(1, SCORES_AT_A_TIME // queries)):
+            chunk = slice(int(rows[0]), int(rows[-1]) + 1)
+            scores = scored(product, block[chunk.start - place.start : chunk.stop - place.start], chunk)
+            if best.shape[1] + len(rows) > top:  # what cannot be among the best need not be sorted
                 near = ~(scores < torch.cat([best, scores], 1).topk(top).values[:, -1:]).all(0)
-                scores, index = scores[:, near], index[near]
-            best, places = _best(torch.cat([best, scores], 1), torch.cat([places, index.expand(queries, -1)], 1), top)
+                scores, rows = scores[:, near], rows[near]
+            best, places = _best(torch.cat([best, scores], 1), torch.cat([places, rows.expand(queries, -1)], 1), top)
     if top is None:
         return all_reduce(values).numpy(), None, all_reduce(by_layer).numpy() if per_layer else None
     best, places = _best(torch.cat(all_gather(best), 1), torch.cat(all_gather(places), 1), top)

@@ -68,20 +68,20 @@ def compare(source: Reader, compressed: Reader, *, queries: int, seed: int) -> F
     logs = (source, compressed)
     for reader in logs:
         _ask(reader, query, "dot")  # verifies checksums
-    speeds, kept, top10 = {}, {}, {}
+    speeds, pearson, top10 = {}, {}, {}
     for method in compared_methods(source):
         (a, slow), (b, fast) = (_ask(reader, query, method) for reader in logs)
         speeds[method] = (len(source) / slow, len(source) / fast)
         # A row's own score is large and always found again: it would only flatter.
         a, b = (np.stack([np.delete(row, i) for row, i in zip(values, places, strict=True)]) for values in (a, b))
-        kept[method], top10[method] = likeness(a, b), float(shared_top(a, b, TOP).mean()) / TOP
+        pearson[method], top10[method] = likeness(a, b), float(shared_top(a, b, TOP).mean()) / TOP
     return Fidelity(
         dtype=(source.manifest.dtype, compressed.manifest.dtype),
         rows=len(source),
         queries=len(places),
         bytes_per_sample=(source.codec.row_bytes, compressed.codec.row_bytes),
         rows_per_second=speeds["dot"],
-        pearson=kept,
+        pearson=pearson,
         top10=top10,
     )
 
@@ -112,8 +112,8 @@ def correlations(a: np.ndarray, b: np.ndarray) -> NDArray[np.float64]:
     """Pearson correlation along the last axis, 0 where a side is constant: (Q, N), (Q, N) -> (Q,)."""
     a, b = (x - x.mean(axis=-1, keepdims=True) for x in (a.astype(np.float64), b.astype(np.float64)))
     size = np.sqrt((a**2).sum(axis=-1) * (b**2).sum(axis=-1))
-    found: NDArray[np.float64] = np.divide((a * b).sum(axis=-1), size, out=np.zeros_like(size), where=size > 0)
-    return found
+    correlation: NDArray[np.float64] = np.divide((a * b).sum(axis=-1), size, out=np.zeros_like(size), where=size > 0)
+    return correlation
 
 
 def likeness(a: np.ndarray, b: np.ndarray) -> float:
@@ -123,5 +123,5 @@ def likeness(a: np.ndarray, b: np.ndarray) -> float:
 
 def shared_top(a: np.ndarray, b: np.ndarray, k: int) -> NDArray[np.float64]:
     """How many rows are among the k best in both of two scorings (Q, N): (Q,)."""
-    pairs = ((strongest(one, k), strongest(other, k)) for one, other in zip(a, b, strict=True))
-    return np.array([len(np.intersect1d(*pair)) for pair in pairs], dtype=np.float64)
+    shared = [len(np.intersect1d(strongest(one, k), strongest(other, k))) for one, other in zip(a, b, strict=True)]
+    return np.array(shared, dtype=np.float64)

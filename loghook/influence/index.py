@@ -1,5 +1,6 @@
 """An optional vector index: rows reduced to few dimensions propose candidates, and the log scores those exactly."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,18 +62,15 @@ class Index:
         Raises:
             ConfigError: an argument that cannot work.
         """
-        if method == "cosine" or options.keys() - OPTIONS:
-            wrong = [*(options.keys() - OPTIONS), "method='cosine'"][0]
+        unfit = [*(options.keys() - OPTIONS), *(["method='cosine'"] if method == "cosine" else [])]
+        if unfit:
             raise ConfigError(
-                f"an index cannot take {wrong}: it serves the other methods with {', '.join(OPTIONS)}. Use "
+                f"an index cannot take {unfit[0]}: it serves the other methods with {', '.join(OPTIONS)}. Use "
                 "log.influence(..., top=)."
             )
         _check_top(top, candidates)
         top, candidates = plain(top), plain(candidates)
-
-        def scan(matrix: Tensor) -> tuple[np.ndarray, np.ndarray]:
-            return self._rescore(matrix, top, min(candidates, len(self.rows)))
-
+        scan = partial(self._rescore, top=top, candidates=min(candidates, len(self.rows)))
         metric, others = Metric.among({"method": method} | options)
         return influence(self._reader, query, metric, top=top, scan=scan, **others)
 
@@ -85,18 +83,17 @@ class Index:
         in ``search``.
         """
         _check_top(top, candidates)
-        own: list[set[int]] = []
+        asked_row = None  # of each question, where questions are rows
         if isinstance(query := plain(query), int):
-            places, query = as_questions(self._reader, query, seed=0)
-            own, top = [{place} for place in places.tolist()], top + 1
+            asked_row, query = as_questions(self._reader, query, seed=0)
+            top += 1
             candidates = max(candidates, top)
-        own = own or [set()] * len(query)
-        found = self.search(query, top, method, candidates=candidates, **options).places
+        proposed = self.search(query, top, method, candidates=candidates, **options).places
         metric, others = Metric.among({"method": method} | options)
-        true = influence(self._reader, query, metric, top=top, **others).places
-        assert found is not None and true is not None
-        sets = [(set(a) - mine, set(b) - mine) for a, b, mine in zip(found.tolist(), true.tolist(), own, strict=True)]
-        return float(np.mean([len(a & b) / len(b) for a, b in sets]))
+        best = influence(self._reader, query, metric, top=top, **others).places
+        assert proposed is not None and best is not None
+        wanted = best if asked_row is None else [np.setdiff1d(*pair) for pair in zip(best, asked_row, strict=True)]
+        return float(np.mean([np.isin(*pair).mean() for pair in zip(wanted, proposed, strict=True)]))
 
     def save(self, path: str | Path) -> None:
         """Write basis and reduced rows to one safetensors file, for ``Log.load_index``.
@@ -111,14 +108,14 @@ class Index:
 
     def _rescore(self, matrix: Tensor, top: int, candidates: int) -> tuple[np.ndarray, np.ndarray]:
         """Exact scores and places of the best candidates of preconditioned questions (Q, width)."""
-        _, found = self._faiss.search((matrix.float() @ self.basis.T).numpy(), candidates)
-        places = torch.from_numpy(found).sort(1).values  # equal scores stay in the order of the log
-        known = places >= 0  # faiss says -1 where it found fewer
+        _, proposed = self._faiss.search((matrix.float() @ self.basis.T).numpy(), candidates)
+        places = torch.from_numpy(proposed).sort(1).values  # equal scores stay in the order of the log
+        filled = places >= 0  # faiss says -1 where it found fewer
         values = torch.full(places.shape, -torch.inf, dtype=matrix.dtype)
         for i, question in enumerate(matrix):
-            values[i, known[i]] = self._scores(question, places[i, known[i]])
+            values[i, filled[i]] = self._scores(question, places[i, filled[i]])
         best = values.argsort(dim=1, descending=True, stable=True)[:, :top]
-        if not known.gather(1, best).all():
+        if not filled.gather(1, best).all():
             raise ConfigError(
                 f"factory={self.factory!r} proposed fewer than top={top} rows: ask for fewer, or take another factory."
             )
@@ -127,8 +124,8 @@ class Index:
     def _scores(self, question: Tensor, places: Tensor) -> Tensor:
         """Inner products of a preconditioned question (width,) with some rows of the log."""
         columns, step = slice(0, len(question)), max(1, GATHERED // len(question))
-        parts = (self._reader.gather(part.numpy(), columns) for part in places.split(step))
-        return torch.cat([rows.to(question.dtype) @ question for rows in parts])
+        chunks = (self._reader.gather(chunk.numpy(), columns) for chunk in places.split(step))
+        return torch.cat([rows.to(question.dtype) @ question for rows in chunks])
 
 
 def build(reader: Reader, dimensions: int, factory: str, sample: int, seed: int) -> Index:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loghook.errors import ConfigError
 from loghook.factors import Eigenbasis, eigenbasis
-from loghook.influence.solvers import Dense, Diagonal, Identity, LowRank, Solver, nonzero
+from loghook.influence.solvers import Dense, Diagonal, Identity, LowRank, Solver, nonzero, unseen_directions
 from loghook.log.disk import plain
 from loghook.log.format import LayerSpec
 from loghook.log.source import Source
@@ -57,9 +57,9 @@ class Metric:
     @classmethod
     def among(cls, arguments: Mapping[str, Any]) -> tuple["Metric", dict[str, Any]]:
         """From arguments of ``Log.influence``: the metric, and the other arguments."""
-        mine = {field.name for field in fields(cls)}
-        metric = cls(**{name: value for name, value in arguments.items() if name in mine})
-        return metric, {name: value for name, value in arguments.items() if name not in mine}
+        names = {field.name for field in fields(cls)}
+        metric = cls(**{name: value for name, value in arguments.items() if name in names})
+        return metric, {name: value for name, value in arguments.items() if name not in names}
 
     @property
     def plain(self) -> bool:
@@ -105,21 +105,27 @@ def solvers(reader: Source, metric: Metric, layers: Sequence[LayerSpec]) -> Iter
         for group in in_memory(layers, len(reader)):
             yield _fit_fisher(reader, metric, group)
     else:
-        shampoo = metric.method == "shampoo"
-        bases = _row_bases(reader, layers) if shampoo else _token_bases(reader, layers)
-        kfac, small = metric.method == "kfac", metric.damping_abs is not None or metric.damping < 1e-2
-        # Rows in fewer bits have rounding everywhere, but as much of it in the eigenvalues.
-        narrow = reader.dtype == torch.float32 and not reader.codec.coded
-        measured: Mapping[str, Tensor] = {}
-        if not kfac or (narrow and small):
-            measured = _corrected_eigenvalues(reader, "shampoo" if shampoo else "ekfac", bases)
-        found: dict[str, Solver] = {}
-        for name, basis in bases.items():
-            corrected, shares = measured.get(name, (basis.products, None))
-            values = basis.products if kfac else corrected
-            if float(values.sum()) > _vanishing(reader):
-                found[name] = Diagonal(basis, values, metric.amount(float(values.mean())), shares if narrow else None)
-        yield found
+        yield _fit_diagonal(reader, metric, layers)
+
+
+def _fit_diagonal(reader: Source, metric: Metric, layers: Sequence[LayerSpec]) -> dict[str, Solver]:
+    shampoo, kfac = metric.method == "shampoo", metric.method == "kfac"
+    bases = _row_bases(reader, layers) if shampoo else _token_bases(reader, layers)
+    # Float64 has next to no rounding, and fewer bits have as much of it in the eigenvalues. For KFAC, whose eigenvalues
+    # take no scan of the rows, what the rows lack is worth one only where the damping may be small.
+    small_damping = metric.damping_abs is not None or metric.damping < 1e-2
+    float32_rows = reader.dtype == torch.float32 and not reader.codec.coded
+    leaves_out_unseen = float32_rows and (small_damping or not kfac)
+    measured: Mapping[str, Tensor] = {}
+    if leaves_out_unseen or not kfac:
+        measured = _corrected_eigenvalues(reader, "shampoo" if shampoo else "ekfac", bases)
+    fitted: dict[str, Solver] = {}
+    for name, basis in bases.items():
+        values = basis.products if kfac else measured[name][0]
+        if float(values.sum()) > _vanishing(reader):
+            unseen = unseen_directions(measured[name][1]) if leaves_out_unseen else None
+            fitted[name] = Diagonal(basis, values, metric.amount(float(values.mean())), unseen)
+    return fitted
 
 
 def _vanishing(reader: Source) -> float:
@@ -130,16 +136,16 @@ def _vanishing(reader: Source) -> float:
 def _token_bases(reader: Source, layers: Sequence[LayerSpec]) -> dict[str, Eigenbasis]:
     """Eigenbases from the streamed statistics of tokens, without the layers of which no token was counted."""
     moments = reader.moments()
-    heard = [spec.name for spec in layers if moments[reader.layout.moments[spec.name][2]] > 0]
-    if not heard:
+    counted = [spec.name for spec in layers if moments[reader.layout.moments[spec.name][2]] > 0]
+    if not counted:
         raise ConfigError(
             "no token was counted while logging (a mask that is all zero?), so there are no Kronecker factors: use "
             "method='shampoo', 'fisher', 'dot' or 'cosine', or log again with the right mask."
         )
-    missing = [name for name in heard if ("basis", name) not in reader.cache]
+    missing = [name for name in counted if ("basis", name) not in reader.cache]
     for name in bar(missing, "eigenbases", "layers"):
         reader.cache["basis", name] = eigenbasis(reader.layout, moments, name)
-    return {name: reader.cache["basis", name] for name in heard}
+    return {name: reader.cache["basis", name] for name in counted}
 
 
 def _row_bases(reader: Source, layers: Sequence[LayerSpec]) -> dict[str, Eigenbasis]:
@@ -183,11 +189,11 @@ def _fit_fisher(reader: Source, metric: Metric, group: Sequence[LayerSpec]) -> d
     sums = {s.name: torch.zeros(min(len(reader), s.width), s.width, dtype=torch.float64) for s in group}
     for place, block in progress(reader, "Fisher"):
         for name, total in sums.items():
-            part = block[:, columns[name]].double()
+            rows = block[:, columns[name]].double()
             if name in few:
-                total[place] = part
+                total[place] = rows
             else:
-                total.addmm_(part.T, part)
+                total.addmm_(rows.T, rows)
     fitted: dict[str, Solver] = {}
     for spec in group:
         total = all_reduce(sums.pop(spec.name))

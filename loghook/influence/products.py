@@ -47,9 +47,8 @@ def products(
             if len(matrix) <= FEW:
                 return _signs(codec, signs, numbers), True
             matrix = codec.decode(signs)
-        if max(spec.width for spec in chosen) <= WIDEST and integer_products_are_exact():
-            return _integers(codec, matrix, numbers, len(reader.layers)), True
-        return _codes(codec, matrix, numbers), True
+        exact = max(spec.width for spec in chosen) <= WIDEST and integer_products_are_exact()
+        return _codes(codec, matrix, numbers, len(reader.layers), exact=exact), True
     if isinstance(codec, LowRankCodec) and len(matrix) * codec.terms <= TERMS:
         return _bilinear(codec, matrix, numbers), True
     return _floats(reader, matrix, chosen), not codec.coded
@@ -59,81 +58,62 @@ def _floats(reader: Source, matrix: Tensor, chosen: Sequence[LayerSpec]) -> Prod
     """One matrix product for each contiguous range of columns."""
     runs: list[slice] = []
     for spec in chosen:
-        part = reader.layout.columns[spec.name]
-        start = runs.pop().start if runs and runs[-1].stop == part.start else part.start
-        runs.append(slice(start, part.stop))
+        columns = reader.layout.columns[spec.name]
+        start = runs.pop().start if runs and runs[-1].stop == columns.start else columns.start
+        runs.append(slice(start, columns.stop))
     # Narrow floats are widened here, always into the same memory: new memory for every block costs more.
     wide = torch.empty(max(LEAST_ROWS // 4, UNPACKED // reader.codec.width), reader.codec.width, dtype=matrix.dtype)
 
     def multiply(block: Tensor) -> Tensor:
         if block.dtype != matrix.dtype:
-            return torch.cat([multiply(wide[: len(part)].copy_(part)) for part in block.split(len(wide))], 1)
+            return torch.cat([multiply(wide[: len(rows)].copy_(rows)) for rows in block.split(len(wide))], 1)
         return reduce(torch.add, [linear(matrix[:, run], block[:, run]) for run in runs])
 
     return multiply
 
 
-def _integers(codec: LowBitCodec, matrix: Tensor, numbers: Sequence[int], layers: int) -> Product:
-    """Integer products, layer by layer, on codes that are unpacked a chunk at a time."""
+def _codes(codec: LowBitCodec, matrix: Tensor, numbers: Sequence[int], layers: int, *, exact: bool) -> Product:
+    """Products with whole numbers, layer by layer: of integers where they are ``exact``, or else in float32.
+
+    Float32 is for processors without exact integer products, and for layers too wide for them. Rows are not decoded,
+    which for one bit would be to rotate them back: the questions are rotated instead.
+    """
     slope, shift = AFFINE[codec.bits]
     queries, single = len(matrix), len(matrix) == 1
-    count = 3 if 1 < queries <= COLUMNS // 3 else 2
-    spare = 0 if single else -count * queries % COLUMNS
-    parts: list[tuple[Alike, list[tuple[list[Tensor], Tensor]]]] = []
+    count = 1 if not exact else 3 if 1 < queries <= COLUMNS // 3 else 2  # digits of a question
+    spare = -count * queries % COLUMNS if exact and not single else 0
+    dtype = torch.int8 if exact else torch.float32
+    groups: list[tuple[Alike, list[tuple[list[Tensor], Tensor]]]] = []
     shifts = torch.zeros(layers, count * queries + spare)
-    for part in codec.alike(numbers):
+    for group in codec.alike(numbers):
         fitted = []
-        for i, q in enumerate(matrix[:, part.columns].float().split(part.width, 1), part.layers.start):
-            digits, sizes = _in_digits(codec.turned(q).T, count)
-            digits = F.pad(digits, (0, spare, 0, part.size * 8 // codec.bits - part.width))
+        for i, values in enumerate(matrix[:, group.columns].float().split(group.width, 1), group.layers.start):
+            q = codec.turned(values).T
+            digits, sizes = _in_digits(q, count) if exact else (q, torch.ones(queries))
+            digits = F.pad(digits, (0, spare, 0, group.size * 8 // codec.bits - group.width))
             sizes = F.pad(sizes, (0, spare))
-            columns = digits.to(torch.int8).split(1 if single else digits.shape[1], 1)
+            columns = digits.to(dtype).split(1 if single else digits.shape[1], 1)
             fitted.append(([c.contiguous() for c in columns], sizes * slope))
             shifts[i] = digits.sum(0) * sizes * shift
-        parts.append((part, fitted))
-    step = max(LEAST_ROWS, UNPACKED // max(part.width for part, _ in parts))
+        groups.append((group, fitted))
+    step = max(LEAST_ROWS, UNPACKED // dtype.itemsize // max(group.width for group, _ in groups))
 
     def multiply(block: Tensor) -> Tensor:
         out = torch.zeros(len(block), shifts.shape[1])
         for rows, sums in zip(block.split(step), out.split(step), strict=True):
             scales = codec.scales(rows)
-            for part, fitted in parts:
+            for group, fitted in groups:
                 # Rows are read once, one after the other, and put in order of layers.
-                by_layer = codec.packed(rows, part).transpose(0, 1).contiguous().numpy()
-                for scale, packed, (digits, sizes) in zip(scales[:, part.layers].T, by_layer, fitted, strict=True):
-                    values = unpack(packed, codec.bits)
-                    found = torch.cat([torch._int_mm(values, columns) for columns in digits], 1)
-                    sums.addcmul_(found * sizes, scale[:, None])
+                by_layer = codec.packed(rows, group).transpose(0, 1).contiguous().numpy()
+                for scale, packed, (digits, sizes) in zip(scales[:, group.layers].T, by_layer, fitted, strict=True):
+                    codes = unpack(packed, codec.bits)
+                    if exact:
+                        dots = torch.cat([torch._int_mm(codes, columns) for columns in digits], 1)
+                    else:
+                        dots = codes.float() @ digits[0]
+                    sums.addcmul_(dots * sizes, scale[:, None])
             sums.addmm_(scales, shifts)
         return out[:, : count * queries].unflatten(1, (count, -1)).sum(1).T
-
-    return multiply
-
-
-def _codes(codec: LowBitCodec, matrix: Tensor, numbers: Sequence[int]) -> Product:
-    """What ``_integers`` does, in float32: for processors without exact integer products, and layers too wide for them.
-
-    Rows are not decoded, which for one bit would be to rotate them back: the questions are rotated instead.
-    """
-    slope, shift = AFFINE[codec.bits]
-    parts = [
-        (part, [codec.turned(q).T.contiguous() for q in matrix[:, part.columns].float().split(part.width, 1)])
-        for part in codec.alike(numbers)
-    ]
-    widest = max(part.width for part, _ in parts)
-    rows_at_a_time = max(LEAST_ROWS, UNPACKED // 4 // widest)  # of four bytes each, as many as stay in the cache
-    wide = torch.empty(rows_at_a_time, widest)
-
-    def multiply(block: Tensor) -> Tensor:
-        out = torch.zeros(len(block), len(matrix))
-        for rows, sums in zip(block.split(len(wide)), out.split(len(wide)), strict=True):
-            scales = codec.scales(rows)
-            for part, questions in parts:
-                by_layer = codec.packed(rows, part).transpose(0, 1).contiguous().numpy()
-                for scale, packed, q in zip(scales[:, part.layers].T, by_layer, questions, strict=True):
-                    values = wide[: len(rows), : part.width].copy_(unpack(packed, codec.bits)[:, : part.width])
-                    sums.addcmul_((values @ q).mul_(slope).add_(q.sum(0) * shift), scale[:, None])
-        return out.T
 
     return multiply
 
@@ -163,18 +143,18 @@ def integer_products_are_exact() -> bool:
 
 def _bilinear(codec: LowRankCodec, matrix: Tensor, numbers: Sequence[int]) -> Product:
     """Few questions with rows of low rank, without decoding them: ``<Q, u v^T> = u^T Q v``."""
-    parts = codec.alike(numbers)
+    groups = codec.alike(numbers)
 
     def multiply(block: Tensor) -> Tensor:
         out = torch.zeros(len(matrix), len(block))
-        for part in parts:
-            questions = matrix[:, part.columns]
-            if codec.whole(part.shape):
-                out += questions @ codec.decode(block, part.columns).T
+        for group in groups:
+            questions = matrix[:, group.columns]
+            if codec.whole(group.shape):
+                out += questions @ codec.decode(block, group.columns).T
                 continue
             # By layer: (n c, k_out), (n c, k_in) and (Q, k_out, k_in).
-            factors = [side.float().transpose(0, 1).flatten(1, 2) for side in codec.factors(block, part)]
-            by_layer = questions.unflatten(1, (-1, *part.shape)).transpose(0, 1)
+            factors = [side.float().transpose(0, 1).flatten(1, 2) for side in codec.factors(block, group)]
+            by_layer = questions.unflatten(1, (-1, *group.shape)).transpose(0, 1)
             for left, right, layer in zip(*factors, by_layer, strict=True):
                 for total, question in zip(out, layer, strict=True):
                     total += ((left @ question) * right).view(len(block), -1).sum(1)
@@ -186,27 +166,27 @@ def _bilinear(codec: LowRankCodec, matrix: Tensor, numbers: Sequence[int]) -> Pr
 def _signs(codec: LowBitCodec, stored: Tensor, numbers: Sequence[int]) -> Product:
     """1-bit questions, as rows are stored: ``s_row s_question (width - 2 popcount(row XOR question))``."""
 
-    def words(rows: Tensor, part: Alike) -> np.ndarray:
+    def words(rows: Tensor, group: Alike) -> np.ndarray:
         """Signs of some layers, 64 in a word, rows side by side: (layers, words, n) uint64."""
-        packed = codec.packed(rows, part).numpy()
-        if short := -part.size % 8:  # equal on both sides, so that it does not count
+        packed = codec.packed(rows, group).numpy()
+        if short := -group.size % 8:  # equal on both sides, so that it does not count
             packed = np.pad(packed, ((0, 0), (0, 0), (0, short)))
         return np.ascontiguousarray(packed.view(np.uint64).transpose(1, 2, 0))
 
     scales = codec.scales(stored)
-    parts = [(part, words(stored, part), scales[:, part.layers]) for part in codec.alike(numbers)]
+    groups = [(group, words(stored, group), scales[:, group.layers]) for group in codec.alike(numbers)]
     step = max(1, COMPARED // codec.row_bytes)
 
     def multiply(block: Tensor) -> Tensor:
         out = torch.zeros(len(stored), len(block))
         for rows, sums in zip(block.split(step), out.split(step, 1), strict=True):
             scales = codec.scales(rows).T.contiguous()
-            for part, questions, sizes in parts:
-                these, counted = words(rows, part), np.uint16 if part.width < 2**16 else np.int32
+            for group, questions, sizes in groups:
+                signs, dtype = words(rows, group), np.uint16 if group.width < 2**16 else np.int32
                 for q, size in enumerate(sizes):
-                    unequal = np.bitwise_count(these ^ questions[:, :, q, None]).sum(1, dtype=counted)
-                    found = torch.from_numpy(unequal.astype(np.float32)).mul_(-2).add_(part.width)
-                    sums[q] += size @ found.mul_(scales[part.layers])
+                    unequal = np.bitwise_count(signs ^ questions[:, :, q, None]).sum(1, dtype=dtype)
+                    dots = torch.from_numpy(unequal.astype(np.float32)).mul_(-2).add_(group.width)
+                    sums[q] += size @ dots.mul_(scales[group.layers])
         return out
 
     return multiply

@@ -100,15 +100,15 @@ class Scores:
     def distinct(self, k: int) -> list[list[int | str]]:
         """The ids of each question's strongest proponents, each once: k, or as many as every question has."""
         _check_count(k)
-        found = []
-        for values, where in zip(self.values, self._all_places(), strict=True):
+        rankings = []
+        for values, places in zip(self.values, self._all_places(), strict=True):
             ids: dict[int | str, None] = {}
             for i in np.argsort(-values, kind="stable"):
                 if len(ids) == k:
                     break
-                ids[self.data_ids[where[i]]] = None
-            found.append(list(ids))
-        return [ids[: min(map(len, found))] for ids in found]
+                ids[self.data_ids[places[i]]] = None
+            rankings.append(list(ids))
+        return [ids[: min(map(len, rankings))] for ids in rankings]
 
     def align(
         self, data_ids: Sequence[int | str] | None = None, query_ids: Sequence[int | str] | None = None
@@ -123,19 +123,15 @@ class Scores:
         """
         if data_ids is not None and self.places is not None:
             raise ConfigError("scores that keep only the best rows (top=...) have no other order: score without top.")
-        data_ids, query_ids = (
-            None if ids is None else ids.tolist() if hasattr(ids, "tolist") else list(ids)
-            for ids in (data_ids, query_ids)
-        )  # fmt: skip
-        rows = slice(None) if query_ids is None else _places("query_id", self.query_ids, query_ids)
-        columns = slice(None) if data_ids is None else _places("data_id", self.data_ids, data_ids)
+        ids_of_queries, queries = _order("query_id", self.query_ids, query_ids)
+        ids_of_rows, rows = _order("data_id", self.data_ids, data_ids)
         return dataclasses.replace(
             self,
-            values=self.values[rows][:, columns],
-            query_ids=self.query_ids if query_ids is None else query_ids,  # type: ignore[arg-type]
-            data_ids=self.data_ids if data_ids is None else data_ids,  # type: ignore[arg-type]
-            places=None if self.places is None else self.places[rows],
-            by_layer=None if self.by_layer is None else self.by_layer[:, rows][:, :, columns],
+            values=self.values[queries][:, rows],
+            query_ids=ids_of_queries,
+            data_ids=ids_of_rows,
+            places=None if self.places is None else self.places[queries],
+            by_layer=None if self.by_layer is None else self.by_layer[:, queries][:, :, rows],
         )
 
     def among(self, candidates: Sequence[Sequence[int | str]]) -> "Scores":
@@ -144,18 +140,18 @@ class Scores:
         Raises:
             ConfigError: if one of them was not scored.
         """
-        where = {data_id: place for place, data_id in enumerate(self.data_ids)}
-        missing = [i for ids in candidates for i in ids if i not in where]
+        row_of = {data_id: row for row, data_id in enumerate(self.data_ids)}
+        missing = [i for ids in candidates for i in ids if i not in row_of]
         if missing or self.places is not None:
             raise ConfigError(
                 f"{missing[:1] or 'a top-k result'} was not scored for every question: score all of them."
             )
         values, places = [], []
-        for row, ids in zip(self.values, candidates, strict=True):
-            chosen = np.array([where[i] for i in ids], dtype=np.int64)
-            order = np.argsort(-row[chosen], kind="stable")
-            places.append(chosen[order])
-            values.append(row[chosen[order]])
+        for scores, ids in zip(self.values, candidates, strict=True):
+            rows = np.array([row_of[i] for i in ids], dtype=np.int64)
+            ranked = rows[np.argsort(-scores[rows], kind="stable")]
+            places.append(ranked)
+            values.append(scores[ranked])
         return dataclasses.replace(self, values=np.stack(values), places=np.stack(places), by_layer=None)
 
     def to_pandas(self) -> "pandas.DataFrame":
@@ -229,24 +225,24 @@ class Scores:
             raise ConfigError(f"weights={weights} must be {len(scores)} finite numbers, one for each of the scores.")
         first = scores[0]
         values = np.zeros(first.values.shape)
-        together = all(part.by_layer is not None and part.layers == first.layers for part in scores)
-        by_layer = np.zeros(first.by_layer.shape) if together and first.by_layer is not None else None
-        for part, weight in zip(scores, weights, strict=True):
-            if part.places is not None:
+        same_layers = all(each.by_layer is not None and each.layers == first.layers for each in scores)
+        by_layer = np.zeros(first.by_layer.shape) if same_layers and first.by_layer is not None else None
+        for each, weight in zip(scores, weights, strict=True):
+            if each.places is not None:
                 raise ConfigError("scores that keep only the best rows (top=...) do not combine: score without top.")
-            rows = _places("query_id", part.query_ids, first.query_ids, all_of_them=True)[:, None]
-            pairs = rows, _places("data_id", part.data_ids, first.data_ids, all_of_them=True)
-            size = part.values.std(axis=1, dtype=np.float64, keepdims=True) if standardize else np.ones((1, 1))
+            queries = _places("query_id", each.query_ids, first.query_ids, all_of_them=True)[:, None]
+            rows = _places("data_id", each.data_ids, first.data_ids, all_of_them=True)
+            size = each.values.std(axis=1, dtype=np.float64, keepdims=True) if standardize else np.ones((1, 1))
             factor = weight / np.where(size > 0, size, 1)
-            values += (part.values * factor)[pairs]
-            if by_layer is not None and part.by_layer is not None:
-                by_layer += (part.by_layer * factor)[:, pairs[0], pairs[1]]
+            values += (each.values * factor)[queries, rows]
+            if by_layer is not None and each.by_layer is not None:
+                by_layer += (each.by_layer * factor)[:, queries, rows]
         return Scores(
             values=values.astype(np.float32),
             query_ids=first.query_ids,
             data_ids=first.data_ids,
             by_layer=None if by_layer is None else by_layer.astype(np.float32),
-            layers=tuple(dict.fromkeys(name for part in scores for name in part.layers)),
+            layers=tuple(dict.fromkeys(name for each in scores for name in each.layers)),
             method=f"ensemble of {len(scores)}{', standardized' if standardize else ''}: {_joined(scores, 'method')}",
             normalize=_same(scores, "normalize"),
             damping=_same(scores, "damping"),
@@ -261,7 +257,9 @@ class Scores:
         header = {key: getattr(self, key) for key in _HEADER}
         ids = bytearray(json.dumps(list(self.data_ids)).encode())  # a header takes 100 MB at most
         tensors = {"data_ids": torch.frombuffer(ids, dtype=torch.uint8)} | {
-            key: torch.from_numpy(np.array(v, order="C")) for key in _ARRAYS if (v := getattr(self, key)) is not None
+            key: torch.from_numpy(np.array(array, order="C"))
+            for key in _ARRAYS
+            if (array := getattr(self, key)) is not None
         }
         save_checked(path, "scores", header, tensors)
 
@@ -294,11 +292,11 @@ class Scores:
 
     def _ranked(self, k: int, *, best: bool) -> list[list[Record]]:
         _check_count(k)
-        places, ranked = self._all_places(), []
-        for values, where in zip(self.values, places, strict=True):
+        rankings = []
+        for values, places in zip(self.values, self._all_places(), strict=True):
             order = strongest(values if best else -values, k)
-            ranked.append([Record(self.data_ids[where[i]], float(values[i])) for i in order])
-        return ranked
+            rankings.append([Record(self.data_ids[places[i]], float(values[i])) for i in order])
+        return rankings
 
 
 def strongest(values: np.ndarray, k: int) -> np.ndarray:
@@ -314,21 +312,32 @@ def _check_count(k: int) -> None:
         raise ConfigError(f"k={k!r} must be a whole number of at least 1.")
 
 
-def _places(kind: str, mine: Sequence[Any], wanted: Sequence[Any], *, all_of_them: bool = False) -> np.ndarray:
-    """Where each wanted id is among mine."""
-    places = {name: place for place, name in enumerate(mine)}
-    if not all_of_them and (twice := [name for name, n in Counter(wanted).items() if n > 1]):
-        raise MismatchError(f"{kind} {twice[0]!r} is asked for more than once: name each id once.")
-    several = {name for names in (mine, wanted) for name, n in Counter(names).items() if n > 1}
-    if several := several if all_of_them else several.intersection(wanted):
-        odd = next(name for name in (*mine, *wanted) if name in several)
+def _order(kind: str, scored: Sequence[Any], wanted: Any) -> tuple[Any, np.ndarray | slice]:
+    """The wanted ids as a list and their places; None: all that are scored, as they are."""
+    if wanted is None:
+        return scored, slice(None)
+    ids = wanted.tolist() if hasattr(wanted, "tolist") else list(wanted)
+    return ids, _places(kind, scored, ids)
+
+
+def _places(kind: str, scored: Sequence[Any], wanted: Sequence[Any], *, all_of_them: bool = False) -> np.ndarray:
+    """Where each wanted id is among those scored; ``all_of_them``: none may be on one side only."""
+    places = {name: place for place, name in enumerate(scored)}
+    repeated, repeated_wanted = ([name for name, n in Counter(ids).items() if n > 1] for ids in (scored, wanted))
+    if repeated_wanted and not all_of_them:
+        raise MismatchError(f"{kind} {repeated_wanted[0]!r} is asked for more than once: name each id once.")
+    relevant = set(wanted)
+    ambiguous = repeated + repeated_wanted if all_of_them else [name for name in repeated if name in relevant]
+    if ambiguous:
         raise MismatchError(
-            f"{kind} {odd!r} is there more than once, so that its scores cannot be matched: log each id once "
+            f"{kind} {ambiguous[0]!r} is there more than once, so that its scores cannot be matched: log each id once "
             "(inside run.passes(), or with on_repeat='first')."
         )
     missing = [name for name in wanted if name not in places]
-    if all_of_them and (odd_ones := [*missing, *(set(mine) - set(wanted))]):
-        raise MismatchError(f"{kind} {odd_ones[0]!r} is in some of the scores only: score the same ids with every log.")
+    if all_of_them and (one_sided := [*missing, *(places.keys() - relevant)]):
+        raise MismatchError(
+            f"{kind} {one_sided[0]!r} is in some of the scores only: score the same ids with every log."
+        )
     if missing:
         raise MismatchError(f"{kind} {missing[0]!r} was not scored: these scores have no such id (of this type).")
     return np.array([places[name] for name in wanted], dtype=np.int64)
@@ -337,11 +346,11 @@ def _places(kind: str, mine: Sequence[Any], wanted: Sequence[Any], *, all_of_the
 def _same(scores: Sequence[Scores], key: str) -> Any:
     """What all have in common, or None."""
     first = getattr(scores[0], key)
-    return first if all(getattr(part, key) == first for part in scores) else None
+    return first if all(getattr(each, key) == first for each in scores) else None
 
 
 def _joined(scores: Sequence[Scores], key: str) -> str:
-    return ", ".join(dict.fromkeys(getattr(part, key) for part in scores))
+    return ", ".join(dict.fromkeys(getattr(each, key) for each in scores))
 
 
 _ARRAYS = ("values", "places", "by_layer")

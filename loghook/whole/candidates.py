@@ -44,10 +44,10 @@ class Candidate:
     def __str__(self) -> str:
         """A line of ``Tuned``'s table."""
         kind = self.init["projection"] + (f" {self.init['whitening']:g}" if "whitening" in self.init else "")
-        how = " ".join(str(value) for value in self.scoring.values())
+        scoring = " ".join(str(value) for value in self.scoring.values())
         kinds = ", ".join(pattern.rpartition(".")[2] for pattern in grouped(self.layers))
         size, fidelity = f"{self.bytes:,}", f"{self.fidelity:.3f}"
-        return ROW.format(kind, self.init["rank"], self.init["dtype"], size, fidelity, how, kinds)
+        return ROW.format(kind, self.init["rank"], self.init["dtype"], size, fidelity, scoring, kinds)
 
 
 def plans(
@@ -62,17 +62,18 @@ def plans(
     widest = max(max(spec.widths) for spec in specs)
     names = [spec.name for spec in specs]
     smallest_sets = list(grouped(names).values()) if subsets else [names]
-    smallest: float = math.inf
+    smallest: float = math.inf  # bytes of any row
     for projection, rank in itertools.product(projections, ranks):
         if rank > widest:
             continue
-        most = math.inf if projection["projection"] == "none" else rank
-        small = [replace(s, k_in=int(min(most, s.k_in)), k_out=int(min(most, s.k_out))) for s in specs]
+        most = widest if projection["projection"] == "none" else int(rank)
+        projected = [replace(s, k_in=min(most, s.k_in), k_out=min(most, s.k_out)) for s in specs]
         fits = []
         for dtype in dtypes:
             if dtype == "int1" and projection["projection"] != "whitened":
                 continue
-            least = min(Layout(s for s in small if s.name in some).codec(dtype).row_bytes for some in smallest_sets)
+            layouts = [Layout(s for s in projected if s.name in group) for group in smallest_sets]
+            least = min(layout.codec(dtype).row_bytes for layout in layouts)
             smallest = min(smallest, least)
             fits += [dtype] * (least <= limit)
         if fits:

@@ -48,17 +48,16 @@ class Fit(Blocks, Hooked):
         self.path, self.fisher = path, fisher
         if (path / MANIFEST).exists():
             raise LogExistsError(f"{path} holds a log, which loghook.load opens: choose another path for the factors.")
-        if (path / FACTORS).exists() and not resume and not overwrite:
+        fitted = (path / FACTORS).exists()
+        if fitted and not resume and not overwrite:
             raise LogExistsError(f"{path} holds factors: pass resume=True to use or complete them, or overwrite=True.")
-        self._store: FactorStore | None = None
-        if (path / FACTORS).exists() and not overwrite:
-            self._store = FactorStore.load(path)
+        self._store = FactorStore.load(path) if fitted and not overwrite else None
         with writing(path):
             path.mkdir(parents=True, exist_ok=True)
             if overwrite and process_rank() == 0:
                 with lock(path / lock_name(0)):  # nobody may be fitting what goes away
                     (path / FACTORS).unlink(missing_ok=True)  # or a later resume would take the old ones for these
-        self._pass: Pass | None = None
+        self._gathering: Gathering | None = None  # of the pass that is under way
         self._began_with: str | None = None  # digest of sampled parameter values when the pass began
         self._solvers: dict[Metric, dict[str, Diagonal]] = {}
         self.watched: dict[str, Any] = {}  # the arguments of watch(), for other runs that shall see the same layers
@@ -109,31 +108,30 @@ class Fit(Blocks, Hooked):
         at its end.
         """
         store = self._require_store()
-        held = lock(self.path / lock_name(process_rank()))
-        try:
-            for index, kind in enumerate(PASSES):
-                if broadcast(store.done(kind)):
-                    continue
-                job = Covariance() if kind == "covariance" else Eigenvalues(rotations(store.bases))
-                gathering = Gathering(self, job)
-                self._pass, self._mixing = Pass(index, kind, self.fisher, gathering), None
-                yield self._pass
-                self._commit(kind, store, gathering)
-        finally:
-            self._pass = None
-            held.close()
+        with lock(self.path / lock_name(process_rank())):
+            try:
+                for index, kind in enumerate(PASSES):
+                    if broadcast(store.done(kind)):
+                        continue
+                    job = Covariance() if kind == "covariance" else Eigenvalues(rotations(store.bases))
+                    self._gathering = Gathering(self, job)
+                    self._mixing = None  # BatchNorms are looked for in each pass anew
+                    yield Pass(index, kind, self.fisher, self._gathering)
+                    self._commit(kind, store, self._gathering)
+            finally:
+                self._gathering = None
 
     def _commit(self, kind: str, store: FactorStore, gathering: Gathering) -> None:
         sums = gathering.reduce()
         if kind == "covariance":
             tensors = pack_factors(decompose(self._layers, sums))
         else:
-            tensors = {
-                layer.name: (sums.totals[layer.name] / sums.samples).float().cpu()
-                if layer.name in sums.totals
-                else torch.zeros(layer.output_side.width, layer.input_side.width)  # it may sleep, and always did
-                for layer in self._layers
-            }
+            tensors = {}
+            for layer in self._layers:
+                total = sums.totals.get(layer.name)
+                if total is None:  # it may sleep, and always did
+                    total = torch.zeros(layer.output_side.width, layer.input_side.width)
+                tensors[layer.name] = (total / sums.samples).float().cpu()
         parameters = self.digest()
         store.parameters = parameters if parameters == self._began_with else None
         if process_rank() == 0:
@@ -144,30 +142,28 @@ class Fit(Blocks, Hooked):
 
     @contextmanager
     def _block(self, data_id: Ids, given: Given) -> Iterator[None]:
-        if self._pass is None or self._pass._gathering is None:
+        if self._gathering is None:
             raise StateError(
                 "no pass is under way: put the loop inside `for _ in this.passes():`, or open blocks of "
                 "this.score(query)."
             )
-        gathering = self._pass._gathering
-        if not gathering.samples:
+        if not self._gathering.samples:
             self._began_with = self.digest()
-            before = self._require_store().parameters
-            if before and self._began_with and before != self._began_with:
+            of_covariances = self._require_store().parameters
+            if of_covariances and self._began_with and of_covariances != self._began_with:
                 warnings.warn(
                     f"{self.path} has covariances of other parameter values than eigenvalues are now gathered with: "
                     "load those first, or fit again with overwrite=True.",
                     CheckpointWarning,
                     stacklevel=user_line(),
                 )
-        with gathering.block(check_ids(data_id), given):
+        with self._gathering.block(check_ids(data_id), given):
             yield
 
     def __repr__(self) -> str:
         done = [kind for kind in PASSES if self._store is not None and self._store.done(kind)]
         state = "finished" if len(done) == len(PASSES) else f"passes done: {', '.join(done) or 'none'}"
-        where = f"{type(self).__name__}({str(self.path)!r}, {len(self.layers)} layers"
-        return f"{where}, fisher={self.fisher!r}, {state})"
+        return f"Fit({str(self.path)!r}, {len(self.layers)} layers, fisher={self.fisher!r}, {state})"
 
     @property
     def fingerprint(self) -> str:
@@ -303,9 +299,9 @@ class Fit(Blocks, Hooked):
         if not 0 < time < float("inf"):
             raise ConfigError(f"time={time!r} must be positive and finite: the sum of the segment's learning rates.")
         self._require_match(query, at_any_values=True)
-        sought, left = unrolled(query.matrix, self._require_store(), self._layout.columns, time)
-        direction = query.with_rows(sought, f"source, time {time:.3g}")
-        carried = query.with_rows(left, f"carried over time {time:.3g}")
+        directions, remaining = unrolled(query.matrix, self._require_store(), self._layout.columns, time)
+        direction = query.with_rows(directions, f"source, time {time:.3g}")
+        carried = query.with_rows(remaining, f"carried over time {time:.3g}")
         direction.parameters = carried.parameters = None  # they are meant for other checkpoints than the questions'
         return direction, carried
 
@@ -360,14 +356,13 @@ class Fit(Blocks, Hooked):
             raise ConfigError(
                 f"method={metric.method!r} has no whole-gradient form: choose from {', '.join(WHOLE_METHODS)}."
             )
-        values = {name: basis.products for name, basis in bases.items()}
-        if metric.method == "ekfac":
-            values = self._require_store().eigenvalues()
-        found = {}
+        corrected = self._require_store().eigenvalues() if metric.method == "ekfac" else None
+        solvers = {}
         for name, basis in bases.items():
-            damping = metric.amount(float(values[name].double().mean()))
-            found[name] = Diagonal(basis, values[name].to(basis.q_in.device), damping)
-        return found
+            values = basis.products if corrected is None else corrected[name]
+            damping = metric.amount(float(values.double().mean()))
+            solvers[name] = Diagonal(basis, values.to(basis.q_in.device), damping)
+        return solvers
 
     def _require_match(self, query: Query, *, at_any_values: bool = False) -> None:
         values = None if at_any_values else self._require_store().parameters

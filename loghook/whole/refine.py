@@ -9,6 +9,7 @@ EK-FAC is the preconditioner: block conjugate gradients (O'Leary 1980), or stoch
 """
 
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -46,8 +47,7 @@ class GaussNewton:
     def __post_init__(self) -> None:
         self._parameters: list[tuple[Layer, list[nn.Parameter]]] = []
         for layer in self.layers:
-            found = [layer.module.weight, layer.module.bias if layer.spec.bias else None]
-            parameters = [p for p in found if p is not None]
+            parameters = [layer.module.weight, *([layer.module.bias] if layer.spec.bias else [])]
             if not all(type(p) is nn.Parameter and p.is_floating_point() and not p.is_meta for p in parameters):
                 raise UnsupportedError(
                     f"layer {layer.name!r} holds no plain weight (quantised or sharded) for Gauss-Newton products to "
@@ -59,7 +59,7 @@ class GaussNewton:
         """Multiply (Q, width) vectors with the matrix: (Q, width), where they are, float32 or float64."""
         batches = self.batches if batches is None else batches
         parameters = [p for _, group in self._parameters for p in group]
-        before = [p.requires_grad for p in parameters]
+        required_grad = [p.requires_grad for p in parameters]
         out, samples = torch.zeros_like(vectors), 0
         try:
             for p in parameters:
@@ -70,40 +70,42 @@ class GaussNewton:
                     self._add(vectors, batch, parameters, out)
                     samples += batch_size(batch)
         finally:
-            for p, was in zip(parameters, before, strict=True):
-                p.requires_grad_(was)
-        counted = all_reduce(torch.tensor(samples, dtype=torch.float64, device=out.device))
-        return all_reduce(out) / float(counted)
+            for p, required in zip(parameters, required_grad, strict=True):
+                p.requires_grad_(required)
+        total_samples = all_reduce(torch.tensor(samples, dtype=torch.float64, device=out.device))
+        return all_reduce(out) / float(total_samples)
 
     def _add(self, vectors: Tensor, batch: Any, parameters: Sequence[Tensor], out: Tensor) -> None:
+        """Add ``J^T H J v`` of a batch's samples."""
         y, saved = _with_size(self.outputs, batch)
         dummy = torch.zeros_like(y, requires_grad=True)
-        # Linear in the dummy, so that its derivative by it is J itself.
-        back = torch.autograd.grad(y, parameters, dummy, create_graph=True, allow_unused=True)
+        # J^T dummy is linear in the dummy, so that going back through it multiplies with J.
+        gradients = torch.autograd.grad(y, parameters, dummy, create_graph=True, allow_unused=True)
         leaf = y.detach().requires_grad_()
         slope = torch.autograd.grad(self.loss(leaf, batch), leaf, create_graph=True)[0]
         step = max(1, GRAPH_BYTES // max(1, saved))
-        for part, total in zip(vectors.split(step), out.split(step), strict=True):
-            used = [(b, v) for b, v in zip(back, self._split(part), strict=True) if b is not None]
-            (forward,) = _pull([b for b, _ in used], [dummy], [v for _, v in used])
-            (curved,) = _pull([slope], [leaf], [forward])
-            self._join(_pull([y], parameters, [curved]), total)
+        for some_vectors, total in zip(vectors.split(step), out.split(step), strict=True):
+            pairs = zip(gradients, self._split(some_vectors), strict=True)
+            used = [(gradient, v) for gradient, v in pairs if gradient is not None]
+            (jv,) = _pull([gradient for gradient, _ in used], [dummy], [v for _, v in used])
+            (hjv,) = _pull([slope], [leaf], [jv])
+            self._join(_pull([y], parameters, [hjv]), total)
 
     def _split(self, vectors: Tensor) -> list[Tensor]:
         """Rows as they are laid out in a log -> tensors shaped as the parameters, (q, ...)."""
-        values: list[Tensor] = []
-        for layer, group in self._parameters:
+        tensors: list[Tensor] = []
+        for layer, parameters in self._parameters:
             rows = vectors[:, self.layout.columns[layer.name]].unflatten(1, (layer.spec.k_out, -1))
             # The adapter's arrangement of a gradient moves values about; its transpose puts them back.
-            blank = [torch.zeros_like(p, requires_grad=True) for p in group]
-            values += _pull([_arrange(layer, *blank)], blank, [rows.to(group[0])])
-        return values
+            blank = [torch.zeros_like(p, requires_grad=True) for p in parameters]
+            tensors += _pull([_arrange(layer, *blank)], blank, [rows.to(parameters[0])])
+        return tensors
 
     def _join(self, gradients: Sequence[Tensor], out: Tensor) -> None:
         """Add gradients shaped as the parameters, (q, ...), to rows as they are laid out in a log."""
-        place = iter(gradients)
-        for layer, group in self._parameters:
-            rows = torch.vmap(functools.partial(_arrange, layer))(*(next(place) for _ in group))
+        remaining = iter(gradients)
+        for layer, parameters in self._parameters:
+            rows = torch.vmap(functools.partial(_arrange, layer))(*itertools.islice(remaining, len(parameters)))
             out[:, self.layout.columns[layer.name]] += rows.flatten(1).to(out)
 
 
@@ -130,11 +132,11 @@ def _pull(outputs: Sequence[Tensor], inputs: Sequence[Tensor], cotangents: Seque
     q = len(cotangents[0])
     if q == 1:  # also for operations that know no batches of vectors
         alone = torch.autograd.grad(outputs, inputs, [c[0] for c in cotangents], retain_graph=True, allow_unused=True)
-        found = [None if f is None else f[None] for f in alone]
+        gradients = [None if gradient is None else gradient[None] for gradient in alone]
     else:
         pull = functools.partial(torch.autograd.grad, retain_graph=True, allow_unused=True, is_grads_batched=True)
-        found = list(pull(outputs, inputs, cotangents))
-    return [x.new_zeros(q, *x.shape) if f is None else f for f, x in zip(found, inputs, strict=True)]
+        gradients = list(pull(outputs, inputs, cotangents))
+    return [x.new_zeros(q, *x.shape) if v is None else v for v, x in zip(gradients, inputs, strict=True)]
 
 
 @dataclass(frozen=True)
@@ -164,17 +166,17 @@ def conjugate_gradients(system: Damped, g: Tensor, iterations: int, tolerance: f
     the solutions, and the mean over questions of |residual| / |g| before each iteration and after the last.
     """
     size = nonzero(g.norm(dim=1, keepdim=True))
-    u, r, brought = torch.zeros_like(g), g / size, torch.zeros_like(size)
+    u, r, total_gain = torch.zeros_like(g), g / size, torch.zeros_like(size)
     p, residuals = system.precondition(r), [float(r.norm(dim=1).mean())]
     for _ in range(iterations):
         p, ap = _conjugate(p, system.times(p))
-        along = r @ p.T
-        u += along @ p
-        r -= along @ ap
-        gain = along.square().sum(1, keepdim=True)
-        brought += gain
+        steps = r @ p.T
+        u += steps @ p
+        r -= steps @ ap
+        gain = steps.square().sum(1, keepdim=True)
+        total_gain += gain
         residuals.append(float(r.norm(dim=1).mean()))
-        if float((gain / nonzero(brought)).mean()) <= tolerance:
+        if float((gain / nonzero(total_gain)).mean()) <= tolerance:
             break
         z = system.precondition(r)
         p = z - (z @ ap.T) @ p
@@ -234,17 +236,17 @@ def require_sum(matrix: GaussNewton) -> None:
     with torch.no_grad():
         y = matrix.outputs(batch)
         try:
-            parts = samples(batch)
+            alone = samples(batch)
             whole = float(matrix.loss(y, batch))
-            if len(parts) != len(y):
+            if len(alone) != len(y):
                 return
-            alone = sum(float(matrix.loss(y[i : i + 1], one)) for i, one in enumerate(parts))
+            summed = sum(float(matrix.loss(y[i : i + 1], sample)) for i, sample in enumerate(alone))
         except Exception:  # a loss need not work on one sample
             return
-    narrow = 4 * torch.finfo(y.dtype).eps if y.is_floating_point() else 0.0
-    if abs(whole - alone) > max(1e-3, narrow) * abs(alone):
+    rounding = 4 * torch.finfo(y.dtype).eps if y.is_floating_point() else 0.0
+    if abs(whole - summed) > max(1e-3, rounding) * abs(summed):
         raise ConfigError(
-            f"the loss of a batch is {whole:.6g}, and that of its samples together {alone:.6g}: loss(outputs, batch) "
+            f"the loss of a batch is {whole:.6g}, and that of its samples together {summed:.6g}: loss(outputs, batch) "
             "must be a sum over the batch."
         )
 
@@ -253,20 +255,21 @@ def require_batches(batches: Iterable[Any]) -> list[Any]:
     """The batches as a list; raise for none, or a function."""
     if callable(batches):
         raise ConfigError("batches= are batches here, such as list(loader)[:20], and no function that yields them.")
-    found = list(batches)
-    if not min(counts := all_gather(len(found))):  # on one process: the others would wait for its products
+    batches = list(batches)
+    if not min(counts := all_gather(len(batches))):  # on one process: the others would wait for its products
         each = f" (the processes have {counts})" if len(counts) > 1 else ""
         raise ConfigError(f"no batches to take the curvature from{each}: pass some of the training data on each.")
-    return found
+    return batches
 
 
 def unrolled(rows: Tensor, store: FactorStore, columns: Mapping[str, slice], time: float) -> tuple[Tensor, Tensor]:
     """(1 - exp(-t H)) H^-1 q and exp(-t H) q of each question (Q, width), H the curvature in its eigenbasis."""
-    sought, left = torch.empty_like(rows), torch.empty_like(rows)
+    directions, remaining = torch.empty_like(rows), torch.empty_like(rows)
     for name, eigenvalues in store.eigenvalues().items():
         basis, values = store.bases[name], eigenvalues.double()
         rotated = basis.rotate(rows[:, columns[name]].unflatten(1, values.shape))
+        left = torch.exp(-time * values)
         moved = torch.where(values > 0, -torch.expm1(-time * values) / values, torch.full_like(values, time))
-        sought[:, columns[name]] = basis.rotate_back(rotated * moved.to(rotated.dtype)).flatten(1)
-        left[:, columns[name]] = basis.rotate_back(rotated * torch.exp(-time * values).to(rotated.dtype)).flatten(1)
-    return sought, left
+        directions[:, columns[name]] = basis.rotate_back(rotated * moved.to(rotated.dtype)).flatten(1)
+        remaining[:, columns[name]] = basis.rotate_back(rotated * left.to(rotated.dtype)).flatten(1)
+    return directions, remaining

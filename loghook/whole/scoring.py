@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from loghook.capture.batch import Blocks, Given, Ids, check_ids
+from loghook.capture.session import Repeats
 from loghook.capture.whole import Products
 from loghook.errors import NotFiniteError, StateError
 from loghook.factors import Eigenbasis
@@ -43,8 +44,9 @@ class Scoring(Blocks):
         """Without a query each sample is scored against itself."""
         self._fit, self._query, self._metric, self._per_layer = fit, query, metric, per_layer
         self._normalize = None if query is None else metric.normalize
-        self._seen: dict[int | str, None] = {}
-        self._parts: list[Tensor] = []
+        self._repeats = Repeats()
+        self._ids: list[int | str] = []
+        self._batches: list[Tensor] = []  # (layers or 1, samples, questions), each sample's own last where it is wanted
         solvers = fit.solvers(metric)
         self._job, self.lost = _job(fit, query, solvers, rank, own=query is None or self._normalize is not None)
         self._norms = None if query is None or self._normalize != "unit" else _norms(query, solvers)
@@ -53,41 +55,43 @@ class Scoring(Blocks):
     def _block(self, data_id: Ids, given: Given) -> Iterator[None]:
         """Score the samples of one batch; an id that comes again is scored once."""
         ids = check_ids(data_id)
-        first = [i for i, one in enumerate(ids) if one not in self._seen and one not in ids[:i]]
+        keep, _ = self._repeats.keep(ids, "first")
         with self._fit._capture(len(ids), given, self._job) as captured:
             yield
         results = captured[0]
-        there, _ = self._fit._layers[0].device_and_dtype()
-        zero = torch.zeros(self._job.shape(self._fit._layers[0], len(ids)), device=there)
-        found = [results.get(name, zero).to(there, torch.float32) for name in self._fit.layers]
-        parts = torch.stack(found).cpu()  # (L, B, Q), and own
-        total = parts if self._per_layer else parts.sum(0, keepdim=True)
-        if not bool(torch.isfinite(total).all()):
-            odd = [ids[i] for i in (~torch.isfinite(total.sum((0, 2)))).nonzero().flatten().tolist()]
+        device, _ = self._fit._layers[0].device_and_dtype()
+        asleep = torch.zeros(self._job.shape(self._fit._layers[0], len(ids)), device=device)
+        by_layer = [results.get(name, asleep).to(device, torch.float32) for name in self._fit.layers]
+        scores = torch.stack(by_layer).cpu()
+        if not self._per_layer:
+            scores = scores.sum(0, keepdim=True)
+        if not bool(torch.isfinite(scores).all()):
+            odd = [ids[i] for i in (~torch.isfinite(scores.sum((0, 2)))).nonzero().flatten().tolist()]
             raise NotFiniteError(
                 f"scores of {len(odd)} samples are not finite (data_id {str(odd[:5])[1:-1]}), and this batch was not "
                 "kept: look at the loss of these samples; take a larger damping where there is next to no curvature.",
                 odd,
             )
-        self._seen.update(dict.fromkeys(ids[i] for i in first))
-        self._parts.append(total[:, first])
+        self._ids += self._repeats.pending(ids, "first")
+        self._repeats.met(ids)
+        self._batches.append(scores[:, torch.from_numpy(keep)])
 
     def scores(self) -> Scores:
         """The scores of all samples so far, of all processes: the same on each of them."""
         if self._query is not None:
             require_one_query(self._query, "the samples")
-        everywhere = all_gather((list(self._seen), self._parts))
-        parts = [part for _, some in everywhere for part in some]
-        if not parts:
+        processes = all_gather((self._ids, self._batches))
+        batches = [scores for _, batches in processes for scores in batches]
+        if not batches:
             raise StateError("nothing was scored: run the loop with `with scoring(data_id=...):` first.")
         places: dict[Any, int] = {}
-        for place, i in enumerate(i for ids, _ in everywhere for i in ids):
-            places.setdefault(i, place)  # what several processes scored counts once
-        by_layer = torch.cat(parts, 1)[:, list(places.values())].transpose(1, 2)
+        for place, data_id in enumerate(data_id for ids, _ in processes for data_id in ids):
+            places.setdefault(data_id, place)  # what several processes scored counts once
+        by_layer = torch.cat(batches, 1)[:, list(places.values())].transpose(1, 2)
         if self._normalize is not None:  # without questions there is nothing but each sample's own
-            by_layer, own = by_layer[:, :-1], by_layer[:, -1:].sum(0)
-            size = own.clamp(min=0).sqrt() * (1 if self._norms is None else self._norms[:, None])
-            by_layer = by_layer / nonzero(size)
+            by_layer, squares = by_layer[:, :-1], by_layer[:, -1:].sum(0)
+            norms = squares.clamp(min=0).sqrt() * (1 if self._norms is None else self._norms[:, None])
+            by_layer = by_layer / nonzero(norms)
         direction = None if self._query is None else self._query.direction
         return Scores(
             values=np.ascontiguousarray(by_layer.sum(0).numpy()),
@@ -107,7 +111,7 @@ def _job(
     fit: "Fit", query: Query | None, solvers: Mapping[str, Diagonal | Identity], rank: int | None, *, own: bool
 ) -> tuple[Products, float | None]:
     """What the taps compute, and what low-rank questions lost; ``own`` asks for <G, H^-1 G> of each sample."""
-    held: dict[str, tuple[Tensor, Tensor | None]] = {}
+    questions: dict[str, tuple[Tensor, Tensor | None]] = {}
     inverse: dict[str, Tensor] = {}
     lost: list[float] = []
     columns = fit._layout.columns
@@ -122,33 +126,34 @@ def _job(
             if own:
                 inverse[layer.name] = torch.ones(shape, device=device, dtype=dtype)
         left, right, error = (matrices, None, 0.0) if rank is None else low_rank(matrices, rank)
-        held[layer.name] = left.to(device, dtype), None if right is None else right.to(device, dtype)
+        questions[layer.name] = left.to(device, dtype), None if right is None else right.to(device, dtype)
         lost.append(error)
     bases = {name: solver.basis for name, solver in solvers.items() if isinstance(solver, Diagonal)}
     count = 0 if query is None else len(query)
-    job = Products(held, count, inverse, rotations(bases) or None) if own else Products(held, count)
+    job = Products(questions, count, inverse, rotations(bases) or None) if own else Products(questions, count)
     return job, None if rank is None else max(lost)
 
 
 def rotations(bases: Mapping[str, Eigenbasis]) -> dict[str, tuple[Side, Side]]:
     """Sides that rotate inputs and output gradients into the eigenbases; layers of one input share theirs."""
-    found: dict[str, tuple[Side, Side]] = {}
+    sides: dict[str, tuple[Side, Side]] = {}
     recent: list[Side] = []
     for name, basis in bases.items():
         inputs, outputs = (Side(len(q), q.T.float().contiguous()) for q in (basis.q_in, basis.q_out))
         same = (s for s in recent if s.width == inputs.width and torch.equal(s.matrix, inputs.matrix))  # type: ignore[arg-type]
         inputs = next(same, inputs)
         recent = [*recent[-2:], inputs]
-        found[name] = inputs, outputs
-    return found
+        sides[name] = inputs, outputs
+    return sides
 
 
 def _norms(query: Query, solvers: Mapping[str, Diagonal | Identity]) -> Tensor:
     """Roots of <q, H^-1 q>: (Q,) float32."""
     columns = query.layout.columns
-    own = sum(solver.quadratic(query.matrix[:, columns[name]]).double() for name, solver in solvers.items())
-    assert isinstance(own, Tensor)
-    return own.clamp(min=0).sqrt().float()
+    squares = query.matrix.new_zeros(len(query), dtype=torch.float64)
+    for name, solver in solvers.items():
+        squares += solver.quadratic(query.matrix[:, columns[name]])
+    return squares.clamp(min=0).sqrt().float()
 
 
 def low_rank(matrices_QOI: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -72,15 +73,14 @@ class Tuned:
     @property
     def arguments(self) -> dict[str, Any]:
         """Arguments for ``loghook.init``: the choice, and its fidelity, which the log keeps."""
-        fitted = {"fitted": self.factors} if self.best.init["projection"] in FITTED else {}
-        kept = {
+        fidelity = {
             "pearson": round(self.best.fidelity, 4),
             "reference": self.reference,
             "samples": self.samples,
             "queries": self.queries,
             "scoring": self.best.scoring,
         }
-        return self.best.init | fitted | {"fidelity": kept}
+        return _with_factors(self.best.init, self.factors) | {"fidelity": fidelity}
 
     @property
     def watch(self) -> dict[str, Any]:
@@ -94,10 +94,10 @@ class Tuned:
             ROW.format("projection", "rank", "dtype", "bytes", "fidelity", "scored by", "layers"),
         ]
         top = -np.inf
-        for one in self.candidates:
-            if one.fidelity > top or one is self.best:
-                lines.append(f"{one}{'  <-- chosen' if one is self.best else ''}")
-            top = max(top, one.fidelity)
+        for candidate in self.candidates:
+            if candidate.fidelity > top or candidate is self.best:
+                lines.append(f"{candidate}{'  <-- chosen' if candidate is self.best else ''}")
+            top = max(top, candidate.fidelity)
         return "\n".join(lines)
 
 
@@ -154,7 +154,7 @@ def tune(
     _ = fit.model  # raises where none is watched
     limit = math.inf if bytes_per_sample is None else bytes_per_sample
     tried = list(plans(fit.specs, projections, ranks, dtypes, limit, subsets))
-    given: dict[str, Any] = {} if damping is None else {"damping": damping}
+    damped: dict[str, Any] = {} if damping is None else {"damping": damping}
     refining = None if outputs is None or output_loss is None else (outputs, output_loss)
     if (outputs is None) != (output_loss is None):
         raise ConfigError("the refined reference takes both outputs= and output_loss=: pass the two, or neither.")
@@ -168,37 +168,35 @@ def tune(
     if refining:
         _check_losses(samples, loss, *refining)
     print(f"loghook tries {len(tried)} projections and ranks in {', '.join(dtypes)}, scored in {len(methods)} ways")
-    asked = _asked([fit], queries, loss)[0]
+    questions = _questions([fit], queries, loss)[0]
     if refining:
-        asked = fit.refine(asked, (batch for _, batch in samples()), *refining, **{"damping": DAMPING} | given)
-    scoring = fit.score(asked, per_layer=judge is not None, **given if asked.direction is None else {})
-    found: list[Candidate] = []
+        questions = fit.refine(questions, (batch for _, batch in samples()), *refining, **{"damping": DAMPING} | damped)
+    scoring = fit.score(questions, per_layer=judge is not None, **({} if refining else damped))
+    candidates: list[Candidate] = []
     with tempfile.TemporaryDirectory(prefix="loghook-tune-") as folder:
         folder = broadcast(folder)  # one for all processes
         logs = _small_logs(fit, scoring, [init for init, _ in tried], Path(folder), samples, queries, loss, mask)
         reference = scoring.scores()
-        wanted, liked = reference.values, ""
-        if judge is not None:
-            wanted, liked = _liked(judge, reference)
-        for (init, path, query), (_, fits) in zip(bar(logs, "tuning", "logs"), tried, strict=True):
-            for dtype in fits:
+        wanted, judged = (reference.values, "") if judge is None else _best_liked(judge, reference)
+        for (path, query), (init, fitting) in zip(bar(logs, "tuning", "logs"), tried, strict=True):
+            for dtype in fitting:
                 stored = path if dtype == "float32" else path.with_name(f"{path.name}-{dtype}")
                 if stored != path:
                     on_first(partial(maintain.compress, path, stored, dtype))
-                found += _measured(Reader(stored), query, init | {"dtype": dtype}, methods, wanted, subsets, limit)
+                candidates += _measured(Reader(stored), query, init | {"dtype": dtype}, methods, wanted, subsets, limit)
         all_gather(None)  # nobody reads there any more
-    found.sort(key=lambda one: (one.bytes, -one.fidelity))
-    if not found:
+    candidates.sort(key=lambda candidate: (candidate.bytes, -candidate.fidelity))
+    if not candidates:
         raise ConfigError(
             f"bytes_per_sample={limit:,} leaves no room for all layers, which normalised scores need: allow more."
         )
-    top = max(one.fidelity for one in found)
+    top = max(candidate.fidelity for candidate in candidates)
     return Tuned(
-        candidates=tuple(found),
-        best=next(one for one in found if one.fidelity >= top - SLACK),
+        candidates=tuple(candidates),
+        best=next(candidate for candidate in candidates if candidate.fidelity >= top - SLACK),
         samples=wanted.shape[1],
-        queries=len(asked),
-        reference=reference.method + (f", damping {reference.damping:g}" if reference.damping else "") + liked,
+        queries=len(questions),
+        reference=reference.method + (f", damping {reference.damping:g}" if reference.damping else "") + judged,
         factors=str(fit.path),
         watched=fit.watched,
     )
@@ -226,37 +224,38 @@ def _check_losses(samples: Batches, loss: Callable[[Any], Any], outputs: Outputs
     """Refined questions and rows must speak of one loss."""
     _, batch = next(iter(samples()))
     with torch.no_grad():
-        one, other = float(loss(batch)), float(output_loss(outputs(batch), batch))
-    if abs(one - other) > 1e-3 * abs(one):
+        whole, of_outputs = float(loss(batch)), float(output_loss(outputs(batch), batch))
+    if abs(whole - of_outputs) > 1e-3 * abs(whole):
         raise ConfigError(
-            f"loss(batch) is {one:.6g} and output_loss(outputs(batch), batch) is {other:.6g}: both must be the same "
-            "sum over the batch, of the model in eval mode."
+            f"loss(batch) is {whole:.6g} and output_loss(outputs(batch), batch) is {of_outputs:.6g}: both must be the "
+            "same sum over the batch, of the model in eval mode."
         )
 
 
-def _asked(all_hooked: Sequence[Fit | Run], queries: Batches, loss: Callable[[Any], Any]) -> list[Query]:
+def _with_factors(init: dict[str, Any], factors: str | Path) -> dict[str, Any]:
+    return init | {"fitted": factors} if init["projection"] in FITTED else init
+
+
+def _questions(runs: Sequence[Fit | Run], queries: Batches, loss: Callable[[Any], Any]) -> list[Query]:
     """The questions of each of several runs, in one walk."""
-    parts: list[list[Query]] = [[] for _ in all_hooked]
+    batches: list[list[Query]] = []
     for ids, batch in queries():
         with contextlib.ExitStack() as stack:
-            opened = [stack.enter_context(hooked.query(data_id=ids)) for hooked in all_hooked]
+            batches.append([stack.enter_context(run.query(data_id=ids)) for run in runs])
             loss(batch).backward()
-        for part, query in zip(parts, opened, strict=True):
-            part.append(query)
-    return [Query.concat(part) for part in parts]
+    return [Query.concat(list(of_run)) for of_run in zip(*batches, strict=True)]
 
 
 def _small_logs(
     fit: Fit, scoring: Scoring, inits: Sequence[dict[str, Any]], folder: Path, samples: Batches, queries: Batches,
     loss: Callable[[Any], Any], mask: Callable[[Any], Mask | None],
-) -> list[tuple[dict[str, Any], Path, Query]]:  # fmt: skip
+) -> list[tuple[Path, Query]]:  # fmt: skip
     """Log the samples with every projection, and score them, in one walk; then ask the questions in another."""
     with contextlib.ExitStack() as stack:
         runs = []
         for i, init in enumerate(inits):
-            fitted = {"fitted": fit.path} if init["projection"] in FITTED else {}
             # The first of an id alone, as the reference has it: a sampler may pad with repeats.
-            config = Config(path=folder / str(i), **({"on_repeat": "first"} | init | fitted))
+            config = Config(path=folder / str(i), **({"on_repeat": "first"} | _with_factors(init, fit.path)))
             run = Run(config, resume=False, overwrite=False)
             runs.append(stack.enter_context(run))
             with contextlib.redirect_stdout(io.StringIO()):
@@ -269,8 +268,8 @@ def _small_logs(
                 loss(batch).backward()
         for run in runs:
             run.finalize()
-        asked = _asked(runs, queries, loss)
-    return [(init, run.path, query) for init, run, query in zip(inits, runs, asked, strict=True)]
+        questions = _questions(runs, queries, loss)
+    return [(run.path, query) for run, query in zip(runs, questions, strict=True)]
 
 
 def _measured(
@@ -281,34 +280,36 @@ def _measured(
     wanted: np.ndarray,
     subsets: bool,
     limit: float,
-) -> Iterator[Candidate]:
+) -> list[Candidate]:
     """The best scoring of one log, for all its layers or for each number of groups of them, of rows within a limit."""
     groups = grouped(log.layers)
     best: dict[int, Candidate] = {}  # by the number of groups
-    for how in methods:
-        metric, others = Metric.among(how)
+
+    def fits(patterns: list[str]) -> bool:
+        return _layout(log, groups, patterns).codec(init["dtype"]).row_bytes <= limit
+
+    for scoring in methods:
+        metric, others = Metric.among(scoring)
         scores = influence(log, query, metric, per_layer=True, **others)
         # Norms are over all layers, so that normalised scores do not add up to those of some.
         if subsets and scores.normalize is None:
-            grown = _grown(
-                _by_group(scores),
-                lambda values: likeness(values, wanted),
-                lambda patterns: _layout(log, groups, patterns).codec(init["dtype"]).row_bytes <= limit,
-            )
-            found = [(patterns, fidelity) for patterns, _, fidelity in grown]
+            grown = _grown(_by_group(scores), partial(likeness, wanted), fits)
+            choices = [(patterns, fidelity) for patterns, _, fidelity in grown]
         else:
-            found = [(list(groups), likeness(scores.values, wanted))]
-        for patterns, fidelity in found:
-            layout = _layout(log, groups, patterns)
-            size = layout.codec(init["dtype"]).row_bytes
-            if size <= limit and (len(patterns) not in best or fidelity > best[len(patterns)].fidelity):
-                names = tuple(spec.name for spec in layout.layers)
+            choices = [(list(groups), likeness(wanted, scores.values))] if fits(list(groups)) else []
+        for patterns, fidelity in choices:
+            if len(patterns) not in best or fidelity > best[len(patterns)].fidelity:
+                layout = _layout(log, groups, patterns)
                 # The same rows: a side no wider than the rank is kept whole.
                 rank = min(init["rank"], max(max(spec.widths) for spec in layout.layers))
                 best[len(patterns)] = Candidate(
-                    init=init | {"rank": rank}, layers=names, scoring=how, bytes=size, fidelity=fidelity
+                    init=init | {"rank": rank},
+                    layers=tuple(spec.name for spec in layout.layers),
+                    scoring=scoring,
+                    bytes=layout.codec(init["dtype"]).row_bytes,
+                    fidelity=fidelity,
                 )
-    yield from best.values()
+    return list(best.values())
 
 
 def _layout(log: Reader, groups: dict[str, list[str]], patterns: Sequence[str]) -> Layout:
@@ -317,31 +318,30 @@ def _layout(log: Reader, groups: dict[str, list[str]], patterns: Sequence[str]) 
     return Layout(spec for spec in log.layout.layers if spec.name in names)
 
 
-def _liked(judge: Judge, reference: Scores) -> tuple[np.ndarray, str]:
+def _best_liked(judge: Judge, reference: Scores) -> tuple[np.ndarray, str]:
     """Scores (Q, N) of the groups of layers that a judge likes best, added up, and what to say of them."""
-    chosen, scores, liked = max(_grown(_by_group(reference), judge), key=lambda one: one[2])
-    kinds = ", ".join(pattern.rpartition(".")[2] for pattern in chosen)
-    return scores, f", of {kinds}, judged {liked:.3f}"
+    patterns, scores, judgement = max(_grown(_by_group(reference), judge), key=itemgetter(2))
+    kinds = ", ".join(pattern.rpartition(".")[2] for pattern in patterns)
+    return scores, f", of {kinds}, judged {judgement:.3f}"
 
 
 def _by_group(scores: Scores) -> dict[str, np.ndarray]:
     """Scores (Q, N) of each group of layers."""
     assert scores.by_layer is not None
-    place = {name: i for i, name in enumerate(scores.layers)}
+    by_layer = dict(zip(scores.layers, scores.by_layer, strict=True))
     return {
-        pattern: scores.by_layer[[place[name] for name in names]].sum(0)
-        for pattern, names in grouped(scores.layers).items()
+        pattern: np.sum([by_layer[name] for name in names], axis=0) for pattern, names in grouped(scores.layers).items()
     }
 
 
 def _grown(
-    parts: dict[str, np.ndarray], judge: Judge, fits: Callable[[list[str]], bool] = lambda patterns: True
+    by_group: dict[str, np.ndarray], judge: Judge, fits: Callable[[list[str]], bool] = lambda patterns: True
 ) -> Iterator[tuple[list[str], np.ndarray, float]]:
     """Add up scores (Q, N) of groups, the one that helps most of those that fit: groups so far, scores, judgement."""
     chosen: list[str] = []
     total: Any = 0
-    while rest := [pattern for pattern in parts if pattern not in chosen and fits([*chosen, pattern])]:
-        judged = {pattern: float(judge(total + parts[pattern])) for pattern in rest}
-        best = max(rest, key=judged.__getitem__)
-        chosen, total = [*chosen, best], total + parts[best]
-        yield chosen, total, judged[best]
+    while rest := [pattern for pattern in by_group if pattern not in chosen and fits([*chosen, pattern])]:
+        judgements = {pattern: float(judge(total + by_group[pattern])) for pattern in rest}
+        best = max(rest, key=judgements.__getitem__)
+        chosen, total = [*chosen, best], total + by_group[best]
+        yield chosen, total, judgements[best]
