@@ -88,8 +88,7 @@ def influence(
 def _not_finite(what: str, metric: Metric) -> ConfigError:
     if metric.plain:
         return ConfigError(
-            f"{what} not finite: products of these gradients do not fit in float32. Log and ask with a smaller scale=, "
-            "or in dtype='float64'."
+            f"{what} not finite: products of these gradients do not fit in float32. Log and ask with a smaller scale=."
         )
     amount = metric.damping_abs or metric.damping
     return ConfigError(

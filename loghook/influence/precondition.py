@@ -14,7 +14,7 @@ from loghook.influence.solvers import Dense, Diagonal, Identity, LowRank, Solver
 from loghook.log.disk import plain
 from loghook.log.format import LayerSpec
 from loghook.log.source import Source
-from loghook.processes import all_reduce, rank_and_size
+from loghook.processes import all_gather, all_reduce, rank_and_size
 from loghook.progress import bar
 
 METHODS = ("dot", "cosine", "fisher", "kfac", "ekfac", "shampoo")
@@ -111,11 +111,10 @@ def solvers(reader: Source, metric: Metric, layers: Sequence[LayerSpec]) -> Iter
 def _fit_diagonal(reader: Source, metric: Metric, layers: Sequence[LayerSpec]) -> dict[str, Solver]:
     shampoo, kfac = metric.method == "shampoo", metric.method == "kfac"
     bases = _row_bases(reader, layers) if shampoo else _token_bases(reader, layers)
-    # Float64 has next to no rounding, and fewer bits have as much of it in the eigenvalues. For KFAC, whose eigenvalues
-    # take no scan of the rows, what the rows lack is worth one only where the damping may be small.
+    # Where the damping may be so small that what is divided by it is rounding. Float64 has next to none, and rows of
+    # fewer bits have as much of it in the eigenvalues.
     small_damping = metric.damping_abs is not None or metric.damping < 1e-2
-    float32_rows = reader.dtype == torch.float32 and not reader.codec.coded
-    leaves_out_unseen = float32_rows and (small_damping or not kfac)
+    leaves_out_unseen = small_damping and reader.dtype == torch.float32 and not reader.codec.coded
     measured: Mapping[str, Tensor] = {}
     if leaves_out_unseen or not kfac:
         measured = _corrected_eigenvalues(reader, "shampoo" if shampoo else "ekfac", bases)
@@ -135,6 +134,11 @@ def _vanishing(reader: Source) -> float:
 
 def _token_bases(reader: Source, layers: Sequence[LayerSpec]) -> dict[str, Eigenbasis]:
     """Eigenbases from the streamed statistics of tokens, without the layers of which no token was counted."""
+    if reader.unmeasured == len(reader):
+        raise ConfigError(
+            "the squares of all gradients were too large for float32, so there are no Kronecker factors: use "
+            "method='shampoo', 'fisher', 'dot' or 'cosine', or log again with a smaller scale=."
+        )
     moments = reader.moments()
     counted = [spec.name for spec in layers if moments[reader.layout.moments[spec.name][2]] > 0]
     if not counted:
@@ -165,21 +169,24 @@ def _row_bases(reader: Source, layers: Sequence[LayerSpec]) -> dict[str, Eigenba
 
 
 def _corrected_eigenvalues(reader: Source, kind: str, bases: dict[str, Eigenbasis]) -> dict[str, Tensor]:
-    """EK-FAC's eigenvalues, means over rows of ``(Q_S^T G Q_A)^2`` (George et al. 2018); the same of rows at unit norm.
+    """EK-FAC's eigenvalues, means over rows of ``(Q_S^T G Q_A)^2`` (George et al. 2018); the largest at unit norm.
 
     Both, (2, k_out, k_in) float64, for each layer.
     """
     missing = {name: basis for name, basis in bases.items() if (kind, name) not in reader.cache}
     if missing:
-        sums = {name: basis.products.new_zeros(2, *basis.products.shape) for name, basis in missing.items()}
+        measured = {name: basis.products.new_zeros(2, *basis.products.shape) for name, basis in missing.items()}
         for _, block in progress(reader, "eigenvalues"):
             for name, basis in missing.items():
                 rows = block[:, reader.layout.columns[name]].unflatten(1, basis.products.shape)
                 squares = basis.rotate(rows).double().square_().flatten(1)  # in float32 those of 1e-23 are 0
-                weights = torch.stack([squares.new_ones(len(squares)), 1 / nonzero(squares.sum(1))])
-                sums[name] += (weights @ squares).view_as(sums[name])
-        for name, total in sums.items():
-            reader.cache[kind, name] = all_reduce(total) / len(reader)
+                total, peaks = measured[name].flatten(1)
+                total += squares.sum(0)
+                squares /= nonzero(squares.sum(1, keepdim=True))
+                torch.maximum(peaks, squares.amax(0), out=peaks)
+        for name, (total, peaks) in measured.items():
+            largest = torch.stack(all_gather(peaks)).amax(0)
+            reader.cache[kind, name] = torch.stack([all_reduce(total) / len(reader), largest])
     return {name: reader.cache[kind, name] for name in bases}
 
 

@@ -48,23 +48,18 @@ class Identity:
         return rows.double().square().sum(1)  # in float32 the squares of 1e-23 are 0
 
 
-def unseen_directions(shares: Tensor) -> Tensor:
-    """Directions of an eigenbasis in which the rows have nothing but float32's rounding: (k_out, k_in) bool.
+def unseen_directions(peaks: Tensor) -> Tensor:
+    """Directions of an eigenbasis in which no row has more than float32's rounding: (k_out, k_in) bool.
 
-    ``shares`` are the mean squares of all rows to be scored, in the eigenbasis and at unit norm, so that no small row
-    is taken for the rounding of a large one.
+    ``peaks`` are the largest squares that any row has there, at unit norm, so that no small row is taken for the
+    rounding of a large one. A direction is unseen where no row has 1e-5 of its norm: rotated into a basis that comes
+    from sums in float32, rows have up to 5e-6 in directions that they lack.
 
-    A question's part in such a direction scores zero; divided by a small damping, rounding would drown the scores. Say
-    the question has 1 there, and the rows 1e-8 where they should have 0: a damping of 1e-10 makes that
-    1 * 1e-8 / 1e-10 = 100, beside scores of about 1.
-
-    Of 30 rows of 40 x 61 values half of the inputs' eigenvectors are missing. The largest share of each is about 1e-15,
-    and of the others above 1e-6. So an eigenvector of either side is missing where all its shares are below 1e-10 of
-    the largest. A single direction may be weak in earnest, and is missing only below 1e-12 of the mean.
+    A question's part there scores zero; divided by a small damping, rounding would drown the scores. Say the question
+    has 1 there, and a row 1e-6 where it should have 0: a damping of 1e-8 makes that 1 * 1e-6 / 1e-8 = 100, beside
+    scores of about 1.
     """
-    least = 1e-10 * shares.max()
-    missing = (shares.amax(0) < least) | (shares.amax(1, keepdim=True) < least)
-    return missing | (shares <= 1e-12 * shares.mean())
+    return peaks < 1e-10
 
 
 class Diagonal:
