@@ -1,7 +1,6 @@
 """Train on many subsets of the data, in parallel processes, and keep every result as it comes."""
 
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -20,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
 from loghook.errors import ConfigError, RetrainingError
-from loghook.log.disk import absolute, lock, plain, write_atomically
+from loghook.log.disk import absolute, lock, plain, replacing, write_atomically
 
 Train = Callable[[NDArray[np.bool_], int], ArrayLike]
 Job = tuple[int, int]  # place of the subset, and the seed
@@ -77,22 +76,22 @@ def retrain(
     with lock(folder / "lock"):
         _check_plan(folder, subsets_mN, recipe)
         jobs = [(i, seed) for i in range(len(subsets_mN)) for seed in seeds]
-        open_jobs = [job for job in jobs if not _file(folder, *job).exists()]
-        bar = tqdm(total=len(jobs), initial=len(jobs) - len(open_jobs), desc="retraining", unit=" trainings")
-        kept = f"What was done is kept in {folder}: call again with the same arguments"
-        with bar, _calls(train, subsets_mN, open_jobs, workers) as calls:
+        missing = [job for job in jobs if not _file(folder, *job).exists()]
+        bar = tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc="retraining", unit=" trainings")
+        advice = f"What was done is kept in {folder}: call again with the same arguments"
+        with bar, _calls(train, subsets_mN, missing, workers) as calls:
             for (subset, seed), call in calls:
                 try:
                     result = call()
                 except BrokenProcessPool as error:  # which job it was is not known: all that had begun are lost
                     raise RetrainingError(
                         "a training process died (killed for memory?), or could not import train: see its output "
-                        f"above. {kept}, or with fewer workers."
+                        f"above. {advice}, or with fewer workers."
                     ) from error
                 except Exception as error:
                     raise RetrainingError(
                         f"training on subset {subset} with seed {seed} raised {type(error).__name__}: {error}. "
-                        f"Mend it. {kept}."
+                        f"Mend it. {advice}."
                     ) from error
                 _keep(result, subset, seed, folder)
                 bar.update()
@@ -109,9 +108,9 @@ def retrain(
 def _check_plan(folder: Path, subsets_mN: NDArray[np.bool_], recipe: Mapping[str, object] | None) -> None:
     file = folder / PLAN
     if file.exists():
-        old = json.loads(file.read_text())
-        begun = json.loads(_plan(subsets_mN[: old["shape"][0]], recipe))
-        changed = [key for key in begun if old.get(key) != begun[key]]
+        old_plan = json.loads(file.read_text())
+        same_part = json.loads(_plan(subsets_mN[: old_plan["shape"][0]], recipe))
+        changed = [key for key in same_part if old_plan.get(key) != same_part[key]]
         if changed:
             raise ConfigError(f"{folder} was begun with other {' and '.join(changed)} (see {PLAN}): take another path.")
     write_atomically(file, _plan(subsets_mN, recipe).encode())
@@ -134,7 +133,7 @@ def _calls(
         yield ((job, partial(_outputs, train, subsets_mN[job[0]], job[1])) for job in jobs)
         return
     context = multiprocessing.get_context("spawn")  # a fork after torch has started its threads can hang
-    others = set(multiprocessing.active_children())
+    before = set(multiprocessing.active_children())
     pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start, (train, subsets_mN))
     try:
         try:
@@ -146,7 +145,7 @@ def _calls(
             ) from error
         yield ((futures[future], future.result) for future in as_completed(futures))
     except BaseException:  # Ctrl-C as well: nobody waits for trainings whose results would be thrown away
-        for process in set(multiprocessing.active_children()) - others:
+        for process in set(multiprocessing.active_children()) - before:
             process.terminate()
         raise
     finally:
@@ -167,9 +166,8 @@ def _keep(outputs_Q: NDArray[np.float64], subset: int, seed: int, folder: Path) 
             f"{np.count_nonzero(~np.isfinite(outputs_Q))} values that are not finite: train must return a 1-D array of "
             "finite numbers, one for each query."
         )
-    buffer = io.BytesIO()
-    np.save(buffer, outputs_Q)
-    write_atomically(_file(folder, subset, seed), buffer.getvalue())
+    with replacing(_file(folder, subset, seed)) as temporary, open(temporary, "wb") as handle:
+        np.save(handle, outputs_Q)
 
 
 def _file(folder: Path, subset: int, seed: int) -> Path:
