@@ -161,7 +161,7 @@ def _likelihoods(log: Reader, group: Sequence[LayerSpec], fit: Tensor, dampings:
     """
     n, columns = int(fit.sum()), log.layout.columns
     few: dict[str, list[Tensor]] = {spec.name: [] for spec in group if n < spec.width}  # rows themselves, where few
-    # Else their second moments: of the others and of the fitted.
+    # Else the sums of their outer products: of held-out and of fitted rows.
     sums = {s.name: torch.zeros(2, s.width, s.width, dtype=torch.float64) for s in group if s.name not in few}
     for place, block in log.blocks():
         for spec in group:
@@ -176,13 +176,13 @@ def _likelihoods(log: Reader, group: Sequence[LayerSpec], fit: Tensor, dampings:
         if spec.name in few:  # the same through rows' inner products: eigenvectors (r, width) of what the fitted span
             rows = torch.cat(few.pop(spec.name))
             values, mix = gram_basis(rows[fit] @ rows[fit].T)
-            basis, others = mix.T @ rows[fit], rows[~fit]
-            energy = (others @ basis.T).square().mean(0)
-            outside = (others.square().sum(1).mean() - energy.sum()).clamp(min=0)
+            basis, held_out = mix.T @ rows[fit], rows[~fit]
+            energy = (held_out @ basis.T).square().mean(0)
+            outside = (held_out.square().sum(1).mean() - energy.sum()).clamp(min=0)
         else:
-            others, fitted = sums.pop(spec.name)
-            values, vectors = torch.linalg.eigh(fitted)
-            energy = (vectors * (others @ vectors)).sum(0) / (len(fit) - n)
+            held_out_sum, fitted_sum = sums.pop(spec.name)
+            values, vectors = torch.linalg.eigh(fitted_sum)
+            energy = (vectors * (held_out_sum @ vectors)).sum(0) / (len(fit) - n)
             outside = torch.zeros((), dtype=torch.float64)
         likelihoods += _log_likelihood(values.clamp(min=0) / n, energy, outside, spec.width, dampings)
     return likelihoods
