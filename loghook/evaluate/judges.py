@@ -114,7 +114,7 @@ def mislabel_recall(scores: ArrayLike, flipped: ArrayLike, share: float = 0.1) -
     scores_N, flipped_N = _suspects(scores, flipped)
     if not 0 < share <= 1:
         raise ConfigError(f"share={share} must lie above 0 and be at most 1: it is the part of the samples looked at.")
-    chance_N = _within(scores_N[None], max(1, round(share * len(scores_N))))[0]
+    chance_N = _chance_within(scores_N[None], max(1, round(share * len(scores_N))))[0]
     return estimate(chance_N[flipped_N])
 
 
@@ -147,7 +147,7 @@ def recall_at(scores: ArrayLike, relevant: Relevant, k: int) -> Estimate:
     scores_QN = floats("scores", scores, 2)
     relevant_QN = _relevant(relevant, scores_QN.shape)
     _check_k(k, scores_QN.shape[1])
-    return estimate((_within(scores_QN, k) * relevant_QN).sum(axis=1) / relevant_QN.sum(axis=1))
+    return estimate((_chance_within(scores_QN, k) * relevant_QN).sum(axis=1) / relevant_QN.sum(axis=1))
 
 
 def mrr(scores: ArrayLike, relevant: Relevant) -> Estimate:
@@ -175,7 +175,7 @@ def _reciprocal(above: int, relevant: int, irrelevant: int) -> float:
     return float((chance / (above + 1 + ahead)).sum())
 
 
-def _within(scores_QN: NDArray[np.float64], k: int) -> NDArray[np.float64]:
+def _chance_within(scores_QN: NDArray[np.float64], k: int) -> NDArray[np.float64]:
     """Chance of each sample to be among the k strongest, where ties come in random order: (Q, N)."""
     cut_Q1 = -np.sort(-scores_QN, axis=1)[:, k - 1 : k]
     above_QN, tied_QN = scores_QN > cut_Q1, scores_QN == cut_Q1

@@ -125,21 +125,21 @@ def trust(
         )
     metric = Metric(method=method, damping=damping, damping_abs=damping_abs, normalize=normalize)
     first = engine.influence(log, query, metric)
-    values_QN = _spread_out(first.values, metric)
+    values_QN = _fisher_z(first.values, metric)
     top_Qk = np.stack([strongest(values, k) for values in values_QN])
     pair, overlap = None, None  # scores of two seeds, or as if of two; and how many of their top k they share
     if other is not None:
-        if _shares(log) and other[0].fingerprint == log.fingerprint:
+        if _rank_shares(log) and other[0].fingerprint == log.fingerprint:
             raise ConfigError(
                 f"other={other[0].path} has the same projection as the log, so that it says nothing of the seed's "
                 "chance: log with another seed= (and, for projection='whitened', without fitted=)."
             )
         second = engine.influence(*other, metric)
-        pair = values_QN, _spread_out(Scores.combine([first, second], [0, 1]).values, metric)
+        pair = values_QN, _fisher_z(Scores.combine([first, second], [0, 1]).values, metric)
         how, correlation, overlap = "a second log", correlations(*pair), shared_top(*pair, k)
-    elif _shares(log):
+    elif _rank_shares(log):
         how = "parts of the log's coordinates"
-        correlation, pair = _estimated(log, query, metric, seed)
+        correlation, pair = _estimated_agreement(log, query, metric, seed)
     else:
         how, correlation = "no random projection", np.ones(len(values_QN))
     if other is None and log.codec.coded and (pair is None or log.codec.name.startswith("lowrank")):
@@ -148,7 +148,7 @@ def trust(
         row_sizes = engine.self_influence(log, metric, None).astype(np.float64)
         level = np.broadcast_to(np.sqrt(row_sizes / max(row_sizes.mean(), 1e-300)), values_QN.shape)
     elif metric.normalize == "unit" and pair is not None:
-        level = _level(*pair)
+        level = _noise_level(*pair)
     else:
         level = np.ones_like(values_QN)
     stays, true = membership(values_QN, correlation, level, top_Qk, np.random.default_rng(seed))
@@ -164,7 +164,7 @@ def trust(
     )
 
 
-def _estimated(log: Reader, query: Query, metric: Metric, seed: int) -> tuple[Array, tuple[Array, Array]]:
+def _estimated_agreement(log: Reader, query: Query, metric: Metric, seed: int) -> tuple[Array, tuple[Array, Array]]:
     """Correlation between seeds, (Q,), from parts of the coordinates; and two halves' scores, as if of two seeds."""
     halves_Q, quarters_Q, pairs = np.zeros(len(query)), np.zeros(len(query)), []
     for deal in range(DEALS):
@@ -173,7 +173,7 @@ def _estimated(log: Reader, query: Query, metric: Metric, seed: int) -> tuple[Ar
         halves_Q += correlations(first, second) / DEALS
         quarters = _scores_of_parts(log, query, 4, metric, seed + deal)
         quarters_Q += np.mean([correlations(a, b) for a, b in itertools.combinations(quarters, 2)], axis=0) / DEALS
-    return extended(halves_Q, quarters_Q, float(np.mean(_shares(log)))), pairs[0]
+    return extended(halves_Q, quarters_Q, float(np.mean(_rank_shares(log)))), pairs[0]
 
 
 def extended(halves_Q: Array, quarters_Q: Array, share: float) -> Array:
@@ -220,7 +220,7 @@ def membership(
     return stays / DRAWS, true / DRAWS
 
 
-def _spread_out(values: NDArray[np.float32], metric: Metric) -> Array:
+def _fisher_z(values: NDArray[np.float32], metric: Metric) -> Array:
     """Cosines on Fisher's z scale, where noise does not shrink towards 1; others as they are."""
     wide = values.astype(np.float64)
     return np.arctanh(wide.clip(-1 + 1e-6, 1 - 1e-6)) if metric.normalize == "unit" else wide
@@ -235,10 +235,10 @@ def _scores_of_parts(log: Reader, query: Query, parts: int, metric: Metric, seed
             "of another seed, or log at rank 8 or more."
         )
     dealt = [Part(log, part, parts, seed) for part in range(parts)]
-    return [_spread_out(engine.influence(part, part.query(query), metric).values, metric) for part in dealt]
+    return [_fisher_z(engine.influence(part, part.query(query), metric).values, metric) for part in dealt]
 
 
-def _shares(log: Reader) -> list[float]:
+def _rank_shares(log: Reader) -> list[float]:
     """Of every side that a seed projects, its rank over how many coordinates there were to draw from."""
     if log.manifest.projection == "pca":
         return []
@@ -312,7 +312,7 @@ class Part(Source):
         return rows[:, self._columns] * self._scale.to(rows.dtype)
 
 
-def _level(one_QN: Array, other_QN: Array) -> Array:
+def _noise_level(one_QN: Array, other_QN: Array) -> Array:
     """Relative noise by rank in the list, (Q, N): root mean square over queries and neighbouring ranks.
 
     What neighbours in the ranking have in common does not change their order and is taken out.

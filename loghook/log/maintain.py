@@ -122,7 +122,7 @@ def reopen(path: str | Path) -> None:
         if manifest.sealed is None:
             raise StateError(f"{path} is not finished: go on with loghook.init({str(path)!r}, resume=True).")
         records = [len(log.records) for log in all_commits(path, manifest)]
-        manifest.history = [*manifest.history, _entry("append", rows=manifest.sealed["rows"], records=records)]
+        manifest.history = [*manifest.history, _history_entry("append", rows=manifest.sealed["rows"], records=records)]
         manifest.sealed = None
         manifest.save(path)
 
@@ -142,7 +142,7 @@ def merge(out: str | Path, runs: Sequence[str | Path]) -> Changed:
         for name in ("fingerprint", "layers", "dtype", "id_type", "on_repeat"):
             if getattr(manifest, name) != getattr(first, name):
                 raise MismatchError(f"{path} and {paths[0]} {_difference(manifest, first, name)}")
-    history = [_entry("merge", runs=[_origin(m) for m in manifests])]
+    history = [_history_entry("merge", runs=[_origin(m) for m in manifests])]
     values = {m.values for m in manifests} - {None}
     parameters: dict[str, str | None] = {"last": SEVERAL} if len(values) > 1 else first.parameters
     merged = _build(out, list(zip(paths, manifests, strict=True)), first.dtype, history, parameters)
@@ -166,7 +166,7 @@ def compress(source: str | Path, out: str | Path, dtype: str) -> Changed:
         raise ConfigError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
     path = absolute(source)
     manifest = Manifest.load(path)
-    history = [_entry("compress", runs=[_origin(manifest)], dtype=manifest.dtype)]
+    history = [_history_entry("compress", runs=[_origin(manifest)], dtype=manifest.dtype)]
     if dtype != manifest.dtype:
         manifest.fidelity = None  # it was measured of rows in the other
     return _build(absolute(out), [(path, manifest)], dtype, history, manifest.parameters)
@@ -188,7 +188,7 @@ def _difference(one: Manifest, other: Manifest, name: str) -> str:
     return f"differ in {name}{detail}: only runs that agree can be merged."
 
 
-def _entry(what: str, **facts: Any) -> dict[str, Any]:
+def _history_entry(what: str, **facts: Any) -> dict[str, Any]:
     """Make a line of the manifest's history."""
     return {"what": what, "when": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())} | facts
 
@@ -209,12 +209,12 @@ def _build(
     for path, manifest in runs:
         if manifest.sealed is None:
             raise StateError(f"{path} is not finished: finish it with resume=True first.")
-    manifests = [manifest for _, manifest in runs]
-    first, building = manifests[0], out.with_name(f"{out.name}.{uuid.uuid4().hex[:8]}.tmp")
-    run_id, reasons = uuid.uuid4().hex, [m.no_statistics for m in manifests if m.no_statistics]
+    building = out.with_name(f"{out.name}.{uuid.uuid4().hex[:8]}.tmp")
+    first_path, first = runs[0]
     target = replace(
-        first, run_id=run_id, world_size=sum(m.world_size for m in manifests), generation=0, sealed=None, dtype=dtype,
-        no_statistics=reasons[0] if reasons else None, history=history, parameters=parameters,
+        first, run_id=uuid.uuid4().hex, world_size=sum(m.world_size for _, m in runs), generation=0, sealed=None,
+        no_statistics=next((m.no_statistics for _, m in runs if m.no_statistics), None), dtype=dtype, history=history,
+        parameters=parameters,
     )  # fmt: skip
     with writing(building, AS_IT_WAS):
         building.mkdir(parents=True)
@@ -224,8 +224,8 @@ def _build(
             if first.on_repeat == "error" and len(ids := ids_of(logs)) > len(set(ids)):
                 raise MismatchError("ids clash between the runs and on_repeat is 'error': delete them in one first.")
             if first.fitted is not None:
-                load_sides(runs[0][0], first.fitted)  # which raises if it is damaged
-                write_atomically(building / PROJECTION, (runs[0][0] / PROJECTION).read_bytes())
+                load_sides(first_path, first.fitted)  # which raises if it is damaged
+                write_atomically(building / PROJECTION, (first_path / PROJECTION).read_bytes())
             target.sealed = sum_up(logs)
             target.save(building)
             os.rename(building, out)
@@ -257,7 +257,8 @@ def _rewrite(
         written, left_out = _copy_all([(manifest, log) for log in logs], path, new, keep)
         dropped, seal = lost + left_out, sum_up(written)
         new.sealed = seal if manifest.sealed is not None else None
-        new.history = [*manifest.history, _entry(what, rows=seal["rows"], dropped=len(dropped), notes=list(notes))]
+        entry = _history_entry(what, rows=seal["rows"], dropped=len(dropped), notes=list(notes))
+        new.history = [*manifest.history, entry]
         new.save(path)
     except BaseException:
         with suppress(OSError, LoghookError):  # what stays is cleared away by the next

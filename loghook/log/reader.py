@@ -235,7 +235,7 @@ class Reader(Source):
                 for name, rows in record["asleep"].items():
                     self.asleep[name] = self.asleep.get(name, 0) + rows
             for record in log.rows:
-                self._add(log.rank, record)
+                self._add_record(log.rank, record)
                 ids += record["ids"]
                 steps += [(p, s, log.rank) for p, s, _ in record["steps"]]
                 counts += [n for *_, n in record["steps"]]
@@ -252,14 +252,14 @@ class Reader(Source):
         self.data_ids = ids
         self.keys = RowKeys(*keys.T)
 
-    def _add(self, rank: int, record: dict[str, Any]) -> None:
+    def _add_record(self, rank: int, record: dict[str, Any]) -> None:
         file = self.path / shard_name(rank, record["shard"])
         if not self._shards or self._shards[-1].file != file:
             first = self._shards[-1].first + self._shards[-1].rows if self._shards else 0
             self._shards.append(Shard(file, self.manifest, self.codec, first))
         shard = self._shards[-1]
         shard.rows += record["rows"]
-        shard.parts.append((record["start"], record["rows"], record["checksum"]))
+        shard.records.append((record["start"], record["rows"], record["checksum"]))
 
 
 def _problems(check: Callable[..., object], *arguments: Any) -> list[str]:
@@ -275,15 +275,12 @@ def _first_of_each(ids: Sequence[Any], keys: np.ndarray, *, outside_too: bool) -
 
     Rows logged outside ``passes()`` (pass -1) are all kept unless ``outside_too``.
     """
-    order = np.lexsort((keys[:, 2], keys[:, 1], keys[:, 0]))
     seen: set[Any] = set()
-    keep = np.zeros(len(ids), dtype=bool)
-    for place in order:
-        if keys[place, 0] < 0 and not outside_too:
-            keep[place] = True
-        elif ids[place] not in seen:
-            seen.add(ids[place])
-            keep[place] = True
+    keep = np.ones(len(ids), dtype=bool)
+    for row in np.lexsort((keys[:, 2], keys[:, 1], keys[:, 0])):
+        if outside_too or keys[row, 0] >= 0:
+            keep[row] = ids[row] not in seen
+            seen.add(ids[row])
     return keep
 
 

@@ -91,8 +91,8 @@ class Shard:
     first: int  # index in the log (before repeats are left out) of its first row
     rows: int = 0  # committed rows
     # (first row in the shard, rows, checksum) of every record
-    parts: list[tuple[int, int, str]] = field(default_factory=list)
-    good: bool = False  # whether every record was verified
+    records: list[tuple[int, int, str]] = field(default_factory=list)
+    verified: bool = False  # whether every record was verified
     _whole: "weakref.ref[mmap.mmap] | None" = None  # the map of all rows, for as long as somebody looks at some
 
     def touch(self) -> Tensor:
@@ -137,16 +137,16 @@ class Shard:
 
     def pieces(self) -> Iterator[tuple[int, int]]:
         """Yield ranges of rows, each once it is verified."""
-        if self.good:
+        if self.verified:
             yield 0, self.rows
         else:
             yield from self.verify()
 
     def verify(self) -> Iterator[tuple[int, int]]:
         """Read the file against its size, header and checksums; yields good ranges, of records that make a block."""
-        self.good, first = False, 0
+        self.verified, first = False, 0
         with self._opened() as file:
-            for start, rows, expected in self.parts:
+            for start, rows, expected in self.records:
                 if checksum_next(file, rows * self.codec.row_bytes) != expected:
                     rows_named = f"rows {start} to {start + rows - 1}"
                     raise CorruptLogError(f"{self.file}: {rows_named} do not match their checksum: {LOG_AGAIN}.")
@@ -154,7 +154,7 @@ class Shard:
                 if stop == self.rows or (stop - first) * self.codec.row_bytes >= BLOCK_BYTES:
                     yield first, stop
                     first = stop
-        self.good = True
+        self.verified = True
 
     @contextmanager
     def _opened(self) -> Iterator[FileIO]:

@@ -92,7 +92,7 @@ class Writer:
         self._path, self._run_id, self._rank, self._codec = path, manifest.run_id, rank, manifest.codec
         self.dtype = self._codec.dtype  # of the rows that it takes
         self._capacity = max(1, shard_bytes // self._codec.row_bytes)
-        self._commit_seconds, self._measures = commit_seconds, manifest.no_statistics is None
+        self._commit_seconds, self._has_statistics = commit_seconds, manifest.no_statistics is None
         self._lock = lock(path / lock_name(rank))
         self._lock_file = os.fstat(self._lock.fileno())  # by which the folder is known again
         self.moments = np.zeros(Layout(manifest.layers).moments_width)
@@ -278,7 +278,7 @@ class Writer:
             return
         # Squares may overflow where rows do not. What is in the statistics once cannot be taken out again.
         measured = batch.moments is not None and bool(torch.isfinite(batch.moments).all())
-        self._counts["unmeasured"] += n if self._measures and not measured else 0
+        self._counts["unmeasured"] += n if self._has_statistics and not measured else 0
         for name in batch.asleep:
             self._counts["asleep"][name] = self._counts["asleep"].get(name, 0) + n
         data = self._codec.encode(batch.rows).view(torch.uint8).numpy().data.cast("B")
