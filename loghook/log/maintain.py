@@ -292,12 +292,8 @@ def _copy_all(
 
 def _copy_log(old: Manifest, log: Commits, out: Path, new: Manifest, rank: int, keep: Keep) -> list[int | str]:
     """Write one writer's rows as new shards and a new commit log; returns the ids of rows left out."""
-    path, old_codec, codec, width = log.file.parent, old.codec, new.codec, Layout(new.layers).moments_width
-    moments = np.zeros(width)
-    if log.rows and new.no_statistics is None:
-        moments = load_moments(path, log.rows[-1]["statistics"], width)
-    snapshot = out / statistics_name(rank, new.generation * GENERATION_STEP + len(log.records))
-    statistics = save_moments(snapshot, moments, new.run_id) if log.rows else None
+    old_codec, codec = old.codec, new.codec
+    statistics = _copy_statistics(log, out, new, rank) if log.rows else None
     taken = [int(file.stem.rpartition("-")[2]) for file in out.glob(f"rows-{rank:05d}-*.safetensors")]
     free = max(taken, default=-1) + 1
     # {number of an old shard: that of the new one}. Where rows get smaller, several become one of about the same size.
@@ -314,7 +310,8 @@ def _copy_log(old: Manifest, log: Commits, out: Path, new: Manifest, rank: int, 
             if not kept.any():
                 continue
             if data is None:
-                raise CorruptLogError(f"{path}: rows do not match their checksum: run `loghook repair` first.")
+                folder = log.file.parent
+                raise CorruptLogError(f"{folder}: rows do not match their checksum: run `loghook repair` first.")
             facts, stored = _kept_rows(record, data, kept, old_codec, codec)
             if shard is None or number != new_numbers[record["shard"]]:
                 if shard is not None:
@@ -328,6 +325,16 @@ def _copy_log(old: Manifest, log: Commits, out: Path, new: Manifest, rank: int, 
         shard.close()
     write_flushed(out / commits_name(rank, new.generation), b"".join(lines))
     return dropped
+
+
+def _copy_statistics(log: Commits, out: Path, new: Manifest, rank: int) -> dict[str, str]:
+    """Write one writer's last snapshot again, or zeros where it does not count; returns what records say of it."""
+    width = Layout(new.layers).moments_width
+    moments = np.zeros(width)
+    if new.no_statistics is None:
+        moments = load_moments(log.file.parent, log.rows[-1]["statistics"], width)
+    snapshot = out / statistics_name(rank, new.generation * GENERATION_STEP + len(log.records))
+    return save_moments(snapshot, moments, new.run_id)
 
 
 def _kept_rows(

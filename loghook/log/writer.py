@@ -123,6 +123,11 @@ class Writer:
         self._broken: Exception | None = None  # an operating system error: nothing is written after it
         self._thread = threading.Thread(target=self._work, name="loghook-writer", daemon=True)
         self._thread_is_set = threading.Event()
+        self._start_thread()
+        guard(self)
+
+    def _start_thread(self) -> None:
+        """Start the thread, which asks for no team, and leave the number that later threads get as it was."""
         with _starting:
             threads = torch.get_num_threads()
             try:
@@ -130,8 +135,7 @@ class Writer:
                 self._thread_is_set.wait()
             finally:
                 if _TEAMS:
-                    torch.set_num_threads(threads)  # for the threads that come after that one
-        guard(self)
+                    torch.set_num_threads(threads)
 
     def put(self, batch: Batch) -> None:
         """Queue a block's rows; raise what went wrong before."""
