@@ -63,10 +63,10 @@ def bm25(queries: Sequence[str], documents: Sequence[str], *, k1: float = 1.5, b
     scores = np.zeros((len(queries), len(documents)))
     for row, query in zip(scores, queries, strict=True):
         for word, times in Counter(_words(query)).items():
-            where = holders.get(word, [])
-            f = np.array([counts[i][word] for i in where], dtype=np.float64)
-            idf = np.log(1 + (len(documents) - len(where) + 0.5) / (len(where) + 0.5))
-            row[where] += times * idf * f * (k1 + 1) / (f + norm[where])
+            holding = holders.get(word, [])
+            f = np.array([counts[i][word] for i in holding], dtype=np.float64)
+            idf = np.log(1 + (len(documents) - len(holding) + 0.5) / (len(holding) + 0.5))
+            row[holding] += times * idf * f * (k1 + 1) / (f + norm[holding])
     return scores
 
 

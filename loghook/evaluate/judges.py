@@ -114,8 +114,8 @@ def mislabel_recall(scores: ArrayLike, flipped: ArrayLike, share: float = 0.1) -
     scores_N, flipped_N = _suspects(scores, flipped)
     if not 0 < share <= 1:
         raise ConfigError(f"share={share} must lie above 0 and be at most 1: it is the part of the samples looked at.")
-    found_N = _within(scores_N[None], max(1, round(share * len(scores_N))))[0]
-    return estimate(found_N[flipped_N])
+    chance_N = _chance_within(scores_N[None], max(1, round(share * len(scores_N))))[0]
+    return estimate(chance_N[flipped_N])
 
 
 def tail_patch(before: ArrayLike, after: ArrayLike) -> Estimate:
@@ -147,8 +147,7 @@ def recall_at(scores: ArrayLike, relevant: Relevant, k: int) -> Estimate:
     scores_QN = floats("scores", scores, 2)
     relevant_QN = _relevant(relevant, scores_QN.shape)
     _check_k(k, scores_QN.shape[1])
-    found_QN = _within(scores_QN, k)
-    return estimate((found_QN * relevant_QN).sum(axis=1) / relevant_QN.sum(axis=1))
+    return estimate((_chance_within(scores_QN, k) * relevant_QN).sum(axis=1) / relevant_QN.sum(axis=1))
 
 
 def mrr(scores: ArrayLike, relevant: Relevant) -> Estimate:
@@ -170,33 +169,33 @@ def mrr(scores: ArrayLike, relevant: Relevant) -> Estimate:
 
 def _reciprocal(above: int, relevant: int, irrelevant: int) -> float:
     """Mean of 1 / rank of the first of the relevant samples in random orders of them and irrelevant ones."""
-    before = np.arange(irrelevant + 1)  # how many irrelevant ones come first; their chances follow one another
-    left = irrelevant - before[:-1]
-    chance = np.cumprod([relevant / (relevant + irrelevant), *(left / (relevant + left - 1))])
-    return float((chance / (above + 1 + before)).sum())
+    ahead = np.arange(irrelevant + 1)  # how many irrelevant ones come first; their chances follow one another
+    behind = irrelevant - ahead[:-1]
+    chance = np.cumprod([relevant / (relevant + irrelevant), *(behind / (relevant + behind - 1))])
+    return float((chance / (above + 1 + ahead)).sum())
 
 
-def _within(scores_QN: NDArray[np.float64], k: int) -> NDArray[np.float64]:
+def _chance_within(scores_QN: NDArray[np.float64], k: int) -> NDArray[np.float64]:
     """Chance of each sample to be among the k strongest, where ties come in random order: (Q, N)."""
     cut_Q1 = -np.sort(-scores_QN, axis=1)[:, k - 1 : k]
-    above_QN, at_QN = scores_QN > cut_Q1, scores_QN == cut_Q1
-    left_Q1 = k - above_QN.sum(axis=1, keepdims=True)
-    return above_QN + at_QN * left_Q1 / at_QN.sum(axis=1, keepdims=True)
+    above_QN, tied_QN = scores_QN > cut_Q1, scores_QN == cut_Q1
+    places_Q1 = k - above_QN.sum(axis=1, keepdims=True)  # that are left for the tied ones
+    return above_QN + tied_QN * places_Q1 / tied_QN.sum(axis=1, keepdims=True)
 
 
 def _relevant(relevant: Relevant, shape: tuple[int, ...]) -> NDArray[np.bool_]:
-    each_Q = [np.asarray(list(each)) for each in relevant]
+    sets = [np.asarray(list(samples)) for samples in relevant]  # for each query bools or places
     # Places repeat none, so that a 0 or 1 for each of three or more samples can only mean what bools mean.
-    if len({each.shape for each in each_Q}) == 1 and all(
-        each.dtype == bool or (each.shape == shape[1:] and each.size > 2 and np.isin(each, (0, 1)).all())
-        for each in each_Q
+    if len({samples.shape for samples in sets}) == 1 and all(
+        samples.dtype == bool or (samples.shape == shape[1:] and samples.size > 2 and np.isin(samples, (0, 1)).all())
+        for samples in sets
     ):
-        relevant_QN = np.array(each_Q, dtype=bool)
+        relevant_QN = np.array(sets, dtype=bool)
     else:
-        relevant_QN = np.zeros((len(each_Q), shape[1]), dtype=bool)
-        for row, places in zip(relevant_QN, each_Q, strict=True):
-            whole = not places.size or (places.dtype.kind in "iu" and 0 <= places.min() <= places.max() < shape[1])
-            if not whole or len(set(places.tolist())) < places.size:
+        relevant_QN = np.zeros((len(sets), shape[1]), dtype=bool)
+        for row, places in zip(relevant_QN, sets, strict=True):
+            valid = not places.size or (places.dtype.kind in "iu" and 0 <= places.min() <= places.max() < shape[1])
+            if not valid or len(set(places.tolist())) < places.size:
                 raise ConfigError(
                     f"relevant places {places.tolist()[:20]} must be whole numbers between 0 and {shape[1] - 1}, each "
                     f"once; or pass a bool for each of the {shape[1]} samples."

@@ -88,8 +88,7 @@ def lds(
     predicted_Qm = scores_QN @ members_mN.T.astype(np.float64)
     rounding_Q = 1e-12 * np.abs(scores_QN).sum(axis=1)  # of the sums, which must not break ties
     per_query = correlations(_ranks(predicted_Qm, rounding_Q), _ranks(-losses_mQ.T, np.zeros(len(scores_QN))))
-    low, high = interval(per_query, confidence=confidence, resamples=resamples, seed=seed)
-    return Estimate(float(per_query.mean()), low, high, per_query)
+    return estimate(per_query, confidence=confidence, resamples=resamples, seed=seed)
 
 
 def interval(

@@ -116,16 +116,16 @@ class Training:
 
         return self.optimizer.step(parameters, state, torch.func.grad(mean)(parameters), self.rates[t], t)
 
-    def weights(self, t: int, given: Mapping[Any, float]) -> Tensor:
+    def weights(self, t: int, by_id: Mapping[Any, float]) -> Tensor:
         """Weights of the samples of step t, (B,): those given by id, and else 1."""
-        return next(iter(self.parameters.values())).new_tensor([given.get(i, 1.0) for i in self.batches[t][0]])
+        return next(iter(self.parameters.values())).new_tensor([by_id.get(i, 1.0) for i in self.batches[t][0]])
 
     def run(self, weights: Mapping[Any, float] | None = None) -> Tensors:
         """Train, perhaps with other weights for some ids, and return the last parameters."""
-        now = self.parameters, self.optimizer.start(self.parameters)
+        parameters, state = self.parameters, self.optimizer.start(self.parameters)
         for t in range(len(self.batches)):
-            now = self.advance(t, *now, self.weights(t, weights or {}))
-        return now[0]
+            parameters, state = self.advance(t, parameters, state, self.weights(t, weights or {}))
+        return parameters
 
 
 def replay(
@@ -157,27 +157,27 @@ def replay(
     every = math.isqrt(steps) if every is None else every
     if every < 1 or (chunk is not None and chunk < 1):
         raise ConfigError(f"every={every} steps and chunk={chunk} queries must be at least 1, or None.")
-    now: tuple[Tensors, Any] = (training.parameters, training.optimizer.start(training.parameters))
-    ones, kept = [training.weights(t, {}) for t in range(steps)], []
+    point: tuple[Tensors, Any] = (training.parameters, training.optimizer.start(training.parameters))
+    ones, checkpoints = [training.weights(t, {}) for t in range(steps)], []
     for t in range(steps):
         if t % every == 0:
-            kept.append(now)
-        now = training.advance(t, *now, ones[t])
-    losses_Q, pull = torch.func.vjp(lambda parameters, _: queries(parameters), *now)[:2]
+            checkpoints.append(point)
+        point = training.advance(t, *point, ones[t])
+    losses_Q, pull = torch.func.vjp(lambda parameters, _: queries(parameters), *point)[:2]
     adjoint = torch.vmap(pull, chunk_size=chunk)(torch.eye(len(losses_Q)).to(losses_Q))
-    place = {i: n for n, i in enumerate(dict.fromkeys(i for ids, _ in training.batches for i in ids))}
-    slopes_QN = losses_Q.new_zeros(len(losses_Q), len(place))
-    with bar(None, "replaying", "steps", steps) as done:
+    column = {i: n for n, i in enumerate(dict.fromkeys(i for ids, _ in training.batches for i in ids))}
+    slopes_QN = losses_Q.new_zeros(len(losses_Q), len(column))
+    with bar(None, "replaying", "steps", steps) as progress:
         for first in reversed(range(0, steps, every)):
-            states = [kept.pop()]
+            points = [checkpoints.pop()]
             for t in range(first, min(first + every, steps) - 1):
-                states.append(training.advance(t, *states[-1], ones[t]))
-            for t in reversed(range(first, first + len(states))):
-                pull = torch.func.vjp(partial(training.advance, t), *states.pop(), ones[t])[1]
+                points.append(training.advance(t, *points[-1], ones[t]))
+            for t in reversed(range(first, first + len(points))):
+                pull = torch.func.vjp(partial(training.advance, t), *points.pop(), ones[t])[1]
                 *adjoint, slopes_QB = torch.vmap(pull, chunk_size=chunk)(tuple(adjoint))
-                columns = torch.tensor([place[i] for i in training.batches[t][0]], device=slopes_QN.device)
+                columns = torch.tensor([column[i] for i in training.batches[t][0]], device=slopes_QN.device)
                 slopes_QN.index_add_(1, columns, slopes_QB)
-                done.update()
+                progress.update()
     if not bool(torch.isfinite(slopes_QN).all()):
         raise ConfigError(
             "derivatives through the training are not finite: with Adam pass a larger eps_root (as 1e-12), and look "
@@ -186,7 +186,7 @@ def replay(
     return Scores(
         values=-slopes_QN.float().cpu().numpy(),
         query_ids=list(range(len(losses_Q)) if query_ids is None else query_ids),
-        data_ids=list(place),
+        data_ids=list(column),
         method="replay",
         fingerprint="",
         log=f"a training of {steps} steps",

@@ -1,7 +1,6 @@
 """Train on many subsets of the data, in parallel processes, and keep every result as it comes."""
 
 import hashlib
-import io
 import json
 import multiprocessing
 import os
@@ -20,7 +19,7 @@ from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
 from loghook.errors import ConfigError, RetrainingError
-from loghook.log.disk import absolute, lock, plain, write_atomically
+from loghook.log.disk import absolute, lock, plain, replacing, write_atomically
 
 Train = Callable[[NDArray[np.bool_], int], ArrayLike]
 Job = tuple[int, int]  # place of the subset, and the seed
@@ -77,26 +76,26 @@ def retrain(
     with lock(folder / "lock"):
         _check_plan(folder, subsets_mN, recipe)
         jobs = [(i, seed) for i in range(len(subsets_mN)) for seed in seeds]
-        open_jobs = [job for job in jobs if not _file(folder, *job).exists()]
-        bar = tqdm(total=len(jobs), initial=len(jobs) - len(open_jobs), desc="retraining", unit=" trainings")
-        kept = f"What was done is kept in {folder}: call again with the same arguments"
-        with bar, _calls(train, subsets_mN, open_jobs, workers) as calls:
+        missing = [job for job in jobs if not _result_file(folder, *job).exists()]
+        bar = tqdm(total=len(jobs), initial=len(jobs) - len(missing), desc="retraining", unit=" trainings")
+        advice = f"What was done is kept in {folder}: call again with the same arguments"
+        with bar, _trainings(train, subsets_mN, missing, workers) as calls:
             for (subset, seed), call in calls:
                 try:
                     result = call()
                 except BrokenProcessPool as error:  # which job it was is not known: all that had begun are lost
                     raise RetrainingError(
                         "a training process died (killed for memory?), or could not import train: see its output "
-                        f"above. {kept}, or with fewer workers."
+                        f"above. {advice}, or with fewer workers."
                     ) from error
                 except Exception as error:
                     raise RetrainingError(
                         f"training on subset {subset} with seed {seed} raised {type(error).__name__}: {error}. "
-                        f"Mend it. {kept}."
+                        f"Mend it. {advice}."
                     ) from error
-                _keep(result, subset, seed, folder)
+                _save_result(result, subset, seed, folder)
                 bar.update()
-        results = [np.load(_file(folder, *job), allow_pickle=False) for job in jobs]
+        results = [np.load(_result_file(folder, *job), allow_pickle=False) for job in jobs]
     for (subset, seed), result in zip(jobs, results, strict=True):
         if result.shape != results[0].shape:
             raise RetrainingError(
@@ -109,9 +108,9 @@ def retrain(
 def _check_plan(folder: Path, subsets_mN: NDArray[np.bool_], recipe: Mapping[str, object] | None) -> None:
     file = folder / PLAN
     if file.exists():
-        old = json.loads(file.read_text())
-        begun = json.loads(_plan(subsets_mN[: old["shape"][0]], recipe))
-        changed = [key for key in begun if old.get(key) != begun[key]]
+        old_plan = json.loads(file.read_text())
+        same_part = json.loads(_plan(subsets_mN[: old_plan["shape"][0]], recipe))
+        changed = [key for key in same_part if old_plan.get(key) != same_part[key]]
         if changed:
             raise ConfigError(f"{folder} was begun with other {' and '.join(changed)} (see {PLAN}): take another path.")
     write_atomically(file, _plan(subsets_mN, recipe).encode())
@@ -126,19 +125,19 @@ def _plan(subsets_mN: NDArray[np.bool_], recipe: Mapping[str, object] | None) ->
 
 
 @contextmanager
-def _calls(
+def _trainings(
     train: Train, subsets_mN: NDArray[np.bool_], jobs: list[Job], workers: int
 ) -> Iterator[Iterator[tuple[Job, Callable[[], NDArray[np.float64]]]]]:
     """Jobs, each with a call that returns its result: that trains, or asks a process that has."""
     if not workers or not jobs:
-        yield ((job, partial(_outputs, train, subsets_mN[job[0]], job[1])) for job in jobs)
+        yield ((job, partial(_train_once, train, subsets_mN[job[0]], job[1])) for job in jobs)
         return
     context = multiprocessing.get_context("spawn")  # a fork after torch has started its threads can hang
-    others = set(multiprocessing.active_children())
-    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start, (train, subsets_mN))
+    before = set(multiprocessing.active_children())
+    pool = ProcessPoolExecutor(min(workers, len(jobs)), context, _start_worker, (train, subsets_mN))
     try:
         try:
-            futures = {pool.submit(_work, *job): job for job in jobs}
+            futures = {pool.submit(_train_in_worker, *job): job for job in jobs}
         except Exception as error:
             raise ConfigError(
                 f"train={train!r} cannot be handed to another process ({error}): pass a function of a module or "
@@ -146,33 +145,32 @@ def _calls(
             ) from error
         yield ((futures[future], future.result) for future in as_completed(futures))
     except BaseException:  # Ctrl-C as well: nobody waits for trainings whose results would be thrown away
-        for process in set(multiprocessing.active_children()) - others:
+        for process in set(multiprocessing.active_children()) - before:
             process.terminate()
         raise
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _outputs(train: Train, members_N: NDArray[np.bool_], seed: int) -> NDArray[np.float64]:
+def _train_once(train: Train, members_N: NDArray[np.bool_], seed: int) -> NDArray[np.float64]:
     result = train(members_N.copy(), seed)
     if isinstance(result, torch.Tensor):  # on any device, with its graph
         result = result.detach().cpu().double()
     return np.asarray(result, dtype=np.float64)
 
 
-def _keep(outputs_Q: NDArray[np.float64], subset: int, seed: int, folder: Path) -> None:
+def _save_result(outputs_Q: NDArray[np.float64], subset: int, seed: int, folder: Path) -> None:
     if outputs_Q.ndim != 1 or not outputs_Q.size or not np.isfinite(outputs_Q).all():
         raise RetrainingError(
             f"training on subset {subset} with seed {seed} returned an array of shape {outputs_Q.shape} with "
             f"{np.count_nonzero(~np.isfinite(outputs_Q))} values that are not finite: train must return a 1-D array of "
             "finite numbers, one for each query."
         )
-    buffer = io.BytesIO()
-    np.save(buffer, outputs_Q)
-    write_atomically(_file(folder, subset, seed), buffer.getvalue())
+    with replacing(_result_file(folder, subset, seed)) as temporary, open(temporary, "wb") as handle:
+        np.save(handle, outputs_Q)
 
 
-def _file(folder: Path, subset: int, seed: int) -> Path:
+def _result_file(folder: Path, subset: int, seed: int) -> Path:
     return folder / f"subset{subset:05d}-seed{seed}.npy"
 
 
@@ -180,7 +178,7 @@ _train: Train
 _subsets_mN: NDArray[np.bool_]
 
 
-def _start(train: Train, subsets_mN: NDArray[np.bool_]) -> None:
+def _start_worker(train: Train, subsets_mN: NDArray[np.bool_]) -> None:
     """Runs once in each worker, so that subsets travel once."""
     global _train, _subsets_mN
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches every process; the parent ends its workers
@@ -197,5 +195,5 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def _work(subset: int, seed: int) -> NDArray[np.float64]:
-    return _outputs(_train, _subsets_mN[subset], seed)
+def _train_in_worker(subset: int, seed: int) -> NDArray[np.float64]:
+    return _train_once(_train, _subsets_mN[subset], seed)

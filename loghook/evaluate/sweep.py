@@ -54,17 +54,16 @@ class Sweep:
     @property
     def best(self) -> Setting:
         """The setting with the largest criterion."""
-        return max(self.settings, key=lambda one: one.criterion)
+        return max(self.settings, key=lambda setting: setting.criterion)
 
     def __str__(self) -> str:
         """A table, its best line marked."""
         lines = [f"method   damping  {self.criterion}"]
-        for one in self.settings:
-            line = f"{one.method:<8} {one.damping:<8g} {one.criterion:.4f}"
-            if one.held_out is not None:
-                line += f"; on the other queries {one.held_out.mean:.4f}"
-                line += f" ({one.held_out.low:.4f} to {one.held_out.high:.4f})"
-            lines.append(line + ("  <- best" if one is self.best else ""))
+        for setting in self.settings:
+            line = f"{setting.method:<8} {setting.damping:<8g} {setting.criterion:.4f}"
+            if (held_out := setting.held_out) is not None:
+                line += f"; on the other queries {held_out.mean:.4f} ({held_out.low:.4f} to {held_out.high:.4f})"
+            lines.append(line + ("  <- best" if setting is self.best else ""))
         return "\n".join(lines)
 
 
@@ -112,26 +111,26 @@ def sweep(
                 f"methods={methods} cannot be tuned without retraining: pass members= and losses=, keep damping=0.1, "
                 "or sweep method 'fisher'."
             )
-        settings = [Setting("fisher", d, v, None) for d, v in held_out_likelihood(log, tried, seed)]
+        settings = [Setting("fisher", d, nats, None) for d, nats in held_out_likelihood(log, tried, seed)]
         return Sweep(tuple(settings), "log-likelihood of held-out rows, nats a value")
     if query is None or len(query) < 4:
         raise ConfigError("sweep against ground truth needs a query of at least 4 questions: half of them choose.")
-    losses = floats("losses", losses, 2)
-    if losses.shape != (len(np.asarray(members)), len(query)):
+    losses, expected = floats("losses", losses, 2), (len(np.asarray(members)), len(query))
+    if losses.shape != expected:
         raise ConfigError(
-            f"losses {losses.shape} must be (retrainings, queries), here {(len(np.asarray(members)), len(query))}: a "
-            "row for each row of members, a column for each question."
+            f"losses {losses.shape} must be (retrainings, queries), here {expected}: a row for each row of "
+            "members, a column for each question."
         )
     order = np.random.default_rng(seed).permutation(len(query))
     choose, report = order[: len(order) // 2], order[len(order) // 2 :]
-    found = []
+    settings = []
     for method in methods or ("fisher", "ekfac"):
         for damping in tried:
             metric = Metric(method=method, damping=damping, normalize=normalize)
             values = engine.influence(log, query, metric).values
             mean = lds(values[choose], members, losses[:, choose], resamples=1).mean
-            found.append(Setting(method, damping, mean, lds(values[report], members, losses[:, report])))
-    return Sweep(tuple(found), f"LDS on {len(choose)} queries")
+            settings.append(Setting(method, damping, mean, lds(values[report], members, losses[:, report])))
+    return Sweep(tuple(settings), f"LDS on {len(choose)} queries")
 
 
 def held_out_likelihood(log: Reader, dampings: Sequence[float], seed: int = 0) -> Iterator[tuple[float, float]]:
@@ -148,10 +147,10 @@ def held_out_likelihood(log: Reader, dampings: Sequence[float], seed: int = 0) -
     fit = np.zeros(len(log), dtype=bool)
     fit[np.random.default_rng(seed).permutation(len(log))[: len(log) // 2]] = True
     totals = np.zeros(len(dampings))
-    with bar(None, "held-out rows", "layers", len(log.layers)) as done:
+    with bar(None, "held-out rows", "layers", len(log.layers)) as progress:
         for group in in_memory(log.layout.layers, len(log)):
             totals += _likelihoods(log, group, torch.from_numpy(fit), dampings)
-            done.update(len(group))
+            progress.update(len(group))
     yield from zip(dampings, (totals / log.layout.gradient_width).tolist(), strict=True)
 
 
@@ -161,31 +160,32 @@ def _likelihoods(log: Reader, group: Sequence[LayerSpec], fit: Tensor, dampings:
     (dampings,) float64.
     """
     n, columns = int(fit.sum()), log.layout.columns
-    kept: dict[str, list[Tensor]] = {spec.name: [] for spec in group if n < spec.width}  # rows, where they are few
-    sums = {s.name: torch.zeros(2, s.width, s.width, dtype=torch.float64) for s in group if s.name not in kept}
+    few: dict[str, list[Tensor]] = {spec.name: [] for spec in group if n < spec.width}  # rows themselves, where few
+    # Else the sums of their outer products: of held-out and of fitted rows.
+    sums = {s.name: torch.zeros(2, s.width, s.width, dtype=torch.float64) for s in group if s.name not in few}
     for place, block in log.blocks():
         for spec in group:
             rows = block[:, columns[spec.name]].double()
-            if spec.name in kept:
-                kept[spec.name].append(rows)
+            if spec.name in few:
+                few[spec.name].append(rows)
             else:
-                for total, part in zip(sums[spec.name], (rows[~fit[place]], rows[fit[place]]), strict=True):
-                    total.addmm_(part.T, part)
-    found = np.zeros(len(dampings))
+                for total, half in zip(sums[spec.name], (rows[~fit[place]], rows[fit[place]]), strict=True):
+                    total.addmm_(half.T, half)
+    likelihoods = np.zeros(len(dampings))
     for spec in group:
-        if spec.name in kept:  # the same through rows' inner products: eigenvectors (r, width) of what the fitted span
-            rows = torch.cat(kept.pop(spec.name))
+        if spec.name in few:  # the same through rows' inner products: eigenvectors (r, width) of what the fitted span
+            rows = torch.cat(few.pop(spec.name))
             values, mix = gram_basis(rows[fit] @ rows[fit].T)
-            basis, others = mix.T @ rows[fit], rows[~fit]
-            energy = (others @ basis.T).square().mean(0)
-            outside = (others.square().sum(1).mean() - energy.sum()).clamp(min=0)
+            basis, held_out = mix.T @ rows[fit], rows[~fit]
+            energy = (held_out @ basis.T).square().mean(0)
+            outside = (held_out.square().sum(1).mean() - energy.sum()).clamp(min=0)
         else:
-            others, fitted = sums.pop(spec.name)
-            values, vectors = torch.linalg.eigh(fitted)
-            energy = (vectors * (others @ vectors)).sum(0) / (len(fit) - n)
+            held_out_sum, fitted_sum = sums.pop(spec.name)
+            values, vectors = torch.linalg.eigh(fitted_sum)
+            energy = (vectors * (held_out_sum @ vectors)).sum(0) / (len(fit) - n)
             outside = torch.zeros((), dtype=torch.float64)
-        found += _log_likelihood(values.clamp(min=0) / n, energy, outside, spec.width, dampings)
-    return found
+        likelihoods += _log_likelihood(values.clamp(min=0) / n, energy, outside, spec.width, dampings)
+    return likelihoods
 
 
 def _log_likelihood(
@@ -198,10 +198,10 @@ def _log_likelihood(
     mean = values.sum() / width
     if mean == 0:  # a layer that slept: nothing to tell dampings apart by
         return np.zeros(len(dampings))
-    left = width - len(values)
+    rest = width - len(values)  # eigenvalues that are 0
     return np.array(
         [
-            -0.5 * float((values + d).log().sum() + left * d.log() + (energy / (values + d)).sum() + outside / d)
+            -0.5 * float((values + d).log().sum() + rest * d.log() + (energy / (values + d)).sum() + outside / d)
             - 0.5 * width * np.log(2 * np.pi)
             for d in (damping * mean for damping in dampings)
         ]

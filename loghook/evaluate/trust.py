@@ -124,42 +124,34 @@ def trust(
             f"chance questions are not preconditioned, as this query is ({query.direction}): pass nulls=0."
         )
     metric = Metric(method=method, damping=damping, damping_abs=damping_abs, normalize=normalize)
-    rng, pair = np.random.default_rng(seed), None  # scores of two seeds, or as if of two
     first = engine.influence(log, query, metric)
-    values_QN = _spread_out(first.values, metric)
+    values_QN = _fisher_z(first.values, metric)
     top_Qk = np.stack([strongest(values, k) for values in values_QN])
+    pair, overlap = None, None  # scores of two seeds, or as if of two; and how many of their top k they share
     if other is not None:
-        if _shares(log) and other[0].fingerprint == log.fingerprint:
+        if _rank_shares(log) and other[0].fingerprint == log.fingerprint:
             raise ConfigError(
                 f"other={other[0].path} has the same projection as the log, so that it says nothing of the seed's "
                 "chance: log with another seed= (and, for projection='whitened', without fitted=)."
             )
         second = engine.influence(*other, metric)
-        second_QN = _spread_out(Scores.combine([first, second], [0, 1]).values, metric)
-        correlation, pair = correlations(values_QN, second_QN), (values_QN, second_QN)
-        how, overlap = "a second log", shared_top(values_QN, second_QN, k)
-    elif shares := _shares(log):
-        halves_Q, quarters_Q = np.zeros(len(query)), np.zeros(len(query))
-        for deal in range(DEALS):
-            one, two = _parts(log, query, 2, metric, seed + deal)
-            pair = pair or (one, two)
-            halves_Q += correlations(one, two) / DEALS
-            quarters = _parts(log, query, 4, metric, seed + deal)
-            quarters_Q += np.mean([correlations(a, b) for a, b in itertools.combinations(quarters, 2)], axis=0) / DEALS
-        correlation = extended(halves_Q, quarters_Q, float(np.mean(shares)))
-        how, overlap = "parts of the log's coordinates", None
+        pair = values_QN, _fisher_z(Scores.combine([first, second], [0, 1]).values, metric)
+        how, correlation, overlap = "a second log", correlations(*pair), shared_top(*pair, k)
+    elif _rank_shares(log):
+        how = "parts of the log's coordinates"
+        correlation, pair = _estimated_agreement(log, query, metric, seed)
     else:
-        correlation, how, overlap = np.ones(len(values_QN)), "no random projection", None
+        how, correlation = "no random projection", np.ones(len(values_QN))
+    if other is None and log.codec.coded and (pair is None or log.codec.name.startswith("lowrank")):
+        how += f" (what {log.codec.name} rows changed is not in it: `loghook compress` prints that)"
     if metric.normalize is None:  # noise is about as large as a row; for unit rows it depends on the score itself
-        own = engine.self_influence(log, metric, None).astype(np.float64)
-        level = np.broadcast_to(np.sqrt(own / max(own.mean(), 1e-300)), values_QN.shape)
+        row_sizes = engine.self_influence(log, metric, None).astype(np.float64)
+        level = np.broadcast_to(np.sqrt(row_sizes / max(row_sizes.mean(), 1e-300)), values_QN.shape)
     elif metric.normalize == "unit" and pair is not None:
-        level = _level(*pair)
+        level = _noise_level(*pair)
     else:
         level = np.ones_like(values_QN)
-    if other is None and log.codec.coded and (how == "no random projection" or log.codec.name.startswith("lowrank")):
-        how += f" (what {log.codec.name} rows changed is not in it: `loghook compress` prints that)"
-    stays, true = membership(values_QN, correlation, level, top_Qk, rng)
+    stays, true = membership(values_QN, correlation, level, top_Qk, np.random.default_rng(seed))
     return Trust(
         how=how,
         correlation=correlation,
@@ -170,6 +162,18 @@ def trust(
         true=true,
         p_values=_p_values(log, query, metric, top_Qk, nulls, seed) if nulls else None,
     )
+
+
+def _estimated_agreement(log: Reader, query: Query, metric: Metric, seed: int) -> tuple[Array, tuple[Array, Array]]:
+    """Correlation between seeds, (Q,), from parts of the coordinates; and two halves' scores, as if of two seeds."""
+    halves_Q, quarters_Q, pairs = np.zeros(len(query)), np.zeros(len(query)), []
+    for deal in range(DEALS):
+        first, second = _scores_of_parts(log, query, 2, metric, seed + deal)
+        pairs.append((first, second))
+        halves_Q += correlations(first, second) / DEALS
+        quarters = _scores_of_parts(log, query, 4, metric, seed + deal)
+        quarters_Q += np.mean([correlations(a, b) for a, b in itertools.combinations(quarters, 2)], axis=0) / DEALS
+    return extended(halves_Q, quarters_Q, float(np.mean(_rank_shares(log)))), pairs[0]
 
 
 def extended(halves_Q: Array, quarters_Q: Array, share: float) -> Array:
@@ -185,11 +189,11 @@ def extended(halves_Q: Array, quarters_Q: Array, share: float) -> Array:
     quarter it, which is the least factor that is believed; a preconditioner, fitted anew at each rank, makes it fall
     more slowly. The factor is the queries' median, as a single query's is too noisy.
     """
-    halves, quarters = (
+    noise_of_half, noise_of_quarter = (  # over signal
         (1 - r) / np.clip(r + (1 - r) * share / parts, 1e-3, None) for r, parts in ((halves_Q, 2), (quarters_Q, 4))
     )
-    falls = float(np.clip(np.median(halves) / max(float(np.median(quarters)), 1e-12), 0.25, 1.0))
-    return np.asarray(1 / (1 + halves * falls * (1 - share)), dtype=np.float64)
+    factor = float(np.clip(np.median(noise_of_half) / max(float(np.median(noise_of_quarter)), 1e-12), 0.25, 1.0))
+    return np.asarray(1 / (1 + noise_of_half * factor * (1 - share)), dtype=np.float64)
 
 
 def membership(
@@ -216,41 +220,34 @@ def membership(
     return stays / DRAWS, true / DRAWS
 
 
-def _spread_out(values: NDArray[np.float32], metric: Metric) -> Array:
+def _fisher_z(values: NDArray[np.float32], metric: Metric) -> Array:
     """Cosines on Fisher's z scale, where noise does not shrink towards 1; others as they are."""
     wide = values.astype(np.float64)
     return np.arctanh(wide.clip(-1 + 1e-6, 1 - 1e-6)) if metric.normalize == "unit" else wide
 
 
-def _parts(log: Reader, query: Query, parts: int, metric: Metric, seed: int) -> list[Array]:
+def _scores_of_parts(log: Reader, query: Query, parts: int, metric: Metric, seed: int) -> list[Array]:
     """Scores of each part of the coordinates: parts times (Q, N)."""
-    smallest = min(
-        k for spec in log.layout.layers for k, cut in zip((spec.k_out, spec.k_in), projected(spec), strict=True) if cut
-    )
+    smallest = min(k for spec in log.layout.layers for k, width in _sides(spec) if k < width)
     if smallest < 2 * parts:
         raise ConfigError(
             f"a side projected to {smallest} values is too small to be cut in {parts} parts: pass other=(log, query) "
             "of another seed, or log at rank 8 or more."
         )
-    made = [Part(log, part, parts, seed) for part in range(parts)]
-    return [_spread_out(engine.influence(part, part.query(query), metric).values, metric) for part in made]
+    dealt = [Part(log, part, parts, seed) for part in range(parts)]
+    return [_fisher_z(engine.influence(part, part.query(query), metric).values, metric) for part in dealt]
 
 
-def _shares(log: Reader) -> list[float]:
+def _rank_shares(log: Reader) -> list[float]:
     """Of every side that a seed projects, its rank over how many coordinates there were to draw from."""
     if log.manifest.projection == "pca":
         return []
-    return [
-        k / (1 << (width - 1).bit_length())
-        for spec in log.layout.layers
-        for k, width in zip((spec.k_out, spec.k_in), spec.widths, strict=True)
-        if k < width
-    ]
+    return [k / (1 << (width - 1).bit_length()) for spec in log.layout.layers for k, width in _sides(spec) if k < width]
 
 
-def projected(spec: LayerSpec) -> tuple[bool, bool]:
-    """Whether a layer's output side and its input side are projected; a side that is not has no seed."""
-    return spec.k_out < spec.widths[0], spec.k_in < spec.widths[1]
+def _sides(spec: LayerSpec) -> tuple[tuple[int, int], tuple[int, int]]:
+    """Rank and width of a layer's output side and of its input side; where they are equal nothing is projected."""
+    return (spec.k_out, spec.widths[0]), (spec.k_in, spec.widths[1])
 
 
 class Part(Source):
@@ -264,14 +261,16 @@ class Part(Source):
         """Take the ``part``-th of ``parts`` equal shares of every projected side; ``seed`` deals them out."""
         super().__init__()
         self.path, self.manifest, self.data_ids = whole.path, whole.manifest, whole.data_ids
-        self._whole, self._sides, self.warned = whole, {}, True  # the whole log has said that it is not finished
+        self.warned = True  # the whole log has said that it is not finished
+        self._whole = whole
+        self._sides: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # {layer: its coordinates of the two sides}
         specs, columns, scale = [], [], []
         for spec in whole.layout.layers:
             start = whole.layout.columns[spec.name].start
-            # Sides of equal width are dealt alike: layers that share an input projection keep sharing it.
+            # Sides of equal rank are dealt alike: layers that share an input projection keep sharing it.
             out, into = (
-                np.sort(np.random.default_rng([seed, k]).permutation(k)[part::parts]) if cut else np.arange(k)
-                for k, cut in zip((spec.k_out, spec.k_in), projected(spec), strict=True)
+                np.sort(np.random.default_rng([seed, k]).permutation(k)[part::parts]) if k < width else np.arange(k)
+                for k, width in _sides(spec)
             )
             specs.append(replace(spec, k_out=len(out), k_in=len(into), activations=None, output_gradients=None))
             columns.append((start + out[:, None] * spec.k_in + into).reshape(-1))
@@ -300,20 +299,20 @@ class Part(Source):
             yield place, self._cut(block.to(self.dtype))
 
     def moments(self) -> np.ndarray:
-        theirs, mine = self._whole.moments(), np.zeros(self.layout.moments_width)
+        moments, of_part = self._whole.moments(), np.zeros(self.layout.moments_width)
         for name, (out, into) in self._sides.items():
             whole, part = self._whole.layout.moments[name], self.layout.moments[name]
-            for source, target, kept in ((whole[0], part[0], into), (whole[1], part[1], out)):
+            for source, target, coordinates in ((whole[0], part[0], into), (whole[1], part[1], out)):
                 k = round((source.stop - source.start) ** 0.5)
-                mine[target] = theirs[source].reshape(k, k)[np.ix_(kept, kept)].reshape(-1)
-            mine[part[2]] = theirs[whole[2]]
-        return mine
+                of_part[target] = moments[source].reshape(k, k)[np.ix_(coordinates, coordinates)].reshape(-1)
+            of_part[part[2]] = moments[whole[2]]
+        return of_part
 
     def _cut(self, rows: Tensor) -> Tensor:
         return rows[:, self._columns] * self._scale.to(rows.dtype)
 
 
-def _level(one_QN: Array, other_QN: Array) -> Array:
+def _noise_level(one_QN: Array, other_QN: Array) -> Array:
     """Relative noise by rank in the list, (Q, N): root mean square over queries and neighbouring ranks.
 
     What neighbours in the ranking have in common does not change their order and is taken out.
@@ -321,15 +320,18 @@ def _level(one_QN: Array, other_QN: Array) -> Array:
     one, other = (a / np.where((s := a.std(axis=1, keepdims=True)) > 0, s, 1) for a in (one_QN, other_QN))
     order = np.argsort(-(one + other), axis=1, kind="stable")
     noise = np.take_along_axis(one - other, order, axis=1)
-    size = min(25, noise.shape[1])
-    kernel = np.ones(size)
-    count = np.convolve(np.ones(noise.shape[1]), kernel, "same")
-    smooth = lambda a: np.apply_along_axis(lambda row: np.convolve(row, kernel, "same"), -1, a) / count  # noqa: E731
-    square = smooth(((noise - smooth(noise)) ** 2).mean(axis=0))
+    variance_N = _mean_of_neighbours(((noise - _mean_of_neighbours(noise)) ** 2).mean(axis=0))
     total = (noise**2).mean()
     level = np.empty_like(noise)
-    np.put_along_axis(level, order, np.sqrt(square / total if total > 0 else square)[None, :], axis=1)
+    np.put_along_axis(level, order, np.sqrt(variance_N / total if total > 0 else variance_N)[None, :], axis=1)
     return level
+
+
+def _mean_of_neighbours(values: Array) -> Array:
+    """Each value's mean with its neighbours along the last axis, fewer at the ends."""
+    window = np.ones(min(25, values.shape[-1]))
+    count = np.convolve(np.ones(values.shape[-1]), window, "same")
+    return np.asarray(np.apply_along_axis(np.convolve, -1, values, window, "same") / count)
 
 
 def _p_values(log: Reader, query: Query, metric: Metric, top_Qk: NDArray[np.int64], nulls: int, seed: int) -> Array:
@@ -338,15 +340,15 @@ def _p_values(log: Reader, query: Query, metric: Metric, top_Qk: NDArray[np.int6
     A chance question is a sum of all rows at unit norm with Gaussian weights: it knows which directions are common, and
     has no more to do with one row than with another. At unit norm, since a few very large rows would be all of it.
     """
-    own = torch.from_numpy(engine.self_influence(log, metric, None)).double()
+    row_sizes = torch.from_numpy(engine.self_influence(log, metric, None)).double()
     weights = torch.randn(nulls, len(log), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    weights *= torch.where(own > 0, own, torch.inf).rsqrt()
+    weights *= torch.where(row_sizes > 0, row_sizes, torch.inf).rsqrt()
     width = log.layout.gradient_width
-    mixed = torch.zeros(nulls, width, dtype=torch.float64)
+    gradients = torch.zeros(nulls, width, dtype=torch.float64)
     for place, block in progress(log, "chance"):
-        mixed += weights[:, place] @ block[:, :width].double()
-    chance = Query(list(range(nulls)), all_reduce(mixed), log.made)
-    best = engine.influence(log, chance, replace(metric, normalize="unit"), top=1).values[:, 0]
-    aligned = engine.influence(log, query, replace(metric, normalize="unit")).values
-    seen = np.take_along_axis(aligned, top_Qk, axis=1)
-    return np.asarray((1 + (best >= seen[:, :, None]).sum(axis=2)) / (1 + nulls), dtype=np.float64)
+        gradients += weights[:, place] @ block[:, :width].double()
+    chance = Query(list(range(nulls)), all_reduce(gradients), log.made)
+    unit = replace(metric, normalize="unit")
+    best_of_chance = engine.influence(log, chance, unit, top=1).values[:, 0]
+    seen_Qk = np.take_along_axis(engine.influence(log, query, unit).values, top_Qk, axis=1)
+    return np.asarray((1 + (best_of_chance >= seen_Qk[:, :, None]).sum(axis=2)) / (1 + nulls), dtype=np.float64)

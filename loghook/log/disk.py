@@ -142,13 +142,13 @@ def lock(file: Path) -> Any:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
         handle.seek(0)
-        written, owner = handle.read(), "an unknown process"
+        content, owner = handle.read(), "an unknown process"
         remedy = "wait until it ends, or write to another path"
         handle.close()
         with suppress(ValueError, KeyError, TypeError):  # it may be being written
-            one = json.loads(written)
-            owner = "process {process} on {host}".format(**one)
-            if (one["process"], one["host"]) == (os.getpid(), socket.gethostname()):
+            holder = json.loads(content)
+            owner = "process {process} on {host}".format(**holder)
+            if (holder["process"], holder["host"]) == (os.getpid(), socket.gethostname()):
                 owner, remedy = "this process", "run.finalize() or run.close() ends the run that an earlier call began"
         raise LogLockedError(f"{file.parent} is written by {owner}: {remedy}.") from error
     handle.truncate(0)

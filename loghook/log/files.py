@@ -7,6 +7,7 @@ checksummed by the manifest; and what was computed from the rows of a finished l
 import contextlib
 import json
 from collections.abc import Iterator, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -53,13 +54,13 @@ def no_log(path: Path) -> str:
     """Say what a folder without a manifest and without rows is."""
     if factors := holds_factors(path):
         return f"{factors}: they are no log."
-    nothing = f"{path} holds no loghook.json, so it is no loghook run"
+    no_run = f"{path} holds no loghook.json, so it is no loghook run"
     if path.is_dir() and all(file.match("lock-*") for file in path.iterdir()):
         return (
-            f"{nothing} yet: check the path. If a run was killed here before its first commit, as in the pass that "
+            f"{no_run} yet: check the path. If a run was killed here before its first commit, as in the pass that "
             "fits projection='pca' or 'whitened', start its script again with resume=True."
         )
-    return f"{nothing}: check the path."
+    return f"{no_run}: check the path."
 
 
 def save_tensors(path: Path, kind: str, header: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> str:
@@ -71,8 +72,8 @@ def save_tensors(path: Path, kind: str, header: Mapping[str, Any], tensors: Mapp
 
 def save_checked(path: str | Path, kind: str, header: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
     """Write a file that has its checksum in itself, for ``loading``."""
-    said = json.dumps(header | {"checksum": _digest(header, tensors)})
-    write_file(path, safetensors.torch.save(dict(tensors), {f"loghook_{kind}": said}))
+    text = json.dumps(header | {"checksum": _digest(header, tensors)})
+    write_file(path, safetensors.torch.save(dict(tensors), {f"loghook_{kind}": text}))
 
 
 def write_file(path: str | Path, data: bytes) -> None:
@@ -97,21 +98,21 @@ def loading(path: str | Path, kind: str) -> Iterator[tuple[dict[str, Any], dict[
     """Read what ``save_checked`` wrote, (header, tensors); what fails in the block means that the file is none."""
     path = absolute(path)
     if path.is_dir():
-        is_one = holds_factors(path) or f"{path} is a folder, which loghook.load opens if it is a log"
-        raise ConfigError(f"{is_one}: it is no {kind} file.")
-    keys: Mapping[str, str] = {}
+        folder = holds_factors(path) or f"{path} is a folder, which loghook.load opens if it is a log"
+        raise ConfigError(f"{folder}: it is no {kind} file.")
+    metadata: Mapping[str, str] = {}
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            keys = file.metadata() or {}
-            header = json.loads(keys[f"loghook_{kind}"])
+            metadata = file.metadata() or {}
+            header = json.loads(metadata[f"loghook_{kind}"])
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
             if header.pop("checksum") != _digest(header, tensors):
                 raise ValueError("it does not match its checksum")
             yield header, tensors
     except (safetensors.SafetensorError, KeyError, TypeError, ValueError) as error:
-        for key, other in _FILES.items():
-            if key in keys and kind not in key:
-                raise ConfigError(f"{path} is {other}.") from error
+        for key, description in _FILES.items():
+            if key in metadata and kind not in key:
+                raise ConfigError(f"{path} is {description}.") from error
         raise CorruptLogError(f"{path} is no {kind} file ({error}): save it again.") from error
 
 
@@ -152,52 +153,51 @@ def load_moments(path: Path, entry: dict[str, str], width: int) -> np.ndarray:
 def save_sides(folder: Path, sides: Sides) -> str:
     """Write {layer: (input side, output side)}; equal matrices are stored once. Returns the file's checksum."""
     tensors: dict[str, Tensor] = {}
-    places: dict[str, list[list[object]]] = {}
-    known: dict[str, str] = {}
+    header: dict[str, list[list[object]]] = {}  # {layer: [name of the tensor or None, width, gain] of each side}
+    names: dict[str, str] = {}  # {checksum of a matrix: name of the tensor}
     for layer, pair in sides.items():
-        places[layer] = []
+        header[layer] = []
         for kind, side in zip(("in", "out"), pair, strict=True):
-            key = None
+            name = None
             if side.matrix is not None:
-                values = side.matrix.float().contiguous()
-                key = known.setdefault(checksum(values.numpy().tobytes()), f"{layer}/{kind}")
-                tensors.setdefault(key, values)
-            places[layer].append([key, side.width, side.gain])
-    return save_tensors(folder / PROJECTION, "projection", places, tensors)
+                matrix = side.matrix.float().contiguous()
+                name = names.setdefault(checksum(matrix.numpy().tobytes()), f"{layer}/{kind}")
+                tensors.setdefault(name, matrix)
+            header[layer].append([name, side.width, side.gain])
+    return save_tensors(folder / PROJECTION, "projection", header, tensors)
 
 
 def load_sides(folder: Path, expected: str) -> dict[str, tuple[Side, Side]]:
     """Read what ``save_sides`` wrote; layers whose matrix is stored once share the ``Side``."""
-    known: dict[tuple[object, ...], Side] = {}
 
-    def side(key: str | None, width: int, gain: float) -> Side:
-        fresh = Side(int(width), None if key is None else tensors[key].float(), float(gain))
-        return fresh if key is None else known.setdefault((key, width, gain), fresh)
+    @cache
+    def side(name: str | None, width: int, gain: float) -> Side:
+        return Side(int(width), None if name is None else tensors[name].float(), float(gain))
 
     with _reading(folder / PROJECTION, expected) as (metadata, tensors):
-        places = json.loads(metadata["loghook_projection"])
-        return {str(layer): (side(*one), side(*other)) for layer, (one, other) in places.items()}
+        header = json.loads(metadata["loghook_projection"])
+        return {str(layer): (side(*into), side(*out)) for layer, (into, out) in header.items()}
 
 
 def load_kept(path: Path, seal: str) -> dict[str, np.ndarray]:
     """Read the vectors that belong to a seal, {name: vector}, the oldest first; nothing where anything is wrong."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError, AttributeError, safetensors.SafetensorError):
-        metadata, found = _parsed((path / KEPT).read_bytes())
-        stated = parse_object(metadata["loghook_kept"].encode())
-        if stated["seal"] == seal:
-            vectors = {name: found[name].numpy() for name in stated["checksums"]}
-            return {k: v for k, v in vectors.items() if checksum(v.tobytes()) == stated["checksums"][k]}
+        metadata, tensors = _parsed((path / KEPT).read_bytes())
+        header = parse_object(metadata["loghook_kept"].encode())
+        if header["seal"] == seal:
+            vectors = {name: tensors[name].numpy() for name in header["checksums"]}
+            return {k: v for k, v in vectors.items() if checksum(v.tobytes()) == header["checksums"][k]}
     return {}
 
 
 def save_kept(path: Path, seal: str, name: str, values: np.ndarray) -> None:
     """Add a vector to those of this seal; where the folder cannot be written nothing is kept."""
-    found = load_kept(path, seal)
-    found.pop(name, None)
-    found = dict([*found.items(), (name, np.ascontiguousarray(values))][-MOST:])
-    stated = {"seal": seal, "checksums": {key: checksum(vector.tobytes()) for key, vector in found.items()}}
+    vectors = load_kept(path, seal)
+    vectors.pop(name, None)
+    vectors = dict([*vectors.items(), (name, np.ascontiguousarray(values))][-MOST:])
+    header = {"seal": seal, "checksums": {key: checksum(vector.tobytes()) for key, vector in vectors.items()}}
     with contextlib.suppress(OSError):
-        save_tensors(path / KEPT, "kept", stated, {key: torch.from_numpy(vector) for key, vector in found.items()})
+        save_tensors(path / KEPT, "kept", header, {key: torch.from_numpy(vector) for key, vector in vectors.items()})
 
 
 def kept_name(**facts: object) -> str:

@@ -26,7 +26,7 @@ from loghook.errors import (
 from loghook.log.disk import lock, lock_name, sync_folder, writing
 from loghook.log.files import KEPT, PROJECTION, holds_factors
 from loghook.log.format import MANIFEST, WRITTEN, Manifest, shard_name
-from loghook.log.records import REPAIR, Commits, all_commits, read_commits, sum_up
+from loghook.log.records import REPAIR, Commits, all_commits, ids_of, read_commits, sum_up
 from loghook.log.shard import SHARD_HEADER, close_shard
 
 # Arguments of ``init`` that make rows what they are.
@@ -46,25 +46,27 @@ def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
     if factors := holds_factors(path):
         raise LogExistsError(f"{factors}: choose another path for the run.")
     ours = {*_OURS, *(f"{kind}.tmp" for kind in _OURS)}
-    old = [file for file in path.glob("*") if any(file.match(kind) for kind in ours)]
-    if old and not resume and not overwrite:
+    present = [file for file in path.glob("*") if any(file.match(kind) for kind in ours)]
+    if present and not resume and not overwrite:
         raise LogExistsError(f"{path} holds a run already: pass resume=True, overwrite=True or another path.")
     # Rank 0 commits nothing before it has written the manifest; other ranks may.
-    committed = any(file.match("commits-00000*.jsonl") and file.stat().st_size for file in old)
+    committed = any(file.match("commits-00000*.jsonl") and file.stat().st_size for file in present)
     if committed and not overwrite and not (path / MANIFEST).exists():
         raise CorruptLogError(
             f"{path} holds committed rows, but {MANIFEST} is gone: restore it from a copy, or pass overwrite=True."
         )
     # Other files without a manifest are of a run that was killed before its first block was done.
-    if overwrite or (old and not (path / MANIFEST).exists()):
-        locks = [lock(file) for file in old if file.name.startswith("lock-")]  # nobody may be writing what goes away
+    if overwrite or (present and not (path / MANIFEST).exists()):
+        locks = [
+            lock(file) for file in present if file.name.startswith("lock-")
+        ]  # nobody may be writing what goes away
         # A kill on the way leaves no commits without a manifest, which would have to be told from lost ones.
         with writing(path, "Nothing was overwritten that is still there: mend the folder, or choose another path."):
-            for file in sorted(old, key=lambda file: (file.name == MANIFEST, not file.name.startswith("commits-"))):
+            for file in sorted(present, key=lambda file: (file.name == MANIFEST, not file.name.startswith("commits-"))):
                 if not file.name.startswith("lock-"):
                     file.unlink()
-        for held in locks:
-            held.close()
+        for handle in locks:
+            handle.close()
     with writing(path):
         path.mkdir(parents=True, exist_ok=True)
 
@@ -72,20 +74,20 @@ def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
 def check_same(old: Manifest, new: Any, names: Sequence[str] = SAME) -> None:
     """Raise unless a resumed run has the arguments and layers of the first one, or such of them as ``new`` has."""
     for name in names:
-        was, now = getattr(old, name), getattr(new, name)
-        if was != now:
-            shown = "other layers or widths than in the log" if name == "layers" else f"{was!r} there and {now!r} now"
-            raise MismatchError(f"cannot resume: {name} is {shown}. Use the arguments and the model of the first run.")
+        first, now = getattr(old, name), getattr(new, name)
+        if first != now:
+            text = "other layers or widths than in the log" if name == "layers" else f"{first!r} there and {now!r} now"
+            raise MismatchError(f"cannot resume: {name} is {text}. Use the arguments and the model of the first run.")
 
 
 def require_current(path: Path, manifest: Manifest) -> None:
     """Raise if the run is not the one any more that ``manifest`` was read of; nobody else may be writing it."""
     if not (path / MANIFEST).exists():
         return  # a new one, whose rank 0 will write it
-    now = Manifest.load(path)
-    if now.run_id != manifest.run_id:
+    current = Manifest.load(path)
+    if current.run_id != manifest.run_id:
         raise LogExistsError(f"{path} was taken by another run meanwhile: choose another path.")
-    if (now.generation, now.sealed) != (manifest.generation, manifest.sealed):
+    if (current.generation, current.sealed) != (manifest.generation, manifest.sealed):
         raise StateError(
             f"another process went on with {path} meanwhile, or changed it (delete, repair): start again with "
             "loghook.init(..., resume=True)."
@@ -100,15 +102,15 @@ def seal(path: Path, manifest: Manifest, session: str, active: int) -> dict[str,
     for rank in range(active, manifest.world_size):
         with lock(path / lock_name(rank)):  # one that does not write now
             recover(path, manifest, rank, snapshots=1)
-    begun, told = time.monotonic(), False
+    begun, warned = time.monotonic(), False
     while True:
         logs = all_commits(path, manifest)
         missing = [r for r in range(active) if not (logs[r].records and logs[r].records[-1].get("end") == session)]
         if not missing:
             _require_once(path, manifest, logs)
             return sum_up(logs)
-        if time.monotonic() - begun > TELLING and not told:
-            told = True
+        if time.monotonic() - begun > TELLING and not warned:
+            warned = True
             warnings.warn(
                 f"waiting for ranks {missing}: every rank has to call run.finalize().", stacklevel=user_line()
             )
@@ -124,7 +126,7 @@ def _require_once(path: Path, manifest: Manifest, logs: Sequence[Commits]) -> No
     """Raise under on_repeat="error" if two ranks logged one id, which neither of them could see."""
     if manifest.on_repeat != "error":
         return
-    counts = Counter(i for log in logs for record in log.rows for i in record["ids"])
+    counts = Counter(ids_of(logs))
     if twice := [i for i, count in counts.items() if count > 1]:
         raise BatchError(
             f"several ranks logged data_id {str(twice[:5])[1:-1]} ({len(twice):,} in all) and on_repeat='error': each "
@@ -137,14 +139,14 @@ def wait_for_seal(path: Path, run_id: str) -> Manifest:
     """Wait, on other ranks than 0, until rank 0 has sealed the run; return the manifest that says so."""
     begun = time.monotonic()
     while True:
-        gone = time.monotonic() - begun > 2 * SEAL_TIMEOUT  # rank 0 itself may wait so long for the slowest
+        in_vain = time.monotonic() - begun > 2 * SEAL_TIMEOUT  # rank 0 itself may wait so long for the slowest
         # Rank 0 keeps its lock until it has sealed the run, has failed or has died: which, the manifest then says.
         with suppress(LogLockedError), lock(path / lock_name(0)):
-            gone = True
+            in_vain = True
         manifest = Manifest.load(path)
         if manifest.sealed is not None and manifest.run_id == run_id:
             return manifest
-        if gone:
+        if in_vain:
             raise StateError(
                 f"rank 0 failed (see its own error), died or took too long, and did not seal {path}: every rank calls "
                 "run.finalize(). What was committed is kept: start all of them again with resume=True."
@@ -166,33 +168,33 @@ class Committed:
 
 def read_back(path: Path, manifest: Manifest, *, outside_too: bool) -> Committed:
     """Read back an interrupted run; ``outside_too``: ids logged outside ``passes()`` are not logged again either."""
-    found = Committed()
-    ended: list[set[int]] = []
+    committed = Committed()
+    ended: list[set[int]] = []  # passes that each writer has completed
     reopened: list[int] = next((e["records"] for e in reversed(manifest.history) if e["what"] == "append"), [])
     for rank in ranks_on_disk(path, manifest):
         log = read_commits(path, manifest, rank)
-        found.records[rank] = len(log.records)
+        committed.records[rank] = len(log.records)
         # What ended before the log was opened for more data has to be gone through again.
-        fresh = reopened[rank] if rank < len(reopened) else 0
-        ended.append({r["pass_end"] for r in log.records if "pass_end" in r and r["n"] >= fresh})
+        oldest = reopened[rank] if rank < len(reopened) else 0
+        ended.append({r["pass_end"] for r in log.records if "pass_end" in r and r["n"] >= oldest})
         for record in log.records:
             place = 0
             for pass_index, step, rows in record.get("steps", ()):
                 if outside_too or pass_index >= 0:
-                    found.ids.update(record["ids"][place : place + rows])
+                    committed.ids.update(record["ids"][place : place + rows])
                 place += rows
-                found.steps[rank] = max(found.steps.get(rank, 0), step + 1)
-                found.starts[pass_index] = min(found.starts.get(pass_index, step), step)
-            found.ids.update(record["flagged"])
-    found.done = set.intersection(*ended)
-    return found
+                committed.steps[rank] = max(committed.steps.get(rank, 0), step + 1)
+                committed.starts[pass_index] = min(committed.starts.get(pass_index, step), step)
+            committed.ids.update(record["flagged"])
+    committed.done = set.intersection(*ended)
+    return committed
 
 
 def ranks_on_disk(path: Path, manifest: Manifest) -> range:
     """Ranks that have written, also if the run was killed before its manifest counted them."""
     stems = [file.stem.split("-") for file in path.glob("commits-*.jsonl")]
-    found = [int(stem[1]) for stem in stems if len(stem) > 1 and stem[1].isdecimal() and len(stem[1]) < 8]
-    return range(max([manifest.world_size, *(rank + 1 for rank in found)]))
+    ranks = [int(stem[1]) for stem in stems if len(stem) > 1 and stem[1].isdecimal() and len(stem[1]) < 8]
+    return range(max([manifest.world_size, *(rank + 1 for rank in ranks)]))
 
 
 def recover(path: Path, manifest: Manifest, rank: int, *, snapshots: int = 2) -> Commits:
@@ -212,10 +214,10 @@ def recover(path: Path, manifest: Manifest, rank: int, *, snapshots: int = 2) ->
             os.fsync(handle.fileno())
     for shard, rows in ends.items():
         close_shard(shard, rows, codec, manifest.run_id)
-    keep = {*ends, *(path / record["statistics"]["file"] for record in log.rows[-snapshots:])}
+    named = {*ends, *(path / record["statistics"]["file"] for record in log.rows[-snapshots:])}
     for kind in ("rows", "statistics"):
         for file in path.glob(f"{kind}-{rank:05d}-*.safetensors"):
-            if file not in keep:
+            if file not in named:
                 file.unlink()
     sync_folder(path)
     return log

@@ -61,10 +61,10 @@ def fits(name: str, pattern: str) -> bool:
 
 def grouped(names: Iterable[str]) -> dict[str, list[str]]:
     """Layers whose names differ in numbers only: {pattern: names}."""
-    found: dict[str, list[str]] = {}
+    groups: dict[str, list[str]] = {}
     for name in names:
-        found.setdefault(re.sub(r"\d+", "*", name), []).append(name)
-    return found
+        groups.setdefault(re.sub(r"\d+", "*", name), []).append(name)
+    return groups
 
 
 def listed(names: Iterable[str], most: int = 8) -> str:
@@ -104,9 +104,8 @@ class Layout:
             "output_gradients": {s.name: s.out_features for s in self.layers if s.output_gradients},
         }
         end = 0
-        self.kinds: dict[str, dict[str, slice]] = {}  # of a row: {kind: {layer name: columns}}
+        self.kinds: dict[str, dict[str, slice]] = {kind: {} for kind in widths}  # of a row: {layer name: columns}
         for kind, sizes in widths.items():
-            self.kinds[kind] = {}
             for name, width in sizes.items():
                 self.kinds[kind][name] = slice(end, end + width)
                 end += width
@@ -208,9 +207,9 @@ class Manifest:
     def superseded(self, path: Path) -> bool:
         """Whether the run at ``path`` is another one now, or maintenance has changed what this says of its rows."""
         with suppress(LoghookError, OSError):
-            now = Manifest.load(path)
-            same = (now.run_id, now.generation) == (self.run_id, self.generation)
-            return not same or (self.sealed is not None and now.sealed != self.sealed)
+            current = Manifest.load(path)
+            same = (current.run_id, current.generation) == (self.run_id, self.generation)
+            return not same or (self.sealed is not None and current.sealed != self.sealed)
         return False
 
     def __post_init__(self) -> None:
@@ -277,13 +276,13 @@ class Manifest:
         return manifest
 
 
-def _check_types(*things: Manifest | LayerSpec) -> None:
+def _check_types(*records: Manifest | LayerSpec) -> None:
     """Raise ValueError unless every field has the type that it is annotated with; True is no int."""
-    for thing in things:
-        for entry in dataclasses.fields(thing):
-            kinds = get_args(entry.type) if isinstance(entry.type, UnionType) else (entry.type,)
-            value = getattr(thing, entry.name)
-            if type(value) not in [get_origin(kind) or kind for kind in kinds]:
+    for record in records:
+        for entry in dataclasses.fields(record):
+            types = get_args(entry.type) if isinstance(entry.type, UnionType) else (entry.type,)
+            value = getattr(record, entry.name)
+            if type(value) not in [get_origin(t) or t for t in types]:
                 raise ValueError(f"{entry.name} is {value!r:.100}")
 
 

@@ -10,6 +10,7 @@ ids or a dtype that do not exist, MismatchError for runs that do not go together
 dtype cannot hold.
 """
 
+import itertools
 import os
 import shutil
 import uuid
@@ -28,7 +29,7 @@ from loghook.log.disk import absolute, checksum, lock, lock_name, sync_folder, w
 from loghook.log.files import KEPT, PROJECTION, load_moments, load_sides, save_moments
 from loghook.log.format import Layout, Manifest, commits_name, run_files, shard_name, statistics_name
 from loghook.log.reader import Reader
-from loghook.log.records import Commits, all_commits, decode_record, encode_record, read_commits, sum_up
+from loghook.log.records import Commits, all_commits, decode_record, encode_record, ids_of, read_commits, sum_up
 from loghook.log.shard import SHARD_HEADER, ShardFile, close_shard
 from loghook.log.writer import finite_rows, not_finite
 from loghook.processes import on_cpu, time_of_now
@@ -65,7 +66,7 @@ def repair(path: str | Path) -> Changed:
             notes.append(f"{path}: the commit logs are not those that were sealed: rows may be missing")
         for log in logs:
             for record in log.rows:
-                if _read_rows(path, log, record, codec) is None:
+                if _read_rows(log, record, codec) is None:
                     file = path / shard_name(log.rank, record["shard"])
                     notes.append(f"{file}: {record['rows']} rows do not match their checksum")
             try:
@@ -75,16 +76,16 @@ def repair(path: str | Path) -> Changed:
                 notes.append(str(error))
         if notes:
             # Without ends of passes, so that a resumed run goes through its data again.
-            again = [replace(log, records=[r for r in log.records if "pass_end" not in r]) for log in logs]
+            open_logs = [replace(log, records=[r for r in log.records if "pass_end" not in r]) for log in logs]
             keep: Keep = lambda record, data: [data is not None] * record["rows"]  # noqa: E731
-            return _rewrite(path, manifest, again, keep, "repair", "the log was damaged and repaired", notes)
+            return _rewrite(path, manifest, open_logs, keep, "repair", "the log was damaged and repaired", notes)
         _clean(path, logs)  # what a killed `delete` or `repair` may have left
         for log in logs:
             for shard, rows in log.shard_ends.items():
                 file = path / shard_name(log.rank, shard)
                 if close_shard(file, rows, codec, manifest.run_id):
                     notes.append(f"{file}: header and size are those of its rows again, all of which are good")
-        return Changed(len(_ids_of(logs)), 0, [], notes)
+        return Changed(len(ids_of(logs)), 0, [], notes)
 
 
 def delete(path: str | Path, ids: Sequence[int | str], *, keep_statistics: bool = False) -> Changed:
@@ -97,21 +98,20 @@ def delete(path: str | Path, ids: Sequence[int | str], *, keep_statistics: bool 
             they go as well, and these methods refuse. Of a writer (a rank, or a log that was merged) all of whose rows
             go they go in any case, and those of the others are then as if it had never been there.
     """
-    path, gone = absolute(path), set(ids)
+    path, withdrawn = absolute(path), set(ids)
     with _locked(path) as manifest:
         logs = all_commits(path, manifest)
-        unknown = gone - {i for log in logs for r in log.records for i in (*r.get("ids", ()), *r["flagged"])}
-        if unknown or not gone:
-            named = str(sorted(unknown, key=str)[:5])[1:-1]
-            raise ConfigError(f"the log {path} holds no rows of {named}: check the ids.")
+        unknown = withdrawn - {i for log in logs for r in log.records for i in (*r.get("ids", ()), *r["flagged"])}
+        if unknown or not withdrawn:
+            some = str(sorted(unknown, key=str)[:5])[1:-1]
+            raise ConfigError(f"the log {path} holds no rows of {some}: check the ids.")
         _clean(path, logs)  # what a killed `delete` or `repair` may have left
         reason = manifest.no_statistics if keep_statistics else "rows were deleted, and the statistics with them"
-        left = [
-            replace(log, records=[r | {"flagged": [i for i in r["flagged"] if i not in gone]} for r in log.records])
-            for log in logs
-        ]
-        keep: Keep = lambda record, data: [i not in gone for i in record["ids"]]  # noqa: E731
-        return _rewrite(path, manifest, left, keep, "delete", reason)
+        for log in logs:
+            for record in log.records:
+                record["flagged"] = [i for i in record["flagged"] if i not in withdrawn]
+        keep: Keep = lambda record, data: [i not in withdrawn for i in record["ids"]]  # noqa: E731
+        return _rewrite(path, manifest, logs, keep, "delete", reason)
 
 
 def reopen(path: str | Path) -> None:
@@ -121,8 +121,8 @@ def reopen(path: str | Path) -> None:
         if manifest.sealed is None:
             raise StateError(f"{path} is not finished: go on with loghook.init({str(path)!r}, resume=True).")
         records = [len(log.records) for log in all_commits(path, manifest)]
-        done = _entry("append", rows=manifest.sealed["rows"], records=records)
-        manifest.sealed, manifest.history = None, [*manifest.history, done]
+        manifest.history = [*manifest.history, _history_entry("append", rows=manifest.sealed["rows"], records=records)]
+        manifest.sealed = None
         manifest.save(path)
 
 
@@ -141,10 +141,10 @@ def merge(out: str | Path, runs: Sequence[str | Path]) -> Changed:
         for name in ("fingerprint", "layers", "dtype", "id_type", "on_repeat"):
             if getattr(manifest, name) != getattr(first, name):
                 raise MismatchError(f"{path} and {paths[0]} {_difference(manifest, first, name)}")
-    done = _entry("merge", runs=[_origin(m) for m in manifests])
+    history = [_history_entry("merge", runs=[_origin(m) for m in manifests])]
     values = {m.values for m in manifests} - {None}
     parameters: dict[str, str | None] = {"last": SEVERAL} if len(values) > 1 else first.parameters
-    merged = _build(out, list(zip(paths, manifests, strict=True)), first.dtype, [done], parameters)
+    merged = _build(out, list(zip(paths, manifests, strict=True)), first.dtype, history, parameters)
     if len(values) > 1:
         merged.notes.append(
             "the runs ended with different parameter values, or moments of the optimizer: their rows were made at "
@@ -160,21 +160,15 @@ def merge(out: str | Path, runs: Sequence[str | Path]) -> Changed:
 
 @on_cpu
 def compress(source: str | Path, out: str | Path, dtype: str) -> Changed:
-    """Write a finished run again with another dtype, usually one of fewer bits; the old one stays.
-
-    Args:
-        source: the run's folder.
-        out: folder of the new run.
-        dtype: how its rows are stored, as in ``loghook.init``.
-    """
+    """Write the run ``source`` again as ``out``, in another dtype; see ``Log.compress``."""
     if dtype not in DTYPES:
         raise ConfigError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
     path = absolute(source)
     manifest = Manifest.load(path)
-    done = _entry("compress", runs=[_origin(manifest)], dtype=manifest.dtype)
+    history = [_history_entry("compress", runs=[_origin(manifest)], dtype=manifest.dtype)]
     if dtype != manifest.dtype:
         manifest.fidelity = None  # it was measured of rows in the other
-    return _build(absolute(out), [(path, manifest)], dtype, [done], manifest.parameters)
+    return _build(absolute(out), [(path, manifest)], dtype, history, manifest.parameters)
 
 
 def _difference(one: Manifest, other: Manifest, name: str) -> str:
@@ -189,11 +183,11 @@ def _difference(one: Manifest, other: Manifest, name: str) -> str:
                 "init(fitted=path of the other), and fit once before you split the data next time."
             )
     values = getattr(one, name), getattr(other, name)
-    shown = "" if name in ("fingerprint", "layers") else " ({!r} and {!r})".format(*values)
-    return f"differ in {name}{shown}: only runs that agree can be merged."
+    detail = "" if name in ("fingerprint", "layers") else " ({!r} and {!r})".format(*values)
+    return f"differ in {name}{detail}: only runs that agree can be merged."
 
 
-def _entry(what: str, **facts: Any) -> dict[str, Any]:
+def _history_entry(what: str, **facts: Any) -> dict[str, Any]:
     """Make a line of the manifest's history."""
     return {"what": what, "when": time_of_now()} | facts
 
@@ -214,23 +208,23 @@ def _build(
     for path, manifest in runs:
         if manifest.sealed is None:
             raise StateError(f"{path} is not finished: finish it with resume=True first.")
-    manifests = [manifest for _, manifest in runs]
-    first, building = manifests[0], out.with_name(f"{out.name}.{uuid.uuid4().hex[:8]}.tmp")
-    run_id, reasons = uuid.uuid4().hex, [m.no_statistics for m in manifests if m.no_statistics]
+    building = out.with_name(f"{out.name}.{uuid.uuid4().hex[:8]}.tmp")
+    first_path, first = runs[0]
     target = replace(
-        first, run_id=run_id, world_size=sum(m.world_size for m in manifests), generation=0, sealed=None, dtype=dtype,
-        no_statistics=reasons[0] if reasons else None, history=history, parameters=parameters,
+        first, run_id=uuid.uuid4().hex, world_size=sum(m.world_size for _, m in runs), generation=0, sealed=None,
+        no_statistics=next((m.no_statistics for _, m in runs if m.no_statistics), None), dtype=dtype, history=history,
+        parameters=parameters,
     )  # fmt: skip
     with writing(building, AS_IT_WAS):
         building.mkdir(parents=True)
         try:
-            sources = [(path, manifest, log) for path, manifest in runs for log in all_commits(path, manifest)]
+            sources = [(manifest, log) for path, manifest in runs for log in all_commits(path, manifest)]
             logs, _ = _copy_all(sources, building, target, lambda record, _: [True] * record["rows"])
-            if first.on_repeat == "error" and len(ids := _ids_of(logs)) > len(set(ids)):
+            if first.on_repeat == "error" and len(ids := ids_of(logs)) > len(set(ids)):
                 raise MismatchError("ids clash between the runs and on_repeat is 'error': delete them in one first.")
             if first.fitted is not None:
-                load_sides(runs[0][0], first.fitted)  # which raises if it is damaged
-                write_atomically(building / PROJECTION, (runs[0][0] / PROJECTION).read_bytes())
+                load_sides(first_path, first.fitted)  # which raises if it is damaged
+                write_atomically(building / PROJECTION, (first_path / PROJECTION).read_bytes())
             target.sealed = sum_up(logs)
             target.save(building)
             os.rename(building, out)
@@ -245,15 +239,10 @@ def _build(
 def _locked(path: Path) -> Iterator[Manifest]:
     """Let nobody else write to a run; yields its manifest as it then is."""
     writers = range(Manifest.load(path).world_size)
-    with writing(path, AS_IT_WAS), ExitStack() as held:
+    with writing(path, AS_IT_WAS), ExitStack() as locks:
         for rank in writers:
-            held.enter_context(lock(path / lock_name(rank)))
+            locks.enter_context(lock(path / lock_name(rank)))
         yield Manifest.load(path)
-
-
-def _ids_of(logs: Sequence[Commits]) -> list[int | str]:
-    """Ids of all rows, in order, repeats included."""
-    return [i for log in logs for record in log.rows for i in record["ids"]]
 
 
 def _rewrite(
@@ -262,22 +251,24 @@ def _rewrite(
 ) -> Changed:  # fmt: skip
     """Write the next generation of a run beside this one, let it count, and delete what it does not name."""
     new = replace(manifest, generation=manifest.generation + 1, no_statistics=reason, sealed=None)
-    lost, before = [i for log in logs for i in _lost_ids(log, manifest.id_type)], set(run_files(path))
+    lost, old_files = [i for log in logs for i in _lost_ids(log, manifest.id_type)], set(run_files(path))
     try:
-        written, left_out = _copy_all([(path, manifest, log) for log in logs], path, new, keep)
-        dropped, still, seal = lost + left_out, set(_ids_of(written)), sum_up(written)
+        written, left_out = _copy_all([(manifest, log) for log in logs], path, new, keep)
+        dropped, seal = lost + left_out, sum_up(written)
         new.sealed = seal if manifest.sealed is not None else None
-        new.history = [*manifest.history, _entry(what, rows=seal["rows"], dropped=len(dropped), notes=list(notes))]
+        entry = _history_entry(what, rows=seal["rows"], dropped=len(dropped), notes=list(notes))
+        new.history = [*manifest.history, entry]
         new.save(path)
     except BaseException:
         with suppress(OSError, LoghookError):  # what stays is cleared away by the next
             if Manifest.load(path).generation == manifest.generation:  # nothing of the new one counts
-                for file in set(run_files(path)) - before:
+                for file in set(run_files(path)) - old_files:
                     file.unlink()
         raise
     _clean(path, written)
-    again = [i for i in dict.fromkeys(dropped) if i not in still]
-    return Changed(seal["rows"], len(dropped), again, list(notes))
+    remaining = set(ids_of(written))
+    gone = [i for i in dict.fromkeys(dropped) if i not in remaining]
+    return Changed(seal["rows"], len(dropped), gone, list(notes))
 
 
 def _lost_ids(log: Commits, id_type: str) -> list[int | str]:
@@ -290,7 +281,7 @@ def _lost_ids(log: Commits, id_type: str) -> list[int | str]:
 
 
 def _copy_all(
-    sources: Sequence[tuple[Path, Manifest, Commits]], out: Path, new: Manifest, keep: Keep
+    sources: Sequence[tuple[Manifest, Commits]], out: Path, new: Manifest, keep: Keep
 ) -> tuple[list[Commits], list[int | str]]:
     """Write the rows of some writers as new shards and new commit logs, of one rank each: these, and ids left out."""
     dropped = [i for rank, source in enumerate(sources) for i in _copy_log(*source, out, new, rank, keep)]
@@ -298,65 +289,66 @@ def _copy_all(
     return all_commits(out, new), dropped
 
 
-def _copy_log(
-    path: Path, old: Manifest, log: Commits, out: Path, new: Manifest, rank: int, keep: Keep
-) -> list[int | str]:
+def _copy_log(old: Manifest, log: Commits, out: Path, new: Manifest, rank: int, keep: Keep) -> list[int | str]:
     """Write one writer's rows as new shards and a new commit log; returns the ids of rows left out."""
-    coded, codec, width = old.codec, new.codec, Layout(new.layers).moments_width
-    moments = np.zeros(width)
-    if log.rows and new.no_statistics is None:
-        moments = load_moments(path, log.rows[-1]["statistics"], width)
-    snapshot = out / statistics_name(rank, new.generation * GENERATION_STEP + len(log.records))
-    statistics = save_moments(snapshot, moments, new.run_id) if log.rows else None
-    there = [int(file.stem.rpartition("-")[2]) for file in out.glob(f"rows-{rank:05d}-*.safetensors")]
-    free = max(there, default=-1) + 1
-    # Where rows get smaller, several shards become one of about the same size.
-    shards = {n: free + i * codec.row_bytes // coded.row_bytes for i, n in enumerate(log.shard_ends)}
+    old_codec, codec = old.codec, new.codec
+    statistics = _copy_statistics(log, out, new, rank) if log.rows else None
+    taken = [int(file.stem.rpartition("-")[2]) for file in out.glob(f"rows-{rank:05d}-*.safetensors")]
+    free = max(taken, default=-1) + 1
+    # {number of an old shard: that of the new one}. Where rows get smaller, several become one of about the same size.
+    new_numbers = {n: free + i * codec.row_bytes // old_codec.row_bytes for i, n in enumerate(log.shard_ends)}
     shard, number = None, -1
     lines: list[bytes] = []
     dropped: list[int | str] = []
     for record in log.records:
-        fresh = record | {"n": len(lines), "run": new.run_id}
+        new_record = record | {"n": len(lines), "run": new.run_id}
         if "shard" in record:
-            data = _read_rows(path, log, record, coded)
+            data = _read_rows(log, record, old_codec)
             kept = np.array(keep(record, data))
-            dropped += _chosen(record["ids"], ~kept)
+            dropped += itertools.compress(record["ids"], ~kept)
             if not kept.any():
                 continue
             if data is None:
-                raise CorruptLogError(f"{path}: rows do not match their checksum: run `loghook repair` first.")
-            facts, stored = _kept_rows(record, data, kept, coded, codec)
-            if shard is None or number != shards[record["shard"]]:
+                folder = log.file.parent
+                raise CorruptLogError(f"{folder}: rows do not match their checksum: run `loghook repair` first.")
+            facts, stored = _kept_rows(record, data, kept, old_codec, codec)
+            if shard is None or number != new_numbers[record["shard"]]:
                 if shard is not None:
                     shard.close()
-                number = shards[record["shard"]]
+                number = new_numbers[record["shard"]]
                 shard = ShardFile(out / shard_name(rank, number), codec, new.run_id)
             start = shard.append(stored, facts["rows"])
-            fresh |= facts | {"shard": number, "start": start, "statistics": statistics}
-        lines.append(encode_record(fresh))
+            new_record |= facts | {"shard": number, "start": start, "statistics": statistics}
+        lines.append(encode_record(new_record))
     if shard is not None:
         shard.close()
     write_flushed(out / commits_name(rank, new.generation), b"".join(lines))
     return dropped
 
 
+def _copy_statistics(log: Commits, out: Path, new: Manifest, rank: int) -> dict[str, str]:
+    """Write one writer's last snapshot again, or zeros where it does not count; returns what records say of it."""
+    width = Layout(new.layers).moments_width
+    moments = np.zeros(width)
+    if new.no_statistics is None:
+        moments = load_moments(log.file.parent, log.rows[-1]["statistics"], width)
+    snapshot = out / statistics_name(rank, new.generation * GENERATION_STEP + len(log.records))
+    return save_moments(snapshot, moments, new.run_id)
+
+
 def _kept_rows(
     record: dict[str, Any], data: bytes, kept: np.ndarray, old: Codec, new: Codec
 ) -> tuple[dict[str, Any], bytes]:
     """What a record says of those of its rows that are kept, but for their place; and their bytes in the new codec."""
-    ids, ends = _chosen(record["ids"], kept), np.cumsum([n for *_, n in record["steps"]])
+    ids, ends = list(itertools.compress(record["ids"], kept)), np.cumsum([n for *_, n in record["steps"]])
     stored = _recoded(np.frombuffer(data, np.uint8).reshape(len(kept), -1)[kept], ids, old, new)
     steps = [[p, s, int(kept[end - n : end].sum())] for (p, s, n), end in zip(record["steps"], ends, strict=True)]
     return {"rows": len(ids), "checksum": checksum(stored), "ids": ids, "steps": steps}, stored
 
 
-def _chosen(ids: Sequence[int | str], mask: np.ndarray) -> list[int | str]:
-    return [i for i, wanted in zip(ids, mask, strict=True) if wanted]
-
-
-def _read_rows(path: Path, log: Commits, record: dict[str, Any], codec: Codec) -> bytes | None:
+def _read_rows(log: Commits, record: dict[str, Any], codec: Codec) -> bytes | None:
     """Bytes of a record's rows, or None if they are not what was committed."""
-    file, size = path / shard_name(log.rank, record["shard"]), record["rows"] * codec.row_bytes
+    file, size = log.file.parent / shard_name(log.rank, record["shard"]), record["rows"] * codec.row_bytes
     start = SHARD_HEADER + record["start"] * codec.row_bytes
     if not file.is_file() or file.stat().st_size < start + size:  # before anything of that size is allocated
         return None

@@ -133,8 +133,8 @@ class Query:
 
     def save(self, path: str | Path) -> None:
         """Write the query to one safetensors file."""
-        said = {"data_ids": self.data_ids, "parameters": self.parameters, "direction": self.direction}
-        save_checked(path, "query", asdict(self.made) | said, {"rows": self.matrix.contiguous()})
+        facts = {"data_ids": self.data_ids, "parameters": self.parameters, "direction": self.direction}
+        save_checked(path, "query", asdict(self.made) | facts, {"rows": self.matrix.contiguous()})
 
     @staticmethod
     def load(path: str | Path) -> "Query":
@@ -145,9 +145,9 @@ class Query:
             CorruptLogError: if it is none of ours, or damaged.
         """
         with loading(path, "query") as (header, tensors):
-            said = [header.pop(key) for key in ("data_ids", "parameters", "direction")]
+            ids, parameters, direction = (header.pop(key) for key in ("data_ids", "parameters", "direction"))
             made = Made(tuple(LayerSpec(**spec) for spec in header.pop("layers")), **header)
-            query = Query(said[0], tensors["rows"], made, *said[1:])
+            query = Query(ids, tensors["rows"], made, parameters, direction)
             if query.matrix.shape != (len(query), query.layout.width):
                 raise ValueError(f"its rows have shape {tuple(query.matrix.shape)}")
             return query
@@ -174,11 +174,11 @@ def require_match(query: Any, made: Made, values: str | None, whose: str, asked_
     """
     require_query(query)
     if query.fingerprint != made.fingerprint:
-        what = "another rank, projection, seed or kind of gradient"
-        if odd := {spec.name for spec in made.layers} ^ set(query.layers):
-            what = f"other layers (for instance {min(odd)!r} is in one of the two only)"
+        difference = "another rank, projection, seed or kind of gradient"
+        if unshared := {spec.name for spec in made.layers} ^ set(query.layers):
+            difference = f"other layers (for instance {min(unshared)!r} is in one of the two only)"
         raise MismatchError(
-            f"the query was made with {what} than {whose}: make it with {asked_of}.query(...), on the same model."
+            f"the query was made with {difference} than {whose}: make it with {asked_of}.query(...), on the same model."
         )
     if differ(values, query.parameters):
         warnings.warn(
@@ -200,10 +200,10 @@ def require_one_log(what: object, rows: int) -> None:
 
 def require_one_query(query: Query, what: object) -> None:
     """Raise unless all processes ask the same questions: each scores a share of ``what`` for the answers of all."""
-    (ids, norms), *others = all_gather((query.data_ids, query.matrix.norm(dim=1).tolist()))
-    for other, sizes in others:
+    (first_ids, first_norms), *others = all_gather((query.data_ids, query.matrix.norm(dim=1).tolist()))
+    for ids, norms in others:
         # Equal questions may differ in rounding from process to process. All compare with the first, so that all raise.
-        if other != ids or not np.allclose(sizes, norms, rtol=1e-2, equal_nan=True):
+        if ids != first_ids or not np.allclose(norms, first_norms, rtol=1e-2, equal_nan=True):
             raise MismatchError(
                 f"the processes ask different questions of {what}, of which each scores a share for all: save every "
                 "process's query, join them with Query.concat and ask that on all, or ask in a process of its own."

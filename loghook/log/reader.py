@@ -1,5 +1,6 @@
 """The reader: committed rows of every rank, mapped read-only, verified on first touch."""
 
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -36,21 +37,12 @@ class RowKeys:
 
 
 class Reader(Source):
-    """A run's committed rows, read lazily; the base of ``loghook.load``. Attributes are those of ``Source``, and more.
-
-    Attributes:
-        keys: pass, step and rank of each row.
-        flagged: ids of samples left out because their rows were not finite.
-        torn: one line for each unfinished last record of an unsealed run; it was ignored.
-        repeats: rows left out because their id came before.
-        unmeasured: rows whose tokens are not in the statistics, since their batch held rows that were not finite.
-        asleep: {layer: rows that are zero because the layer, which may sleep, did not run}.
-    """
+    """A run's committed rows, read lazily: the base of ``loghook.api.Log``, which lists the attributes."""
 
     def __init__(self, path: str | Path) -> None:
         super().__init__()
         self.path = absolute(path)
-        for left in reversed(range(TRIES)):
+        for tries_left in reversed(range(TRIES)):
             self.manifest, failure = Manifest.load(self.path), None
             try:
                 self._open()
@@ -58,11 +50,11 @@ class Reader(Source):
                 failure = error
             # Maintenance may have put another generation in place meanwhile, or two commits of a growing run have
             # deleted the snapshot that its records named.
-            gone = failure is not None and isinstance(failure.__cause__, FileNotFoundError)
-            replaced = gone or self.manifest.superseded(self.path)
+            file_gone = failure is not None and isinstance(failure.__cause__, FileNotFoundError)
+            replaced = file_gone or self.manifest.superseded(self.path)
             if failure is None and not replaced:
                 return
-            if not left or not replaced:
+            if not tries_left or not replaced:
                 raise failure or StateError(CHANGED.format(self.path))
 
     def _open(self) -> None:
@@ -71,7 +63,7 @@ class Reader(Source):
         self._shards: list[Shard] = []
         self._snapshots: list[dict[str, str]] = []
         self.flagged: list[int | str] = []
-        self.torn: list[str] = []
+        self.torn: list[str] = []  # a line for each unfinished last record of an unsealed run: it is ignored
         self.repeats = 0
         self.unmeasured = 0
         self.asleep: dict[str, int] = {}
@@ -170,10 +162,13 @@ class Reader(Source):
             if not len(out):  # only now: a file that is there vouches for the width that the manifest states
                 out = self._empty(len(physical), columns)
             step = max(1, BLOCK_BYTES // max(self.codec.row_bytes, out.shape[1] * out.itemsize))
-            where, places = np.flatnonzero(inside), torch.from_numpy(physical[inside] - shard.first)
-            for chosen, source in zip(torch.from_numpy(where).split(step), places.split(step), strict=True):
+            targets, sources = (
+                torch.from_numpy(np.flatnonzero(inside)),
+                torch.from_numpy(physical[inside] - shard.first),
+            )
+            for target, source in zip(targets.split(step), sources.split(step), strict=True):
                 coded = self.codec.coded
-                out[chosen] = self.codec.decode(data[source], columns) if coded else data[:, columns][source]
+                out[target] = self.codec.decode(data[source], columns) if coded else data[:, columns][source]
         return out if len(out) else self._empty(0, columns)
 
     def _empty(self, rows: int, columns: slice) -> Tensor:
@@ -211,13 +206,13 @@ class Reader(Source):
     def _strays(self) -> list[str]:
         """Files in a sealed run that look like its own and that nothing names."""
         m = self.manifest
-        known = {shard.file.name for shard in self._shards} | {entry["file"] for entry in self._snapshots}
-        known |= {commits_name(rank, m.generation) for rank in range(m.world_size)}
+        named = {shard.file.name for shard in self._shards} | {entry["file"] for entry in self._snapshots}
+        named |= {commits_name(rank, m.generation) for rank in range(m.world_size)}
         strays = [
             f"{file}: no record names this file, so that it is left over from maintenance that was killed, which "
             "`loghook repair` clears away, or of another run: restore the run from a copy."
             for file in run_files(self.path)
-            if file.name not in known
+            if file.name not in named
         ]
         try:
             with suppress(OSError):  # of a folder that may only be read
@@ -241,7 +236,7 @@ class Reader(Source):
                 for name, rows in record["asleep"].items():
                     self.asleep[name] = self.asleep.get(name, 0) + rows
             for record in log.rows:
-                self._add(log.rank, record)
+                self._add_record(log.rank, record)
                 ids += record["ids"]
                 steps += [(p, s, log.rank) for p, s, _ in record["steps"]]
                 counts += [n for *_, n in record["steps"]]
@@ -251,21 +246,21 @@ class Reader(Source):
         rule = self.manifest.on_repeat
         if rule in (None, "first") and len(set(ids)) < len(ids):
             self._keep = _first_of_each(ids, keys, outside_too=rule == "first")
-            ids = [i for i, kept in zip(ids, self._keep, strict=True) if kept]
+            ids = list(itertools.compress(ids, self._keep))
             self.repeats += int((~self._keep).sum())
             self._kept_before = np.concatenate([[0], np.cumsum(self._keep)])  # of each row, and of the log's end
             keys = keys[self._keep]
         self.data_ids = ids
         self.keys = RowKeys(*keys.T)
 
-    def _add(self, rank: int, record: dict[str, Any]) -> None:
+    def _add_record(self, rank: int, record: dict[str, Any]) -> None:
         file = self.path / shard_name(rank, record["shard"])
         if not self._shards or self._shards[-1].file != file:
             first = self._shards[-1].first + self._shards[-1].rows if self._shards else 0
             self._shards.append(Shard(file, self.manifest, self.codec, first))
         shard = self._shards[-1]
         shard.rows += record["rows"]
-        shard.parts.append((record["start"], record["rows"], record["checksum"]))
+        shard.records.append((record["start"], record["rows"], record["checksum"]))
 
 
 def _problems(check: Callable[..., object], *arguments: Any) -> list[str]:
@@ -281,15 +276,12 @@ def _first_of_each(ids: Sequence[Any], keys: np.ndarray, *, outside_too: bool) -
 
     Rows logged outside ``passes()`` (pass -1) are all kept unless ``outside_too``.
     """
-    order = np.lexsort((keys[:, 2], keys[:, 1], keys[:, 0]))
     seen: set[Any] = set()
-    keep = np.zeros(len(ids), dtype=bool)
-    for place in order:
-        if keys[place, 0] < 0 and not outside_too:
-            keep[place] = True
-        elif ids[place] not in seen:
-            seen.add(ids[place])
-            keep[place] = True
+    keep = np.ones(len(ids), dtype=bool)
+    for row in np.lexsort((keys[:, 2], keys[:, 1], keys[:, 0])):
+        if outside_too or keys[row, 0] >= 0:
+            keep[row] = ids[row] not in seen
+            seen.add(ids[row])
     return keep
 
 
@@ -300,9 +292,9 @@ def ahead(items: Iterable[T]) -> Iterator[T]:
     """
     source, end = iter(items), object()
     with ThreadPoolExecutor(1, "loghook-ahead") as thread:
-        coming = thread.submit(next, source, end)
-        while (item := coming.result()) is not end:
-            coming = thread.submit(next, source, end)
+        future = thread.submit(next, source, end)
+        while (item := future.result()) is not end:
+            future = thread.submit(next, source, end)
             yield item  # type: ignore[misc]
 
 

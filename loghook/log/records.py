@@ -88,19 +88,19 @@ def read_commits(path: Path, manifest: Manifest, rank: int, damage: list[str] | 
         if position < len(data) and manifest.sealed is not None:
             raise ValueError("is torn")
     except ValueError as error:
-        wrong = f"{file}: record {len(records)} {error}"
+        problem = f"{file}: record {len(records)} {error}"
         if damage is None:
-            raise CorruptLogError(f"{wrong}: {REPAIR}.") from error
-        damage.append(wrong)
+            raise CorruptLogError(f"{problem}: {REPAIR}.") from error
+        damage.append(problem)
     return Commits(rank, file, records, data[:position], data[position:])
 
 
 def all_commits(path: Path, manifest: Manifest) -> list[Commits]:
     """Read the commit logs of all of a run's writers, in the order of ranks; they must match its seal."""
     logs = [read_commits(path, manifest, rank) for rank in range(manifest.world_size)]
-    if manifest.sealed is not None and manifest.sealed != (found := sum_up(logs)):
+    if manifest.sealed is not None and manifest.sealed != (total := sum_up(logs)):
         raise CorruptLogError(
-            f"{path}: the commit logs hold {found['rows']:,} rows where {manifest.sealed['rows']:,} were sealed, or "
+            f"{path}: the commit logs hold {total['rows']:,} rows where {manifest.sealed['rows']:,} were sealed, or "
             f"were altered: {REPAIR}."
         )
     return logs
@@ -113,6 +113,11 @@ def sum_up(logs: Iterable[Commits]) -> dict[str, Any]:
         digest.update(log.data)
         rows += sum(record["rows"] for record in log.rows)
     return {"rows": rows, "digest": digest.hexdigest()}
+
+
+def ids_of(logs: Iterable[Commits]) -> list[int | str]:
+    """Ids of all rows, in order, repeats included."""
+    return [i for log in logs for record in log.rows for i in record["ids"]]
 
 
 def check_record(record: dict[str, Any], manifest: Manifest, rank: int) -> None:

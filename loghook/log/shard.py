@@ -22,7 +22,7 @@ from loghook.log.format import Manifest
 
 SHARD_HEADER = 512  # bytes before the first row, length prefix included: constant, so that a shard can grow
 BLOCK_BYTES = 32 * 2**20  # what one step of a scan looks at
-MAP_BYTES = 8 * BLOCK_BYTES  # what it maps at a time: each is handed over by the thread that reads ahead
+MAP_BYTES = 8 * BLOCK_BYTES  # what the thread that reads ahead hands over at a time
 LOG_AGAIN = "restore it from a copy, or let `loghook repair` drop what is damaged and name the ids to log again"
 CHANGED = "{} was changed since it was opened (append, delete, repair): load it again."
 _DTYPES = {
@@ -91,8 +91,8 @@ class Shard:
     first: int  # index in the log (before repeats are left out) of its first row
     rows: int = 0  # committed rows
     # (first row in the shard, rows, checksum) of every record
-    parts: list[tuple[int, int, str]] = field(default_factory=list)
-    good: bool = False  # whether every record was verified
+    records: list[tuple[int, int, str]] = field(default_factory=list)
+    verified: bool = False  # whether every record was verified
     _whole: "weakref.ref[mmap.mmap] | None" = None  # the map of all rows, for as long as somebody looks at some
 
     def touch(self) -> Tensor:
@@ -101,9 +101,9 @@ class Shard:
             pass
         view = None if self._whole is None else self._whole()
         if view is None:
-            view = self._map(SHARD_HEADER + self.rows * self.codec.row_bytes, 0)
+            view = self._map()
             self._whole = weakref.ref(view)
-        return self._rows(view, SHARD_HEADER, self.rows)
+        return self._rows(view)
 
     def mapped(self, start: int, stop: int) -> tuple[Tensor, Callable[[int], None]]:
         """Some rows, of which only those that ``pieces`` yielded are verified; and what lets go of the first so many.
@@ -111,43 +111,42 @@ class Shard:
         The pages of what a scan lets go of remain in the page cache alone, so that its resident memory stays flat. The
         map goes with its last view: a log may have more shards than a process may open files.
         """
-        place, size = SHARD_HEADER + start * self.codec.row_bytes, (stop - start) * self.codec.row_bytes
-        skip = place % mmap.ALLOCATIONGRANULARITY
-        view = self._map(skip + size, place - skip)
+        view, row_bytes = self._map(), self.codec.row_bytes
+        begin = (SHARD_HEADER + start * row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
 
         def release(rows: int) -> None:
-            pages = (skip + rows * self.codec.row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
-            if pages and hasattr(mmap, "MADV_DONTNEED"):
-                view.madvise(mmap.MADV_DONTNEED, 0, pages)
+            end = (SHARD_HEADER + (start + rows) * row_bytes) // mmap.PAGESIZE * mmap.PAGESIZE
+            if end > begin and hasattr(mmap, "MADV_DONTNEED"):
+                view.madvise(mmap.MADV_DONTNEED, begin, end - begin)
 
-        return self._rows(view, skip, stop - start), release
+        return self._rows(view)[start:stop], release
 
-    def _map(self, size: int, offset: int) -> mmap.mmap:
+    def _map(self) -> mmap.mmap:
         with self._opened() as file:
-            view = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ, offset=offset)
+            size = SHARD_HEADER + self.rows * self.codec.row_bytes
+            view = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_READ)
         if hasattr(mmap, "MADV_SEQUENTIAL"):  # pages that have left the page cache since are read ahead
             view.madvise(mmap.MADV_SEQUENTIAL)
         return view
 
-    def _rows(self, view: mmap.mmap, offset: int, rows: int) -> Tensor:
+    def _rows(self, view: mmap.mmap) -> Tensor:
         with warnings.catch_warnings():  # which is not for threads, so that a scan calls this in its own
             warnings.simplefilter("ignore", UserWarning)  # the map is read-only and stays so
-            count = rows * self.codec.columns
-            flat = torch.frombuffer(view, dtype=self.codec.stored, offset=offset, count=count)
-        return flat.view(rows, self.codec.columns)
+            flat = torch.frombuffer(view, dtype=self.codec.stored, offset=SHARD_HEADER)
+        return flat.view(self.rows, self.codec.columns)
 
     def pieces(self) -> Iterator[tuple[int, int]]:
         """Yield ranges of rows, each once it is verified."""
-        if self.good:
+        if self.verified:
             yield 0, self.rows
         else:
             yield from self.verify()
 
     def verify(self) -> Iterator[tuple[int, int]]:
         """Read the file against its size, header and checksums; yields good ranges, of records that make a block."""
-        self.good, first = False, 0
+        self.verified, first = False, 0
         with self._opened() as file:
-            for start, rows, expected in self.parts:
+            for start, rows, expected in self.records:
                 if checksum_next(file, rows * self.codec.row_bytes) != expected:
                     rows_named = f"rows {start} to {start + rows - 1}"
                     raise CorruptLogError(f"{self.file}: {rows_named} do not match their checksum: {LOG_AGAIN}.")
@@ -155,7 +154,7 @@ class Shard:
                 if stop == self.rows or (stop - first) * self.codec.row_bytes >= BLOCK_BYTES:
                     yield first, stop
                     first = stop
-        self.good = True
+        self.verified = True
 
     @contextmanager
     def _opened(self) -> Iterator[FileIO]:

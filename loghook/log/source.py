@@ -14,27 +14,17 @@ from loghook.log.format import Layout, Made, Manifest
 
 
 class Source(ABC):
-    """Rows with their ids, in blocks, and the statistics that go with them.
-
-    Attributes:
-        path: the run's folder.
-        manifest: its ``loghook.json``.
-        layout: where each layer's values are in a row.
-        data_ids: one id for each row.
-        codec: how rows are stored.
-        cache: what was computed from the rows, for as long as this is open.
-        warned: whether a scoring has warned already that the run is not finished.
-    """
+    """Rows with their ids, in blocks, and the statistics that go with them; ``loghook.api.Log`` says more."""
 
     path: Path
     manifest: Manifest
-    layout: Layout
+    layout: Layout  # where each layer's values are in a row
     data_ids: list[int] | list[str]
-    codec: Codec
+    codec: Codec  # how rows are stored
 
     def __init__(self) -> None:
-        self.cache: dict[Any, Any] = {}
-        self.warned = False
+        self.cache: dict[Any, Any] = {}  # what was computed from the rows, for as long as this is open
+        self.warned = False  # whether a scoring has warned already that the run is not finished
 
     @property
     def layers(self) -> tuple[str, ...]:

@@ -71,14 +71,14 @@ def not_finite(ids: Sequence[int | str], rows: Tensor, *, late: bool = False) ->
     """Return the error for rows (B, width) that must not be written; ``late``: found after their block had ended."""
     names = [repr(i) for i, good in zip(ids, torch.isfinite(rows).all(1).tolist(), strict=True) if not good]
     shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
-    found = "nothing of this batch was written"
+    consequence = "nothing of this batch was written"
     if late:
-        found = (
+        consequence = (
             f"nothing of their batch of {len(ids)} was written. This was found in the background: log the samples in "
             "the error's ids again, and the batch of the block that raises it now, which was not written either"
         )
     return NotFiniteError(
-        f"the rows of {len(names)} samples are not finite (data_id {shown}), so {found}. Look at the loss "
+        f"the rows of {len(names)} samples are not finite (data_id {shown}), so {consequence}. Look at the loss "
         "of these samples; if the storage dtype is too narrow for them choose bfloat16 or float32; under a GradScaler "
         "pass run(..., scaler=scaler), which flags such rows and leaves them out.",
         ids,
@@ -92,9 +92,9 @@ class Writer:
         self._path, self._run_id, self._rank, self._codec = path, manifest.run_id, rank, manifest.codec
         self.dtype = self._codec.dtype  # of the rows that it takes
         self._capacity = max(1, shard_bytes // self._codec.row_bytes)
-        self._commit_seconds, self._measures = commit_seconds, manifest.no_statistics is None
+        self._commit_seconds, self._has_statistics = commit_seconds, manifest.no_statistics is None
         self._lock = lock(path / lock_name(rank))
-        self._folder = os.fstat(self._lock.fileno())  # of the lock's file, by which the folder is known again
+        self._lock_file = os.fstat(self._lock.fileno())  # by which the folder is known again
         self.moments = np.zeros(Layout(manifest.layers).moments_width)
         try:
             require_current(path, manifest)  # recovery deletes what the commit log of this generation does not name
@@ -122,16 +122,20 @@ class Writer:
         self.on_reject: Callable[[Sequence[int | str]], None] = lambda ids: None  # is told whose rows can come again
         self._broken: Exception | None = None  # an operating system error: nothing is written after it
         self._thread = threading.Thread(target=self._work, name="loghook-writer", daemon=True)
-        self._alone = threading.Event()
+        self._thread_is_set = threading.Event()
+        self._start_thread()
+        guard(self)
+
+    def _start_thread(self) -> None:
+        """Start the thread, which asks for no team, and leave the number that later threads get as it was."""
         with _starting:
             threads = torch.get_num_threads()
             try:
                 self._thread.start()
-                self._alone.wait()
+                self._thread_is_set.wait()
             finally:
                 if _TEAMS:
-                    torch.set_num_threads(threads)  # for the threads that come after that one
-        guard(self)
+                    torch.set_num_threads(threads)
 
     def put(self, batch: Batch) -> None:
         """Queue a block's rows; raise what went wrong before."""
@@ -164,14 +168,14 @@ class Writer:
         """Raise what the thread met, if anything: batches that it rejected once, a broken disk always."""
         if self._broken is not None:
             raise self._broken
-        met = []
+        errors = []
         with contextlib.suppress(queue.Empty):
             while True:
-                met.append(self._rejected.get_nowait())
-        if met:
-            ids = [i for error in met for i in error.ids]
+                errors.append(self._rejected.get_nowait())
+        if errors:
+            ids = [i for error in errors for i in error.ids]
             self.on_reject(ids)
-            raise NotFiniteError("\n".join(map(str, met)), ids)
+            raise NotFiniteError("\n".join(map(str, errors)), ids)
 
     def close(self, *, keep_lock: bool = False) -> None:
         """Commit, close the shard and, unless ``keep_lock``, let others write."""
@@ -203,11 +207,11 @@ class Writer:
         if _TEAMS:
             torch.get_num_threads()  # the first look takes what is set for all
             torch.set_num_threads(1)
-        self._alone.set()
+        self._thread_is_set.set()
         while True:
-            call, told = self._commit, None  # where nothing comes for so long
+            call, done = self._commit, None  # where nothing comes for so long
             with contextlib.suppress(queue.Empty):
-                call, told = self._inbox.get(timeout=self._commit_seconds)
+                call, done = self._inbox.get(timeout=self._commit_seconds)
             try:
                 if self._broken is None:
                     with writing(self._path):
@@ -216,13 +220,13 @@ class Writer:
                 self._rejected.put(error)
             except Exception as error:
                 self._broken = error
-            if told is not None:
-                told.put(None)
+            if done is not None:
+                done.put(None)
             if call == self._finish:
                 return
 
     def _take(self, batch: Batch) -> None:
-        self._require_there()
+        self._require_folder()
         self._write(batch)
         if time.monotonic() - self._committed_at > self._commit_seconds:
             self._commit()
@@ -237,7 +241,7 @@ class Writer:
 
     def _finish(self) -> None:
         """Commit what is left; the thread's last call."""
-        if self._ids or self._there():  # else nothing is lost
+        if self._ids or self._folder_is_ours():  # else nothing is lost
             self._commit()
             self._close_files()
 
@@ -245,20 +249,19 @@ class Writer:
         self._close_shard()
         self._forget_statistics(keep=1)
 
-    def _require_there(self) -> None:
-        if not self._there():
+    def _require_folder(self) -> None:
+        if not self._folder_is_ours():
             raise WriteError(
                 f"{self._path} was deleted, or replaced by another run, while this one wrote there: what it logged is "
                 "gone. Close the run, which says this once more, and log again."
             )
 
-    def _there(self) -> bool:
+    def _folder_is_ours(self) -> bool:
         """Whether the folder is still the one that was opened: in another nothing may be written, or deleted."""
         try:
-            found = os.stat(self._path / lock_name(self._rank))
+            return os.path.samestat(os.stat(self._path / lock_name(self._rank)), self._lock_file)
         except OSError:
             return False
-        return os.path.samestat(found, self._folder)
 
     def _write(self, batch: Batch) -> None:
         if batch.ready is not None:
@@ -279,7 +282,7 @@ class Writer:
             return
         # Squares may overflow where rows do not. What is in the statistics once cannot be taken out again.
         measured = batch.moments is not None and bool(torch.isfinite(batch.moments).all())
-        self._counts["unmeasured"] += n if self._measures and not measured else 0
+        self._counts["unmeasured"] += n if self._has_statistics and not measured else 0
         for name in batch.asleep:
             self._counts["asleep"][name] = self._counts["asleep"].get(name, 0) + n
         data = self._codec.encode(batch.rows).view(torch.uint8).numpy().data.cast("B")
@@ -291,7 +294,7 @@ class Writer:
             self.moments += batch.moments.to(torch.float64).numpy()
 
     def _commit(self) -> None:
-        self._require_there()
+        self._require_folder()
         self._committed_at = time.monotonic()
         if self._shard is None or not self._ids:
             return

@@ -95,18 +95,18 @@ class LayerCodec(Codec):
         self.columns = -(-int(self._code_ends[-1]) // FLOAT_BYTES) * FLOAT_BYTES
 
     @abstractmethod
-    def _write(self, values: Tensor, stored: Tensor, part: Alike) -> None:
+    def _write(self, values: Tensor, stored: Tensor, group: Alike) -> None:
         """Code some layers, (n, layers, width) float32, into their place in stored rows of zeros."""
 
     @abstractmethod
-    def _read(self, stored: Tensor, part: Alike, values: Tensor) -> None:
+    def _read(self, stored: Tensor, group: Alike, values: Tensor) -> None:
         """Decode some layers of stored rows into (n, layers, width)."""
 
     def encode(self, rows: Tensor) -> Tensor:
         values = rows.float()
         stored = torch.zeros(len(values), self.columns, dtype=torch.uint8, device=values.device)
-        for chunk, part in self._chunks(len(values), range(len(self._shapes))):
-            self._write(values[chunk, part.columns].unflatten(1, (-1, part.width)), stored[chunk], part)
+        for chunk, group in self._chunks(len(values), range(len(self._shapes))):
+            self._write(values[chunk, group.columns].unflatten(1, (-1, group.width)), stored[chunk], group)
         stored[:, self._rest].view(torch.float32)[:] = values[:, self._value_ends[-1] :]
         return stored
 
@@ -114,9 +114,9 @@ class LayerCodec(Codec):
         start, stop, _ = columns.indices(self.width)
         out = torch.empty(len(stored), stop - start, device=stored.device)
         first, last = np.searchsorted(self._value_ends, [start, stop])
-        for chunk, part in self._chunks(len(out), range(first, min(last, len(self._shapes)))):
-            place = slice(part.columns.start - start, part.columns.stop - start)
-            self._read(stored[chunk], part, out[chunk, place].unflatten(1, (-1, part.width)))
+        for chunk, group in self._chunks(len(out), range(first, min(last, len(self._shapes)))):
+            place = slice(group.columns.start - start, group.columns.stop - start)
+            self._read(stored[chunk], group, out[chunk, place].unflatten(1, (-1, group.width)))
         end = int(self._value_ends[-1])
         if stop > (kept := max(start, end)):
             out[:, kept - start :] = stored[:, self._rest].view(torch.float32)[:, kept - end : stop - end]
@@ -124,18 +124,18 @@ class LayerCodec(Codec):
 
     def alike(self, layers: Iterable[int]) -> list[Alike]:
         """Group some layers, given by number and in order, into neighbours of one shape."""
-        parts: list[Alike] = []
+        groups: list[Alike] = []
         for i in layers:
             columns, codes = (slice(int(ends[i]), int(ends[i + 1])) for ends in (self._value_ends, self._code_ends))
             size, first = codes.stop - codes.start, i
-            if parts and parts[-1].layers.stop == i and parts[-1].shape == self._shapes[i]:
-                last = parts.pop()
+            if groups and groups[-1].layers.stop == i and groups[-1].shape == self._shapes[i]:
+                last = groups.pop()
                 first, columns = last.layers.start, slice(last.columns.start, columns.stop)
                 codes = slice(last.codes.start, codes.stop)
-            parts.append(Alike(slice(first, i + 1), self._shapes[i], size, columns, codes))
-        return parts
+            groups.append(Alike(slice(first, i + 1), self._shapes[i], size, columns, codes))
+        return groups
 
     def _chunks(self, rows: int, layers: Iterable[int]) -> Iterator[tuple[slice, Alike]]:
-        for part in self.alike(layers):
-            step = max(1, CHUNK // (part.columns.stop - part.columns.start))
-            yield from ((slice(start, start + step), part) for start in range(0, rows, step))
+        for group in self.alike(layers):
+            step = max(1, CHUNK // (group.columns.stop - group.columns.start))
+            yield from ((slice(start, start + step), group) for start in range(0, rows, step))

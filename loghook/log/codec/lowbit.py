@@ -40,27 +40,27 @@ class LowBitCodec(LayerCodec):
         """(n, layers) float32."""
         return stored[:, self._head].view(torch.float32)
 
-    def packed(self, stored: Tensor, part: Alike) -> Tensor:
+    def packed(self, stored: Tensor, group: Alike) -> Tensor:
         """The codes of some layers as they lie: (n, layers, size) uint8, for ``unpack``."""
-        return stored[:, part.codes].unflatten(1, (-1, part.size))
+        return stored[:, group.codes].unflatten(1, (-1, group.size))
 
     def turned(self, values: Tensor) -> Tensor:
         """A layer's values (..., width) as they are coded; their inner products are the same."""
         return rotate(values) if self.bits == 1 else values
 
-    def _write(self, values: Tensor, stored: Tensor, part: Alike) -> None:
+    def _write(self, values: Tensor, stored: Tensor, group: Alike) -> None:
         s, codes = _quantise(values.numpy(), self.bits) if self.bits > 1 else _signs(values)
-        self.scales(stored)[:, part.layers] = torch.from_numpy(s)
-        stored[:, part.codes] = torch.from_numpy(codes).flatten(1)
+        self.scales(stored)[:, group.layers] = torch.from_numpy(s)
+        stored[:, group.codes] = torch.from_numpy(codes).flatten(1)
 
-    def _read(self, stored: Tensor, part: Alike, values: Tensor) -> None:
+    def _read(self, stored: Tensor, group: Alike, values: Tensor) -> None:
         slope, shift = AFFINE[self.bits]
-        values.copy_(unpack(self.packed(stored, part).numpy(), self.bits)[..., : part.width])
+        values.copy_(unpack(self.packed(stored, group).numpy(), self.bits)[..., : group.width])
         if shift:
             values.mul_(slope).add_(shift)
         if self.bits == 1:
             values.copy_(rotate(values, back=True))
-        values.mul_(self.scales(stored)[:, part.layers, None])
+        values.mul_(self.scales(stored)[:, group.layers, None])
 
 
 def rotate(values: Tensor, *, back: bool = False) -> Tensor:
@@ -75,8 +75,8 @@ def rotate(values: Tensor, *, back: bool = False) -> Tensor:
     spans = [slice(0, whole), slice(width - whole, width)][: 1 + (whole < width)]
     signs, out = _flips(whole), values.clone()
     for span in reversed(spans) if back else spans:
-        part = out[..., span]
-        part.copy_(_hadamard(part, mixed) * signs if back else _hadamard(part * signs, mixed))
+        blocks = out[..., span]
+        blocks.copy_(_hadamard(blocks, mixed) * signs if back else _hadamard(blocks * signs, mixed))
     return out
 
 
@@ -86,12 +86,12 @@ def _hadamard(values: Tensor, mixed: int) -> Tensor:
     H is symmetric and orthonormal, in Sylvester's order. Additions in a fixed order: the same bits on every machine.
     """
     y, half = values.reshape(-1, mixed).T.contiguous(), 1  # additions are then of long rows
-    other = torch.empty_like(y)
+    target = torch.empty_like(y)
     while half < mixed:
-        (a, b), (first, second) = (t.view(mixed // (2 * half), 2, half, -1).unbind(1) for t in (y, other))
-        torch.add(a, b, out=first)
-        torch.sub(a, b, out=second)
-        y, other, half = other, y, 2 * half
+        (a, b), (sums, differences) = (t.view(mixed // (2 * half), 2, half, -1).unbind(1) for t in (y, target))
+        torch.add(a, b, out=sums)
+        torch.sub(a, b, out=differences)
+        y, target, half = target, y, 2 * half
     return y.T.mul(mixed**-0.5).reshape(values.shape)
 
 

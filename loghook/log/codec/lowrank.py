@@ -30,29 +30,29 @@ class LowRankCodec(LayerCodec):
         """Whether gradients of this shape are stored as they are: factors would not be smaller."""
         return self.terms * sum(shape) >= prod(shape)
 
-    def factors(self, stored: Tensor, part: Alike) -> tuple[Tensor, Tensor]:
+    def factors(self, stored: Tensor, group: Alike) -> tuple[Tensor, Tensor]:
         """Views of the factors of some layers: (n, layers, c, k_out) and (n, layers, c, k_in) bfloat16."""
-        sides = self._numbers(stored, part).split([self.terms * k for k in part.shape], -1)
+        sides = self._numbers(stored, group).split([self.terms * k for k in group.shape], -1)
         left, right = (side.unflatten(-1, (self.terms, -1)) for side in sides)
         return left, right
 
-    def _numbers(self, stored: Tensor, part: Alike) -> Tensor:
-        return stored[:, part.codes].unflatten(1, (-1, part.size)).view(NUMBER)
+    def _numbers(self, stored: Tensor, group: Alike) -> Tensor:
+        return stored[:, group.codes].unflatten(1, (-1, group.size)).view(NUMBER)
 
-    def _write(self, values: Tensor, stored: Tensor, part: Alike) -> None:
-        numbers = self._numbers(stored, part)
-        if self.whole(part.shape):
+    def _write(self, values: Tensor, stored: Tensor, group: Alike) -> None:
+        numbers = self._numbers(stored, group)
+        if self.whole(group.shape):
             numbers.copy_(values)
             return
-        for row, target in zip(values.unflatten(-1, part.shape), numbers, strict=True):
+        for row, target in zip(values.unflatten(-1, group.shape), numbers, strict=True):
             target.copy_(torch.cat([side.flatten(1) for side in best_factors(row, self.terms)], 1))
 
-    def _read(self, stored: Tensor, part: Alike, values: Tensor) -> None:
-        if self.whole(part.shape):
-            values.copy_(self._numbers(stored, part))
+    def _read(self, stored: Tensor, group: Alike, values: Tensor) -> None:
+        if self.whole(group.shape):
+            values.copy_(self._numbers(stored, group))
             return
-        left, right = (side.float() for side in self.factors(stored, part))
-        out = values.unflatten(-1, part.shape).zero_()
+        left, right = (side.float() for side in self.factors(stored, group))
+        out = values.unflatten(-1, group.shape).zero_()
         for j in range(self.terms):  # in this order: a value is the same wherever it is read
             out.addcmul_(left[:, :, j, :, None], right[:, :, j, None, :])
 
