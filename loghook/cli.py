@@ -143,7 +143,7 @@ def _describe(log: loghook.Log, size: int) -> Iterator[str]:
     if m.no_statistics is not None:
         yield f"no statistics, so that kfac and ekfac cannot score it: {m.no_statistics}"
     if log.unmeasured:
-        yield f"{log.unmeasured:,} rows are not in the statistics: their batches held rows that were not finite"
+        yield f"{log.unmeasured:,} rows are not in the statistics: their batches held values or squares not finite"
     if log.asleep:
         yield f"{len(log.asleep)} layers slept in some batches; their rows there are zero (--json: how many)"
     yield from log.torn

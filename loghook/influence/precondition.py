@@ -134,17 +134,13 @@ def _vanishing(reader: Source) -> float:
 
 def _token_bases(reader: Source, layers: Sequence[LayerSpec]) -> dict[str, Eigenbasis]:
     """Eigenbases from the streamed statistics of tokens, without the layers of which no token was counted."""
-    if reader.unmeasured == len(reader):
-        raise ConfigError(
-            "the squares of all gradients were too large for float32, so there are no Kronecker factors: use "
-            "method='shampoo', 'fisher', 'dot' or 'cosine', or log again with a smaller scale=."
-        )
     moments = reader.moments()
     counted = [spec.name for spec in layers if moments[reader.layout.moments[spec.name][2]] > 0]
     if not counted:
         raise ConfigError(
-            "no token was counted while logging (a mask that is all zero?), so there are no Kronecker factors: use "
-            "method='shampoo', 'fisher', 'dot' or 'cosine', or log again with the right mask."
+            "no token was counted while logging (a mask that is all zero, or gradients whose squares do not fit in "
+            "float32?), so there are no Kronecker factors: use method='shampoo', 'fisher', 'dot' or 'cosine', or log "
+            "again with the right mask, or a smaller scale=."
         )
     missing = [name for name in counted if ("basis", name) not in reader.cache]
     for name in bar(missing, "eigenbases", "layers"):

@@ -332,7 +332,7 @@ def _copy_statistics(log: Commits, out: Path, new: Manifest, rank: int) -> dict[
     moments = np.zeros(width)
     if new.no_statistics is None:
         moments = load_moments(log.file.parent, log.rows[-1]["statistics"], width)
-    snapshot = out / statistics_name(rank, new.generation * GENERATION_STEP + len(log.records))
+    snapshot = out / statistics_name(rank, (new.generation + 1) * GENERATION_STEP + len(log.records))
     return save_moments(snapshot, moments, new.run_id)
 
 

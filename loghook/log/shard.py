@@ -67,6 +67,10 @@ class ShardFile:
             file.truncate(SHARD_HEADER + self.rows * self._codec.row_bytes)
             self.sync()
 
+    def let_go(self) -> None:
+        """Close the descriptor alone: the next writer finds the file as a kill would have left it."""
+        self._file.close()
+
     def _write(self, data: bytes | memoryview, place: int) -> None:
         write_all(self._file.fileno(), memoryview(data), place)
 

@@ -188,6 +188,8 @@ class Writer:
         finally:
             if not self._thread.is_alive():  # otherwise Ctrl-C came while it works; close() is called again at exit
                 self._commits.close()
+                if self._shard is not None:  # the folder is not ours any more, or a write failed
+                    self._shard.let_go()
                 if not keep_lock:
                     self.unlock()
 
@@ -331,7 +333,7 @@ class Writer:
     def _forget_statistics(self, keep: int = 2) -> None:
         """Delete old snapshots; a reader that has just read the previous record still finds its own."""
         named = [record["statistics"]["file"] for record in self.records if "statistics" in record]
-        for name in named[-keep - 3 : -keep]:
+        for name in set(named[-keep - 3 : -keep]) - set(named[-keep:]):  # those of maintenance have one for all
             (self._path / name).unlink(missing_ok=True)
 
     def _open_shard(self) -> ShardFile:

@@ -131,7 +131,7 @@ class Fit(Blocks, Hooked):
                 total = sums.totals.get(layer.name)
                 if total is None:  # it may sleep, and always did
                     total = torch.zeros(layer.output_side.width, layer.input_side.width)
-                tensors[layer.name] = (total / sums.samples).float().cpu()
+                tensors[layer.name] = _in_float32(layer.name, total / sums.samples).cpu()
         parameters = self.digest()
         store.parameters = parameters if parameters == self._began_with else None
         if process_rank() == 0:
@@ -265,11 +265,11 @@ class Fit(Blocks, Hooked):
         preconditioner = self._inverses(bases, Metric(method="ekfac", damping_abs=amount))
         matrix = GaussNewton(self._layers, self._layout, require_batches(batches), outputs, loss)
         require_sum(matrix)
-        u, residuals = solve(
+        u, taken, residual = solve(
             Damped(matrix, amount, preconditioner), g, solver=solver, iterations=iterations, tolerance=tolerance,
             step=step, momentum=momentum,
         )  # fmt: skip
-        return query.with_rows(u.cpu(), f"{solver}, {len(residuals) - 1} iterations, residual {residuals[-1]:.2g}")
+        return query.with_rows(u.cpu(), f"{solver}, {taken} iterations, residual {residual:.2g}")
 
     @property
     def mean_eigenvalue(self) -> float:
@@ -372,3 +372,14 @@ class Fit(Blocks, Hooked):
         if self._store is None or not self._layers:
             raise StateError("nothing is watched yet: call watch(model) first.")
         return self._store
+
+
+def _in_float32(name: str, eigenvalues: Tensor) -> Tensor:
+    """Eigenvalues as they are kept; raise where gradients are so large, or small, that none is left of them."""
+    kept = eigenvalues.float()
+    if not bool(torch.isfinite(kept).all()) or bool(kept.any()) != bool(eigenvalues.any()):
+        raise ConfigError(
+            f"the eigenvalues of layer {name!r}, up to {float(eigenvalues.max()):.1e}, do not fit in float32: open "
+            "blocks with a scale= that brings gradients nearer to 1."
+        )
+    return kept

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from loghook.capture.batch import batch_size, samples
+from loghook.capture.frozen import requiring_grad
 from loghook.capture.layers import Layer
 from loghook.errors import ConfigError, UnsupportedError
 from loghook.factors import FactorStore
@@ -55,25 +56,28 @@ class GaussNewton:
                 )
             self._parameters.append((layer, parameters))  # type: ignore[arg-type]
 
-    def times(self, vectors: Tensor, batches: Sequence[Any] | None = None) -> Tensor:
+    @functools.cached_property
+    def samples(self) -> float:
+        """How many samples the batches of all processes have."""
+        return float(all_reduce(torch.tensor(sum(map(batch_size, self.batches)), dtype=torch.float64, device="cpu")))
+
+    def times(self, vectors: Tensor) -> Tensor:
         """Multiply (Q, width) vectors with the matrix: (Q, width), where they are, float32 or float64."""
-        batches = self.batches if batches is None else batches
-        parameters = [p for _, group in self._parameters for p in group]
-        required_grad = [p.requires_grad for p in parameters]
-        out, samples = torch.zeros_like(vectors), 0
-        try:
-            for p in parameters:
-                p.requires_grad_(True)
-            # Fused attention kernels have no second derivative.
-            with sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-                for batch in bar(batches, "Gauss-Newton", "batches"):
-                    self._add(vectors, batch, parameters, out)
-                    samples += batch_size(batch)
-        finally:
-            for p, required in zip(parameters, required_grad, strict=True):
-                p.requires_grad_(required)
-        total_samples = all_reduce(torch.tensor(samples, dtype=torch.float64, device=out.device))
-        return all_reduce(out) / float(total_samples)
+        return all_reduce(self._sum(vectors, self.batches)) / self.samples
+
+    def estimate(self, vectors: Tensor, step: int) -> Tensor:
+        """``times`` from one batch of each process, another at each step; right on average, of unequal ones too."""
+        count = len(self.batches)
+        return all_reduce(self._sum(vectors, [self.batches[step % count]]) * count) / self.samples
+
+    def _sum(self, vectors: Tensor, batches: Sequence[Any]) -> Tensor:
+        """Add up ``J^T H J v`` of the batches' samples."""
+        parameters, out = [p for _, group in self._parameters for p in group], torch.zeros_like(vectors)
+        # Fused attention kernels have no second derivative.
+        with requiring_grad(parameters, True), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            for batch in bar(batches, "Gauss-Newton", "batches"):
+                self._add(vectors, batch, parameters, out)
+        return out
 
     def _add(self, vectors: Tensor, batch: Any, parameters: Sequence[Tensor], out: Tensor) -> None:
         """Add ``J^T H J v`` of a batch's samples."""
@@ -147,8 +151,11 @@ class Damped:
     damping: float
     solvers: Mapping[str, Diagonal]
 
-    def times(self, u: Tensor, batches: Sequence[Any] | None = None) -> Tensor:
-        return self.matrix.times(u, batches) + self.damping * u
+    def times(self, u: Tensor) -> Tensor:
+        return self.matrix.times(u) + self.damping * u
+
+    def estimate(self, u: Tensor, step: int) -> Tensor:
+        return self.matrix.estimate(u, step) + self.damping * u
 
     def precondition(self, r: Tensor) -> Tensor:
         out = torch.empty_like(r)
@@ -193,41 +200,43 @@ def _conjugate(p: Tensor, ap: Tensor) -> tuple[Tensor, Tensor]:
     return mix @ p, mix @ ap
 
 
-def stochastic(system: Damped, g: Tensor, iterations: int, step: float, momentum: float) -> tuple[Tensor, list[float]]:
+def stochastic(system: Damped, g: Tensor, iterations: int, step: float, momentum: float) -> tuple[Tensor, float]:
     """ASTRA: ``u <- u + step / l * v``, v a running mean of ``P (g - (GGN_batch + damping) u)``, a batch at each step.
 
     l is the largest eigenvalue of any batch's preconditioned matrix, by power iteration, with which no batch's step
     leads away from that batch's solution: EK-FAC leaves some directions a hundred times too small, and batches differ.
-    Starts from EK-FAC's own answer; the step falls linearly to zero over the last half.
+    Starts from EK-FAC's own answer; the step falls linearly to zero over the last half. Returns the solutions, and the
+    mean over questions of |residual| / |g|, for which all batches are gone through once.
     """
-    batches, largest = system.matrix.batches, 1.0
+    largest = 1.0
     start = torch.randn(1, g.shape[1], generator=torch.Generator().manual_seed(0), device="cpu").to(g)
     # Those that there will be a step for; on the process with most of them, since all multiply together.
-    steps = min(iterations, max(all_gather(len(batches))))
+    steps = min(iterations, max(all_gather(len(system.matrix.batches))))
     for i in bar(range(steps), "largest stable step", "batches"):
         v = start
         for _ in range(POWER_STEPS):
-            v = system.precondition(system.times(v / v.norm(), [batches[i % len(batches)]]))
+            v = system.precondition(system.estimate(v / v.norm(), i))
         largest = max(largest, float(v.norm()))
     u = system.precondition(g)
-    velocity, residuals = torch.zeros_like(u), []
+    velocity = torch.zeros_like(u)
     for i in bar(range(iterations), "refining", "steps"):
-        r = g - system.times(u, [batches[i % len(batches)]])
-        residuals.append(float((r.norm(dim=1) / nonzero(g.norm(dim=1))).mean()))
-        velocity = momentum * velocity + (1 - momentum) * system.precondition(r)
+        velocity = momentum * velocity + (1 - momentum) * system.precondition(g - system.estimate(u, i))
         u = u + step / largest * min(1.0, 2 * (1 - i / iterations)) * velocity
-    return u, residuals
+    return u, float(((g - system.times(u)).norm(dim=1) / nonzero(g.norm(dim=1))).mean())
 
 
 def solve(
     system: Damped, g: Tensor, *, solver: str, iterations: int | None, tolerance: float, step: float, momentum: float
-) -> tuple[Tensor, list[float]]:
+) -> tuple[Tensor, int, float]:
+    """Solve for each row of g (Q, width): the solutions, the iterations that were taken, and the residual."""
     iterations = SOLVERS.get(solver, 0) if iterations is None else iterations
     if solver not in SOLVERS or iterations < 1:
         raise ConfigError(f"solver={solver!r} must be 'cg' or 'astra', and iterations={iterations} at least 1.")
     if solver == "cg":
-        return conjugate_gradients(system, g, iterations, tolerance)
-    return stochastic(system, g, iterations, step, momentum)
+        u, residuals = conjugate_gradients(system, g, iterations, tolerance)
+        return u, len(residuals) - 1, residuals[-1]
+    u, residual = stochastic(system, g, iterations, step, momentum)
+    return u, iterations, residual
 
 
 def require_sum(matrix: GaussNewton) -> None:
