@@ -150,7 +150,11 @@ def _examine(probe: Probe, report: CheckReport, may_sleep: str | Sequence[str]) 
         return
     try:
         alone = probe.gradients_alone()
-    except (DeliveryError, BatchError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # whatever the model says to a batch of one
+        if probe.sharded:  # the other processes wait in it
+            raise
         yield f"a {probe.unit} alone does not run as the batch does: {error}"
         return
     chosen = finite & finite_samples({name: alone.rows[name] for name in together})

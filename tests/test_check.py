@@ -640,3 +640,26 @@ def test_tokens_of_the_wrong_samples_are_no_samples_that_mix():
     )
     (problem,) = report.problems
     assert "('a') are wrong one by one and right in their sum" in problem
+
+
+def test_buffers_that_a_forward_pass_replaces_are_put_back():
+    class Moving(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(6, 4)
+            self.register_buffer("mean", torch.zeros(6))
+
+        def forward(self, x):
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+            return self.layer(x)
+
+    model = Moving()
+    buffer = model.mean
+    assert loghook.check(model, lambda model, x: model(x).sin().sum(), torch.randn(5, 6))
+    assert model.mean is buffer and not buffer.any()
+
+
+def test_a_model_that_cannot_take_one_sample_alone_is_a_problem_with_its_words():
+    report = loghook.check(nn.Linear(8, 5), lambda model, x: model(x.T).sin().sum(), torch.randn(8, 8))
+    assert "a sample alone does not run as the batch does" in report.problems[0]
+    assert "shapes cannot be multiplied" in report.problems[0]

@@ -142,6 +142,12 @@ def worker(rank, world, folder):
     for name in ("ddp", "fsdp2_leaves", "fsdp2_checkpoint_compile"):
         train(f"{folder}/train_{name}", WRAPPERS[name](make_model()), data, rank, world)
     no_sync(f"{folder}/no_sync", ddp(make_model()), data, rank, world)
+    for _ in range(3):  # at once after finalize(), which returns when no rank holds a lock any more
+        run = loghook.init(f"{folder}/again", rank=6, overwrite=True)
+        run.watch(model := ddp(make_model()))
+        with run(data_id=[rank]):
+            loss_of(model, data[:1]).backward()
+        run.finalize()
     for name, (wrap, look) in LOOKS.items():
         mine = data[BATCH * rank : BATCH * rank + BATCH]
         plain, looked = losses(wrap(make_model()), mine), losses(wrap(make_model()), mine, look)

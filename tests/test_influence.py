@@ -728,3 +728,65 @@ def test_small_dampings_beside_a_feature_that_is_far_larger_than_the_others(tmp_
             for dtype in (torch.float64, torch.float32)
         )
         np.testing.assert_allclose(narrow, wide, atol=2e-2 * np.abs(wide).max())
+
+
+def gradients_in(dtype, folder, x, g, asked, slopes, method, **options):
+    """Scores of given inputs and output gradients of one layer, float64, logged in a dtype."""
+    name = str(dtype).removeprefix("torch.")
+    layer = nn.Linear(x.shape[1], g.shape[1], bias=False).to(dtype)
+    with loghook.init(folder / name, projection="none", dtype=name) as run:
+        run.watch(layer)
+        with run(data_id=range(len(x))):
+            (layer(x.to(dtype)) * g.to(dtype)).sum().backward()
+        with run.query(data_id=range(len(asked))) as query:
+            (layer(asked.to(dtype)) * slopes.to(dtype)).sum().backward()
+        run.finalize()
+    return loghook.load(run.path).influence(query, method, **options).values
+
+
+@pytest.mark.parametrize("size", [1e-3, 1e-5])
+@pytest.mark.parametrize("method", ["kfac", "ekfac", "shampoo"])
+def test_what_one_row_of_many_has_is_no_rounding(tmp_path, method, size):
+    """A feature that is tiny in one sample and missing in all others: its mean square is nothing, and it is there."""
+    torch.manual_seed(0)
+    x, g = torch.randn(3000, 6, dtype=torch.float64), torch.randn(3000, 4, dtype=torch.float64)
+    x[:, 5] = 0
+    x[7, 5] = size
+    asked, slopes = torch.zeros(1, 6, dtype=torch.float64), torch.ones(1, 4, dtype=torch.float64)
+    asked[0, 5] = 1
+    for damping in (0.1, 1e-4) if size == 1e-3 else (0.1,):
+        wide, narrow = (
+            gradients_in(dtype, tmp_path / str(damping), x, g, asked, slopes, method, damping=damping)
+            for dtype in (torch.float64, torch.float32)
+        )
+        assert wide.argmax() == 7 or wide.argmin() == 7
+        np.testing.assert_allclose(narrow, wide, atol=1e-4 * np.abs(wide).max())
+
+
+@pytest.mark.parametrize("damping", [1e-4, 1e-8])
+@pytest.mark.parametrize(
+    "method", ["kfac", "shampoo"]
+)  # EK-FAC's basis comes from sums in float32, see docs/methods.md
+def test_pairs_of_directions_that_never_come_together_score_zero(tmp_path, method, damping):
+    """Two kinds of samples with features and slopes of their own: no side of the layer is empty, but pairs are."""
+    torch.manual_seed(0)
+    x, g = torch.randn(200, 12, dtype=torch.float64), torch.randn(200, 8, dtype=torch.float64)
+    x[::2, :6], x[1::2, 6:], g[::2, :4], g[1::2, 4:] = 0, 0, 0, 0
+    turns = [torch.linalg.qr(torch.randn(n, n, dtype=torch.float64))[0] for n in (12, 8)]
+    asked, slopes = torch.randn(5, 12, dtype=torch.float64), torch.randn(5, 8, dtype=torch.float64)
+    wide, narrow = (
+        gradients_in(dtype, tmp_path, x @ turns[0], g @ turns[1], asked, slopes, method, damping=damping)
+        for dtype in (torch.float64, torch.float32)
+    )
+    np.testing.assert_allclose(narrow, wide, atol=1e-3 * np.abs(wide).max())
+
+
+@pytest.mark.parametrize("size", [1e-10, 1e-21, 1e-30])
+def test_cosines_do_not_depend_on_the_size_of_gradients(tmp_path, size):
+    torch.manual_seed(0)
+    x, g, asked, slopes = (torch.randn(n, k, dtype=torch.float64) for n, k in ((30, 6), (30, 4), (3, 6), (3, 4)))
+    wide, narrow = (
+        gradients_in(dtype, tmp_path, x, g * size, asked, slopes * size, "cosine")
+        for dtype in (torch.float64, torch.float32)
+    )
+    np.testing.assert_allclose(narrow, wide, atol=1e-5)

@@ -133,6 +133,28 @@ def test_append_takes_a_new_delivery(tmp_path, whole):
         maintain.reopen(tmp_path / "run")
 
 
+@pytest.mark.parametrize("how", ["merge", "compress", "delete"])
+@pytest.mark.parametrize("commit_seconds", [1e-9, 1000.0])
+def test_append_after_maintenance_keeps_the_statistics(tmp_path, how, commit_seconds):
+    """The snapshot that maintenance wrote is the writer's until it has a newer one, whatever their numbers are."""
+    path, options = tmp_path / "run", {"dtype": "float32" if how == "compress" else "float64", "shard_bytes": 10**6}
+    if how == "merge":
+        write(tmp_path / "a", list(range(8)))
+        write(tmp_path / "b", list(range(8, 16)))
+        maintain.merge(path, [tmp_path / "a", tmp_path / "b"])
+    elif how == "compress":
+        write(tmp_path / "a", list(range(16)), commit_seconds=1e-9).compress(path, "float32", queries=2)
+    else:
+        write(path, list(range(16)), commit_seconds=1e-9)
+        maintain.delete(path, [3], keep_statistics=True)
+    before = loghook.load(path).moments()
+    maintain.reopen(path)
+    log = write(path, list(range(16, 40)), resume=True, commit_seconds=commit_seconds, **options)
+    assert not log.verify()
+    later = write(tmp_path / "later", list(range(16, 40)), **options).moments()
+    np.testing.assert_allclose(log.moments(), before + later, rtol=1e-6 if how == "compress" else 1e-12)
+
+
 def test_logs_may_have_more_shards_than_a_process_may_open_files(tmp_path, whole):
     log = write(tmp_path / "run", list(range(40)), shard_bytes=1)
     gc.collect()  # what other tests left open must not be closed between counting and using

@@ -474,3 +474,18 @@ def test_factors_that_are_being_fitted_are_not_overwritten(tmp_path):
             loss_fn(model, x).backward()
         with pytest.raises(LogLockedError):
             loghook.fit(tmp_path, overwrite=True)
+
+
+@pytest.mark.parametrize("scale", [1e25, 1e-25])
+def test_eigenvalues_that_float32_cannot_hold_are_refused(tmp_path, scale):
+    model, x = nn.Linear(6, 4).double(), torch.randn(8, 6, dtype=torch.float64)
+    fit = loghook.fit(tmp_path / "fit")
+    fit.watch(model)
+
+    def go_through():
+        for _ in fit.passes():
+            with fit(data_id=range(8)):
+                (model(x).sin().sum() * scale).backward()
+
+    with pytest.raises(ConfigError, match="do not fit in float32"):
+        go_through()

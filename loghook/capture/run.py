@@ -256,7 +256,9 @@ class Run(Blocks, Hooked):
         """Say which samples a block would log now, so that a resumed loop need not compute the others.
 
         Those that are left out were logged before, by this process or by the interrupted one; where every row counts
-        (outside ``passes()``, or ``on_repeat="all"``) all are pending.
+        (outside ``passes()``, or ``on_repeat="all"``) all are pending. Processes answer each for itself, and differ
+        after a kill: where they run a model together (FSDP, or any training), a batch may be skipped if it is empty on
+        all of them.
 
         Args:
             data_id: ids, as ``run(...)`` takes them.

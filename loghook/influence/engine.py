@@ -60,8 +60,9 @@ def influence(
     chosen = choose_layers(reader, layers)
     questions, of_questions, of_rows = _prepare(reader, metric, chosen, query, with_rows=metric.normalize is not None)
     # What scores are divided by: the roots of both sides' quadratics, or of the rows' only.
-    squares = of_questions[:, None] if metric.normalize == "unit" else None, of_rows
-    norms = [None if square is None else nonzero(square.clamp(min=0).sqrt()).to(questions) for square in squares]
+    if metric.normalize == "unit":  # at once: products of small questions and small rows would not fit in float32
+        questions /= _roots(of_questions).to(questions)[:, None]
+    norms = None if of_rows is None else _roots(of_rows).to(questions)
     by_layer = None
     if scan is None:
         values, places, by_layer = _scan(reader, questions, chosen, query_dtype, norms, top, per_layer)
@@ -83,6 +84,10 @@ def influence(
         log=str(reader.path),
         fidelity=_fidelity(reader, metric, query_dtype) if layers is None else None,
     )
+
+
+def _roots(squares: Tensor) -> Tensor:
+    return nonzero(squares.clamp(min=0).sqrt())
 
 
 def _not_finite(what: str, metric: Metric) -> ConfigError:
@@ -234,15 +239,15 @@ def _scan(
     questions: Tensor,
     chosen: Sequence[LayerSpec],
     query_dtype: str | None,
-    norms: Sequence[Tensor | None],
+    norms: Tensor | None,
     top: int | None,
     per_layer: bool,
 ) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
     """Scores of all rows, if asked for by layer too; or the best ``top`` of each question, merged block by block.
 
-    They are divided by ``norms``, if any: of the questions (Q, 1), of the rows (rows,).
+    They are divided by the rows' ``norms`` (rows,), if any.
     """
-    queries, (of_questions, of_rows) = len(questions), norms
+    queries = len(questions)
     product, stored = products(reader, questions, chosen, query_dtype)
     of_layers = [products(reader, questions, [spec], query_dtype)[0] for spec in chosen] if per_layer else []
     values = torch.zeros(queries, 0 if top else len(reader))
@@ -251,10 +256,8 @@ def _scan(
 
     def scored(multiply: Product, block: Tensor, place: slice) -> Tensor:
         scores = multiply(block)
-        if of_questions is not None:
-            scores /= of_questions
-        if of_rows is not None:
-            scores /= of_rows[place]
+        if norms is not None:
+            scores /= norms[place]
         return scores
 
     for place, block in progress(reader, "scoring", stored=stored):

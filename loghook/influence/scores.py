@@ -192,7 +192,7 @@ class Scores:
         from loghook.page import render_scores
 
         bottom = (0 if self.places is not None else 5) if bottom is None else bottom
-        write_file(path, render_scores(self, texts, questions, top, bottom).encode())
+        write_file(path, render_scores(self, texts, questions, top, bottom).encode(errors="replace"))
 
     @staticmethod
     def combine(
