@@ -142,7 +142,7 @@ def worker(rank, world, folder):
     for name in ("ddp", "fsdp2_leaves", "fsdp2_checkpoint_compile"):
         train(f"{folder}/train_{name}", WRAPPERS[name](make_model()), data, rank, world)
     no_sync(f"{folder}/no_sync", ddp(make_model()), data, rank, world)
-    for _ in range(3):  # at once after finalize(), which returns when no rank holds a lock any more
+    for _ in range(3):  # at once after finalize(), when other ranks are about to let go
         run = loghook.init(f"{folder}/again", rank=6, overwrite=True)
         run.watch(model := ddp(make_model()))
         with run(data_id=[rank]):

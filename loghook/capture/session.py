@@ -3,7 +3,6 @@
 ``Repeats``: which samples it takes where an id comes again; ``pack``: how the writer gets them.
 """
 
-import contextlib
 import dataclasses
 import uuid
 import warnings
@@ -254,9 +253,6 @@ class Session:
             writer.unlock()
             self._know(writer)
         self.sealed = True
-        # Nobody goes on before all have let go of their locks: who writes to the folder next would meet one.
-        with contextlib.suppress(RuntimeError):  # a process that died is no matter now
-            broadcast(None)
 
     def warn_of_underflow(self, rows: Tensor) -> None:
         """Warn once where float16 keeps next to nothing of a row of gradients (B, width) that is not zero.

@@ -4,6 +4,7 @@ import fcntl
 import json
 import os
 import socket
+import time
 import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -135,27 +136,39 @@ def lock_name(rank: int) -> str:
     return f"lock-{rank:05d}"
 
 
-def lock(file: Path) -> Any:
-    """Take a rank's lock for as long as the returned handle is open; the system frees it if the process dies."""
-    handle = open(file, "a+", errors="replace")  # noqa: SIM115
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        handle.seek(0)
-        content, owner = handle.read(), "an unknown process"
-        remedy = "wait until it ends, or write to another path"
-        handle.close()
-        with suppress(ValueError, KeyError, TypeError):  # it may be being written
-            holder = json.loads(content)
-            owner = "process {process} on {host}".format(**holder)
-            if (holder["process"], holder["host"]) == (os.getpid(), socket.gethostname()):
-                owner, remedy = "this process", "run.finalize() or run.close() ends the run that an earlier call began"
-        raise LogLockedError(f"{file.parent} is written by {owner}: {remedy}.") from error
+def lock(file: Path, wait: float = 0.5) -> Any:
+    """Take a rank's lock for as long as the returned handle is open; the system frees it if the process dies.
+
+    It waits for so many seconds: other ranks let go of a run a moment after rank 0 has sealed it.
+    """
+    handle, until = open(file, "a+", errors="replace"), time.monotonic() + wait  # noqa: SIM115
+    while True:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            break
+        except OSError as error:
+            if time.monotonic() >= until:
+                raise _locked(handle) from error
+            time.sleep(0.02)
     handle.truncate(0)
     handle.write(json.dumps({"process": os.getpid(), "host": socket.gethostname()}))
     handle.flush()
     _locks.add(handle)
     return handle
+
+
+def _locked(handle: IO[str]) -> LogLockedError:
+    """Say who holds a lock; lets go of the file."""
+    with handle:
+        handle.seek(0)
+        content = handle.read()
+    owner, remedy = "an unknown process", "wait until it ends, or write to another path"
+    with suppress(ValueError, KeyError, TypeError):  # it may be being written
+        holder = json.loads(content)
+        owner = "process {process} on {host}".format(**holder)
+        if (holder["process"], holder["host"]) == (os.getpid(), socket.gethostname()):
+            owner, remedy = "this process", "run.finalize() or run.close() ends the run that an earlier call began"
+    return LogLockedError(f"{Path(handle.name).parent} is written by {owner}: {remedy}.")
 
 
 def _forked() -> None:

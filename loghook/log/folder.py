@@ -141,7 +141,7 @@ def wait_for_seal(path: Path, run_id: str) -> Manifest:
     while True:
         in_vain = time.monotonic() - begun > 2 * SEAL_TIMEOUT  # rank 0 itself may wait so long for the slowest
         # Rank 0 keeps its lock until it has sealed the run, has failed or has died: which, the manifest then says.
-        with suppress(LogLockedError), lock(path / lock_name(0)):
+        with suppress(LogLockedError), lock(path / lock_name(0), wait=0):
             in_vain = True
         manifest = Manifest.load(path)
         if manifest.sealed is not None and manifest.run_id == run_id:

@@ -217,7 +217,7 @@ class Reader(Source):
         try:
             with suppress(OSError):  # of a folder that may only be read
                 if strays:
-                    lock(self.path / lock_name(0)).close()
+                    lock(self.path / lock_name(0), wait=0).close()
         except LogLockedError:  # maintenance is under way, and these are what it has written or will delete
             return []
         return strays
