@@ -142,6 +142,8 @@ def _describe(log: loghook.Log, size: int) -> Iterator[str]:
         yield f"parameters {'unchanged while logging' if first == last else 'changed while logging (as in training)'}"
     if m.no_statistics is not None:
         yield f"no statistics, so that kfac and ekfac cannot score it: {m.no_statistics}"
+    elif any(entry["what"] == "delete" for entry in m.history):
+        yield "rows were deleted, and still count in the statistics of kfac and ekfac"
     if log.unmeasured:
         yield f"{log.unmeasured:,} rows are not in the statistics: their batches held values or squares not finite"
     if log.asleep:
@@ -175,6 +177,9 @@ def repair(run: Run) -> None:
         return
     typer.secho(f"{run}: {repaired.rows:,} rows are good; to log again: {len(repaired.ids):,} ids", err=True)
     typer.secho("`loghook append` opens a finished run, loghook.init(..., resume=True) logs them.", err=True)
+    typer.secho(
+        "The statistics are given up: shampoo and fisher score this log, kfac and ekfac do not any more.", err=True
+    )
     for data_id in repaired.ids:
         typer.echo(json.dumps(data_id))
 
@@ -257,7 +262,10 @@ def delete(
         raise ConfigError("nothing names the rows to delete: pass --ids or --ids-file.")
     texts = list(ids or ())
     if ids_file is not None:
-        texts += map(str, _read_lines(ids_file, "a JSON value"))
+        listed = _read_lines(ids_file, "an id")
+        if not all(type(data_id) in (int, str) for data_id in listed):
+            raise ConfigError(f'{ids_file} must hold an id on each line, as 17 or "a17", and nothing else.')
+        texts += map(str, listed)
     data_ids = [_parse_id(id_type, text) for text in texts]
     changed = maintain.delete(run, data_ids, keep_statistics=keep_statistics)
     typer.echo(f"{run}: {changed.dropped:,} rows deleted, {changed.rows:,} left")
@@ -347,11 +355,14 @@ def _read_texts(file: Path) -> dict[int | str, str]:
 
 def _read_lines(file: Path, rule: str) -> list[Any]:
     """Read a JSON value from each line; ``rule`` says in an error what they must be."""
+    values: list[Any] = []
     try:
         with file.open(encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines if line.strip()]
+            for line in lines:
+                values.append(json.loads(line) if line.strip() else None)
     except ValueError as error:
-        raise ConfigError(f"{file} cannot be read ({error}): it must hold {rule} on each line.") from error
+        raise ConfigError(f"{file}, line {len(values) + 1}: {error}. Each line must hold {rule}.") from error
+    return [value for value in values if value is not None]
 
 
 @_command

@@ -95,8 +95,8 @@ def _scaled(comparison: Comparison) -> str | None:
     else:
         remedy = (
             "Each sample's factor differs, as in a mean over tokens: sum the loss over tokens (reduction='sum'), or "
-            "pass run(..., scale=n) with the number n of items that the mean runs over (a scale= given here is "
-            "another)."
+            "pass run(..., scale=n), and check(..., scale=lambda batch: n), with the number n of items that the mean "
+            "runs over. If check was given a scale=, it is not this n."
         )
     return (
         f"the loss is no sum over {unit}s: rows in the batch are {factors.min():.6g} to {factors.max():.6g} times "

@@ -341,13 +341,18 @@ def test_commands(path, tmp_path):
     assert "2 rows deleted, 38 left" in call("delete", path, "--ids", 3, "--ids", 4)
     assert "no whole number" in call("delete", path, "--ids", "x", status=1)
     (tmp_path / "ids").write_text("5\n6\n\n")
-    (tmp_path / "odd").write_text("x y")
-    assert "a JSON value on each line" in call("delete", path, "--ids-file", tmp_path / "odd", status=1)
+    (tmp_path / "odd").write_text("5\nx y")
+    assert "odd, line 2: " in call("delete", path, "--ids-file", tmp_path / "odd", status=1)
+    (tmp_path / "odd").write_text('{"id": 5}')
+    assert "an id on each line" in call("delete", path, "--ids-file", tmp_path / "odd", status=1)
     assert "2 rows deleted, 36 left" in call("delete", path, "--ids-file", tmp_path / "ids")
     assert "no statistics, so that kfac and ekfac cannot score it: rows were deleted" in call("info", path)
     assert "rows were deleted" in json.loads(call("info", path, "--json"))["no_statistics"]
     assert "40 rows" in call("merge", tmp_path / "out", *[write(tmp_path / n, r).path for n, r in PARTS])
     flip(tmp_path / "out" / "rows-00000-00000.safetensors", 700)
+    kept = write(tmp_path / "kept", list(range(20))).path
+    call("delete", kept, "--ids", 3, "--keep-statistics")
+    assert "still count in the statistics" in call("info", kept)
     lines = [line for line in call("repair", tmp_path / "out").splitlines() if line.isdecimal()]
     assert [json.loads(line) for line in lines] == list(range(len(lines))) != []
     assert "is open" in call("append", tmp_path / "out")

@@ -1,5 +1,6 @@
 """The recipes page's code, run block by block and compared with autograd, one sample at a time."""
 
+import collections
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def names(tmp_path, monkeypatch):
     model = model.eval().double()
     loader = [make_batch(list(range(4 * i, 4 * i + 4))) for i in range(3)]
     found = {"model": model, "loader": loader, "token_losses": token_losses}
-    found |= {"loghook": loghook, "np": np, "torch": torch}
+    found |= {"collections": collections, "loghook": loghook, "np": np, "torch": torch}
     exec(OWN_MEAN, found)
     return found
 

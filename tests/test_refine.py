@@ -214,7 +214,7 @@ def test_stochastic_steps_come_nearer_where_batches_differ():
         )
         residual = query.matrix - u.matrix @ matrix - 0.01 * u.matrix
         residual = float((residual.norm(dim=1) / query.matrix.norm(dim=1)).mean())
-        assert u.direction == f"astra, {iterations} iterations, residual {residual:.2g}"
+        assert u.direction == f"astra, damping_abs 0.01, {iterations} iterations, residual {residual:.2g}"
         return float((u.matrix - expected).norm() / expected.norm())
 
     batches[-3:] = [tuple(torch.cat(parts) for parts in zip(*batches[-3:], strict=True))]  # a larger one, too

@@ -14,7 +14,7 @@ from torch import Tensor
 from loghook.capture.config import Config, Recipe
 from loghook.capture.layers import Layer
 from loghook.capture.models import describe_coverage
-from loghook.capture.select import HEAD, Watch, select
+from loghook.capture.select import HEAD, Watch, require_reduction, select
 from loghook.errors import ConfigError
 from loghook.log.codec import DTYPES
 from loghook.log.format import Layout
@@ -227,6 +227,7 @@ def plan_config(
     with torch.device("meta"):  # place-holders serve: a random projection has the shape of a fitted one
         shape = "none" if projection == "none" else "pca"
         layers, coverage = select(empty, Watch(include, exclude), Recipe(projection=shape, rank=rank))
+    require_reduction(layers, config)
     return Plan(
         config=config, layers=layers, coverage=coverage, samples=samples, tokens=tokens, batch=batch,
         disk=None if disk is None else parse_size(disk),

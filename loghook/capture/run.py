@@ -11,15 +11,15 @@ from typing import Any
 from torch import nn
 
 from loghook.capture.batch import Blocks, Given, Ids, check_ids
-from loghook.capture.config import Config, rank_of
+from loghook.capture.config import Config
 from loghook.capture.hooked import Hooked
 from loghook.capture.models import describe_coverage, describe_trainable
 from loghook.capture.passes import Gathering, Pass, decompose, fit_sides
 from loghook.capture.plan import Plan, parse_size
-from loghook.capture.select import FUSED_EXPERTS, HEAD, Watch
+from loghook.capture.select import FUSED_EXPERTS, HEAD, Watch, require_reduction
 from loghook.capture.session import Session, pack
 from loghook.capture.whole import Covariance
-from loghook.errors import CheckpointWarning, ConfigError, LoghookError, MismatchError, StateError, user_line
+from loghook.errors import CheckpointWarning, LoghookError, MismatchError, StateError, user_line
 from loghook.factors import FactorStore
 from loghook.log.disk import writing
 from loghook.log.files import Sides, load_sides, save_sides
@@ -99,13 +99,7 @@ class Run(Blocks, Hooked):
         if manifest is not None:
             check_same(manifest, self._config, ARGUMENTS)
         layers, coverage = self._select(model, arguments)
-        rank, widths = self._config.rank, {x.name: max(side.width for side in x.sides) for x in layers}
-        whole = all(width < rank_of(name, rank) for name, width in widths.items())
-        if whole and self._config.projection != "none":
-            raise ConfigError(
-                f"rank={rank} exceeds the width of every watched layer (largest: {max(widths.values()):,}), so it "
-                "would reduce nothing: choose a smaller rank, or projection='none'."
-            )
+        require_reduction(layers, self._config)
         if manifest is not None and manifest.fitted is not None:
             self._project_with(load_sides(self.path, manifest.fitted), manifest.fitted, layers)
         self._hook(model, layers, optimizer, self._config.gradient)

@@ -84,6 +84,16 @@ def select(model: nn.Module, watch: Watch, recipe: Recipe) -> tuple[list[Layer],
     return layers, coverage(model, chosen, reasons)
 
 
+def require_reduction(layers: Sequence[Layer], recipe: Recipe) -> None:
+    """Raise for a rank that is above the width of every layer."""
+    widths = {layer.name: max(side.width for side in layer.sides) for layer in layers}
+    if recipe.projection != "none" and all(width < rank_of(name, recipe.rank) for name, width in widths.items()):
+        raise ConfigError(
+            f"rank={recipe.rank} exceeds the width of every watched layer (largest: {max(widths.values()):,}), so it "
+            "would reduce nothing: choose a smaller rank, or projection='none'."
+        )
+
+
 def _require_found(modules: Mapping[str, nn.Module], watch: Watch) -> None:
     """Raise for a pattern that names no module, or none that could be watched."""
     for pattern in (*watch.include, *watch.may_sleep, *watch.flattened):

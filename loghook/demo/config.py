@@ -7,6 +7,8 @@ import platform
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+import torch
+
 from loghook.errors import ConfigError
 
 _PRETRAINING = (
@@ -82,6 +84,10 @@ class DemoConfig:
         for name in ("epochs", "pretrain_lr", "learning_rate", "damping"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"{name}={getattr(self, name)} must be positive.")
+        try:
+            torch.empty(0, device=self.device)
+        except (AssertionError, RuntimeError) as error:
+            raise ConfigError(f"device={self.device!r} is not available here ({error}): take cpu.") from error
         if self.lds_subsets in (1, 2, 3):
             raise ConfigError(f"lds_subsets={self.lds_subsets} is too few to correlate: pass 0 for none, or 4 or more.")
 

@@ -255,7 +255,8 @@ class Fit(Blocks, Hooked):
             momentum: of "astra".
 
         Returns:
-            A query that holds u; ``query.direction`` says how it was made, residual included.
+            A query that holds u; ``query.direction`` says how it was made, the damping added and the mean residual
+            included (which rises and falls in the first iterations of "cg", and is no measure of them).
         """
         self._require_match(query)
         require_one_query(query, "the curvature")
@@ -269,7 +270,8 @@ class Fit(Blocks, Hooked):
             Damped(matrix, amount, preconditioner), g, solver=solver, iterations=iterations, tolerance=tolerance,
             step=step, momentum=momentum,
         )  # fmt: skip
-        return query.with_rows(u.cpu(), f"{solver}, {taken} iterations, residual {residual:.2g}")
+        added = f"damping {damping:g}" if damping_abs is None else f"damping_abs {damping_abs:g}"
+        return query.with_rows(u.cpu(), f"{solver}, {added}, {taken} iterations, residual {residual:.2g}")
 
     @property
     def mean_eigenvalue(self) -> float:
