@@ -355,14 +355,16 @@ def _read_texts(file: Path) -> dict[int | str, str]:
 
 def _read_lines(file: Path, rule: str) -> list[Any]:
     """Read a JSON value from each line; ``rule`` says in an error what they must be."""
-    values: list[Any] = []
+    values, number = [], 1
     try:
         with file.open(encoding="utf-8") as lines:
             for line in lines:
-                values.append(json.loads(line) if line.strip() else None)
+                if line.strip():
+                    values.append(json.loads(line))
+                number += 1
     except ValueError as error:
-        raise ConfigError(f"{file}, line {len(values) + 1}: {error}. Each line must hold {rule}.") from error
-    return [value for value in values if value is not None]
+        raise ConfigError(f"{file}, line {number}: {error}. Each line must hold {rule}.") from error
+    return values
 
 
 @_command
