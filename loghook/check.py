@@ -153,7 +153,7 @@ def _examine(probe: Probe, report: CheckReport, may_sleep: str | Sequence[str]) 
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # whatever the model says to a batch of one
-        if probe.sharded:  # the other processes wait in it
+        if probe.sharded and not isinstance(error, DeliveryError | BatchError):  # the other processes may wait in it
             raise
         yield f"a {probe.unit} alone does not run as the batch does: {error}"
         return

@@ -2,6 +2,7 @@
 
 import collections
 import contextlib
+import copy
 import subprocess
 import sys
 import tempfile
@@ -964,35 +965,80 @@ def test_a_layer_called_plainly_and_in_reentrant_checkpoints(tmp_path, order):
         loss(x).backward()
 
 
-@pytest.mark.parametrize("reentrant", [True, False])
-@pytest.mark.parametrize("nested", [False, True])
-@pytest.mark.parametrize("twice", ["retained", "after a reference pass", "two forwards"])
-def test_two_backward_passes_through_checkpoints_are_seen(tmp_path, reentrant, nested, twice):
-    """All deliver inside a checkpoint's own backward passes, which are not to be taken for more of one."""
-    model, x = nn.Sequential(nn.Linear(5, 5), nn.Tanh()), torch.randn(4, 5, requires_grad=True)
-    again = partial(torch.utils.checkpoint.checkpoint, use_reentrant=reentrant)
+RUNS = {
+    "plainly": lambda function, x: function(x),
+    "reentrant": partial(torch.utils.checkpoint.checkpoint, use_reentrant=True),
+    "again": partial(torch.utils.checkpoint.checkpoint, use_reentrant=False),
+}
+
+
+@pytest.mark.filterwarnings("ignore:None of the inputs")
+@pytest.mark.parametrize("outer", RUNS)
+@pytest.mark.parametrize("middle", RUNS)
+@pytest.mark.parametrize("inner", RUNS)
+def test_two_backward_passes_through_checkpoints_are_seen(tmp_path, outer, middle, inner):
+    """Layers deliver inside backward passes of the checkpoints' own, which are not to be taken for another loss."""
+    deep, shallow, x = nn.Linear(5, 5), nn.Linear(5, 5), torch.randn(4, 5, requires_grad=True)
+    model = nn.ModuleDict({"deep": deep, "shallow": shallow})
+
+    def in_middle(h):
+        return RUNS[inner](lambda t: deep(t).tanh(), shallow(h).tanh())
 
     def forward(x):
-        return again(lambda t: again(model, again(model, t)), x) if nested else again(model, x)
+        return RUNS[outer](lambda h: RUNS[middle](in_middle, h) * 1.0, x)
 
-    run = loghook.init(tmp_path / "run", rank=3)
-    run.watch(model)
-    with run.query(data_id=[0, 1, 2, 3]) as query:  # one pass is fine, after one without gradients too
+    def one_pass():
         with torch.no_grad():
             forward(x)
         (forward(x) + forward(2 * x)).sum().backward()
-    assert query.rows("0").any()
-    with pytest.raises(DeliveryError, match="two backward passes"), run.query(data_id=[0, 1, 2, 3]):
-        if twice == "two forwards":
-            one, two = forward(x), forward(2 * x)
-            one.sum().backward()
-            two.sum().backward()
-        else:
-            with torch.no_grad() if twice == "after a reference pass" else contextlib.nullcontext():
-                forward(x)
-            y = forward(x)
-            y.sum().backward(retain_graph=True)
-            y.sin().sum().backward()
+        forward(x)
+
+    def retained():
+        y = forward(x)
+        y.sum().backward(retain_graph=True)
+        y.sin().sum().backward()
+
+    def after_a_reference_pass():
+        with torch.no_grad():
+            forward(x)
+        forward(x).sum().backward()
+        forward(x).sin().sum().backward()
+
+    def of_two_forwards():
+        first, second = forward(x), forward(2 * x)
+        first.sum().backward()
+        second.sum().backward()
+
+    run = loghook.init(tmp_path / "run", rank=3)
+    run.watch(model)
+    with run.query(data_id=[0, 1, 2, 3]) as query:
+        one_pass()
+    assert query.rows("deep").any() and query.rows("shallow").any()
+    for two in (retained, after_a_reference_pass, of_two_forwards):
+        with pytest.raises(DeliveryError, match="two backward passes"), run.query(data_id=[0, 1, 2, 3]):
+            two()
+
+
+@pytest.mark.parametrize("kind", ["a look", "a loss"])
+def test_what_a_hook_of_the_backward_pass_runs_is_no_checkpoint(tmp_path, kind):
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2)), torch.randn(3, 4, requires_grad=True)
+    run = loghook.init(tmp_path / "run", rank=2)
+    run.watch(model)
+
+    def look(_):
+        with torch.no_grad():
+            model(x)
+
+    def another_loss(_):
+        with torch.enable_grad():
+            model(x.detach()).square().sum().backward()
+
+    with pytest.raises(DeliveryError, match="two backward passes"), run.query(data_id=[0, 1, 2]):
+        h = x * 1.0
+        h.register_hook(look if kind == "a look" else another_loss)
+        RUNS["again"](model, h).sum().backward()
+        if kind == "a look":
+            RUNS["again"](model, x).square().sum().backward()
 
 
 def test_a_forward_pass_after_the_backward_pass_is_no_second_loss(tmp_path):
@@ -1194,6 +1240,8 @@ def test_batch_norm_that_is_set_to_training_inside_a_block(tmp_path):
         model.eval()  # as for a validation
     assert not model[1]._forward_pre_hooks
     model.eval()
+    with run.query(data_id=range(5)):
+        model[2](copy.copy(model[1])(model[0](x))).sum().backward()  # a shallow copy has the same hooks
     with run(data_id=range(5)):
         model(x).square().sum().backward()
     run.finalize()

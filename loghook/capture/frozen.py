@@ -24,7 +24,7 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
         UnsupportedError: a wrapper whose training afterwards would be another one: DDP with a static graph that has had
             no iteration yet, FSDP1 without shards, or with gradients that wait for a step.
     """
-    hooks, fresh = [], _before_first_forward(model)
+    hooks, fresh = [], [group for state, group in sharded_groups(model) if state._is_root is None]
     _require_harmless(model)
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         hooks = [m.register_forward_hook(_require_grad) for m in model.modules() if isinstance(m, nn.Embedding)]
@@ -34,9 +34,8 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for hook in hooks:
             hook.remove()
-        for module in fresh:
-            module.unshard()
-            module.reshard()
+        for group in fresh:
+            group.lazy_init()
 
 
 @contextmanager
@@ -52,13 +51,18 @@ def requiring_grad(parameters: Iterable[Tensor], wanted: bool) -> Iterator[None]
             p.requires_grad_(required)
 
 
-def _before_first_forward(model: nn.Module) -> list[Any]:
-    """FSDP2's modules that have yet to run: they choose a dtype of gradients then, and for frozen ones choose none.
+def sharded_groups(model: nn.Module) -> list[tuple[Any, Any]]:
+    """FSDP2's groups of parameters, each with the state of its module.
 
-    They choose anew when they are unsharded.
+    A group chooses a dtype of gradients when it first runs, and none if it is frozen then; ``lazy_init`` chooses anew.
     """
-    sharded: list[Any] = [m for m in model.modules() if hasattr(m, "_get_fsdp_state")]
-    return [m for m in sharded if getattr(m._get_fsdp_state(), "_is_root", False) is None]
+    pairs = []
+    for module in model.modules():
+        if hasattr(module, "_get_fsdp_state"):
+            state: Any = module._get_fsdp_state()  # type: ignore[operator]
+            groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+            pairs += [(state, group) for group in groups if group is not None]
+    return pairs
 
 
 def _require_harmless(model: nn.Module) -> None:

@@ -226,7 +226,8 @@ def _kept_apart(mixing: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
     """Look again when a module runs, and at the end, where it may be compiled: a training step may call train()."""
 
     def look(module: nn.Module, _: Any) -> None:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        # A shallow copy has the same hooks.
+        if module in names and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             _require_apart([(names[module], module)])
 
     names = {module: name for name, module in mixing}

@@ -146,16 +146,18 @@ class Slots:
     def run(self, *, graph: bool) -> None:
         """Note that the layer runs forward."""
         block, backward = self.place.block, torch._C._current_graph_task_id()
-        if backward != -1:  # a checkpoint recomputes
-            # What runs again in an inner pass has run without a graph in the outer one.
-            block.outermost.setdefault(backward, block.outermost.get(self.quiet_in, backward))
+        if backward == -1:  # a call of the program's own, of which nothing that ran before is a part
+            self.quiet_in = self.ran_in = -1
+        else:  # a checkpoint recomputes: what runs in an inner pass ran before in the one around it
+            around = self.ran_in if self.quiet_in == -1 else self.quiet_in
+            block.outermost.setdefault(backward, block.outermost.get(around, backward))
         if not graph:
             self.quiet, self.quiet_in = self.quiet + 1, backward
-            return
-        self.ran_in = block.outermost.get(backward, -1)
-        if backward == -1:
+        elif backward == -1:
             self.ran += 1
             block.restarted |= bool(block.passes)
+        elif self.quiet:  # else it is a loss of its own that the program computes in a hook
+            self.ran_in = block.outermost[backward]
 
     def count(self) -> None:
         """Note that the backward pass that is under way delivers."""
@@ -165,7 +167,7 @@ class Slots:
         outermost = self.place.block.outermost.get(backward, backward)
         self.passes.add(outermost)
         self.place.block.passes.add(outermost)
-        self.quiet_in = -1
+        self.quiet_in = self.ran_in = -1
 
     @property
     def delivered(self) -> bool:

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from loghook.capture.batch import Given, documents, samples
 from loghook.capture.config import Recipe
-from loghook.capture.frozen import requiring_grad
+from loghook.capture.frozen import requiring_grad, sharded_groups
 from loghook.capture.hooked import Hooked
 from loghook.capture.layers import Layer
 from loghook.capture.select import Watch
@@ -187,23 +187,21 @@ def left_alone(model: nn.Module) -> Iterator[None]:
 
 def _require_no_waiting(model: nn.Module) -> None:
     """Raise where FSDP keeps gradients that wait for others, out of reach; backward would add to them."""
-    for module in model.modules():
-        waits = False
-        if type(module).__name__ == "FullyShardedDataParallel":
-            waits = not module._sync_gradients or any(p.grad is not None for p in module.parameters())
-        elif hasattr(module, "_get_fsdp_state"):
-            state: Any = module._get_fsdp_state()  # type: ignore[operator]
-            groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-            for group in filter(None, groups):
-                waits |= not group.reduce_grads
-                for p in group.fsdp_params:
-                    unsharded = getattr(p, "_unsharded_param", None)
-                    waits |= p.unsharded_accumulated_grad is not None or getattr(unsharded, "grad", None) is not None
-        if waits:
-            raise UnsupportedError(
-                "FSDP holds gradients that wait to be reduced, or for a step, and backward would add to them: call "
-                "loghook.check before the first micro-batch of a step."
-            )
+    waits = any(
+        not module._sync_gradients or any(p.grad is not None for p in module.parameters())
+        for module in model.modules()
+        if type(module).__name__ == "FullyShardedDataParallel"
+    )
+    for _, group in sharded_groups(model):
+        waits |= not group.reduce_grads
+        for p in group.fsdp_params:
+            unsharded = getattr(p, "_unsharded_param", None)
+            waits |= p.unsharded_accumulated_grad is not None or getattr(unsharded, "grad", None) is not None
+    if waits:
+        raise UnsupportedError(
+            "FSDP holds gradients that wait to be reduced, or for a step, and backward would add to them: call "
+            "loghook.check before the first micro-batch of a step."
+        )
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from loghook.demo.text import (
     tokenize,
     train_tokenizer,
 )
+from loghook.errors import ConfigError
 
 Sequences = Sequence[Sequence[int]]
 
@@ -57,6 +58,8 @@ def pretrained(config: DemoConfig) -> str:
         stream += [*start, *tokenize(tokenizer, text)[0]]
     size = config.pretrain_tokens
     sequences = [stream[k : k + size] for k in range(0, len(stream) - size + 1, size)]
+    if not sequences:
+        raise ConfigError(f"corpus_bytes={config.corpus_bytes} hold no sequence of {size} tokens: take more.")
     order = np.random.default_rng(config.seed).permutation(len(sequences))
     places = np.resize(order, (config.pretrain_steps, config.batch_size))  # again and again in one order
     batches = ([sequences[i] for i in batch] for batch in places)

@@ -61,7 +61,8 @@ def influence(
     questions, of_questions, of_rows = _prepare(reader, metric, chosen, query, with_rows=metric.normalize is not None)
     # What scores are divided by: the roots of both sides' quadratics, or of the rows' only.
     if metric.normalize == "unit":  # at once: products of small questions and small rows would not fit in float32
-        questions /= _roots(of_questions).to(questions)[:, None]
+        questions /= _roots(of_questions)[:, None]
+    questions = questions.to(working_dtype(reader))
     norms = None if of_rows is None else _roots(of_rows).to(questions)
     by_layer = None
     if scan is None:
@@ -194,7 +195,7 @@ def _prepare(
                 _add_quadratics(reader, group, fresh)
     if fresh is not None:
         of_rows = _keep(reader, key, all_reduce(fresh))
-    return preconditioned.to(working_dtype(reader)), of_questions, of_rows
+    return preconditioned, of_questions, of_rows
 
 
 def _key(metric: Metric, chosen: Sequence[LayerSpec]) -> str:

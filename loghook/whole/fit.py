@@ -379,7 +379,7 @@ class Fit(Blocks, Hooked):
 def _in_float32(name: str, eigenvalues: Tensor) -> Tensor:
     """Eigenvalues as they are kept; raise where gradients are so large, or small, that none is left of them."""
     kept = eigenvalues.float()
-    if not bool(torch.isfinite(kept).all()) or bool(kept.any()) != bool(eigenvalues.any()):
+    if not bool(torch.isfinite(kept).all()) or 0 < float(eigenvalues.max()) < 1e-35:
         raise ConfigError(
             f"the eigenvalues of layer {name!r}, up to {float(eigenvalues.max()):.1e}, do not fit in float32: open "
             "blocks with a scale= that brings gradients nearer to 1."
