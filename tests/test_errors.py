@@ -1943,3 +1943,9 @@ def test_a_folder_that_becomes_read_only_keeps_what_was_committed(tmp_path, monk
     loghook.log.disk.lock(tmp_path / "run" / "lock-00000").close()  # others may write
     log = loghook.load(tmp_path / "run")
     assert log.data_ids == [0] and not log.verify()
+
+
+@pytest.mark.parametrize("path", [b"/runs", None, ""])
+def test_a_path_that_names_no_folder(path):
+    with pytest.raises(ConfigError, match="names no folder"):
+        loghook.init(path)

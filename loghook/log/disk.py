@@ -15,7 +15,7 @@ from typing import IO, Any
 import numpy as np
 import xxhash
 
-from loghook.errors import LoghookError, LogLockedError, WriteError
+from loghook.errors import ConfigError, LoghookError, LogLockedError, WriteError
 from loghook.processes import process_rank
 
 READ_BYTES = 2**20  # what is read and checked at a time: it stays in the processor's cache
@@ -23,6 +23,8 @@ READ_BYTES = 2**20  # what is read and checked at a time: it stays in the proces
 
 def absolute(path: str | Path) -> Path:
     """A path that a user gave, with its ``~``; absolute, since a program may change its folder."""
+    if not isinstance(path, str | os.PathLike) or not str(path):
+        raise ConfigError(f"path={path!r} names no folder: pass a str or a Path.")
     return Path(path).expanduser().absolute()
 
 
