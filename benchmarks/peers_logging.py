@@ -85,7 +85,7 @@ def main() -> None:
         print(f"  EK-FAC scores, ours and Kronfluence's: correlation {agreement:.6f}")
     about = setting(a, "hidden", "layers", "samples", "queries", "tokens", "batch", "rank", "turns", "clock", "repeats")
     report(
-        "peers_logging" + "_kept" * a.keep_memory,
+        f"peers_logging_{a.batch * a.tokens}_tokens" + "_kept" * a.keep_memory,
         {
             "setting": about | {"cores": os.cpu_count(), "keep_memory": a.keep_memory},
             "seconds": times,
