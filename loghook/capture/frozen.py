@@ -24,7 +24,7 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
         UnsupportedError: a wrapper whose training afterwards would be another one: DDP with a static graph that has had
             no iteration yet, FSDP1 without shards, or with gradients that wait for a step.
     """
-    hooks, fresh = [], [group for state, group in sharded_groups(model) if state._is_root is None]
+    hooks, fresh = [], [(state, group) for state, group in sharded_groups(model) if state._is_root is None]
     _require_harmless(model)
     if any(getattr(module, "gradient_checkpointing", False) for module in model.modules()):
         hooks = [m.register_forward_hook(_require_grad) for m in model.modules() if isinstance(m, nn.Embedding)]
@@ -34,8 +34,9 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
     finally:
         for hook in hooks:
             hook.remove()
-        for group in fresh:
-            group.lazy_init()
+        for state, group in fresh:
+            if state._is_root is not None:  # it ran
+                group.lazy_init()
 
 
 @contextmanager
@@ -49,6 +50,10 @@ def requiring_grad(parameters: Iterable[Tensor], wanted: bool) -> Iterator[None]
     finally:
         for p, required in before:
             p.requires_grad_(required)
+
+
+def fsdp1_modules(model: nn.Module) -> list[Any]:
+    return [module for module in model.modules() if type(module).__name__ == "FullyShardedDataParallel"]
 
 
 def sharded_groups(model: nn.Module) -> list[tuple[Any, Any]]:
@@ -76,8 +81,7 @@ def _require_harmless(model: nn.Module) -> None:
                 "of all that follow, and reduce none: go through the unwrapped model (model.module), or freeze it "
                 "after a step."
             )
-        if type(module).__name__ != "FullyShardedDataParallel":
-            continue
+    for module in fsdp1_modules(model):
         if "NO_SHARD" in str(module.sharding_strategy):
             raise UnsupportedError(
                 "FSDP1 without shards (NO_SHARD, or a single process) trains otherwise after a pass without weight "

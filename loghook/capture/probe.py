@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from loghook.capture.batch import Given, documents, samples
 from loghook.capture.config import Recipe
-from loghook.capture.frozen import requiring_grad, sharded_groups
+from loghook.capture.frozen import fsdp1_modules, requiring_grad, sharded_groups
 from loghook.capture.hooked import Hooked
 from loghook.capture.layers import Layer
 from loghook.capture.select import Watch
@@ -53,9 +53,7 @@ class Probe(Hooked):
             documents(batch, segments) if segments is not None else [(sample, None) for sample in samples(batch)]
         )
         # Whether a forward pass is something that all processes do together, and so equally often.
-        self.sharded = any(type(p).__name__ == "DTensor" for p in model.parameters()) or any(
-            type(m).__name__ == "FullyShardedDataParallel" for m in model.modules()
-        )
+        self.sharded = bool(fsdp1_modules(model)) or any(type(p).__name__ == "DTensor" for p in model.parameters())
         sizes = all_gather(len(self._alone)) if self.sharded else [len(self._alone)]
         if min(sizes) < 2:
             raise BatchError(
@@ -189,8 +187,7 @@ def _require_no_waiting(model: nn.Module) -> None:
     """Raise where FSDP keeps gradients that wait for others, out of reach; backward would add to them."""
     waits = any(
         not module._sync_gradients or any(p.grad is not None for p in module.parameters())
-        for module in model.modules()
-        if type(module).__name__ == "FullyShardedDataParallel"
+        for module in fsdp1_modules(model)
     )
     for _, group in sharded_groups(model):
         waits |= not group.reduce_grads

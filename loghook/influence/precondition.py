@@ -115,14 +115,14 @@ def _fit_diagonal(reader: Source, metric: Metric, layers: Sequence[LayerSpec]) -
     # fewer bits have as much of it in the eigenvalues.
     small_damping = metric.damping_abs is not None or metric.damping < 1e-2
     leaves_out_unseen = small_damping and reader.dtype == torch.float32 and not reader.codec.coded
-    measured: Mapping[str, Tensor] = {}
-    if leaves_out_unseen or not kfac:
-        measured = _corrected_eigenvalues(reader, "shampoo" if shampoo else "ekfac", bases)
+    kind = "shampoo" if shampoo else "ekfac"
+    corrected = {} if kfac else _corrected_eigenvalues(reader, kind, bases)
+    peaks = _peaks(reader, kind, bases) if leaves_out_unseen else {}
     fitted: dict[str, Solver] = {}
     for name, basis in bases.items():
-        values = basis.products if kfac else measured[name][0]
+        values = basis.products if kfac else corrected[name]
         if float(values.sum()) > _vanishing(reader):
-            unseen = unseen_directions(measured[name][1]) if leaves_out_unseen else None
+            unseen = unseen_directions(peaks[name]) if leaves_out_unseen else None
             fitted[name] = Diagonal(basis, values, metric.amount(float(values.mean())), unseen)
     return fitted
 
@@ -165,25 +165,34 @@ def _row_bases(reader: Source, layers: Sequence[LayerSpec]) -> dict[str, Eigenba
 
 
 def _corrected_eigenvalues(reader: Source, kind: str, bases: dict[str, Eigenbasis]) -> dict[str, Tensor]:
-    """EK-FAC's eigenvalues, means over rows of ``(Q_S^T G Q_A)^2`` (George et al. 2018); the largest at unit norm.
-
-    Both, (2, k_out, k_in) float64, for each layer.
-    """
+    """EK-FAC's eigenvalues, means over rows of ``(Q_S^T G Q_A)^2`` (George et al. 2018): (k_out, k_in) float64."""
     missing = {name: basis for name, basis in bases.items() if (kind, name) not in reader.cache}
-    if missing:
-        measured = {name: basis.products.new_zeros(2, *basis.products.shape) for name, basis in missing.items()}
-        for _, block in progress(reader, "eigenvalues"):
-            for name, basis in missing.items():
-                rows = block[:, reader.layout.columns[name]].unflatten(1, basis.products.shape)
-                squares = basis.rotate(rows).double().square_().flatten(1)  # in float32 those of 1e-23 are 0
-                total, peaks = measured[name].flatten(1)
-                total += squares.sum(0)
-                squares /= nonzero(squares.sum(1, keepdim=True))
-                torch.maximum(peaks, squares.amax(0), out=peaks)
-        for name, (total, peaks) in measured.items():
-            largest = torch.stack(all_gather(peaks)).amax(0)
-            reader.cache[kind, name] = torch.stack([all_reduce(total) / len(reader), largest])
+    sums = {name: torch.zeros_like(basis.products) for name, basis in missing.items()}
+    for name, squares in _squares(reader, missing, "eigenvalues"):
+        sums[name] += squares.sum(0)
+    for name, total in sums.items():
+        reader.cache[kind, name] = all_reduce(total) / len(reader)
     return {name: reader.cache[kind, name] for name in bases}
+
+
+def _peaks(reader: Source, kind: str, bases: dict[str, Eigenbasis]) -> dict[str, Tensor]:
+    """The largest square that any row has, at unit norm, in each direction of a basis: (k_out, k_in) float64."""
+    missing = {name: basis for name, basis in bases.items() if (kind, "peaks", name) not in reader.cache}
+    peaks = {name: torch.zeros_like(basis.products) for name, basis in missing.items()}
+    for name, squares in _squares(reader, missing, "directions"):
+        squares /= nonzero(squares.sum((1, 2), keepdim=True))
+        torch.maximum(peaks[name], squares.amax(0), out=peaks[name])
+    for name, largest in peaks.items():
+        reader.cache[kind, "peaks", name] = torch.stack(all_gather(largest)).amax(0)
+    return {name: reader.cache[kind, "peaks", name] for name in bases}
+
+
+def _squares(reader: Source, bases: dict[str, Eigenbasis], what: str) -> Iterator[tuple[str, Tensor]]:
+    """Walk through the rows; of each block and layer the squares in its eigenbasis, (n, k_out, k_in) float64."""
+    for _, block in progress(reader, what) if bases else ():
+        for name, basis in bases.items():
+            rows = block[:, reader.layout.columns[name]].unflatten(1, basis.products.shape)
+            yield name, basis.rotate(rows).double().square_()  # in float32 those of 1e-23 are 0
 
 
 def _fit_fisher(reader: Source, metric: Metric, group: Sequence[LayerSpec]) -> dict[str, Solver]:

@@ -57,9 +57,8 @@ def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
         )
     # Other files without a manifest are of a run that was killed before its first block was done.
     if overwrite or (present and not (path / MANIFEST).exists()):
-        locks = [
-            lock(file) for file in present if file.name.startswith("lock-")
-        ]  # nobody may be writing what goes away
+        # Nobody may be writing what goes away.
+        locks = [lock(file) for file in present if file.name.startswith("lock-")]
         # A kill on the way leaves no commits without a manifest, which would have to be told from lost ones.
         with writing(path, "Nothing was overwritten that is still there: mend the folder, or choose another path."):
             for file in sorted(present, key=lambda file: (file.name == MANIFEST, not file.name.startswith("commits-"))):

@@ -63,19 +63,19 @@ class GaussNewton:
 
     def times(self, vectors: Tensor) -> Tensor:
         """Multiply (Q, width) vectors with the matrix: (Q, width), where they are, float32 or float64."""
-        return all_reduce(self._sum(vectors, self.batches)) / self.samples
+        return all_reduce(self._sum(vectors, bar(self.batches, "Gauss-Newton", "batches"))) / self.samples
 
     def estimate(self, vectors: Tensor, step: int) -> Tensor:
         """``times`` from one batch of each process, another at each step; right on average, of unequal ones too."""
         count = len(self.batches)
         return all_reduce(self._sum(vectors, [self.batches[step % count]]) * count) / self.samples
 
-    def _sum(self, vectors: Tensor, batches: Sequence[Any]) -> Tensor:
+    def _sum(self, vectors: Tensor, batches: Iterable[Any]) -> Tensor:
         """Add up ``J^T H J v`` of the batches' samples."""
         parameters, out = [p for _, group in self._parameters for p in group], torch.zeros_like(vectors)
         # Fused attention kernels have no second derivative.
         with requiring_grad(parameters, True), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-            for batch in bar(batches, "Gauss-Newton", "batches"):
+            for batch in batches:
                 self._add(vectors, batch, parameters, out)
         return out
 
