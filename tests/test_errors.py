@@ -226,7 +226,7 @@ def says(error: Any, *fragments: Any) -> None:
 # Arguments of init and watch
 
 
-@pytest.mark.parametrize("rank", [0, -3, 2.5, True, {}, {"*": 0}])
+@pytest.mark.parametrize("rank", [0, -3, 2.5, True, {}, {1: 2}])
 def test_rank_that_is_no_positive_number_is_refused(path: Path, rank: Any) -> None:
     with pytest.raises(ConfigError) as error:
         loghook.init(path, rank=rank)
@@ -240,8 +240,6 @@ def test_rank_that_is_no_positive_number_is_refused(path: Path, rank: Any) -> No
         ("seed", 1.0, "whole number"),
         ("seed", True, "whole number"),
         ("seed", "1", "whole number"),
-        ("rank", {1: 2}, "whole number of at least 1"),
-        ("rank", {"*": 2.0}, "whole number of at least 1"),
         ("whitening", "a", "positive, finite number"),
         ("whitening", True, "positive, finite number"),
         ("whitening", 0, "positive, finite number"),
@@ -260,6 +258,13 @@ def test_arguments_of_init_that_no_log_could_hold_are_refused(path: Path, argume
     with pytest.raises(ConfigError) as error:
         loghook.init(path, **{"projection": "whitened", argument: value})
     says(error, f"{argument}={value!r}"[:50], rule)
+
+
+@pytest.mark.parametrize("rank", [0, 2.0])
+def test_rank_of_a_pattern_that_is_no_positive_number_is_refused(path: Path, rank: Any) -> None:
+    with pytest.raises(ConfigError) as error:
+        loghook.init(path, rank={"a*": 8, "*": rank})
+    says(error, f"rank['*']={rank!r}", "whole number of at least 1")
     assert not path.exists()
 
 
@@ -1841,7 +1846,7 @@ def test_damping_that_is_not_positive_is_refused(path: Path, finished: loghook.Q
     for use in uses:
         with pytest.raises(ConfigError) as error:
             use()
-        says(error, f"{name}={value!r}", "positive and finite", "0.1")
+        says(error, f"{name}={value!r}", "positive, finite number", "0.1")
 
 
 @pytest.mark.parametrize(

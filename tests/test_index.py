@@ -139,7 +139,7 @@ def test_refusals(monkeypatch, tmp_path, logged):
     with pytest.raises(ConfigError, match=r"cannot take normalize: it serves.*damping.*Use log"):
         index.search(query, normalize="unit")
     for ask in (index.search, index.recall):
-        with pytest.raises(ConfigError, match="candidates=4 must be at least top=5"):
+        with pytest.raises(ConfigError, match="candidates=4 must be a whole number of at least 5, as top=5"):
             ask(query, 5, candidates=4)
         with pytest.raises(ConfigError, match="top=None must be a whole number"):
             ask(query, top=None)

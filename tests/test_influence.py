@@ -522,7 +522,7 @@ def test_numbers_of_numpy_are_numbers(tmp_path):
     assert loghook.Scores.load(tmp_path / "scores").damping == 0.5
     np.testing.assert_array_equal(log.self_influence(damping_abs=np.float64(2)), log.self_influence(damping_abs=2))
     for wrong in (np.float32(0), np.float64("nan"), np.float32("inf"), "0.1"):
-        with pytest.raises(ConfigError, match="positive and finite"):
+        with pytest.raises(ConfigError, match="positive, finite number"):
             log.influence(query, damping=wrong)
 
 

@@ -281,7 +281,7 @@ def test_one_bit_questions_of_a_log(monkeypatch, low, exact, many):
 def test_one_bit_questions_want_one_bit_rows(low, exact):
     with pytest.raises(ConfigError, match=r"query_dtype='int1'.* stored as int8.*compress"):
         low["int8"].influence(exact[1], "dot", query_dtype="int1")
-    with pytest.raises(ConfigError, match="query_dtype='int8' is unknown: choose None"):
+    with pytest.raises(ConfigError, match="query_dtype='int8' is unknown: choose one of None, 'int1'"):
         low["int8"].influence(exact[1], "dot", query_dtype="int8")
 
 

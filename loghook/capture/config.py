@@ -2,12 +2,12 @@
 
 import json
 import math
-import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from loghook.arguments import choose, positive, whole
 from loghook.errors import ConfigError
 from loghook.log.codec import DTYPES
 from loghook.log.format import ON_REPEAT, fits
@@ -27,10 +27,9 @@ class Recipe:
     gradient: str = "plain"  # what rows are of
 
     def __post_init__(self) -> None:
-        _choose(self, "projection", ("random", *FITTED, "none"))
-        _choose(self, "gradient", GRADIENTS)
-        message = f"seed={self.seed!r} must be a whole number: pass an int."
-        _settle(self, rank=_ranks(self.rank), seed=_whole(self.seed, -math.inf, message))
+        choose("projection", self.projection, ("random", *FITTED, "none"))
+        choose("gradient", self.gradient, GRADIENTS)
+        _settle(self, rank=_ranks(self.rank), seed=whole("seed", self.seed, -math.inf))
         if self.gradient != "plain" and self.projection in FITTED:
             raise ConfigError(
                 f"gradient={self.gradient!r} goes with projection='random' or 'none': a fitted projection, here "
@@ -53,8 +52,8 @@ class Config(Recipe):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        _choose(self, "dtype", DTYPES)
-        _choose(self, "on_repeat", ON_REPEAT)
+        choose("dtype", self.dtype, DTYPES)
+        choose("on_repeat", self.on_repeat, ON_REPEAT)
         if self.fitted is not None and self.projection not in FITTED:
             raise ConfigError(
                 f"fitted={str(self.fitted)!r} goes with projection='pca' or 'whitened', not {self.projection!r}: leave "
@@ -65,13 +64,12 @@ class Config(Recipe):
                 f"fidelity goes with gradient='plain', of which loghook.tune measured it, not {self.gradient!r}: leave "
                 "it out."
             )
-        whitening = _positive("whitening", self.whitening)
-        message = f"shard_bytes={self.shard_bytes!r} must be a whole number of at least 1: pass an int."
+        whitening = positive("whitening", self.whitening)
         _settle(
             self,
             whitening=whitening if self.projection == "whitened" else None,
-            shard_bytes=_whole(self.shard_bytes, 1, message),
-            commit_seconds=_positive("commit_seconds", self.commit_seconds),
+            shard_bytes=whole("shard_bytes", self.shard_bytes),
+            commit_seconds=positive("commit_seconds", self.commit_seconds),
             fidelity=None if self.fidelity is None else _measured(self.fidelity),
         )
 
@@ -91,43 +89,13 @@ def _settle(recipe: Recipe, **values: Any) -> None:
         object.__setattr__(recipe, name, value)
 
 
-def _choose(recipe: Recipe, name: str, choices: Sequence[str | None]) -> None:
-    value = getattr(recipe, name)
-    if value not in choices:
-        raise ConfigError(f"{name}={value!r} is unknown: choose one of {', '.join(map(repr, choices))}.")
-
-
 def _ranks(rank: Any) -> int | dict[str, int]:
-    message = (
-        f"rank={rank!r} must be a whole number of at least 1, as rows are rank x rank; or a dict of such numbers by "
-        "pattern of layer names."
-    )
+    hint = ", as rows are rank x rank; or a dict of such numbers by pattern of layer names"
     if not isinstance(rank, Mapping):
-        return _whole(rank, 1, message)
+        return whole("rank", rank, hint=hint)
     if not rank or not all(isinstance(pattern, str) for pattern in rank):
-        raise ConfigError(message)
-    return {pattern: _whole(number, 1, message) for pattern, number in rank.items()}
-
-
-def _whole(value: Any, least: float, message: str) -> int:
-    """Return a whole number of any type but bool as an int."""
-    try:
-        if not isinstance(value, bool) and (number := operator.index(value)) >= least:
-            return number
-    except TypeError:
-        pass
-    raise ConfigError(message)
-
-
-def _positive(name: str, value: Any) -> float:
-    """Return a positive number of any type but bool as a float."""
-    try:
-        number = math.nan if isinstance(value, bool | str) else float(value)
-    except (TypeError, ValueError):
-        number = math.nan
-    if not 0 < number < math.inf:
-        raise ConfigError(f"{name}={value!r} must be a positive, finite number: pass a float.")
-    return number
+        raise ConfigError(f"rank={rank!r} must be a whole number of at least 1{hint}.")
+    return {pattern: whole(f"rank[{pattern!r}]", number) for pattern, number in rank.items()}
 
 
 def _measured(fidelity: Any) -> dict[str, Any]:

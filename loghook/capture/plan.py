@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loghook.arguments import whole
 from loghook.capture.config import Config, Recipe
 from loghook.capture.layers import Layer
 from loghook.capture.models import describe_coverage
@@ -55,9 +56,7 @@ class Plan:
 
     def __post_init__(self) -> None:
         for name in ("samples", "tokens", "batch"):
-            value = getattr(self, name)
-            if type(value) is not int or value < 1:
-                raise ConfigError(f"{name}={value!r} must be a whole number of at least 1.")
+            setattr(self, name, whole(name, getattr(self, name)))
 
     def layout(self, rank: int | None = None) -> Layout:
         """Return the layout of rows, also of another rank."""

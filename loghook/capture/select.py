@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from loghook.arguments import choose
 from loghook.capture.adapters import Adapter, Geometry, find_adapter, registered_type
 from loghook.capture.config import Recipe, rank_of
 from loghook.capture.experts import ExpertProjection, projections
@@ -44,8 +45,7 @@ class Watch:
             value = () if value is None else (value,) if isinstance(value, str) else tuple(value)
             object.__setattr__(self, name, value)
         for name in ("activations", "output_gradients"):
-            if getattr(self, name) not in (None, "mean", "sum"):
-                raise ConfigError(f"{name}={getattr(self, name)!r} is unknown: choose None, 'mean' or 'sum'.")
+            choose(name, getattr(self, name), (None, "mean", "sum"))
         if self.batch_dim not in (0, 1):
             raise ConfigError(f"batch_dim={self.batch_dim} is unknown: 0 (batch first) or 1 (sequence first).")
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 
+from loghook.arguments import positive, whole
 from loghook.errors import ConfigError
 
 _PRETRAINING = (
@@ -74,16 +75,14 @@ class DemoConfig:
         if not all(map(str.strip, self.prompts)):
             raise ConfigError(f"a prompt of {self.prompts} is empty: give a few words for the model to continue.")
         for field in fields(self):
-            value, least = getattr(self, field.name), _LEAST.get(field.name, 1)
-            if field.type is int and (type(value) is not int or value < least):
-                raise ConfigError(f"{field.name}={value!r} must be a whole number of at least {least}.")
+            if field.type is int:
+                whole(field.name, getattr(self, field.name), _LEAST.get(field.name, 1))
         if self.hidden % self.heads or (self.hidden // self.heads) % 2:
             raise ConfigError(f"hidden={self.hidden} over heads={self.heads} must be an even width for each head.")
         if not 0 < self.fraction < 0.5:
             raise ConfigError(f"fraction={self.fraction} must lie between 0 and 0.5: it is the share that is removed.")
         for name in ("epochs", "pretrain_lr", "learning_rate", "damping"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"{name}={getattr(self, name)} must be positive.")
+            positive(name, getattr(self, name))
         try:
             torch.empty(0, device=self.device)
         except (AssertionError, RuntimeError) as error:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from loghook.arguments import whole
 from loghook.errors import ConfigError
 from loghook.evaluate.lds import Estimate, estimate, floats
 
@@ -40,7 +41,7 @@ def without_top(scores: ArrayLike, k: int) -> NDArray[np.bool_]:
     that share a removal, pass the sum of their scores as one row. Among ties the first samples go.
     """
     scores_QN = floats("scores", scores, 2)
-    _check_k(k, scores_QN.shape[1] - 1)
+    k = whole("k", k, 1, scores_QN.shape[1] - 1)
     members_QN = np.ones(scores_QN.shape, dtype=bool)
     np.put_along_axis(members_QN, np.argsort(-scores_QN, axis=1, kind="stable")[:, :k], False, axis=1)
     return members_QN
@@ -146,7 +147,7 @@ def recall_at(scores: ArrayLike, relevant: Relevant, k: int) -> Estimate:
     """
     scores_QN = floats("scores", scores, 2)
     relevant_QN = _relevant(relevant, scores_QN.shape)
-    _check_k(k, scores_QN.shape[1])
+    k = whole("k", k, 1, scores_QN.shape[1])
     return estimate((_chance_within(scores_QN, k) * relevant_QN).sum(axis=1) / relevant_QN.sum(axis=1))
 
 
@@ -216,8 +217,3 @@ def _suspects(scores: ArrayLike, flipped: ArrayLike) -> tuple[NDArray[np.float64
     if flipped_N.all() or not flipped_N.any():
         raise ConfigError(f"{flipped_N.sum()} of {len(flipped_N)} samples are flipped: there must be both kinds.")
     return scores_N, flipped_N
-
-
-def _check_k(k: int, most: int) -> None:
-    if not 1 <= k <= most:
-        raise ConfigError(f"k={k} must be a whole number from 1 to {most}.")

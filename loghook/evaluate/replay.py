@@ -18,6 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loghook.arguments import whole
 from loghook.errors import ConfigError
 from loghook.influence.scores import Scores
 from loghook.progress import bar
@@ -154,9 +155,8 @@ def replay(
         ConfigError: losses of a wrong shape, or derivatives that are not finite.
     """
     steps = len(training.batches)
-    every = math.isqrt(steps) if every is None else every
-    if every < 1 or (chunk is not None and chunk < 1):
-        raise ConfigError(f"every={every} steps and chunk={chunk} queries must be at least 1, or None.")
+    every = math.isqrt(steps) if every is None else whole("every", every)
+    chunk = None if chunk is None else whole("chunk", chunk)
     point: tuple[Tensors, Any] = (training.parameters, training.optimizer.start(training.parameters))
     ones, checkpoints = [training.weights(t, {}) for t in range(steps)], []
     for t in range(steps):

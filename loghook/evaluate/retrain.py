@@ -18,8 +18,9 @@ import torch
 from numpy.typing import ArrayLike, NDArray
 from tqdm import tqdm
 
+from loghook.arguments import plain, whole
 from loghook.errors import ConfigError, RetrainingError
-from loghook.log.disk import absolute, lock, plain, replacing, write_atomically
+from loghook.log.disk import absolute, lock, replacing, write_atomically
 
 Train = Callable[[NDArray[np.bool_], int], ArrayLike]
 Job = tuple[int, int]  # place of the subset, and the seed
@@ -69,8 +70,7 @@ def retrain(
         raise ConfigError(f"subsets {subsets_mN.shape} {subsets_mN.dtype} must be (subsets, samples) of bool.")
     if not len(seeds) or len(set(seeds)) != len(seeds):
         raise ConfigError(f"seeds={list(seeds)} must be different and at least one: equal ones measure the same.")
-    if workers < 0:
-        raise ConfigError(f"workers={workers} must be 0 (this process) or a number of processes.")
+    workers = whole("workers", workers, 0, hint=": of processes, or 0 for this one")
     folder = absolute(path)
     folder.mkdir(parents=True, exist_ok=True)
     with lock(folder / "lock"):

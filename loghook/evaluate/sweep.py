@@ -8,6 +8,7 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
+from loghook.arguments import positive
 from loghook.errors import ConfigError
 from loghook.evaluate.lds import Estimate, floats, lds
 from loghook.influence import engine
@@ -99,10 +100,10 @@ def sweep(
         ConfigError: too few queries or rows, one of ``members`` and ``losses`` alone or of a shape that does not fit,
             no dampings, or a method that cannot be tuned without ground truth.
     """
-    tried = np.atleast_1d(np.asarray(dampings, dtype=np.float64)).tolist()
+    tried = [positive("damping", damping) for damping in np.atleast_1d(dampings)]
     methods = [methods] if isinstance(methods, str) else None if methods is None else list(methods)
-    if not tried or not all(0 < damping < float("inf") for damping in tried):
-        raise ConfigError(f"dampings={tried} must be positive numbers, at least one.")
+    if not tried:
+        raise ConfigError("dampings=[] has none to try: pass some positive numbers.")
     if (members is None) != (losses is None):
         raise ConfigError("ground truth is both members= and losses=: pass the two, or neither.")
     if members is None or losses is None:

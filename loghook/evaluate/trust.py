@@ -12,6 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from loghook.arguments import whole
 from loghook.errors import ConfigError
 from loghook.influence import engine
 from loghook.influence.fidelity import correlations, shared_top
@@ -116,8 +117,7 @@ def trust(
         MismatchError: ids of the two logs that do not match.
     """
     engine.require_rows(log)
-    if not 1 <= k < len(log) or nulls < 0:
-        raise ConfigError(f"k={k} must be from 1 to {len(log) - 1}, below the number of rows, and nulls={nulls} >= 0.")
+    k, nulls = whole("k", k, 1, len(log) - 1, hint=", below the number of rows"), whole("nulls", nulls, 0)
     require_query(query)
     if nulls and query.direction is not None:
         raise ConfigError(

@@ -8,12 +8,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loghook.arguments import choose, whole
 from loghook.errors import ConfigError, UnfinishedWarning, user_line
 from loghook.influence.precondition import Metric, progress, solvers, working_dtype
 from loghook.influence.products import Product, products
 from loghook.influence.scores import Scores
 from loghook.influence.solvers import Solver, nonzero
-from loghook.log.disk import plain
 from loghook.log.files import kept_name, load_kept, save_kept
 from loghook.log.format import LayerSpec, checksum, fits, listed
 from loghook.log.query import Query, require_match, require_one_log, require_one_query
@@ -39,13 +39,10 @@ def influence(
     scan: Scan | None = None,
 ) -> Scores:
     """Score every row of a log, or those that another ``scan`` chooses, for every question; see ``Log.influence``."""
-    top = plain(top)
-    if top is not None and (type(top) is not int or top < 1):
-        raise ConfigError(f"top={top!r} must be a whole number of at least 1, or None for all scores.")
+    top = None if top is None else whole("top", top, hint=", or None for all scores")
     if top is not None and per_layer:
         raise ConfigError("top and per_layer exclude each other: per-layer scores need all rows; drop one.")
-    if query_dtype not in (None, "int1"):
-        raise ConfigError(f"query_dtype={query_dtype!r} is unknown: choose None (full precision) or 'int1'.")
+    choose("query_dtype", query_dtype, (None, "int1"))
     if query_dtype is not None and reader.codec.name != query_dtype:
         raise ConfigError(
             f"query_dtype={query_dtype!r} compares signs with signs, but {reader.path} is stored as "

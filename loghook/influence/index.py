@@ -8,13 +8,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loghook.arguments import whole
 from loghook.errors import ConfigError, MismatchError, StateError
 from loghook.influence.engine import influence
 from loghook.influence.fidelity import TOP, as_questions, compared_methods
 from loghook.influence.precondition import Metric, progress
 from loghook.influence.scores import Scores
 from loghook.influence.solvers import gram_basis
-from loghook.log.disk import plain
 from loghook.log.files import loading, save_checked
 from loghook.log.query import Query
 from loghook.log.reader import Reader
@@ -68,8 +68,7 @@ class Index:
                 f"an index cannot take {unfit[0]}: it serves the other methods with {', '.join(OPTIONS)}. Use "
                 "log.influence(..., top=)."
             )
-        _check_top(top, candidates)
-        top, candidates = plain(top), plain(candidates)
+        top, candidates = _checked(top, candidates)
         scan = partial(self._rescore, top=top, candidates=min(candidates, len(self.rows)))
         metric, others = Metric.among({"method": method} | options)
         return influence(self._reader, query, metric, top=top, scan=scan, **others)
@@ -82,10 +81,10 @@ class Index:
         ``query`` may be how many of the log's rows to ask, each left out of its own ranking. The other arguments are as
         in ``search``.
         """
-        _check_top(top, candidates)
+        top, candidates = _checked(top, candidates)
         asked_row = None  # of each question, where questions are rows
-        if isinstance(query := plain(query), int):
-            asked_row, query = as_questions(self._reader, query, seed=0)
+        if not isinstance(query, Query):
+            asked_row, query = as_questions(self._reader, whole("query", query, hint=", or a Query"), seed=0)
             top += 1
             candidates = max(candidates, top)
         proposed = self.search(query, top, method, candidates=candidates, **options).places
@@ -130,11 +129,9 @@ class Index:
 
 def build(reader: Reader, dimensions: int, factory: str, sample: int, seed: int) -> Index:
     """Reduce every row of a log, index them, and print how well that finds the best rows; see ``Log.index``."""
-    dimensions = plain(dimensions)
-    if dimensions < 1 or sample < 1 or not len(reader):
-        raise ConfigError(
-            f"dimensions={dimensions}, sample={sample} and the log's {len(reader)} rows must all be at least 1."
-        )
+    dimensions, sample = whole("dimensions", dimensions), whole("sample", sample)
+    if not len(reader):
+        raise ConfigError(f"{reader.path} holds no rows to index: log some first.")
     _empty(factory, dimensions)  # says now what is wrong with it
     columns = slice(0, reader.layout.gradient_width)
     drawn = np.random.default_rng(seed).choice(len(reader), min(sample, len(reader)), replace=False)
@@ -160,13 +157,9 @@ def load(reader: Reader, path: str | Path) -> Index:
     return Index(reader, basis, rows, factory)
 
 
-def _check_top(top: int, candidates: int) -> None:
-    if type(plain(top)) is not int or top < 1:
-        raise ConfigError(
-            f"top={top!r} must be a whole number of at least 1: log.influence(...) gives the scores of all rows."
-        )
-    if candidates < top:
-        raise ConfigError(f"candidates={candidates} must be at least top={top}.")
+def _checked(top: int, candidates: int) -> tuple[int, int]:
+    top = whole("top", top, hint=": log.influence(...) gives the scores of all rows")
+    return top, whole("candidates", candidates, top, hint=f", as top={top}")
 
 
 def leading_directions(rows: Tensor, dimensions: int) -> Tensor:

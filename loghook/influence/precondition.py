@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loghook.arguments import choose, positive
 from loghook.errors import ConfigError
 from loghook.factors import Eigenbasis, eigenbasis
 from loghook.influence.solvers import Dense, Diagonal, Identity, LowRank, Solver, nonzero, unseen_directions
-from loghook.log.disk import plain
 from loghook.log.format import LayerSpec
 from loghook.log.source import Source
 from loghook.processes import all_gather, all_reduce, rank_and_size
@@ -33,16 +33,11 @@ class Metric:
     normalize: str | None = None  # one of NORMALIZE; "cosine" is "dot" with "unit", unless another is asked for
 
     def __post_init__(self) -> None:
-        if self.method not in METHODS:
-            raise ConfigError(f"method={self.method!r} is unknown: choose one of {', '.join(METHODS)}.")
-        for name in ("damping", "damping_abs"):
-            object.__setattr__(self, name, plain(getattr(self, name)))
-        value = self.damping if self.damping_abs is None else self.damping_abs
-        if not isinstance(value, int | float) or not 0 < value < float("inf"):
-            name = "damping" if self.damping_abs is None else "damping_abs"
-            raise ConfigError(f"{name}={value!r} must be positive and finite; 0.1 of the mean eigenvalue is usual.")
-        if self.normalize not in NORMALIZE:
-            raise ConfigError(f"normalize={self.normalize!r} is unknown: choose None, 'unit' or 'relatif'.")
+        choose("method", self.method, METHODS)
+        choose("normalize", self.normalize, NORMALIZE)
+        used = "damping" if self.damping_abs is None else "damping_abs"
+        amount = positive(used, getattr(self, used), hint="; 0.1 of the mean eigenvalue is usual")
+        object.__setattr__(self, used, amount)
         if self.method == "cosine" and self.normalize is None:
             object.__setattr__(self, "normalize", "unit")
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
+from loghook.arguments import whole
 from loghook.errors import ConfigError, MismatchError
 from loghook.log.files import loading, save_checked, write_file
 
@@ -99,7 +100,7 @@ class Scores:
 
     def distinct(self, k: int) -> list[list[int | str]]:
         """The ids of each question's strongest proponents, each once: k, or as many as every question has."""
-        _check_count(k)
+        k = whole("k", k)
         rankings = []
         for values, places in zip(self.values, self._all_places(), strict=True):
             ids: dict[int | str, None] = {}
@@ -291,7 +292,7 @@ class Scores:
         return np.broadcast_to(np.arange(self.values.shape[1]), self.values.shape)
 
     def _ranked(self, k: int, *, best: bool) -> list[list[Record]]:
-        _check_count(k)
+        k = whole("k", k)
         rankings = []
         for values, places in zip(self.values, self._all_places(), strict=True):
             order = strongest(values if best else -values, k)
@@ -305,11 +306,6 @@ def strongest(values: np.ndarray, k: int) -> np.ndarray:
         near = np.flatnonzero(values >= np.partition(values, -k)[-k])
         return near[np.argsort(-values[near], kind="stable")][:k]
     return np.argsort(-values, kind="stable")
-
-
-def _check_count(k: int) -> None:
-    if not isinstance(k, int | np.integer) or k < 1:
-        raise ConfigError(f"k={k!r} must be a whole number of at least 1.")
 
 
 def _order(kind: str, scored: Sequence[Any], wanted: Any) -> tuple[Any, np.ndarray | slice]:

@@ -12,7 +12,6 @@ from io import FileIO
 from pathlib import Path
 from typing import IO, Any
 
-import numpy as np
 import xxhash
 
 from loghook.errors import ConfigError, LoghookError, LogLockedError, WriteError
@@ -26,11 +25,6 @@ def absolute(path: str | Path) -> Path:
     if not isinstance(path, str | os.PathLike) or not str(path):
         raise ConfigError(f"path={path!r} names no folder: pass a str or a Path.")
     return Path(path).expanduser().absolute()
-
-
-def plain(number: Any) -> Any:
-    """A number of numpy's as Python's own: JSON knows no others. Anything else is as it was."""
-    return number.item() if isinstance(number, np.generic) else number
 
 
 def checksum(data: bytes | memoryview) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, get_args, get_origin
 
+from loghook.arguments import choose
 from loghook.errors import ConfigError, CorruptLogError, LoghookError, VersionError
 from loghook.log.codec import DTYPES, Codec, make_codec
 from loghook.log.disk import canonical_json, checksum, parse_object, write_atomically
@@ -127,8 +128,7 @@ class Layout:
 
     def find(self, layer: str, kind: str = "gradients") -> tuple[LayerSpec, slice]:
         """A layer's spec and its columns of a row, for one kind of rows."""
-        if kind not in self.kinds:
-            raise ConfigError(f"kind={kind!r} is unknown: choose one of {', '.join(self.kinds)}.")
+        choose("kind", kind, tuple(self.kinds))
         specs = {spec.name: spec for spec in self.layers}
         if layer not in specs:
             raise ConfigError(f"layer {layer!r} is not in the log; its layers are {listed(specs)}.")

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from loghook.arguments import choose
 from loghook.errors import ConfigError, CorruptLogError, LogExistsError, LoghookError, MismatchError, StateError
 from loghook.log.codec import DTYPES, Codec
 from loghook.log.disk import absolute, checksum, lock, lock_name, sync_folder, write_atomically, write_flushed, writing
@@ -161,8 +162,7 @@ def merge(out: str | Path, runs: Sequence[str | Path]) -> Changed:
 @on_cpu
 def compress(source: str | Path, out: str | Path, dtype: str) -> Changed:
     """Write the run ``source`` again as ``out``, in another dtype; see ``Log.compress``."""
-    if dtype not in DTYPES:
-        raise ConfigError(f"dtype={dtype!r} is unknown: choose one of {', '.join(DTYPES)}.")
+    choose("dtype", dtype, DTYPES)
     path = absolute(source)
     manifest = Manifest.load(path)
     history = [_history_entry("compress", runs=[_origin(manifest)], dtype=manifest.dtype)]

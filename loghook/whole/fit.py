@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from loghook.arguments import choose, positive, whole
 from loghook.capture.batch import Blocks, Given, Ids, check_ids
 from loghook.capture.config import Recipe
 from loghook.capture.hooked import Hooked
@@ -22,7 +23,7 @@ from loghook.factors import Eigenbasis, FactorStore, pack_factors
 from loghook.influence.precondition import PLAIN, Metric
 from loghook.influence.scores import Scores
 from loghook.influence.solvers import Diagonal, Identity
-from loghook.log.disk import lock, lock_name, plain, writing
+from loghook.log.disk import lock, lock_name, writing
 from loghook.log.files import FACTORS
 from loghook.log.format import MANIFEST
 from loghook.log.query import Query, require_match, require_one_query, require_query
@@ -41,8 +42,7 @@ class Fit(Blocks, Hooked):
     def __init__(self, path: Path, *, fisher: str, resume: bool, overwrite: bool) -> None:
         """See ``loghook.fit``."""
         super().__init__(Recipe(projection="none"))
-        if fisher not in FISHERS:
-            raise ConfigError(f"fisher={fisher!r} is unknown: choose 'empirical' or 'true'.")
+        choose("fisher", fisher, FISHERS)
         if resume and overwrite:
             raise ConfigError("resume=True and overwrite=True exclude each other: keep one.")
         self.path, self.fisher = path, fisher
@@ -205,9 +205,7 @@ class Fit(Blocks, Hooked):
         method = method or ("ekfac" if query.direction is None else "dot")
         metric = Metric(method=method, damping=damping, damping_abs=damping_abs, normalize=normalize)
         metric.require_fit_for(query.direction)
-        rank = plain(rank)
-        if rank is not None and (type(rank) is not int or rank < 1):
-            raise ConfigError(f"rank={rank!r} must be a whole number of at least 1, or None for whole questions.")
+        rank = None if rank is None else whole("rank", rank, hint=", or None for whole questions")
         return Scoring(self, query, metric, rank=rank, per_layer=per_layer)
 
     def self_influence(
@@ -298,8 +296,7 @@ class Fit(Blocks, Hooked):
         Raises:
             ConfigError: a time that is not positive and finite.
         """
-        if not 0 < time < float("inf"):
-            raise ConfigError(f"time={time!r} must be positive and finite: the sum of the segment's learning rates.")
+        time = positive("time", time, hint=": the sum of the segment's learning rates")
         self._require_match(query, at_any_values=True)
         directions, remaining = unrolled(query.matrix, self._require_store(), self._layout.columns, time)
         direction = query.with_rows(directions, f"source, time {time:.3g}")

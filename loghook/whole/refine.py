@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from loghook.arguments import choose, whole
 from loghook.capture.batch import batch_size, samples
 from loghook.capture.frozen import requiring_grad
 from loghook.capture.layers import Layer
@@ -229,9 +230,9 @@ def solve(
     system: Damped, g: Tensor, *, solver: str, iterations: int | None, tolerance: float, step: float, momentum: float
 ) -> tuple[Tensor, int, float]:
     """Solve for each row of g (Q, width): the solutions, the iterations that were taken, and the residual."""
-    iterations = SOLVERS.get(solver, 0) if iterations is None else iterations
-    if solver not in SOLVERS or iterations < 1:
-        raise ConfigError(f"solver={solver!r} must be 'cg' or 'astra', and iterations={iterations} at least 1.")
+    choose("solver", solver, tuple(SOLVERS))
+    iterations = SOLVERS[solver] if iterations is None else iterations
+    iterations = whole("iterations", iterations)
     if solver == "cg":
         u, residuals = conjugate_gradients(system, g, iterations, tolerance)
         return u, len(residuals) - 1, residuals[-1]
