@@ -1,12 +1,13 @@
 """``loghook.check``: proves the rows on a user's own model against one-sample-at-a-time autograd."""
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from loghook.capture.batch import Segments
 from loghook.capture.block import nothing_delivered
 from loghook.capture.models import describe_coverage, unwrap
 from loghook.capture.probe import LossFunction, Probe, left_alone
@@ -78,7 +79,8 @@ def check(  # noqa: D417 - five arguments share a line
     may_sleep: str | Sequence[str] = (),
     flattened: str | Sequence[str] = (),
     batch_dim: int = 0,
-    segments: Tensor | Callable[[Any], Tensor] | None = None,
+    segments: Segments | Callable[[Any], Segments] | None = None,
+    alone: Sequence[Any] | None = None,
     scale: Callable[[Any], float | Tensor] | None = None,
     rank: int = 16,
 ) -> CheckReport:
@@ -96,6 +98,8 @@ def check(  # noqa: D417 - five arguments share a line
             A document is then compared with itself in a row of its own, cut out of the batch's tensors: those of
             shape (B, S, ...), and masks of shape (B, heads or 1, S, S). Pairs, (B, 1), are whole entries of the batch,
             or of what the loss makes of a batch with one entry for each pair.
+        alone: each sample as a batch of its own, where that is not the batch cut along the first axes of its tensors
+            (images of several sizes). Then ``segments`` is a function, which is called for these as well.
         scale: where the loss is a mean, ``scale(batch)`` returns what you pass as ``run(..., scale=...)``: the number
             of items that the mean runs over.
         rank: of the projection that rows are compared in.
@@ -113,7 +117,12 @@ def check(  # noqa: D417 - five arguments share a line
         )
     summed = loss_fn if scale is None else lambda model, batch: loss_fn(model, batch) * scale(batch)
     watch = Watch(include, exclude, may_sleep="*", flattened=flattened, batch_dim=batch_dim, activations="sum")
-    probe = Probe(model, watch, rank, summed, batch, segments(batch) if callable(segments) else segments)
+    if segments is not None and not callable(segments) and (alone is not None or isinstance(segments, Mapping)):
+        raise ConfigError(
+            "segments by layer, or beside alone=, must be a function here, batch -> segments, since samples also "
+            "run one by one."
+        )
+    probe = Probe(model, watch, rank, summed, batch, segments, alone)
     report = CheckReport(tolerance=TOLERANCE[torch.float32], coverage=probe.coverage, watched=len(probe.layers))
     try:
         with left_alone(model):

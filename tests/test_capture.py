@@ -1482,3 +1482,88 @@ def test_watch_says_how_much_of_what_is_trained_is_covered(tmp_path, capsys):
     model.layer.weight.requires_grad_(True)
     assert "12 of 15 trainable parameters" in shown(model)
     assert "trainable" not in shown(model.requires_grad_(False))  # in a log-only pass
+
+
+class Sees(nn.Module):
+    """A tower over all patches of a batch's images, in one axis, and a text model that gets their mean by sample."""
+
+    def __init__(self, side_by_side):
+        super().__init__()
+        self.side_by_side = side_by_side
+        self.vision = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 5))
+        self.text = nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3))
+
+    def forward(self, patches, owner, words):
+        seen = self.vision(patches[None])[0] if self.side_by_side else self.vision(patches)
+        return self.text(words + torch.zeros(len(words), 5).to(seen).index_add(0, owner, seen)[:, None])
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("side_by_side", [False, True])
+def test_layers_that_see_patches_of_images_have_segments_of_their_own(tmp_path, side_by_side, compiled):
+    torch.manual_seed(0)
+    model = Sees(side_by_side).double()
+    counts, words = [3, 0, 4, 1], torch.randn(4, 6, 5).double()
+    owner = loghook.segments.from_counts(counts)
+    assert owner.flatten().tolist() == [0, 0, 0, 2, 2, 2, 2, 3]
+    patches, mask = torch.randn(8, 6).double(), (torch.rand(4, 6) < 0.7).double()
+    mask[:, 0] = 1
+
+    def log(name, blocks):
+        run = loghook.init(tmp_path / name, rank=4, dtype="float64", on_repeat="first")
+        run.watch(model, activations="sum", may_sleep="vision*")
+        ran = torch.compile(model, backend="aot_eager", dynamic=True) if compiled and name == "together" else model
+        for ids in blocks:
+            mine = torch.isin(owner[:, 0], torch.tensor(ids))
+            own = loghook.segments.from_counts([counts[i] for i in ids])
+            with run(data_id=ids, mask=mask[ids], segments={"vision*": own}):
+                out = ran(patches[mine], own[:, 0], words[ids])
+                out.pow(3).sum().backward()
+        run.finalize()
+        run.close()
+        return loghook.load(tmp_path / name)
+
+    together, alone = log("together", [[0, 1], [1, 2, 3]]), log("alone", [[0], [1], [2], [3]])
+    assert together.data_ids == alone.data_ids == [0, 1, 2, 3]
+    torch.testing.assert_close(torch.from_numpy(together.moments()), torch.from_numpy(alone.moments()))
+    for layer in together.layers:
+        for kind in ("gradients", "activations"):
+            a, b = (torch.from_numpy(log.rows(layer, kind)[:].copy()) for log in (together, alone))
+            torch.testing.assert_close(a, b)
+            assert (b.flatten(1).abs().amax(1) > 0).tolist() == [True, not layer.startswith("vision"), True, True]
+    # A sample's whole gradient, by autograd.
+    run = loghook.init(tmp_path / "whole", projection="none", dtype="float64")
+    run.watch(model)
+    with run(data_id=["a", "b"], segments={"vision*": loghook.segments.from_counts([3, 4])}):
+        model(patches[:7], torch.tensor([0] * 3 + [1] * 4), words[[0, 2]]).pow(3).sum().backward()
+    run.finalize()
+    rows = loghook.load(tmp_path / "whole").rows("vision.0")[1]
+    for p in model.parameters():
+        p.grad = None
+    model(patches[3:7], torch.zeros(4, dtype=torch.long), words[2:3]).pow(3).sum().backward()
+    first = model.vision[0]
+    expected = torch.cat([first.weight.grad, first.bias.grad[:, None]], 1)
+    torch.testing.assert_close(torch.from_numpy(rows.copy()), expected)
+
+
+def test_segments_by_layer_that_do_not_fit_are_refused(tmp_path):
+    model = Sees(side_by_side=False)
+    run = loghook.init(tmp_path, rank=4)
+    run.watch(model)
+    owner = loghook.segments.from_counts([3, 5])
+    patches, words = torch.randn(8, 6), torch.randn(2, 6, 5)
+
+    def block(segments, **options):
+        with run(data_id=[0, 1], segments=segments, **options):
+            model(patches, owner[:, 0], words).sum().backward()
+
+    for segments, options, says in (
+        (None, {}, r"layer 'vision.2' got an input of shape \(8, 8\).*segments=\{pattern: ...\}"),
+        ({"visual*": owner}, {}, r"segments=\{'visual\*': ...\} serves no watched layer"),
+        ({"vision*": owner[:-1]}, {}, "'vision.2' has .batch, tokens. = .8, 1. where segments has .7, 1."),
+        ({"vision*": owner + 1}, {}, "number them 0 to 1"),
+        ({"vision*": owner}, {"mask": {"*": torch.ones(2, 6)}}, "mask has shape .2, 6. where layer 'vision.0' sees 8"),
+    ):
+        with pytest.raises(BatchError, match=says):
+            block(segments, **options)
+    block({"vision*": owner}, mask=torch.ones(2, 6))

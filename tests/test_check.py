@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
 import loghook
 from loghook.capture import adapters
@@ -663,3 +663,62 @@ def test_a_model_that_cannot_take_one_sample_alone_is_a_problem_with_its_words()
     report = loghook.check(nn.Linear(8, 5), lambda model, x: model(x.T).sin().sum(), torch.randn(8, 8))
     assert "a sample alone does not run as the batch does" in report.problems[0]
     assert "shapes cannot be multiplied" in report.problems[0]
+
+
+def sees():
+    """A small Qwen2.5-VL, and a batch with an image of another size in each sample."""
+    torch.manual_seed(0)
+    text = {"vocab_size": 64, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+    text |= {"num_attention_heads": 2, "num_key_value_heads": 2, "bos_token_id": 1, "eos_token_id": 2}
+    text["rope_parameters"] = {"rope_type": "default", "mrope_section": [1, 1, 2], "rope_theta": 1e4}
+    vision = {"depth": 1, "hidden_size": 16, "out_hidden_size": 16, "num_heads": 2, "intermediate_size": 24}
+    vision |= {"patch_size": 2, "temporal_patch_size": 2, "window_size": 8, "fullatt_block_indexes": [0]}
+    model = Qwen2_5_VLForConditionalGeneration(
+        Qwen2_5_VLConfig(
+            text_config=text, vision_config=vision, image_token_id=60, vision_start_token_id=61, vision_end_token_id=62,
+            video_token_id=63,
+        )
+    ).eval()  # fmt: skip
+    patches = [16, 32, 24]
+    ids = torch.randint(3, 60, (3, 14))
+    for sample, count in zip(ids, patches, strict=True):
+        sample[1], sample[2 : 2 + count // 4] = 61, 60
+    batch = {"input_ids": ids, "pixel_values": torch.randn(sum(patches), 24), "mm_token_type_ids": (ids == 60).int()}
+    batch["image_grid_thw"] = torch.tensor([[1, 4, count // 4] for count in patches])
+    ends = torch.tensor([0, *patches]).cumsum(0).tolist()
+    alone = [
+        {k: v[ends[i] : ends[i + 1]] if k == "pixel_values" else v[i : i + 1] for k, v in batch.items()}
+        for i in range(3)
+    ]
+    return model, batch, alone
+
+
+def captions(model, batch):
+    labels = batch["input_ids"].masked_fill(batch["input_ids"] >= 60, -100)
+    logits = model(**batch, use_cache=False).logits[:, :-1]
+    return F.cross_entropy(logits.transpose(1, 2), labels[:, 1:], reduction="sum")
+
+
+def owners(batch, shift=0):
+    patches = batch["image_grid_thw"].prod(1)
+    of_merged, of_patches = (loghook.segments.from_counts(counts).roll(shift, 0) for counts in (patches // 4, patches))
+    return {"*visual.merger*": of_merged, "*visual*": of_patches}
+
+
+def test_vision_layers_that_see_the_patches_of_all_images():
+    model, batch, alone = sees()
+    report = loghook.check(model, captions, batch, segments=owners, alone=alone)
+    assert report and sum("visual" in name for name in report.errors) == 8 and len(report.errors) == 22
+    # Patches that are given to another sample are found.
+    report = loghook.check(model, captions, batch, segments=lambda batch: owners(batch, shift=4), alone=alone)
+    assert not report and report.wrong and all("visual" in name for name in report.wrong)
+
+
+def test_samples_that_cannot_be_cut_are_to_be_given():
+    model, batch, alone = sees()
+    with pytest.raises(BatchError, match=r"first axes of \[3, 72\].*check\(..., alone="):
+        loghook.check(model, captions, batch, segments=owners)
+    for options in ({"segments": owners(batch)}, {"segments": torch.zeros(3, 1).long(), "alone": alone}):
+        with pytest.raises(ConfigError, match="must be a function here, batch -> segments"):
+            loghook.check(model, captions, batch, **options)
+    assert "first axis must be the batch" in only_problem(loghook.check(model, captions, batch, alone=alone))

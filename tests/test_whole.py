@@ -24,6 +24,7 @@ from loghook.project import outer
 from loghook.whole.scoring import low_rank
 from tests import dense
 from tests.oracle import one_sample_gradients
+from tests.test_capture import Sees
 from tests.test_fitted import data, loss_fn, make, quietly, raw_moments
 
 
@@ -489,3 +490,29 @@ def test_eigenvalues_that_float32_cannot_hold_are_refused(tmp_path, scale):
 
     with pytest.raises(ConfigError, match="do not fit in float32"):
         go_through()
+
+
+def test_layers_that_see_images_have_scores_of_their_samples():
+    torch.manual_seed(0)
+    model, counts, words = Sees(side_by_side=False), [3, 1, 4, 2], torch.randn(4, 6, 5)
+    owner, patches, scores = loghook.segments.from_counts(counts), torch.randn(10, 6), {}
+    for batches in ([[0, 1, 2, 3]], [[0], [1], [2], [3]]):
+        fit = loghook.fit(tempfile.mkdtemp())
+        quietly(fit, model)
+
+        def run(blocks, batches=batches):
+            for ids in batches:
+                mine, own = torch.isin(owner[:, 0], torch.tensor(ids)), [counts[i] for i in ids]
+                own = loghook.segments.from_counts(own)
+                with blocks(data_id=ids, segments={"vision*": own}):
+                    model(patches[mine], own[:, 0], words[ids]).pow(3).sum().backward()
+
+        for _ in fit.passes():
+            run(fit)
+        with fit.query(data_id=["q"], segments={"vision*": owner[:3]}) as query:
+            model(patches[:3], owner[:3, 0], words[:1]).pow(2).sum().backward()
+        scoring = fit.score(query, normalize="relatif")
+        run(scoring)
+        scores[len(batches)] = scoring.scores()
+    assert scores[1].data_ids == scores[4].data_ids
+    assert close(scores[1].values, scores[4].values)

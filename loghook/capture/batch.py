@@ -4,18 +4,21 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from loghook.capture.segments import arrange
+from loghook.capture.segments import Documents, arrange
 from loghook.errors import BatchError
 from loghook.log.format import fits
 
+T = TypeVar("T")
 Ids = Sequence[int] | Sequence[str] | np.ndarray | Tensor
+# Of all layers, or by fnmatch pattern of their names: the first that fits a layer is its own.
 Mask = Tensor | Mapping[str, Tensor]
+Segments = Tensor | Mapping[str, Tensor]
 
 
 @dataclass(frozen=True)
@@ -25,7 +28,7 @@ class Given:
     mask: Mask | None = None
     scale: float | Tensor = 1.0
     scaler: Any = None
-    segments: Tensor | None = None
+    segments: Segments | None = None
 
 
 class Blocks:
@@ -38,7 +41,7 @@ class Blocks:
         mask: Mask | None = None,
         scale: float | Tensor = 1.0,
         scaler: Any = None,
-        segments: Tensor | None = None,
+        segments: Segments | None = None,
     ) -> AbstractContextManager[None]:
         """Log, gather or score the samples of one batch: run its forward and backward inside.
 
@@ -56,7 +59,9 @@ class Blocks:
             segments: (B, S) integers, for packed batches: each token's place in ``data_id``, -1 for none. A row is
                 then a document (or whatever the numbers say) instead of a sample; ``loghook.segments`` makes it from
                 ``position_ids`` or ``cu_seqlens``, or for single tokens. (B, 1) where a row is whole entries of the
-                batch, as of pairs, whatever tokens a layer sees of them.
+                batch, as of pairs, whatever tokens a layer sees of them. Where only some layers see other entries than
+                samples (images, or their patches), a dict {fnmatch pattern of names: segments}: what none fits sees
+                samples, and a sample may have no entry there.
 
         Raises:
             BatchError: ids, mask or scale that do not fit the batch.
@@ -91,20 +96,45 @@ def check_ids(data_id: Ids) -> list[int] | list[str]:
     return values
 
 
-def check_masks(mask: Any, size: int, layers: Sequence[str]) -> dict[str, Tensor]:
-    """Return {layer: its mask, (B,) or (B, S)}, for layers that have one: the first whose pattern fits the name."""
-    given = mask if isinstance(mask, Mapping) else {} if mask is None else {"*": mask}
-    masks = {pattern: torch.as_tensor(value) for pattern, value in given.items()}
-    for value in masks.values():
-        if value.dim() not in (1, 2) or value.shape[0] != size:
-            raise BatchError(f"mask has shape {tuple(value.shape)} in a block of {size} ids: pass (batch, tokens).")
+def check_segments(segments: Segments | None, size: int, layers: Sequence[str]) -> dict[str, Documents]:
+    """Return {layer: which of its tokens make which of ``size`` rows}, for layers that do not see a sample an entry."""
+    some = isinstance(segments, Mapping)  # layers see other entries than samples, of which a sample may have none
+    return _by_layer("segments", segments, layers, lambda value: arrange(value, size, all_present=not some))
+
+
+def check_masks(
+    mask: Mask | None, size: int, layers: Sequence[str], documents: Mapping[str, Documents]
+) -> dict[str, Tensor]:
+    """Return {layer: its mask, (B,) or (B, S)}, for layers that have one, whose first axis is that of what it sees."""
+
+    def checked(value: Any) -> Tensor:
+        value = torch.as_tensor(value)
         if value.device.type == "cpu" and not bool((value >= 0).all()):  # on a device that would wait for it
             raise BatchError("mask holds negative numbers or nan: it says how much each token counts, mostly 0 or 1.")
-    fitting = {name: [p for p in masks if fits(name, p)] for name in layers}
-    unused = masks.keys() - {patterns[0] for patterns in fitting.values() if patterns}
+        return value
+
+    masks = _by_layer("mask", mask, layers, checked)
+    entries = {name: documents[name].entries if name in documents else size for name in masks}
+    wrong = [name for name, value in masks.items() if value.dim() not in (1, 2) or len(value) != entries[name]]
+    if wrong and (isinstance(mask, Mapping) or len(wrong) == len(masks)):
+        raise BatchError(
+            f"mask has shape {tuple(masks[wrong[0]].shape)} where layer {wrong[0]!r} sees {entries[wrong[0]]} entries: "
+            "pass (batch, tokens)."
+        )
+    return {name: value for name, value in masks.items() if name not in wrong}
+
+
+def _by_layer(argument: str, given: Any, layers: Sequence[str], check: Callable[[Any], T]) -> dict[str, T]:
+    """{layer: what was given for it, checked}: one for all, or one for each pattern, of which the first that fits."""
+    values = given if isinstance(given, Mapping) else {} if given is None else {"*": given}
+    fitting = {name: [pattern for pattern in values if fits(name, pattern)] for name in layers}
+    unused = values.keys() - {patterns[0] for patterns in fitting.values() if patterns}
     if unused:
-        raise BatchError(f"mask={{{min(unused)!r}: ...}} serves no watched layer: the first that fits a name is used.")
-    return {name: masks[patterns[0]] for name, patterns in fitting.items() if patterns}
+        raise BatchError(
+            f"{argument}={{{min(unused)!r}: ...}} serves no watched layer: the first that fits a name is used."
+        )
+    checked = {pattern: check(value) for pattern, value in values.items()}
+    return {name: checked[patterns[0]] for name, patterns in fitting.items() if patterns}
 
 
 def _check_scale(scale: Any, size: int | None = None) -> float | Tensor:
@@ -152,7 +182,7 @@ def batch_size(batch: Any) -> int:
     if len(sizes) != 1:
         raise BatchError(
             f"the batch's tensors have first axes of {sorted(sizes)}: pass tensors (or a dict, list or tuple of them) "
-            "with the samples along the first axis."
+            "with the samples along the first axis, or each sample as a batch of its own, check(..., alone=[...])."
         )
     return sizes.pop()
 

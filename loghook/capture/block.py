@@ -22,7 +22,7 @@ def block(
     scale: float | Tensor,  # what gradients are multiplied by, see ``unscaled``
     masks: Mapping[str, Tensor],  # {layer: (B, S) or (B,), which tokens count in moments and means}; else all do
     keep: Tensor | None,  # (B,) bool, which samples (or documents) count in them (repeats do not), or None for all
-    documents: Documents | None,  # which tokens make a row, or None: those of a sample
+    documents: Mapping[str, Documents],  # {layer: which tokens make a row}; else those of a sample
 ) -> Iterator[list[Result]]:
     """Make the layers' hooks live; the list holds the job's result once the context ends without an error."""
     result: list[Result] = []
@@ -51,17 +51,20 @@ def _prepare(
     scale: float | Tensor,
     masks: Mapping[str, Tensor],
     keep: Tensor | None,
-    documents: Documents | None,
+    documents: Mapping[str, Documents],
 ) -> list[Slots]:
     """Make fresh leaves for every layer, and what its hook needs besides."""
     common = Block()
-    given = {id(mask): mask for mask in (None, *masks.values())}  # layers may share one
-    weights = {key: count(mask, keep, documents) for key, mask in given.items()}
+    weights: dict[tuple[int, int], Tensor | None] = {}  # layers may share one
     places: dict[tuple[torch.device, torch.dtype], Place] = {}
     prepared: list[Slots] = []
     for layer in layers:
         layer.fired = False
-        weight = weights[id(masks.get(layer.name))]
+        mask, mine = masks.get(layer.name), documents.get(layer.name)
+        key = id(mask), id(mine)
+        if key not in weights:
+            weights[key] = count(mask, keep, mine)
+        weight = weights[key]
         where = layer.device_and_dtype()
         if where not in places:
             places[where] = Place(common, *where, job, scale, keep)
@@ -75,9 +78,9 @@ def _prepare(
             held=held,
             tokens=Tokens(
                 samples=place.zero.expand(size),
-                documents=None if documents is None else Documents(*(place.to(t) for t in documents)),
+                documents=None if mine is None else Documents(*(place.to(t) for t in mine)),
                 mask=None if weight is None else place.to(weight, place.dtype),
-                keep=None if keep is None or documents is not None else place.to(keep, place.dtype),
+                keep=None if keep is None or mine is not None else place.to(keep, place.dtype),
             ),
         )
         slots.leaves.main.register_post_accumulate_grad_hook(lambda _, slots=slots: slots.count())

@@ -206,8 +206,9 @@ def _batch_first(layer: Layer, slots: Slots, x: Tensor) -> Tensor:
         raise BatchError(
             f"{len(x)} samples, {slots.tokens.size} ids: layer {layer.name!r} got an input of shape {shape}, and its "
             f"{'second axis (batch_dim=1)' if moved else 'first axis'} must be the batch. Pass one id for each sample, "
-            "or segments= where a sample is several rows (pairs); for other axes batch_dim=1 (sequence first) or "
-            "flattened= (as many tokens for each sample); or exclude the layer, as one whose input all samples share."
+            "or segments= where a sample is several rows (pairs), segments={pattern: ...} for layers that see other "
+            "entries (images, patches); for other axes batch_dim=1 (sequence first) or flattened= (as many tokens for "
+            "each sample); or exclude the layer, as one whose input all samples share."
         )
     return x
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from loghook.capture.batch import Given, Ids, Mask, check_ids, check_masks, unscaled
+from loghook.capture.batch import Given, Ids, Mask, Segments, check_ids, check_masks, check_segments, unscaled
 from loghook.capture.block import block, nothing_delivered
 from loghook.capture.config import Recipe
 from loghook.capture.experts import ExpertProjection, watched
@@ -23,7 +23,6 @@ from loghook.capture.layers import Layer
 from loghook.capture.models import mixing_modules, parameters_digest, refuse, unwrap, values_digest
 from loghook.capture.optimizer import bind
 from loghook.capture.rows import Rows, Updates
-from loghook.capture.segments import arrange
 from loghook.capture.select import Watch, find_logged, fits_record, select
 from loghook.errors import ConfigError, DeliveryError, MismatchError, StateError, UnsupportedError
 from loghook.log.files import Sides, load_sides
@@ -126,8 +125,8 @@ class Hooked:
                 _require_unchanged(layer)
             self._mixing = [] if self._model is None else mixing_modules(self._model)
         _require_apart(self._mixing)
-        documents = None if given.segments is None else arrange(given.segments, size)
-        masks = check_masks(given.mask, size if documents is None else len(documents.number_BS), self._names)
+        documents = check_segments(given.segments, size, self._names)
+        masks = check_masks(given.mask, size, self._names, documents)
         factor = unscaled(given.scale, given.scaler, None if job.sums else size)
         if job.projects:
             self._require_projection()
@@ -171,7 +170,7 @@ class Hooked:
 
     @contextmanager
     def query(
-        self, data_id: Ids, *, mask: Mask | None = None, scale: float | Tensor = 1.0, segments: Tensor | None = None
+        self, data_id: Ids, *, mask: Mask | None = None, scale: float | Tensor = 1.0, segments: Segments | None = None
     ) -> Iterator[Query]:
         """Capture the rows of questions, to be scored against a log; nothing is written.
 
@@ -179,7 +178,8 @@ class Hooked:
             data_id: one int or str for each sample of the batch.
             mask: (B, S), or a dict of them by layer, which tokens count in activation means; never changes a gradient.
             scale: what rows are multiplied by: n if the loss is a mean over n items; or (B,), one for each.
-            segments: (B, S), each token's place in ``data_id``, where a question is not a sample; see ``Run``.
+            segments: (B, S), each token's place in ``data_id``, where a question is not a sample, or a dict of them by
+                layer; see ``Run``.
 
         Yields:
             A Query that holds its rows once the block ends.

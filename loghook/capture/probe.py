@@ -1,7 +1,7 @@
 """``Probe``: what ``loghook.check`` compares, the rows of a batch and of each of its samples (or documents) alone."""
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any, NamedTuple
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.parametrize import is_parametrized
 
-from loghook.capture.batch import Given, documents, samples
+from loghook.capture.batch import Given, Segments, documents, samples
 from loghook.capture.config import Recipe
 from loghook.capture.frozen import fsdp1_modules, requiring_grad, sharded_groups
 from loghook.capture.hooked import Hooked
@@ -43,15 +43,25 @@ class Probe(Hooked):
     """Hooks that only look, and write nothing."""
 
     def __init__(
-        self, model: nn.Module, watch: Watch, rank: int, loss_fn: LossFunction, batch: Any, segments: Any
+        self,
+        model: nn.Module,
+        watch: Watch,
+        rank: int,
+        loss_fn: LossFunction,
+        batch: Any,
+        segments: Segments | Callable[[Any], Segments] | None = None,
+        alone: Sequence[Any] | None = None,
     ) -> None:
         super().__init__(Recipe(rank=rank))
-        self.model, self._loss_fn, self._batch, self._segments = model, loss_fn, batch, segments
-        self.unit = "sample" if segments is None else "document"
+        self.model, self._loss_fn, self._batch = model, loss_fn, batch
+        of_batch = segments if callable(segments) else lambda _: segments
+        self._segments, self.unit = of_batch(batch), "sample"
         # Each sample or document as a batch of its own, and its segments there.
-        self._alone = (
-            documents(batch, segments) if segments is not None else [(sample, None) for sample in samples(batch)]
-        )
+        self._alone: Sequence[tuple[Any, Segments | None]]
+        if alone is None and self._segments is not None and not isinstance(self._segments, Mapping):
+            self._alone, self.unit = documents(batch, self._segments), "document"
+        else:
+            self._alone = [(own, of_batch(own)) for own in (samples(batch) if alone is None else alone)]
         # Whether a forward pass is something that all processes do together, and so equally often.
         self.sharded = bool(fsdp1_modules(model)) or any(type(p).__name__ == "DTensor" for p in model.parameters())
         sizes = all_gather(len(self._alone)) if self.sharded else [len(self._alone)]

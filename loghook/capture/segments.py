@@ -4,7 +4,7 @@
 functions here make that from what packed batches carry.
 """
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from loghook.errors import BatchError
 
-__all__ = ["from_cu_seqlens", "from_position_ids", "per_token"]
+__all__ = ["from_counts", "from_cu_seqlens", "from_position_ids", "per_token"]
 
 
 def from_position_ids(position_ids: Tensor) -> Tensor:
@@ -47,6 +47,19 @@ def from_cu_seqlens(cu_seqlens: Tensor, shape: tuple[int, int] | None = None) ->
     return numbers.masked_fill(places >= total, -1).view(shape)
 
 
+def from_counts(counts: Tensor | Sequence[int]) -> Tensor:
+    """Number the entries of a batch, such as images or their patches, of which each sample brought some, in order.
+
+    Args:
+        counts: (B,) int, how many entries each sample has; 0 for none.
+
+    Returns:
+        (entries, 1) int64: each entry's sample.
+    """
+    counts = torch.as_tensor(counts)
+    return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts)[:, None]
+
+
 def per_token(batch: int, tokens: int) -> Tensor:
     """Every token its own row: (batch, tokens) int64 that counts through, row after row.
 
@@ -61,6 +74,11 @@ class Documents(NamedTuple):
     number_BS: Tensor  # (B, S) place in ``data_id`` of each token's document; -1 for none. Of whole entries (B, 1)
     index_DL: Tensor  # (D, L) places of each document's tokens among B * S; B * S for padding
 
+    @property
+    def entries(self) -> int:
+        """Length of the batch's first axis, in which several documents may be one entry, or one several."""
+        return self.number_BS.shape[0]
+
     def places(self, layer: str, shape: tuple[int, int]) -> Tensor:
         """``index_DL`` among the tokens of a layer that sees (B, S) of them."""
         (B, S), ours = shape, tuple(self.number_BS.shape)
@@ -69,6 +87,8 @@ class Documents(NamedTuple):
         if ours == (B, 1):
             tokens = self.index_DL[:, :, None] * S + torch.arange(S, device=self.index_DL.device)
             return tokens.clamp(max=B * S).flatten(1)
+        if ours == (S, B) and B == 1:  # all entries side by side, as patches of several images
+            return self.index_DL
         raise BatchError(
             f"layer {layer!r} has (batch, tokens) = {shape} where segments has {ours}: its tokens cannot be told apart "
             "by document. Exclude the layer, or pass segments for the tokens it sees; where a document is whole "
@@ -95,8 +115,8 @@ class Tokens:
 
     @property
     def entries(self) -> int:
-        """Length of the batch's first axis, in which several documents may be one entry, or one several."""
-        return self.size if self.documents is None else self.documents.number_BS.shape[0]
+        """Length of the batch's first axis."""
+        return self.size if self.documents is None else self.documents.entries
 
     def weight(self, tokens: Tensor) -> Tensor | None:
         """What each token of a layer, (B, S, ...), counts in sums over tokens: (B, S), or None where all count once.
@@ -110,7 +130,7 @@ class Tokens:
             self._fit()
             return self.mask
         if self.mask is not None and self.mask.shape[1] == 1:
-            return self.mask.expand(B, S)
+            return self.mask.expand(B, S) if self.mask.shape[0] == B else self.mask.view(B, S)
         if self.mask is not None and S == 1:
             return self.mask.amax(1, keepdim=True)
         return None if self.keep is None else self.keep[:, None].expand(B, S)
@@ -180,10 +200,15 @@ def count(mask: Tensor | None, keep: Tensor | None, documents: Documents | None)
     return mask if kept is None else mask * kept.to(mask.device)
 
 
-def arrange(segments: Any, size: int) -> Documents:
-    """Check ``segments`` against the number of ids and list each document's tokens."""
+def arrange(segments: Any, size: int, *, all_present: bool = True) -> Documents:
+    """Check ``segments`` against the number of ids, each of which has tokens if all are present, and list them."""
     numbers = torch.as_tensor(segments)
-    if numbers.dim() != 2 or not numbers.numel() or numbers.is_floating_point() or numbers.dtype == torch.bool:
+    if (
+        numbers.dim() != 2
+        or (all_present and not numbers.numel())
+        or numbers.is_floating_point()
+        or numbers.dtype == torch.bool
+    ):
         raise BatchError(
             f"segments is a {numbers.dtype} tensor of shape {tuple(numbers.shape)}: pass a (batch, tokens) integer "
             "tensor with each token's place in data_id, such as loghook.segments.from_position_ids(position_ids)."
@@ -191,11 +216,12 @@ def arrange(segments: Any, size: int) -> Documents:
     numbers = numbers.cpu().long()
     flat = numbers.flatten()
     counts = torch.bincount(flat[flat >= 0], minlength=size)
-    if len(counts) > size or flat.min() < -1 or (counts == 0).any():
+    if len(counts) > size or (flat < -1).any() or (all_present and (counts == 0).any()):
         named = sorted(set(flat.tolist()) - {-1})
         raise BatchError(
             f"segments names {len(named)} documents ({named[:1]} to {named[-1:]}) in a block of {size} ids: number "
-            f"them 0 to {size - 1}, each with at least one token, and -1 for tokens that belong to none."
+            f"them 0 to {size - 1}, each with at least one token (but in a dict by layer), and -1 for tokens that "
+            "belong to none."
         )
     return Documents(numbers, list_tokens(flat, size))
 
