@@ -1562,7 +1562,11 @@ def test_segments_by_layer_that_do_not_fit_are_refused(tmp_path):
         ({"visual*": owner}, {}, r"segments=\{'visual\*': ...\} serves no watched layer"),
         ({"vision*": owner[:-1]}, {}, "'vision.2' has .batch, tokens. = .8, 1. where segments has .7, 1."),
         ({"vision*": owner + 1}, {}, "number them 0 to 1"),
-        ({"vision*": owner}, {"mask": {"*": torch.ones(2, 6)}}, "mask has shape .2, 6. where layer 'vision.0' sees 8"),
+        (
+            {"vision*": owner},
+            {"mask": {"*": torch.ones(2, 6)}},
+            "mask has shape .2, 6. in a block of 2 ids, and layer 'vision.0' sees 8",
+        ),
     ):
         with pytest.raises(BatchError, match=says):
             block(segments, **options)

@@ -1954,3 +1954,35 @@ def test_a_folder_that_becomes_read_only_keeps_what_was_committed(tmp_path, monk
 def test_a_path_that_names_no_folder(path):
     with pytest.raises(ConfigError, match="names no folder"):
         loghook.init(path)
+
+
+def test_layers_that_got_no_batch_are_named_as_patterns(path: Path) -> None:
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = nn.ModuleList(nn.ModuleDict({"fc1": nn.Linear(3, 4), "fc2": nn.Linear(4, 3)}) for _ in "ab")
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            flat = x.flatten(0, 1)
+            for block in self.blocks:
+                flat = block["fc2"](block["fc1"](flat).relu())
+            return flat.view_as(x)
+
+    model = Routed()
+    run = loghook.init(path, rank=2)
+    run.watch(model)
+    with pytest.raises(BatchError) as error, run(data_id=[0, 1]):
+        model(torch.randn(2, 5, 3)).sum().backward()
+    says(error, "10 samples, 2 ids", "There are 4 such layers: blocks.*.fc1, blocks.*.fc2.")
+    with pytest.raises(BatchError) as error, run(data_id=[0, 1]):
+        model.blocks[1]["fc2"](torch.randn(3, 4)).sum().backward()
+    assert "such layers" not in str(error.value)
+
+
+def test_layers_that_delivered_nothing_are_named_as_patterns(path: Path) -> None:
+    model = nn.Sequential(*(nn.ModuleDict({"used": nn.Linear(3, 3), "idle": nn.Linear(3, 3)}) for _ in "ab"))
+    run = loghook.init(path, rank=2)
+    run.watch(model)
+    with pytest.raises(DeliveryError) as error, run(data_id=[0, 1]):
+        model[1]["used"](model[0]["used"](torch.randn(2, 3))).sum().backward()
+    says(error, "2 of 4 watched layers", "0.idle, 1.idle", "exclude=['*lm_head', '*.idle']", "in place of the default")

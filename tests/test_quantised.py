@@ -61,6 +61,20 @@ def test_lora(device, part, frozen):
         proven(model, causal_loss, batch, include=include, exclude=exclude)
 
 
+def test_the_original_of_a_layer_that_an_adapter_trains_a_copy_of_is_left_out():
+    peft = pytest.importorskip("peft")
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["o_proj"], init_lora_weights=False)
+    model, batch = peft.get_peft_model(tiny_llama(), config), text_batch()
+    run = new_run(model)
+    assert any("o_proj.modules_to_save" in name for name in run.layers)
+    assert not any("original_module" in name for name in run.layers)
+    with run(data_id=[0, 1, 2, 3]):
+        causal_loss(model, batch).backward()
+    run.close()
+    named = new_run(model, include="*original_module*")  # as somebody may who disables the adapter
+    assert named.layers and all("original_module" in name for name in named.layers)
+
+
 @pytest.mark.parametrize("part", ["adapters", "both"])
 @pytest.mark.parametrize("state", ["merged", "disabled"])
 def test_adapters_that_are_merged_or_disabled_are_refused(state, part):

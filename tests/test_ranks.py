@@ -250,3 +250,28 @@ def test_an_id_on_two_ranks_is_an_error_where_repeats_are(tmp_path):
     assert second.startswith("StateError: rank 0 failed"), second
     maintain.delete(tmp_path / "run", [2])
     assert on_ranks(repeats_a_sample, tmp_path, [0], [1]) == ["[0, 1]"] * 2
+
+
+def half_of_the_tokens(rank, folder, passes, shared):
+    model = make_model()
+    run = watched(folder, model)
+    batches = [[0, 1, 2], [3, 4, 5], [6, 7, 8]] if shared else [[4 * rank + i] for i in range(4)] + [[0]]
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in run.passes() if passes else [None]:
+            for ids in batches:
+                with run(data_id=ids):
+                    model(DATA[ids][:, rank :: 2 if shared else 1]).pow(2).sum().backward()
+        run.finalize()
+    return [str(warning.message) for warning in caught if "same samples" in str(warning.message)]
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_ranks_that_log_parts_of_the_same_samples_are_told(tmp_path, passes):
+    said = on_ranks(half_of_the_tokens, tmp_path, passes, True)
+    assert said[1] == "[]" and "sequence, context or tensor parallelism" in said[0] and "such as 0" in said[0]
+
+
+@pytest.mark.parametrize("passes", [True, False])
+def test_ranks_that_only_fill_up_their_last_batch_are_not(tmp_path, passes):
+    assert on_ranks(half_of_the_tokens, tmp_path, passes, False) == ["[]", "[]"]

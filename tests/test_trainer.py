@@ -52,6 +52,18 @@ class LocalMean(LlamaForCausalLM):
     accepts_loss_kwargs = False
 
 
+class ClampedMean(LocalMean):
+    """As TRL's SFTTrainer computes it for such models: over no labels the mean is 0."""
+
+    def forward(self, input_ids, attention_mask=None, labels=None, **kwargs):
+        output = super().forward(input_ids, attention_mask, **kwargs)
+        if labels is not None:
+            logits, labels = output.logits[:, :-1], labels[:, 1:]
+            summed = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum")
+            output.loss = summed / (labels != -100).sum().clamp(min=1)
+        return output
+
+
 class SmoothMean(LlamaForCausalLM):
     """The second rule with label smoothing, which shifts labels by the name of the class."""
 
@@ -83,6 +95,7 @@ class Auxiliary(LlamaForCausalLM):
 MODELS = {
     "num_items": LlamaForCausalLM,  # the sum over tokens, divided by num_items_in_batch
     "local_mean": LocalMean,
+    "clamped_mean": ClampedMean,
     "ignores": LlamaForSequenceClassification,  # accepts num_items_in_batch and does not use it
     "own": Tagger,
     "smooth": LlamaForCausalLM,  # Trainer's label smoothing
@@ -212,7 +225,7 @@ SETTINGS = {
     "local_count": {"average_tokens_across_devices": False, "per_device_train_batch_size": 4},
 }
 CELLS = [(kind, setting) for kind in ("num_items", "local_mean", "ignores") for setting in SETTINGS]
-CELLS += [(kind, "accumulate") for kind in ("own", "smooth", "smooth_mean")]
+CELLS += [(kind, "accumulate") for kind in ("own", "smooth", "smooth_mean", "clamped_mean")]
 
 
 @pytest.mark.parametrize("kind,setting", CELLS, ids=["-".join(cell) for cell in CELLS])
@@ -630,6 +643,45 @@ def test_batches_that_cannot_be_cut_are_taken_as_they_are(folder):
     with pytest.warns(UserWarning, match=r"terms without labels .* could not be tried, .* scale="):
         log = train(trainer, folder / "beside")
     assert worst(log, reference("local_mean", log), np.argsort(log.data_ids)) <= 1e-5
+
+
+class Collator:
+    """One with an attribute that its trainer reads, as those of sentence-transformers have."""
+
+    valid_label_columns = ("label",)
+
+    def __call__(self, features):
+        return collate([{key: f[key] for key in ("input_ids", "labels")} for f in features])
+
+
+class Reads(Trainer):
+    def __init__(self, *args, **options):
+        super().__init__(*args, **{**options, "data_collator": Collator()})
+
+    def get_train_dataloader(self):
+        assert self.data_collator.valid_label_columns == ("label",)
+        assert not hasattr(self.data_collator, "other")
+        return super().get_train_dataloader()
+
+
+def test_a_trainer_may_read_its_collator(folder):
+    trainer = make_trainer(folder, "local_mean", subclass=Reads)
+    log = train(trainer, folder / "reads")
+    assert worst(log, reference("local_mean", log), np.argsort(log.data_ids)) <= 1e-5
+
+
+class Generates(Bare):
+    """As TRL's GRPOTrainer: the collator changes nothing, and the step makes what it trains on."""
+
+    @staticmethod
+    def collate(features):
+        return features
+
+
+def test_a_trainer_that_generates_inside_its_step_is_refused(folder):
+    trainer = make_trainer(folder, "local_mean", subclass=Generates, remove_unused_columns=False)
+    with pytest.raises(UnsupportedError, match=r"collator makes a list .* inside its step"):
+        train(trainer, folder / "generates")
 
 
 class RareClass(Weighted):

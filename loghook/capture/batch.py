@@ -118,8 +118,8 @@ def check_masks(
     wrong = [name for name, value in masks.items() if value.dim() not in (1, 2) or len(value) != entries[name]]
     if wrong and (isinstance(mask, Mapping) or len(wrong) == len(masks)):
         raise BatchError(
-            f"mask has shape {tuple(masks[wrong[0]].shape)} where layer {wrong[0]!r} sees {entries[wrong[0]]} entries: "
-            "pass (batch, tokens)."
+            f"mask has shape {tuple(masks[wrong[0]].shape)} in a block of {size} ids, and layer {wrong[0]!r} sees "
+            f"{entries[wrong[0]]} entries: pass (batch, tokens)."
         )
     return {name: value for name, value in masks.items() if name not in wrong}
 

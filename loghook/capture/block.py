@@ -11,7 +11,9 @@ from loghook.capture.jobs import Block, Job, Place, Result
 from loghook.capture.layers import OPEN, Layer, Slots
 from loghook.capture.rows import Updates
 from loghook.capture.segments import Documents, Tokens, count
+from loghook.capture.select import HEAD
 from loghook.errors import BatchError, DeliveryError, UnsupportedError
+from loghook.log.format import listed, patterns
 
 
 @contextmanager
@@ -36,6 +38,11 @@ def block(
         for place in places:
             place.form()
         result.append(job.collect(slots, scale))
+    except BatchError as error:
+        misfits = [s.layer.name for s in slots if s.misfit is not None]
+        if len(misfits) > 1 and any(error is s.misfit for s in slots):
+            raise BatchError(f"{error} There are {len(misfits)} such layers: {', '.join(patterns(misfits))}.") from None
+        raise
     finally:
         for s in slots:
             OPEN.pop(s.layer.key, None)
@@ -160,7 +167,7 @@ def nothing_delivered(layers: Sequence[Layer]) -> str:
 
 def _partly_delivered(missing: Sequence[Layer], quiet: bool, total: int) -> str:
     """Say why some of ``total`` layers may have no rows; ``quiet``: all of them ran without gradients."""
-    names = ", ".join(repr(layer.name) for layer in missing[:5]) + (", ..." if len(missing) > 5 else "")
+    names = [layer.name for layer in missing]
     if quiet:
         cause = (
             "it ran without gradients: under torch.no_grad or torch.inference_mode, or in a reentrant checkpoint whose "
@@ -180,7 +187,7 @@ def _partly_delivered(missing: Sequence[Layer], quiet: bool, total: int) -> str:
     else:
         cause = "some never ran, some got no gradient"
     return (
-        f"{len(missing)} of {total} watched layers delivered no rows in this block: {names}. Likely cause: {cause}. "
-        "Nothing of this batch was written. Exclude such layers, or name them in watch(..., may_sleep=...) if they may "
-        "rightly stay silent."
+        f"{len(missing)} of {total} watched layers delivered no rows in this block: {listed(names)}. Likely cause: "
+        f"{cause}. Nothing of this batch was written. Exclude such layers, exclude={[HEAD, *patterns(names)]} (in "
+        f"place of the default, {HEAD!r}), or name them in watch(..., may_sleep=...) if they may rightly stay silent."
     )

@@ -120,15 +120,20 @@ def _number_of_labels(labels: Tensor, shift: int) -> Tensor:
 
 
 def _is_mean_over_labels(loss: _Loss) -> bool:
-    """Whether the loss divides by the number of labels: over none it is 0 / 0, which is not a number."""
-    return math.isnan(loss({"labels": torch.full_like(loss.labels, IGNORED)}))
+    """Whether the loss may divide by the number of labels: over none it is then nothing."""
+    return _is_nothing(loss({"labels": torch.full_like(loss.labels, IGNORED)}))
+
+
+def _is_nothing(loss: Tensor) -> bool:
+    """Whether a mean is over no labels: 0 / 0, which is not a number; or 0, of losses that divide by 1 at least."""
+    return not float(loss) or math.isnan(loss)
 
 
 def _shift(loss: _Loss) -> int:
-    """How many labels at a sample's front are not counted: with only the first, a loss that shifts is 0 / 0."""
+    """How many labels at a sample's front are not counted: with only the first, a loss that shifts has none."""
     only_first = torch.full_like(loss.labels, IGNORED)
     only_first[..., 0] = 0
-    return int(loss.labels.dim() > 1 and math.isnan(loss({"labels": only_first})))
+    return int(loss.labels.dim() > 1 and _is_nothing(loss({"labels": only_first})))
 
 
 def _adds_up(loss: _Loss, trial: _Trial, shift: int, tolerance: float) -> bool:

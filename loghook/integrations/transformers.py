@@ -1,6 +1,6 @@
 """``log_training``: transformers' ``Trainer`` logs each micro-batch that it trains on, and stays as it was."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -102,6 +102,12 @@ class _Collate:
     def __init__(self, collate: Callable[[list[Any]], Any], column: str) -> None:
         self._collate, self._column = collate, column
 
+    def __getattr__(self, name: str) -> Any:
+        """What a trainer asks of its collator; but not what is asked of one that is being unpickled."""
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return getattr(self._collate, name)
+
     def __call__(self, features: list[Any]) -> Any:
         column, first = self._column, features[0]
         if not isinstance(first, Mapping) or column not in first:
@@ -111,6 +117,12 @@ class _Collate:
                 "for each sample, or name another with id_column=."
             )
         batch = self._collate([{k: v for k, v in feature.items() if k != column} for feature in features])
+        if not isinstance(batch, MutableMapping):
+            raise UnsupportedError(
+                f"the trainer's collator makes a {type(batch).__name__} and no batch of tensors: where a trainer makes "
+                "what it trains on inside its step (GRPO, RLOO, online distillation), rows cannot be given the ids of "
+                "its data. Log what it generated and rewarded in a loop of your own."
+            )
         ids: list[Any] = []
         for feature in features:
             # Plain values stay on the CPU when the batch moves to a device, so that nobody waits for them.

@@ -34,6 +34,7 @@ ARGUMENTS = ("projection", "rank", "seed", "whitening", "dtype", "gradient")
 SAME = (*ARGUMENTS, "id_type", "layers", "fitted")  # of all who write to one run
 SEAL_TIMEOUT = 600.0  # seconds that rank 0 waits for the others
 TELLING = 10.0  # after which it says so
+FIRST_ROWS = 1000  # of each rank, whose ids are compared
 _OURS = (*WRITTEN, "lock-*", MANIFEST, PROJECTION, KEPT)
 
 
@@ -107,6 +108,7 @@ def seal(path: Path, manifest: Manifest, session: str, active: int) -> dict[str,
         missing = [r for r in range(active) if not (logs[r].records and logs[r].records[-1].get("end") == session)]
         if not missing:
             _require_once(path, manifest, logs)
+            _warn_of_parts(logs)
             return sum_up(logs)
         if time.monotonic() - begun > TELLING and not warned:
             warned = True
@@ -131,6 +133,30 @@ def _require_once(path: Path, manifest: Manifest, logs: Sequence[Commits]) -> No
             f"several ranks logged data_id {str(twice[:5])[1:-1]} ({len(twice):,} in all) and on_repeat='error': each "
             f"sample belongs to one rank. Take these out with `loghook delete {path}`, and start again with "
             "resume=True, which seals the run; `loghook append` opens it to log them once more."
+        )
+
+
+def _warn_of_parts(logs: Sequence[Commits]) -> None:
+    """Warn where ranks logged the same samples in the same steps: parts of their gradients, as nobody else can see.
+
+    The beginning of a log tells. A rank's last step may be filled up with samples of other ranks.
+    """
+    met: Counter[tuple[int, int, int | str]] = Counter()
+    for log in logs:
+        mine: list[tuple[int, int, int | str]] = []
+        for record in log.rows:
+            ids = iter(record["ids"])
+            mine += [(pass_index, step, next(ids)) for pass_index, step, rows in record["steps"] for _ in range(rows)]
+            if len(mine) > FIRST_ROWS:
+                break
+        met.update(list(dict.fromkeys(row for row in mine if row[:2] != mine[-1][:2])))
+    shared = [row for row, ranks in met.items() if ranks > 1]
+    if 2 * len(shared) > len(met):
+        warnings.warn(
+            f"ranks logged the same samples in the same steps, such as {shared[0][2]!r}. If each of them has a part of "
+            "a sample's tokens or of a layer's weights (sequence, context or tensor parallelism), their rows are wrong: "
+            "log in processes that have whole samples. If each goes through all of the data, give each a share.",
+            stacklevel=user_line(),
         )
 
 

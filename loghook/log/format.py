@@ -76,6 +76,11 @@ def listed(names: Iterable[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
+def patterns(names: Iterable[str]) -> list[str]:
+    """Names without the numbers of blocks (``layers.*.fc1``), each once, to be passed to ``watch``."""
+    return list(dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in names))
+
+
 def draw_sides(layers: Iterable[LayerSpec], kind: str, seed: int) -> Sides:
     """Draw layers' projections, {layer: (input side, output side)}; siblings that read one input share its side."""
 
