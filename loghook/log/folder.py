@@ -153,9 +153,9 @@ def _warn_of_parts(logs: Sequence[Commits]) -> None:
     shared = [row for row, ranks in met.items() if ranks > 1]
     if 2 * len(shared) > len(met):
         warnings.warn(
-            f"ranks logged the same samples in the same steps, such as {shared[0][2]!r}. If each of them has a part of "
-            "a sample's tokens or of a layer's weights (sequence, context or tensor parallelism), their rows are wrong: "
-            "log in processes that have whole samples. If each goes through all of the data, give each a share.",
+            f"ranks logged the same samples in the same steps, such as {shared[0][2]!r}. If each of them has a part "
+            "of a sample's tokens or of a layer's weights (sequence, context or tensor parallelism), their rows are "
+            "wrong: log in processes that have whole samples. If each goes through all of the data, give each a share.",
             stacklevel=user_line(),
         )
 
