@@ -1986,3 +1986,24 @@ def test_layers_that_delivered_nothing_are_named_as_patterns(path: Path) -> None
     with pytest.raises(DeliveryError) as error, run(data_id=[0, 1]):
         model[1]["used"](model[0]["used"](torch.randn(2, 3))).sum().backward()
     says(error, "2 of 4 watched layers", "0.idle, 1.idle", "exclude=['*lm_head', '*.idle']", "in place of the default")
+
+
+def test_a_save_that_fails_leaves_nothing_behind(
+    path: Path, finished: loghook.Query, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scores = loghook.load(path).influence(finished, "dot")
+
+    def full(file: Path, data: bytes) -> None:
+        with open(file, "wb") as handle:
+            handle.write(data[:10])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    before = sorted(path.parent.rglob("*"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        for save in (scores.save, finished.save):
+            with pytest.raises(WriteError) as error:
+                save(path.parent / "saved")
+            says(error, path.parent / "saved", "No space left on device", "Make room", "save again")
+        loghook.load(path).self_influence("dot")  # which would be kept, and is not
+    assert sorted(path.parent.rglob("*")) == before

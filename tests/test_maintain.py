@@ -10,6 +10,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 import loghook
@@ -24,7 +25,7 @@ from loghook.errors import (
     StateError,
     WriteError,
 )
-from loghook.log import maintain, reader
+from loghook.log import maintain, reader, records
 from tests import dense
 from tests.test_influence import data, loss_fn, make_log, make_model
 
@@ -64,13 +65,21 @@ def flip(file, place):
     file.write_bytes(content)
 
 
+def drop_line(file, number, again=False):
+    lines = file.read_bytes().splitlines(keepends=True)
+    file.write_bytes(b"".join([*lines[:number], *([lines[number]] * 2 if again else []), *lines[number + 1 :]]))
+
+
 DAMAGE = {
     "rows": lambda path: flip(path / "rows-00000-00001.safetensors", 700),
     "a header": lambda path: flip(path / "rows-00000-00001.safetensors", 100),
     "a missing shard": lambda path: (path / "rows-00000-00001.safetensors").unlink(),
     "a record": lambda path: flip(path / "commits-00000.jsonl", (path / "commits-00000.jsonl").stat().st_size // 2),
     "a torn commit log": lambda path: os.truncate(path / "commits-00000.jsonl", 700),
-    "no commit log": lambda path: (path / "commits-00000.jsonl").unlink(),
+    "the first record": lambda path: flip(path / "commits-00000.jsonl", 60),
+    "a record that is gone": lambda path: drop_line(path / "commits-00000.jsonl", 2),
+    "a record twice": lambda path: drop_line(path / "commits-00000.jsonl", 2, again=True),
+    "an empty commit log": lambda path: os.truncate(path / "commits-00000.jsonl", 0),
     "statistics": lambda path: flip(next(path.glob("statistics-*")), -1),
     "a stray file": lambda path: shutil.copy(next(path.glob("rows-*")), path / "rows-00000-00077.safetensors"),
 }
@@ -84,10 +93,10 @@ def test_repair_keeps_what_is_good_and_names_the_rest(path, whole, damage):
     assert not log.verify() and log.manifest.sealed
     good = rows(whole)
     assert all(good[i] == row for i, row in rows(log).items())
-    if damage is not DAMAGE["no commit log"]:  # then nothing says which ids there were
-        lost = set(range(40)) - set(log.data_ids)
-        known = done.ids if "commits" not in str(done.notes) else [*done.ids, *lost]
-        assert set(known) == lost
+    lost = set(range(40)) - set(log.data_ids)
+    assert done.dropped == len(lost)
+    known = f"the ids of {len(lost)} rows are not known" not in str(done.notes)  # or only damaged records named them
+    assert set(done.ids) == (lost if known else set())
     if log.manifest.no_statistics:
         with pytest.raises(StateError, match=r"damaged and repaired.*log the data again"):
             log.moments()
@@ -98,10 +107,33 @@ def test_repair_keeps_what_is_good_and_names_the_rest(path, whole, damage):
     assert maintain.repair(path).notes == []
 
 
-def test_what_repair_dropped_can_be_logged_again(path, whole):
-    DAMAGE["rows"](path)
-    lost = maintain.repair(path).ids
-    assert lost
+def test_a_damaged_record_costs_its_own_rows_alone(path, whole):
+    records = [json.loads(line[42:]) for line in (path / "commits-00000.jsonl").read_bytes().splitlines()]
+    for number, record in enumerate(records):
+        shutil.copytree(path, path.with_name(str(number)))
+        file = path.with_name(str(number)) / "commits-00000.jsonl"
+        flip(file, sum(len(line) for line in file.read_bytes().splitlines(keepends=True)[:number]) + 50)
+        done = maintain.repair(path.with_name(str(number)))
+        lost = set(record.get("ids", ()))
+        assert done.rows == 40 - len(lost) == 40 - done.dropped
+        assert rows(loghook.load(path.with_name(str(number)))) == {
+            i: r for i, r in rows(whole).items() if i not in lost
+        }
+    assert sum("ids" in record for record in records) > 3
+
+
+def test_repair_of_a_run_that_lacks_a_commit_log_is_refused(path, whole):
+    (path / "commits-00000.jsonl").rename(path / "elsewhere")
+    with pytest.raises(CorruptLogError, match=r"commits-00000.jsonl is missing.*restore it from a copy.*empty file"):
+        maintain.repair(path)
+    (path / "elsewhere").rename(path / "commits-00000.jsonl")
+    assert rows(loghook.load(path)) == rows(whole)
+
+
+@pytest.mark.parametrize("damage", ["rows", "a record", "the first record", "a torn commit log"])
+def test_what_repair_dropped_can_be_logged_again(path, whole, damage):
+    DAMAGE[damage](path)
+    assert maintain.repair(path).dropped
     maintain.reopen(path)
     log = write(path, list(range(40)), resume=True)
     assert not log.verify() and rows(log) == rows(whole)
@@ -466,13 +498,42 @@ def test_a_log_that_is_opened_while_maintenance_replaces_it_is_read_anew(path, f
         maintain.reopen(path)
     original, done = reader.all_commits, []
 
-    def between(folder, manifest):
+    def between(folder, manifest, *more):
         if not done:
             done.append(maintain.delete(path, [3]))
-        return original(folder, manifest)
+        return original(folder, manifest, *more)
 
     monkeypatch.setattr(reader, "all_commits", between)
     assert loghook.load(path).data_ids == [i for i in range(40) if i != 3]
+
+
+def test_a_growing_log_may_outrun_its_reader(path, monkeypatch):
+    maintain.reopen(path)
+    expected, check_record = loghook.load(path).moments(), records.check_record
+
+    def meanwhile(*arguments):
+        for file in path.glob("statistics-*"):
+            file.unlink()
+        return check_record(*arguments)
+
+    monkeypatch.setattr(records, "check_record", meanwhile)
+    np.testing.assert_array_equal(loghook.load(path).moments(), expected)
+
+
+def test_blocks_of_repeats_alone_are_passed_over(tmp_path, path):
+    """As in a merged run of the same ids, and where two ranks log the same samples."""
+    shutil.copytree(path, tmp_path / "again")
+    maintain.merge(tmp_path / "both", [path, tmp_path / "again"])
+    both, alone = loghook.load(tmp_path / "both"), loghook.load(path)
+    assert both.data_ids == alone.data_ids
+    query = loghook.Query(["q"], torch.randn(1, alone.layout.gradient_width), alone.made)
+    for method in ("dot", "cosine", "ekfac"):
+        a, b = (log.influence(query, method, top=3) for log in (both, alone))
+        assert a.top(3) == b.top(3)
+        np.testing.assert_array_equal(both.influence(query, method).values, alone.influence(query, method).values)
+    for name in ("both", "run"):
+        sizes = [len(block) for _, block in loghook.load(tmp_path / name).blocks(5)]
+        assert sum(sizes) == 40 and min(sizes) > 0
 
 
 def test_a_lock_file_of_other_bytes_is_still_a_lock(path):

@@ -74,10 +74,14 @@ def replacing(file: Path) -> Iterator[Path]:
     """Yield where to write a file so that a reader sees the old one or the new one, also after a power cut."""
     rank = process_rank()  # all processes may save the same scores to one place
     temporary = file.with_name(f"{file.name}.{rank}.tmp" if rank else f"{file.name}.tmp")
-    yield temporary
-    with open(temporary, "rb") as handle:
-        os.fsync(handle.fileno())
-    os.replace(temporary, file)
+    try:
+        yield temporary
+        with open(temporary, "rb") as handle:
+            os.fsync(handle.fileno())
+        os.replace(temporary, file)
+    except BaseException:
+        temporary.unlink(missing_ok=True)  # it would keep a full disk full
+        raise
     sync_folder(file.parent)
 
 

@@ -26,6 +26,7 @@ from loghook.log.disk import (
     sync_folder,
     write_atomically,
     write_flushed,
+    writing,
 )
 from loghook.project.projection import Side
 
@@ -81,7 +82,8 @@ def write_file(path: str | Path, data: bytes) -> None:
     path = absolute(path)
     if path.is_dir() or not path.parent.is_dir():
         raise ConfigError(f"{path} is a folder, or its folder is not there: give the name of a file in one that is.")
-    write_atomically(path, data)
+    with writing(path, "Make room, or name a file in another folder, and save again."):
+        write_atomically(path, data)
 
 
 def _digest(header: dict[str, Any], tensors: Mapping[str, Tensor]) -> str:

@@ -30,7 +30,7 @@ from loghook.log.disk import absolute, checksum, lock, lock_name, sync_folder, w
 from loghook.log.files import KEPT, PROJECTION, load_moments, load_sides, save_moments
 from loghook.log.format import Layout, Manifest, commits_name, run_files, shard_name, statistics_name
 from loghook.log.reader import Reader
-from loghook.log.records import Commits, all_commits, decode_record, encode_record, ids_of, read_commits, sum_up
+from loghook.log.records import Commits, all_commits, encode_record, ids_of, read_commits, sum_up
 from loghook.log.shard import SHARD_HEADER, ShardFile, close_shard
 from loghook.log.writer import finite_rows, not_finite
 from loghook.processes import on_cpu, time_of_now
@@ -56,13 +56,19 @@ class Changed:
 def repair(path: str | Path) -> Changed:
     """Drop what is damaged, keep what is good, and seal again what was sealed.
 
-    Records whose rows do not match their checksum go, and everything after a damaged line of a commit log. Where
-    anything went, the statistics are given up, since they cannot be had from the rows: kfac and ekfac then refuse.
+    Records whose rows do not match their checksum go, and damaged lines of a commit log, which alone named the ids of
+    their rows. Where anything went, the statistics are given up, since they cannot be had from the rows: kfac and ekfac
+    then refuse. A finished run that lacks a whole commit log is refused: nothing else says whose its rows are.
     """
     path, notes = absolute(path), list[str]()
     with _locked(path) as manifest:
         codec = manifest.codec
-        logs = [read_commits(path, manifest, rank, notes) for rank in range(manifest.world_size)]
+        logs = [read_commits(path, manifest, rank, damage=notes) for rank in range(manifest.world_size)]
+        if manifest.sealed is not None and (missing := [log.file for log in logs if not log.file.exists()]):
+            raise CorruptLogError(
+                f"{missing[0]} is missing, and nothing else says whose its rows are: restore it from a copy. To give "
+                "its rows up, put an empty file in its place and repair again."
+            )
         if manifest.sealed is not None and not notes and sum_up(logs) != manifest.sealed:
             notes.append(f"{path}: the commit logs are not those that were sealed: rows may be missing")
         for log in logs:
@@ -79,7 +85,10 @@ def repair(path: str | Path) -> Changed:
             # Without ends of passes, so that a resumed run goes through its data again.
             open_logs = [replace(log, records=[r for r in log.records if "pass_end" not in r]) for log in logs]
             keep: Keep = lambda record, data: [data is not None] * record["rows"]  # noqa: E731
-            return _rewrite(path, manifest, open_logs, keep, "repair", "the log was damaged and repaired", notes)
+            if nameless := _nameless(manifest, logs):
+                notes.append(f"{path}: the ids of {nameless:,} rows are not known, which damaged records alone named")
+            done = _rewrite(path, manifest, open_logs, keep, "repair", "the log was damaged and repaired", notes)
+            return replace(done, dropped=done.dropped + nameless)
         _clean(path, logs)  # what a killed `delete` or `repair` may have left
         for log in logs:
             for shard, rows in log.shard_ends.items():
@@ -87,6 +96,14 @@ def repair(path: str | Path) -> Changed:
                 if close_shard(file, rows, codec, manifest.run_id):
                     notes.append(f"{file}: header and size are those of its rows again, all of which are good")
         return Changed(len(ids_of(logs)), 0, [], notes)
+
+
+def _nameless(manifest: Manifest, logs: Sequence[Commits]) -> int:
+    """How many rows are lost of which no record is left."""
+    named = sum(record["rows"] for log in logs for record in log.rows)
+    if manifest.sealed is not None:
+        return max(0, int(manifest.sealed["rows"]) - named)
+    return sum(end for log in logs for end in log.shard_ends.values()) - named
 
 
 def delete(path: str | Path, ids: Sequence[int | str], *, keep_statistics: bool = False) -> Changed:
@@ -251,10 +268,10 @@ def _rewrite(
 ) -> Changed:  # fmt: skip
     """Write the next generation of a run beside this one, let it count, and delete what it does not name."""
     new = replace(manifest, generation=manifest.generation + 1, no_statistics=reason, sealed=None)
-    lost, old_files = [i for log in logs for i in _lost_ids(log, manifest.id_type)], set(run_files(path))
+    old_files = set(run_files(path))
     try:
-        written, left_out = _copy_all([(manifest, log) for log in logs], path, new, keep)
-        dropped, seal = lost + left_out, sum_up(written)
+        written, dropped = _copy_all([(manifest, log) for log in logs], path, new, keep)
+        seal = sum_up(written)
         new.sealed = seal if manifest.sealed is not None else None
         entry = _history_entry(what, rows=seal["rows"], dropped=len(dropped), notes=list(notes))
         new.history = [*manifest.history, entry]
@@ -269,15 +286,6 @@ def _rewrite(
     remaining = set(ids_of(written))
     gone = [i for i in dict.fromkeys(dropped) if i not in remaining]
     return Changed(seal["rows"], len(dropped), gone, list(notes))
-
-
-def _lost_ids(log: Commits, id_type: str) -> list[int | str]:
-    """Ids in good lines behind a damaged one: these are out of order and do not count, but say whose rows are lost."""
-    lost: list[int | str] = []
-    for line in log.rest.split(b"\n")[:-1]:
-        with suppress(ValueError, TypeError):
-            lost += [i for i in decode_record(line).get("ids", ()) if type(i).__name__ == id_type]
-    return lost
 
 
 def _copy_all(

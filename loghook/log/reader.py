@@ -1,7 +1,7 @@
 """The reader: committed rows of every rank, mapped read-only, verified on first touch."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -67,10 +67,16 @@ class Reader(Source):
         self.repeats = 0
         self.unmeasured = 0
         self.asleep: dict[str, int] = {}
-        self._read_records()
         growing = self.manifest.sealed is None and self.manifest.no_statistics is None
-        # The writer of a growing run replaces its snapshots, so that an open log takes what it found.
-        self._moments = self._read_moments() if growing else None
+        # The writer of a growing run replaces its snapshots, so that an open log takes what it finds, and at once.
+        found: dict[str, np.ndarray] = {}
+
+        def take(entry: dict[str, str]) -> None:
+            with suppress(CorruptLogError):  # which is raised where it is wanted
+                found[entry["file"]] = load_moments(self.path, entry, self.layout.moments_width)
+
+        self._read_records(take if growing else None)
+        self._moments = self._read_moments(found) if growing else None
 
     def __repr__(self) -> str:
         m = self.manifest
@@ -105,10 +111,13 @@ class Reader(Source):
             )
         return self._read_moments() if self._moments is None else self._moments.copy()
 
-    def _read_moments(self) -> np.ndarray:
-        width = self.layout.moments_width
+    def _read_moments(self, found: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
+        width, found = self.layout.moments_width, found or {}
         try:
-            snapshots = [load_moments(self.path, entry, width) for entry in self._snapshots]
+            snapshots = [
+                found[entry["file"]] if entry["file"] in found else load_moments(self.path, entry, width)
+                for entry in self._snapshots
+            ]
         except CorruptLogError as error:
             if isinstance(error.__cause__, FileNotFoundError) and self.manifest.superseded(self.path):
                 raise StateError(CHANGED.format(self.path)) from error
@@ -140,7 +149,8 @@ class Reader(Source):
                     kept = self._keep[place]
                     place = slice(*self._kept_before[[place.start, place.stop]].tolist())
                     block = block if kept.all() else block[torch.from_numpy(kept)]
-                yield place, block if stored else self.codec.decode(block)
+                if len(block):  # and not of repeats alone
+                    yield place, block if stored else self.codec.decode(block)
                 release(stop - first)
 
     def _pieces(self, share: tuple[int, int], most: int) -> Iterator[tuple[Shard, int, int]]:
@@ -222,11 +232,11 @@ class Reader(Source):
             return []
         return strays
 
-    def _read_records(self) -> None:
+    def _read_records(self, on_snapshot: Callable[[dict[str, str]], None] | None) -> None:
         ids: list[Any] = []
         steps: list[tuple[int, int, int]] = []  # (pass, step, rank) of each block
         counts: list[int] = []  # its rows
-        for log in all_commits(self.path, self.manifest):
+        for log in all_commits(self.path, self.manifest, on_snapshot):
             if log.rest:
                 self.torn.append(f"{log.file}: {len(log.rest)} bytes of an unfinished record, ignored")
             for record in log.records:

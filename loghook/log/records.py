@@ -2,7 +2,8 @@
 
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class Commits:
     file: Path  # where it is
     records: list[dict[str, Any]]  # its records
     data: bytes  # the bytes of these records
-    rest: bytes  # what follows them: nothing, an unfinished record, or what is behind a damaged one
+    rest: bytes  # what follows them: nothing, or an unfinished record
 
     @property
     def rows(self) -> list[dict[str, Any]]:
@@ -58,46 +59,86 @@ class Commits:
         return {r["shard"]: r["start"] + r["rows"] for r in self.rows}
 
 
-def read_commits(path: Path, manifest: Manifest, rank: int, damage: list[str] | None = None) -> Commits:
+def read_commits(
+    path: Path,
+    manifest: Manifest,
+    rank: int,
+    *,
+    damage: list[str] | None = None,
+    on_snapshot: Callable[[dict[str, str]], None] | None = None,
+) -> Commits:
     """Read and check the commit log of one of a run's writers; one that does not exist is empty.
 
-    Damage is an error, or is noted in ``damage``, and then what comes before it counts.
+    Damage is an error, or is noted in ``damage``, and then the other records count, in their order. ``on_snapshot``
+    gets the last record's statistics at once: a growing run may have deleted them by the time that all is parsed.
     """
     file = path / commits_name(rank, manifest.generation)
     try:
         data = file.read_bytes() if file.exists() else b""
     except OSError as error:
         raise CorruptLogError(f"{file} cannot be read ({error}): {REPAIR}.") from error
+    if on_snapshot is not None:
+        _find_snapshot(data, on_snapshot)
     records: list[dict[str, Any]] = []
     ends: dict[int, int] = {}
-    position = 0
-    try:
-        while (end := data.find(b"\n", position)) >= 0:
+    position, lines, damaged = 0, 0, False
+
+    def note(problem: str) -> None:
+        if damage is None:
+            raise CorruptLogError(f"{file}: record {lines} {problem}: {REPAIR}.")
+        damage.append(f"{file}: record {lines} {problem}")
+
+    while (end := data.find(b"\n", position)) >= 0:
+        try:
             record = decode_record(data[position:end])
-            if record.get("n") != len(records):
-                raise ValueError("is missing")
             check_record(record, manifest, rank)
+            gap = _gap(record, records, ends)
+            if gap is not None and not damaged:  # behind a damaged record there is one
+                note(gap)
             if "shard" in record:
-                if record["shard"] < next(reversed(ends), 0):
-                    raise ValueError(f"goes back to shard {record['shard']}")
-                if record["start"] != ends.get(record["shard"], 0):
-                    raise ValueError(f"leaves a gap at row {ends.get(record['shard'], 0)} of shard {record['shard']}")
                 ends[record["shard"]] = record["start"] + record["rows"]
             records.append(record)
-            position = end + 1
-        if position < len(data) and manifest.sealed is not None:
-            raise ValueError("is torn")
-    except ValueError as error:
-        problem = f"{file}: record {len(records)} {error}"
-        if damage is None:
-            raise CorruptLogError(f"{problem}: {REPAIR}.") from error
-        damage.append(problem)
+        except ValueError as error:
+            note(str(error))
+            damaged = True
+        position, lines = end + 1, lines + 1
+    if position < len(data) and manifest.sealed is not None:
+        note("is torn")
     return Commits(rank, file, records, data[:position], data[position:])
 
 
-def all_commits(path: Path, manifest: Manifest) -> list[Commits]:
+def _gap(record: dict[str, Any], before: Sequence[dict[str, Any]], ends: Mapping[int, int]) -> str | None:
+    """What is missing between a record and those before it, or None; ValueError where it cannot come after them."""
+    expected = before[-1]["n"] + 1 if before else 0
+    if record["n"] < expected:
+        raise ValueError("is missing")
+    if "shard" in record:
+        shard, start = record["shard"], ends.get(record["shard"], 0)
+        if shard < next(reversed(ends), 0):
+            raise ValueError(f"goes back to shard {shard}")
+        if record["start"] < start:
+            raise ValueError(f"goes back to row {record['start']} of shard {shard}")
+        if record["start"] > start:
+            return f"leaves a gap at row {start} of shard {shard}"
+    return "is missing" if record["n"] > expected else None
+
+
+def _find_snapshot(data: bytes, found: Callable[[dict[str, str]], None]) -> None:
+    """Hand over what the last good record of rows says of its statistics."""
+    end = data.rfind(b"\n")
+    while end >= 0:
+        start = data.rfind(b"\n", 0, end)
+        with suppress(ValueError):
+            if snapshot := decode_record(data[start + 1 : end]).get("statistics"):
+                return found(snapshot)
+        end = start
+
+
+def all_commits(
+    path: Path, manifest: Manifest, on_snapshot: Callable[[dict[str, str]], None] | None = None
+) -> list[Commits]:
     """Read the commit logs of all of a run's writers, in the order of ranks; they must match its seal."""
-    logs = [read_commits(path, manifest, rank) for rank in range(manifest.world_size)]
+    logs = [read_commits(path, manifest, rank, on_snapshot=on_snapshot) for rank in range(manifest.world_size)]
     if manifest.sealed is not None and manifest.sealed != (total := sum_up(logs)):
         raise CorruptLogError(
             f"{path}: the commit logs hold {total['rows']:,} rows where {manifest.sealed['rows']:,} were sealed, or "

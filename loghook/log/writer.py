@@ -6,6 +6,7 @@ queue blocks the loop, it never drops.
 """
 
 import contextlib
+import itertools
 import math
 import os
 import queue
@@ -332,8 +333,9 @@ class Writer:
 
     def _forget_statistics(self, keep: int = 2) -> None:
         """Delete old snapshots; a reader that has just read the previous record still finds its own."""
-        named = [record["statistics"]["file"] for record in self.records if "statistics" in record]
-        for name in set(named[-keep - 3 : -keep]) - set(named[-keep:]):  # those of maintenance have one for all
+        latest_first = (record["statistics"]["file"] for record in reversed(self.records) if "statistics" in record)
+        named = list(itertools.islice(latest_first, keep + 3))
+        for name in set(named[keep:]) - set(named[:keep]):  # those of maintenance have one for all
             (self._path / name).unlink(missing_ok=True)
 
     def _open_shard(self) -> ShardFile:
