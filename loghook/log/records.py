@@ -111,7 +111,7 @@ def _gap(record: dict[str, Any], before: Sequence[dict[str, Any]], ends: Mapping
     """What is missing between a record and those before it, or None; ValueError where it cannot come after them."""
     expected = before[-1]["n"] + 1 if before else 0
     if record["n"] < expected:
-        raise ValueError("is missing")
+        raise ValueError(f"is record {record['n']} once more")
     if "shard" in record:
         shard, start = record["shard"], ends.get(record["shard"], 0)
         if shard < next(reversed(ends), 0):
