@@ -91,6 +91,12 @@ def fsdp2(model, leaves=True, **options):
     return model
 
 
+def hsdp(model):
+    """Two replicas, on a mesh that has a dimension for tensor parallelism, of one."""
+    mesh = init_device_mesh("cpu", (2, 1, 1), mesh_dim_names=("dp_replicate", "dp_shard", "tp"))
+    return fully_shard(model, mesh=mesh["dp_replicate", "dp_shard"])
+
+
 def checkpointed(model):
     apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
     return model
@@ -108,6 +114,7 @@ WRAPPERS = {
     "fsdp1_flat_blocks": lambda m: fsdp1(m, original=False, policy=ModuleWrapPolicy({Block})),
     "fsdp2_root": lambda m: fsdp2(m, leaves=False),
     "fsdp2_leaves": fsdp2,
+    "fsdp2_hybrid": hsdp,
     "fsdp2_offload": lambda m: fsdp2(m, offload_policy=CPUOffloadPolicy(pin_memory=False)),
     "fsdp2_checkpoint_compile": lambda m: compiled(fsdp2(checkpointed(m))),
 }

@@ -1582,6 +1582,63 @@ def test_sequence_first_input_is_fine_with_batch_dim(path: Path, model: Net) -> 
     assert_log(path, model, [1, 2])
 
 
+@contextlib.contextmanager
+def process_group(world: int) -> Iterator[None]:
+    """One process as the first of several; what it says to the others nobody hears."""
+    from torch import distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def flattened(mesh: Any) -> Any:
+    """Data and context parallelism on one axis, as accelerate's and torchtitan's FSDP shards over both."""
+    return mesh["dp_shard", "cp"]._flatten("dp_shard_cp")
+
+
+# Shape, names, and the part of the mesh that parameters are sharded over. No two parts are alike: of equal meshes torch
+# may take one for the other.
+MESHES = {
+    "context parallel": ((2, 2), ("dp_shard", "cp"), flattened),
+    "context parallel alone": ((1, 2), ("dp_shard", "cp"), flattened),
+    "context parallel of one": ((3, 1), ("dp_shard", "cp"), flattened),
+    "tensor parallel in the root": ((2, 2), ("dp", "tp"), lambda mesh: mesh["dp"]),
+    "tensor parallel of one": ((2, 1), ("dp", "tp"), lambda mesh: mesh["dp"]),
+    "pipeline of two": ((2, 2), ("pp", "fsdp"), lambda mesh: mesh["fsdp"]),
+    "pipeline of one": ((1, 3, 1), ("pp", "fsdp", "tp"), lambda mesh: mesh["fsdp"]),
+    "hybrid": ((2, 2), ("dp_replicate", "dp_shard"), lambda mesh: mesh),
+    "experts": ((1, 2), ("efsdp", "ep"), lambda mesh: mesh),
+    "without names": ((2,), None, lambda mesh: mesh),
+}
+SPLIT = {  # what is said of those that split samples or layers
+    "context parallel": "('cp',)",
+    "context parallel alone": "('cp',)",
+    "tensor parallel in the root": "('tp',)",
+    "pipeline of two": "('pp',)",
+}
+
+
+@pytest.mark.parametrize("name", MESHES)
+def test_meshes_that_split_samples_or_layers_are_refused_and_others_pass(path: Path, name: str) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    shape, names, shards = MESHES[name]
+    with process_group(torch.Size(shape).numel()):
+        model = Net()
+        fully_shard(model, mesh=shards(init_device_mesh("cpu", shape, mesh_dim_names=names)))
+        run = loghook.init(path, projection="none")
+        if name not in SPLIT:
+            return run.watch(model)
+        with pytest.raises(UnsupportedError) as error:
+            run.watch(model)
+        says(error, "'first.weight'", "context", SPLIT[name], "partial", "DDP or FSDP")
+
+
 def test_tensor_parallel_model_is_refused(tmp_path: Path, path: Path, model: Net) -> None:
     from torch import distributed as dist
     from torch.distributed.device_mesh import init_device_mesh

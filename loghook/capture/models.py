@@ -14,6 +14,11 @@ from loghook.errors import ConfigError, UnsupportedError
 from loghook.log.format import checksum
 
 _WRAPPER_PARTS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
+# Dimensions of device meshes over which samples or layers are split, as torchtitan, accelerate, transformers and
+# Lightning name them. Not "ep": experts that take tokens of other ranks have no adapter, and the rows of other layers
+# are whole.
+_KINDS = ("tensor", "sequence", "context", "pipeline")
+_SPLITTING = {"tp", "sp", "cp", "pp", *_KINDS, *(f"{kind}_parallel" for kind in _KINDS)}
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -103,12 +108,30 @@ def refuse(model: nn.Module) -> None:
     sharded = [m for m in model.modules() if type(m).__name__.startswith("FSDP")]
     for name, parameter in model.named_parameters():
         mesh = getattr(parameter, "device_mesh", None)
-        if mesh is not None and (not sharded or {"tp", "sp", "cp", "pp"} & set(mesh.mesh_dim_names or ())):
+        if mesh is None:
+            continue
+        splitting = _splitting(mesh)
+        if splitting or not sharded:
             raise UnsupportedError(
-                f"parameter {name!r} is split by tensor, sequence, context or pipeline parallelism (mesh dimensions "
-                f"{mesh.mesh_dim_names}), where a rank sees a part of a layer's inputs or outputs, and its rows would "
-                "be partial: use data parallelism (DDP or FSDP) for the logging pass."
+                f"parameter {name!r} belongs to tensor, sequence, context or pipeline parallelism (mesh dimensions "
+                f"{splitting or mesh.mesh_dim_names}), where a rank sees a part of a sample's tokens, or of a layer's "
+                "inputs or outputs, and its rows would be partial: use data parallelism (DDP or FSDP) for the logging "
+                "pass."
             )
+
+
+def _splitting(mesh: Any) -> tuple[str, ...]:
+    """The dimensions over which a mesh, or the one that it was cut out of, splits samples or layers.
+
+    accelerate and torchtitan flatten data and context parallelism into one dimension, over which FSDP shards: only the
+    root mesh then tells.
+    """
+    if hasattr(mesh, "_get_root_mesh"):
+        root = mesh._get_root_mesh()
+    else:  # torch 2.9
+        root = torch.distributed.device_mesh._mesh_resources.get_root_mesh(mesh)
+    sizes = {name: size for m in (root, mesh) for name, size in zip(m.mesh_dim_names or (), m.shape, strict=False)}
+    return tuple(name for name, size in sizes.items() if size > 1 and name in _SPLITTING)
 
 
 def mixing_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
