@@ -1583,12 +1583,13 @@ def test_sequence_first_input_is_fine_with_batch_dim(path: Path, model: Net) -> 
 
 
 @contextlib.contextmanager
-def process_group(world: int) -> Iterator[None]:
-    """One process as the first of several; what it says to the others nobody hears."""
+def process_group(world: int = 1) -> Iterator[None]:
+    """One process as a group of its own, or as the first of several, where nobody hears what it says to the others."""
     from torch import distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=world)
+    backend, store = ("gloo", dist.HashStore()) if world == 1 else ("fake", FakeStore())
+    dist.init_process_group(backend, store=store, rank=0, world_size=world)
     try:
         yield
     finally:
@@ -1639,23 +1640,72 @@ def test_meshes_that_split_samples_or_layers_are_refused_and_others_pass(path: P
         says(error, "'first.weight'", "context", SPLIT[name], "partial", "DDP or FSDP")
 
 
-def test_tensor_parallel_model_is_refused(tmp_path: Path, path: Path, model: Net) -> None:
-    from torch import distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
+def tensor_parallel(model: nn.Module, mesh: Any) -> nn.Module:
     from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
-    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
-        mesh = init_device_mesh("cpu", (1,), mesh_dim_names=("tp",))
-        split = parallelize_module(Net(), mesh, {"first": ColwiseParallel(), "second": RowwiseParallel()})
+    return parallelize_module(model, mesh, {"first": ColwiseParallel(), "second": RowwiseParallel()})
+
+
+def test_tensor_parallel_model_is_refused(path: Path, model: Net) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+
+    with process_group():
+        split = tensor_parallel(Net(), init_device_mesh("cpu", (1,), mesh_dim_names=("tp",)))
         run = loghook.init(path, projection="none")
         with pytest.raises(UnsupportedError) as error:
             run.watch(split)
         says(error, "'first.weight'", "tensor", "('tp',)", "partial", "DDP or FSDP")
         run.watch(model)
         assert_goes_on(run, model)
-    finally:
-        dist.destroy_process_group()
+
+
+def test_what_becomes_parallel_after_watch_is_refused_in_the_first_block(path: Path, model: Net) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    with process_group(2), watched(path, model) as run:
+        fully_shard(model, mesh=flattened(init_device_mesh("cpu", (1, 2), mesh_dim_names=("dp_shard", "cp"))))
+        with pytest.raises(UnsupportedError) as error:
+            log(run, model, [1, 2])
+        says(error, "'first.weight'", "('cp',)", "partial", "DDP or FSDP")
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+@pytest.mark.parametrize("rank", [None, 2])
+@pytest.mark.parametrize(
+    "names,when", [(("tp",), "after"), (("data", "model"), "after"), (("data", "model"), "before")]
+)
+def test_tensor_parallelism_that_no_name_tells_is_refused_where_a_layer_runs(
+    path: Path, model: Net, names: tuple[str, ...], when: str, rank: int | None, compiled: bool
+) -> None:
+    """After watch(), or before it on a mesh with names of one's own, under FSDP; of one rank here."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    with process_group():
+        run = loghook.init(path, **({"projection": "none"} if rank is None else {"rank": rank}))
+        if when == "after":
+            run.watch(model)
+        mesh = init_device_mesh("cpu", (1,) * len(names), mesh_dim_names=names)
+        tensor_parallel(model, mesh[names[-1]])
+        if len(names) > 1:
+            fully_shard(model, mesh=mesh[names[0]])
+        if when == "before":
+            run.watch(model)
+        with pytest.raises(UnsupportedError) as error:
+            log(run, torch.compile(model, backend="aot_eager") if compiled else model, [1, 2])
+        says(error, "'first'", "DTensor", "tensor", "partial", "DDP or FSDP")
+        run.close()
+
+
+def test_a_part_of_a_model_that_is_sharded_as_a_whole_is_no_tensor_parallelism(path: Path, model: Net) -> None:
+    """Seen from the part, nothing tells FSDP's shards from those of tensor parallelism before its layers run."""
+    from torch.distributed.fsdp import fully_shard
+
+    with process_group(), watched(path, model) as run:
+        log(run, fully_shard(nn.Sequential(model)), [1, 2])
+        run.finalize()
+    assert_log(path, Net(), [1, 2])
 
 
 class Attending(nn.Module):

@@ -56,6 +56,7 @@ def make_hook(layer: Layer) -> Hook:
                 f"layer {layer.name!r} takes {type(x).__name__} and returns {type(y).__name__}: exclude it, as modules "
                 "are watched that make one tensor of one."
             )
+        _require_whole(layer, x, y)
         try:
             projected = _projected(layer, slots, module, x)
             documents, weight = _tokens(layer, slots, projected)
@@ -127,6 +128,7 @@ def make_early_hook(layer: Layer) -> Hook:
         _require_backward(layer)
         x = args[0]
         # Tensors of inference mode have no version; the other hook takes them.
+        _require_whole(layer, x)
         known = plain and isinstance(x, Tensor) and x.device == slots.place.device and not x.is_inference()
         fits = (
             known
@@ -150,6 +152,16 @@ def _require_backward(layer: Layer) -> None:
         raise UnsupportedError(
             f"layer {layer.name!r} ran inside a transform of torch.func (grad, jvp, vmap), where rows cannot be taken: "
             "log a plain forward and loss.backward()."
+        )
+
+
+def _require_whole(layer: Layer, *tensors: Any) -> None:
+    """Raise where ranks share a layer's input or output, whatever their mesh is called; FSDP gathers weights only."""
+    if any(type(t).__name__ == "DTensor" for t in tensors):
+        raise UnsupportedError(
+            f"layer {layer.name!r} takes or returns a DTensor, as under tensor or sequence parallelism, where a rank "
+            "sees a part of a layer's inputs or outputs, and its rows would be partial: use data parallelism (DDP or "
+            "FSDP) for the logging pass."
         )
 
 

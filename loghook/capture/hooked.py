@@ -121,6 +121,8 @@ class Hooked:
             )
         self._require_watched()
         if self._mixing is None:
+            if self._model is not None:
+                refuse(self._model, watched=True)
             for layer in self._layers:
                 _require_unchanged(layer)
             self._mixing = [] if self._model is None else mixing_modules(self._model)

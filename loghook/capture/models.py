@@ -87,8 +87,12 @@ def in_flat_parameter(parameter: Tensor) -> bool:
     return getattr(parameter, "_fsdp_flattened", False)
 
 
-def refuse(model: nn.Module) -> None:
-    """Raise for what is no model, and for models whose rows could not be exact."""
+def refuse(model: nn.Module, *, watched: bool = False) -> None:
+    """Raise for what is no model, and for models whose rows could not be exact.
+
+    ``watched``: it may be a part of what has been wrapped since, so that a parameter without FSDP may be FSDP's all the
+    same; where it is not, its layer's hook raises.
+    """
     if not isinstance(model, nn.Module):
         raise ConfigError(f"watch() takes an nn.Module, not {type(model).__name__}: pass the model itself.")
     for module in model.modules():
@@ -111,7 +115,7 @@ def refuse(model: nn.Module) -> None:
         if mesh is None:
             continue
         splitting = _splitting(mesh)
-        if splitting or not sharded:
+        if splitting or not (sharded or watched):
             raise UnsupportedError(
                 f"parameter {name!r} belongs to tensor, sequence, context or pipeline parallelism (mesh dimensions "
                 f"{splitting or mesh.mesh_dim_names}), where a rank sees a part of a sample's tokens, or of a layer's "
