@@ -80,3 +80,29 @@ def test_a_training_that_fails_leaves_the_block(tmp_path, callback):
         trainer.fit(module, loader)
     run.finalize()
     assert list(loghook.load(tmp_path / "run").data_ids) == list(range(6))
+
+
+@pytest.mark.parametrize("strategy", ["auto", "ddp"])
+def test_layers_of_a_fabric_module_are_those_of_the_plain_model(tmp_path, strategy):
+    """Names, patterns, fingerprint, digest and questions, whichever of the two was watched."""
+    fabric = lightning.Fabric(accelerator="cpu", devices=1, strategy=strategy)
+    fabric.launch()
+    try:
+        wrapped, x = fabric.setup_module(Module().net), torch.randn(2, 6)
+        for name, model in {"wrapped": wrapped, "plain": Module().net}.items():
+            run = loghook.init(tmp_path / name, rank=4)
+            run.watch(model, include="2")
+            with run(data_id=[0, 1]):
+                fabric.backward(model(x).pow(2).sum())
+            run.finalize()
+            run.close()
+        log, plain = (loghook.load(tmp_path / name) for name in ("wrapped", "plain"))
+        assert log.layers == plain.layers == ("2",) and log.fingerprint == plain.fingerprint
+        assert log.manifest.coverage == plain.manifest.coverage and log.manifest.parameters == plain.manifest.parameters
+        for asked in (wrapped, Module().net):
+            with plain.attach(asked) as asker, asker.query(data_id=["q"]) as question:
+                fabric.backward(asked(x[:1]).pow(2).sum())
+            assert log.influence(question, "dot").values[0, 0] > 0
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

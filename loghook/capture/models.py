@@ -14,6 +14,11 @@ from loghook.errors import ConfigError, UnsupportedError
 from loghook.log.format import checksum
 
 _WRAPPER_PARTS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
+# Classes that hold a model whole, and where. Fabric's and DeepSpeed's answer for the attributes of their model too.
+_WRAPPERS = {
+    "DistributedDataParallel": "module", "OptimizedModule": "_orig_mod", "_FabricModule": "_forward_module",
+    "DeepSpeedEngine": "module",
+}  # fmt: skip
 # Dimensions of device meshes over which samples or layers are split, as torchtitan, accelerate, transformers and
 # Lightning name them. Not "ep": experts that take tokens of other ranks have no adapter, and the rows of other layers
 # are whole.
@@ -22,13 +27,9 @@ _SPLITTING = {"tp", "sp", "cp", "pp", *_KINDS, *(f"{kind}_parallel" for kind in 
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    while True:
-        if isinstance(model, nn.parallel.DistributedDataParallel):
-            model = model.module
-        elif isinstance(getattr(model, "_orig_mod", None), nn.Module):
-            model = model._orig_mod  # type: ignore[assignment]
-        else:
-            return model
+    while part := next((_WRAPPERS[c.__name__] for c in type(model).__mro__ if c.__name__ in _WRAPPERS), None):
+        model = getattr(model, part)
+    return model
 
 
 def canonical_name(name: str) -> str:
