@@ -22,7 +22,7 @@ def frozen(model: nn.Module) -> Iterator[nn.Module]:
 
     Raises:
         UnsupportedError: a wrapper whose training afterwards would be another one: DDP with a static graph that has had
-            no iteration yet, FSDP1 without shards, or with gradients that wait for a step.
+            no iteration yet, FSDP1 without shards, or with gradients that wait for a step, DeepSpeed's ZeRO.
     """
     hooks, fresh = [], [(state, group) for state, group in sharded_groups(model) if state._is_root is None]
     _require_harmless(model)
@@ -70,7 +70,17 @@ def sharded_groups(model: nn.Module) -> list[tuple[Any, Any]]:
     return pairs
 
 
+def under_zero(model: nn.Module) -> bool:
+    """Whether DeepSpeed's ZeRO takes gradients away as they come; it notes on parameters what it does with them."""
+    return any(hasattr(p, mark) for p in model.parameters() for mark in ("ds_id", "_hp_mapping"))
+
+
 def _require_harmless(model: nn.Module) -> None:
+    if under_zero(model):
+        raise UnsupportedError(
+            "a pass without weight gradients fails under DeepSpeed's ZeRO, or makes the training that follows another "
+            "one: log inside training, without loghook.frozen, or before deepspeed.initialize()."
+        )
     for module in model.modules():
         # What DDP does in its first iteration is what it does in all others.
         if getattr(module, "static_graph", False) and not getattr(

@@ -53,7 +53,9 @@ def named_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def parameters_digest(model: nn.Module) -> str | None:
     """Digest of a few values of every parameter: tells checkpoints apart; None where they are sharded."""
     parameters = list(unwrap(model).parameters())
-    if any(type(p).__name__ == "DTensor" or in_flat_parameter(p) or p.is_meta for p in parameters):
+    if any(
+        type(p).__name__ == "DTensor" or in_flat_parameter(p) or p.is_meta or p.numel() < _size(p) for p in parameters
+    ):
         return None
     return values_digest(plain for p in parameters for plain in _plain(p.detach()))
 
@@ -86,6 +88,11 @@ def _plain(t: Tensor) -> Iterator[Tensor]:
 def in_flat_parameter(parameter: Tensor) -> bool:
     """Whether FSDP1 keeps this parameter's values, so that its own shape is that of a shard."""
     return getattr(parameter, "_fsdp_flattened", False)
+
+
+def _size(parameter: Tensor) -> int:
+    """How many values a parameter has in full: DeepSpeed's ZeRO-3 keeps it empty, and the number beside it."""
+    return getattr(parameter, "ds_numel", parameter.numel())
 
 
 def refuse(model: nn.Module, *, watched: bool = False) -> None:
@@ -153,7 +160,7 @@ def coverage(model: nn.Module, watched: Collection[str], reasons: dict[str, str]
     left_out: list[dict[str, Any]] = []
     modules = sorted(named_modules(model), key=lambda item: _owner(item[0]) not in watched)  # tied weights are covered
     for name, module in modules:
-        own: dict[Any, int] = {id(p): p.numel() for p in module.parameters(recurse=False) if not in_flat_parameter(p)}
+        own: dict[Any, int] = {id(p): _size(p) for p in module.parameters(recurse=False) if not in_flat_parameter(p)}
         own.update(flattened.get(module, {}))
         size = sum(n for key, n in own.items() if key not in counted)
         shared = [counted[key] for key in own if key in counted]
@@ -223,5 +230,5 @@ def describe_trainable(model: nn.Module, watched: Collection[str]) -> str:
         return ""
     modules = [module for name, module in named_modules(model) if _owner(name) in watched]
     covered = trainable & {p for module in modules for p in module.parameters(recurse=False)}
-    part, whole = (sum(p.numel() for p in parameters) for parameters in (covered, trainable))
+    part, whole = (sum(_size(p) for p in parameters) for parameters in (covered, trainable))
     return f"\n  and {part:,} of {whole:,} trainable parameters"

@@ -11,7 +11,7 @@ from torch.nn.utils.parametrize import is_parametrized
 
 from loghook.capture.batch import Given, Segments, documents, samples
 from loghook.capture.config import Recipe
-from loghook.capture.frozen import fsdp1_modules, requiring_grad, sharded_groups
+from loghook.capture.frozen import fsdp1_modules, requiring_grad, sharded_groups, under_zero
 from loghook.capture.hooked import Hooked
 from loghook.capture.layers import Layer
 from loghook.capture.select import Watch
@@ -172,6 +172,7 @@ def _from_parameters(layer: Layer, uses: Counter[int]) -> Tensor | None:
 @contextmanager
 def left_alone(model: nn.Module) -> Iterator[None]:
     """Give a model its gradients back, and keep optimisers that live in hooks from training it."""
+    _require_no_deepspeed(model)
     _require_no_waiting(model)
     gradients = [(p, p.grad) for p in model.parameters()]
     # DDP may have them in buffers of its own, which backward fills anew.
@@ -191,6 +192,15 @@ def left_alone(model: nn.Module) -> Iterator[None]:
                 gradient.copy_(value)
         for table, before in hooks:
             table.update(before)
+
+
+def _require_no_deepspeed(model: nn.Module) -> None:
+    """Raise where DeepSpeed has a hand in backward: it fails for plain losses, or makes training another one."""
+    if under_zero(model) or any(c.__name__ == "DeepSpeedEngine" for m in model.modules() for c in type(m).__mro__):
+        raise UnsupportedError(
+            "DeepSpeed takes gradients from backward before anybody can compare them: call loghook.check with the "
+            "plain model, before deepspeed.initialize(). Logging inside training works."
+        )
 
 
 def _require_no_waiting(model: nn.Module) -> None:
