@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed._composable.replicate import replicate
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (
@@ -97,6 +98,20 @@ def hsdp(model):
     return fully_shard(model, mesh=mesh["dp_replicate", "dp_shard"])
 
 
+def replicated(model):
+    """DDP by hooks, without a wrapper."""
+    return replicate(model)
+
+
+def replicated_by_fsdp(model):
+    """The same made of FSDP2's parts, of whole parameters."""
+    from torch.distributed._composable.replicate_with_fsdp import replicate
+
+    for module in model:
+        replicate(module)
+    return replicate(model)
+
+
 def checkpointed(model):
     apply_activation_checkpointing(model, check_fn=lambda module: isinstance(module, Block))
     return model
@@ -110,6 +125,8 @@ def compiled(model):
 
 WRAPPERS = {
     "ddp": ddp,
+    "replicate": replicated,
+    "replicate_fsdp": replicated_by_fsdp,
     "fsdp1": fsdp1,
     "fsdp1_flat_blocks": lambda m: fsdp1(m, original=False, policy=ModuleWrapPolicy({Block})),
     "fsdp2_root": lambda m: fsdp2(m, leaves=False),
@@ -121,7 +138,7 @@ WRAPPERS = {
 BFLOAT16 = {
     "fsdp2_bf16": lambda m: fsdp2(m, mp_policy=MixedPrecisionPolicy(param_dtype=torch.bfloat16)),
 }
-WATCH_FIRST = ("ddp", "fsdp2_leaves", "fsdp2_checkpoint_compile")
+WATCH_FIRST = ("ddp", "replicate_fsdp", "fsdp2_leaves", "fsdp2_checkpoint_compile")
 
 
 def worker(rank, world, folder):
@@ -353,7 +370,7 @@ def test_sharded_models_report_whole_layers_and_an_honest_digest(logs, name, fir
     one, two = loghook.load(logs / "one").manifest, loghook.load(logs / f"{name}-{first}").manifest
     assert {k: two.coverage[k] for k in ("covered", "total")} == {k: one.coverage[k] for k in ("covered", "total")}
     # A digest speaks of whole parameters; where a rank holds shards of them it is left out.
-    assert two.parameters["first"] == (one.parameters["first"] if name == "ddp" else None)
+    assert two.parameters["first"] == (one.parameters["first"] if name in ("ddp", "replicate") else None)
 
 
 def test_mixed_precision_of_fsdp2_is_that_of_a_bfloat16_model(logs):

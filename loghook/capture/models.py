@@ -117,7 +117,8 @@ def refuse(model: nn.Module, *, watched: bool = False) -> None:
             )
     if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
         raise UnsupportedError(f"{lazy[0]!r} has no shape yet (a lazy module): run one batch through the model first.")
-    sharded = [m for m in model.modules() if type(m).__name__.startswith("FSDP")]
+    # The second is torch's DDP of FSDP2's parts (replicate_with_fsdp), whose parameters are DTensors too.
+    sharded = any(c.__name__ in ("FSDPModule", "ReplicateModule") for m in model.modules() for c in type(m).__mro__)
     for name, parameter in model.named_parameters():
         mesh = getattr(parameter, "device_mesh", None)
         if mesh is None:

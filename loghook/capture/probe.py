@@ -1,5 +1,6 @@
 """``Probe``: what ``loghook.check`` compares, the rows of a batch and of each of its samples (or documents) alone."""
 
+import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -240,10 +241,14 @@ def _same_buffers(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def _unsynchronised(model: nn.Module) -> Iterator[None]:
     """Keep gradients of this process to itself: DDP would average them over all processes."""
+    composable = sys.modules.get("torch.distributed._composable.replicate")  # imported by those who use it
     with ExitStack() as stack:
         for module in model.modules():
             if isinstance(module, nn.parallel.DistributedDataParallel):
                 stack.enter_context(module.no_sync())
+            elif composable is not None and (state := composable.replicate.state(module)) is not None:
+                stack.callback(setattr, state, "_no_sync", state._no_sync)  # it has no context manager for that
+                state._no_sync = True
         yield
 
 
