@@ -5,18 +5,25 @@ import functools
 import importlib.metadata
 import os
 import platform
+import reprlib
 import time
 import warnings
 from collections.abc import Callable
-from typing import Any, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from loghook.errors import user_line
+from loghook.errors import StateError, user_line
 
 P = ParamSpec("P")
 R = TypeVar("R")
+
+
+class _Said(NamedTuple):
+    """What a process tells the others in loghook's own calls, told from what a program gathers besides."""
+
+    value: Any
 
 
 def _joined() -> bool:
@@ -57,9 +64,17 @@ def all_gather(value: Any, *, together: bool = False) -> list[Any]:
             "several processes without torch.distributed: initialise it before the first block.",
             stacklevel=user_line(),
         )
-    if len(values) > 1:
-        torch.distributed.all_gather_object(values, value)
-    return values
+    if len(values) == 1:
+        return values
+    torch.distributed.all_gather_object(values, _Said(value))
+    for rank, said in enumerate(values):
+        if not isinstance(said, _Said):
+            raise StateError(
+                f"rank {rank} gathered {reprlib.repr(said)} where others gather what loghook has to know of all ranks: "
+                "every rank of torch.distributed calls init, watch and finalize, also those that log nothing, and "
+                "gathers nothing that the others do not gather (docs/running.md, Several processes)."
+            )
+    return [said.value for said in values]
 
 
 def all_reduce(values: Tensor) -> Tensor:

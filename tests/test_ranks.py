@@ -36,10 +36,10 @@ def log(run, ids, model=None):
         (model or run._model)(DATA[[int(i) for i in ids]]).pow(2).sum().backward()
 
 
-def log_pass(run, *batches):
+def log_pass(run, *batches, model=None):
     for _ in run.passes():
         for ids in batches:
-            log(run, ids)
+            log(run, ids, model)
 
 
 def mine(rank):
@@ -164,6 +164,39 @@ def has_no_batch(rank, folder, idle, projection, passes):
 @pytest.mark.parametrize("idle", [0, 1])
 def test_a_rank_without_a_batch_does_not_keep_the_run_from_its_end(tmp_path, idle, projection, passes):
     assert on_ranks(has_no_batch, tmp_path, idle, projection, passes) == [str(mine(1 - idle))] * 2
+
+
+def logs_in_a_part_of_the_ranks(rank, folder, idle):
+    group = dist.new_group([0, 1])
+    if rank == 2:
+        return idle(folder)
+    run = watched(folder, model := make_model())
+    log_pass(run, mine(rank), model=nn.parallel.DistributedDataParallel(model, process_group=group))
+    run.finalize()
+    return sorted(loghook.load(run.path).data_ids)
+
+
+def comes_along(folder):
+    run = watched(folder)
+    log_pass(run)
+    run.finalize()
+    return sorted(loghook.load(run.path).data_ids)
+
+
+def gathers_something_else(folder):
+    metrics = [None] * 3
+    dist.all_gather_object(metrics, "a metric of rank 2")
+
+
+def test_ranks_outside_of_the_group_that_logs_come_along(tmp_path):
+    assert on_ranks(logs_in_a_part_of_the_ranks, tmp_path, comes_along, world=3) == [str([0, 1, 2, 3])] * 3
+
+
+def test_ranks_whose_calls_meet_those_of_others_are_told(tmp_path):
+    first, second, _ = on_ranks(logs_in_a_part_of_the_ranks, tmp_path, gathers_something_else, world=3)
+    assert first == second
+    assert first.startswith("StateError: rank 2") and "'a metric of rank 2'" in first, first
+    assert all(word in first for word in ("init", "watch", "finalize", "log nothing"))
 
 
 def none_has_a_batch(rank, folder):
