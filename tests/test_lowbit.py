@@ -445,3 +445,14 @@ def test_narrow_floats_are_widened_a_few_rows_at_a_time(tmp_path, monkeypatch, d
     found = log.influence(query, "dot", per_layer=True)
     np.testing.assert_allclose(found.values, query.matrix.double().numpy() @ rows.T, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(found.by_layer.sum(0), found.values, rtol=1e-5, atol=1e-6)
+
+
+def test_products_by_layer_widen_their_own_columns_alone(tmp_path, monkeypatch):
+    log, query, _ = make_log(tmp_path / "run", n=80, dtype="bfloat16")
+    monkeypatch.setattr(products, "UNPACKED", 1)
+    monkeypatch.setattr(products, "LEAST_ROWS", 28)  # seven rows
+    made, empty = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: made.append(empty(*size, **options)) or made[-1])
+    log.influence(query, "dot", per_layer=True)
+    # Once for all layers together, and once for each by itself.
+    assert sum(memory.numel() for memory in made) == 2 * 7 * log.layout.gradient_width

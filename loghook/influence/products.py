@@ -61,13 +61,18 @@ def _floats(reader: Source, matrix: Tensor, chosen: Sequence[LayerSpec]) -> Prod
         columns = reader.layout.columns[spec.name]
         start = runs.pop().start if runs and runs[-1].stop == columns.start else columns.start
         runs.append(slice(start, columns.stop))
-    # Narrow floats are widened here, always into the same memory: new memory for every block costs more.
-    wide = torch.empty(max(LEAST_ROWS // 4, UNPACKED // reader.codec.width), reader.codec.width, dtype=matrix.dtype)
+    # Narrow floats are widened here, always into the same memory: new memory for every block costs more. There is a
+    # product for each layer where scores are asked for by layer: of its own columns alone.
+    step = max(LEAST_ROWS // 4, UNPACKED // reader.codec.width)
+    wide = torch.empty(step * max(run.stop - run.start for run in runs), dtype=matrix.dtype)
+
+    def widened(rows: Tensor) -> Tensor:
+        return rows if rows.dtype == matrix.dtype else wide[: rows.numel()].view(rows.shape).copy_(rows)
 
     def multiply(block: Tensor) -> Tensor:
-        if block.dtype != matrix.dtype:
-            return torch.cat([multiply(wide[: len(rows)].copy_(rows)) for rows in block.split(len(wide))], 1)
-        return reduce(torch.add, [linear(matrix[:, run], block[:, run]) for run in runs])
+        if block.dtype != matrix.dtype and len(block) > step:
+            return torch.cat([multiply(rows) for rows in block.split(step)], 1)
+        return reduce(torch.add, [linear(matrix[:, run], widened(block[:, run])) for run in runs])
 
     return multiply
 
