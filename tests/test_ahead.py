@@ -132,3 +132,15 @@ def test_shares_have_the_places_of_the_whole_also_around_repeats(tmp_path, parts
         assert mine == sorted(mine)
         seen += mine
     assert sorted(seen) == list(range(40))
+
+
+@pytest.mark.parametrize("top", [None, 3])
+def test_scores_where_blocks_are_repeats_alone(tmp_path, top):
+    a, b = (write(tmp_path / name, list(ids), shard_bytes=1) for name, ids in (("a", range(22)), ("b", range(9, 40))))
+    maintain.merge(tmp_path / "run", [a.path, b.path])
+    log = loghook.load(tmp_path / "run")
+    assert 0 in [len(block) for _, block in log.blocks()]
+    questions = log.gather(np.arange(2))
+    scores = log.influence(loghook.Query([0, 1], questions, log.made), "dot", top=top)
+    expected = (questions @ log.gather(np.arange(40)).T).numpy()
+    np.testing.assert_allclose(scores.values, expected if top is None else -np.sort(-expected)[:, :top], rtol=1e-5)

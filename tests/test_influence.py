@@ -696,6 +696,26 @@ def test_the_best_of_many_rows_are_found_a_part_at_a_time(tmp_path, monkeypatch,
     expected = log.influence(query, "dot").top(top)
     monkeypatch.setattr(engine, "SCORES_AT_A_TIME", at_a_time)
     assert log.influence(query, "dot", top=top).top(top) == expected
+    assert log.influence(loghook.Query([], query.matrix[:0], query.made), "dot", top=top).top(top) == []
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "int8", "lowrank1"])
+@pytest.mark.parametrize("normalize", [None, "unit"])
+def test_a_product_sees_few_rows_of_a_block_where_questions_are_many(tmp_path, monkeypatch, dtype, normalize):
+    """Also where all scores are kept: what a product makes on its way takes several times as much as they do."""
+    log, query, _ = make_log(tmp_path, dtype=dtype)
+    expected, lengths, made = log.influence(query, "dot", per_layer=True, normalize=normalize), [], engine.products
+
+    def recorded(*arguments):
+        multiply, stored = made(*arguments)
+        return lambda block: lengths.append(len(block)) or multiply(block), stored
+
+    monkeypatch.setattr(engine, "products", recorded)
+    monkeypatch.setattr(engine, "SCORES_AT_A_TIME", 21)
+    found = log.influence(query, "dot", per_layer=True, normalize=normalize)
+    assert lengths == [7] * 20 + [5] * 4  # of 40 rows, for all layers and for each of three
+    np.testing.assert_allclose(found.values, expected.values, rtol=1e-6, atol=1e-7)
+    np.testing.assert_allclose(found.by_layer, expected.by_layer, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

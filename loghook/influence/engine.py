@@ -20,7 +20,7 @@ from loghook.log.query import Query, require_match, require_one_log, require_one
 from loghook.log.source import Source
 from loghook.processes import all_gather, all_reduce, on_cpu, rank_and_size
 
-SCORES_AT_A_TIME = 2**22  # of which the best are kept: many rows of a narrow log fit in a block
+SCORES_AT_A_TIME = 2**22  # many rows of a narrow log fit in a block, and a product takes several times its result
 
 # preconditioned questions (Q, gradient_width) -> the best scores of each, and their places
 Scan = Callable[[Tensor], tuple[np.ndarray, np.ndarray]]
@@ -66,7 +66,7 @@ def influence(
         values, places, by_layer = _scan(reader, questions, chosen, query_dtype, norms, top, per_layer)
     else:
         values, places = scan(questions)
-    if not np.isfinite(values).all():
+    if not all(np.isfinite(scores).all() for scores in values):
         raise _not_finite("scores are", metric)
     return Scores(
         values=values,
@@ -258,15 +258,18 @@ def _scan(
             scores /= norms[place]
         return scores
 
+    step = max(1, SCORES_AT_A_TIME // max(1, queries))
     for place, block in progress(reader, "scoring", stored=stored):
-        if top is None:
-            values[:, place] = scored(product, block, place).float()
-            for layer_values, layer_product in zip(by_layer, of_layers, strict=True):
-                layer_values[:, place] = scored(layer_product, block, place).float()
-            continue
-        for rows in torch.arange(place.start, place.stop).split(max(1, SCORES_AT_A_TIME // queries)):
-            chunk = slice(int(rows[0]), int(rows[-1]) + 1)
-            scores = scored(product, block[chunk.start - place.start : chunk.stop - place.start], chunk)
+        for start in range(0, len(block), step):
+            part = block[start : start + step]
+            chunk = slice(place.start + start, place.start + start + len(part))
+            scores = scored(product, part, chunk)
+            if top is None:
+                values[:, chunk] = scores
+                for layer_values, layer_product in zip(by_layer, of_layers, strict=True):
+                    layer_values[:, chunk] = scored(layer_product, part, chunk)
+                continue
+            rows = torch.arange(chunk.start, chunk.stop)
             if best.shape[1] + len(rows) > top:  # what cannot be among the best need not be sorted
                 near = ~(scores < torch.cat([best, scores], 1).topk(top).values[:, -1:]).all(0)
                 scores, rows = scores[:, near], rows[near]
