@@ -1,17 +1,20 @@
 """Trust: what it predicts of other projection seeds against the seeds themselves, on logs whose noise is known."""
 
 import itertools
+import sys
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import loghook
 from loghook.errors import ConfigError, UnfinishedWarning
 from loghook.evaluate import trust
 from loghook.evaluate.trust import Part, extended, membership
 from loghook.influence.fidelity import correlations
+from loghook.log import reader
 
 WIDTH = 64
 
@@ -158,6 +161,27 @@ def test_p_values_know_chance_from_signal(seeds, method, normalize):
         assert p.mean() < 0.62 and (np.diff(chance.p_values, axis=1) >= 0).all()
     assert signal.p_values[:, 0].mean() < p.mean() - 0.03 and "than chance" in str(signal)
     assert method == "dot" or (signal.p_values[:, 0] <= 0.05).mean() > 0.6
+
+
+def test_chance_questions_are_drawn_a_few_rows_at_a_time(tmp_path, monkeypatch):
+    """The weights of all rows would be far more than the scores; blocks have no say in what is drawn."""
+    (log, query), nulls, largest = logged(tmp_path, rank=8), 4000, 0
+    monkeypatch.setattr(sys.modules[trust.__module__], "DRAWN", 8, raising=False)
+    expected = trust(log, query, "dot", nulls=nulls).p_values
+
+    class Largest(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            made = function(*args, **kwargs or {})
+            if isinstance(made, torch.Tensor):
+                largest = max(largest, made.untyped_storage().nbytes())
+            return made
+
+    monkeypatch.setattr(reader, "BLOCK_BYTES", 7 * log.codec.row_bytes)
+    with Largest():
+        found = trust(log, query, "dot", nulls=nulls).p_values
+    np.testing.assert_array_equal(found, expected)
+    assert largest < 8 * nulls * len(log) / 2
 
 
 def test_a_part_is_a_log_of_fewer_coordinates(seeds):

@@ -6,6 +6,7 @@ Shapes: Q queries, N rows, k records of each query.
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -27,6 +28,7 @@ from loghook.processes import all_reduce, on_cpu
 Array = NDArray[np.float64]
 DRAWS = 200  # of another seed's scores, for the probabilities
 DEALS = 3  # ways of dealing coordinates into parts, to average over
+DRAWN = 1024  # rows whose weights in chance questions are drawn together, whatever block or process they come in
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -341,12 +343,20 @@ def _p_values(log: Reader, query: Query, metric: Metric, top_Qk: NDArray[np.int6
     has no more to do with one row than with another. At unit norm, since a few very large rows would be all of it.
     """
     row_sizes = torch.from_numpy(engine.self_influence(log, metric, None)).double()
-    weights = torch.randn(nulls, len(log), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    weights *= torch.where(row_sizes > 0, row_sizes, torch.inf).rsqrt()
+    scales = torch.where(row_sizes > 0, row_sizes, torch.inf).rsqrt()
     width = log.layout.gradient_width
     gradients = torch.zeros(nulls, width, dtype=torch.float64)
+
+    @lru_cache(1)
+    def drawn(part: int) -> Tensor:
+        return torch.from_numpy(np.random.default_rng([seed, part]).standard_normal((nulls, DRAWN)))
+
     for place, block in progress(log, "chance"):
-        gradients += weights[:, place] @ block[:, :width].double()
+        for part in range(place.start // DRAWN, -(-place.stop // DRAWN)):
+            first = part * DRAWN
+            rows = slice(max(place.start, first), min(place.stop, first + DRAWN))
+            weights = drawn(part)[:, rows.start - first : rows.stop - first] * scales[rows]
+            gradients.addmm_(weights, block[rows.start - place.start : rows.stop - place.start, :width].double())
     chance = Query(list(range(nulls)), all_reduce(gradients), log.made)
     unit = replace(metric, normalize="unit")
     best_of_chance = engine.influence(log, chance, unit, top=1).values[:, 0]
