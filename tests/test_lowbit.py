@@ -3,6 +3,7 @@
 import itertools
 import json
 import shutil
+import tracemalloc
 import warnings
 from types import SimpleNamespace
 
@@ -19,6 +20,7 @@ import loghook
 from loghook.cli import app
 from loghook.errors import ConfigError, LogExistsError, NotFiniteError, StateError
 from loghook.influence import products
+from loghook.influence.fidelity import compare
 from loghook.log import maintain, reader
 from loghook.log.codec import base, make_codec
 from loghook.log.codec.lowbit import BITS
@@ -333,6 +335,25 @@ def test_fidelity_is_what_the_scores_of_both_logs_say(tmp_path, exact):
     overlap = np.mean([len(set(np.argsort(-a)[:10]) & set(np.argsort(-b)[:10])) / 10 for a, b in pairs])
     assert report.pearson["dot"] == pytest.approx(pearson, abs=1e-4)
     assert report.top10["dot"] == pytest.approx(overlap, abs=0.01)
+
+
+def test_logs_are_compared_one_question_at_a_time(tmp_path):
+    """What numpy takes for it, which has the scores from torch, is less than the scores of one log."""
+    model, rows, queries = torch.nn.Linear(2, 1, bias=False), 4000, 50
+    with loghook.init(tmp_path / "run", projection="none") as run:
+        run.watch(model)
+        with run(data_id=range(rows)):
+            model(torch.randn(rows, 2)).pow(2).sum().backward()
+        run.finalize()
+    log = loghook.load(run.path)
+    compare(log, log, queries=1, seed=0)  # what is kept with an open log
+    tracemalloc.start()
+    try:
+        found = compare(log, log, queries=queries, seed=0)
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert found.pearson == {"dot": 1, "ekfac": 1} and peak < 4 * queries * rows
 
 
 def test_compress_refuses(tmp_path, exact):

@@ -72,9 +72,13 @@ def compare(source: Reader, compressed: Reader, *, queries: int, seed: int) -> F
     for method in compared_methods(source):
         (a, slow), (b, fast) = (_ask(reader, query, method) for reader in logs)
         speeds[method] = (len(source) / slow, len(source) / fast)
-        # A row's own score is large and always found again: it would only flatter.
-        a, b = (np.stack([np.delete(row, i) for row, i in zip(values, places, strict=True)]) for values in (a, b))
-        pearson[method], top10[method] = likeness(a, b), float(shared_top(a, b, TOP).mean()) / TOP
+        likes, shared = [], []
+        for one, other, place in zip(a, b, places, strict=True):  # not all at once: what is made of them is far larger
+            # A row's own score is large and always found again: it would only flatter.
+            pair = np.delete(one, place)[None], np.delete(other, place)[None]
+            likes.append(likeness(*pair))
+            shared.append(shared_top(*pair, TOP))
+        pearson[method], top10[method] = float(np.mean(likes)), float(np.mean(shared)) / TOP
     return Fidelity(
         dtype=(source.manifest.dtype, compressed.manifest.dtype),
         rows=len(source),
