@@ -231,13 +231,13 @@ class Scores:
         for each, weight in zip(scores, weights, strict=True):
             if each.places is not None:
                 raise ConfigError("scores that keep only the best rows (top=...) do not combine: score without top.")
-            queries = _places("query_id", each.query_ids, first.query_ids, all_of_them=True)[:, None]
+            queries = _places("query_id", each.query_ids, first.query_ids, all_of_them=True)
             rows = _places("data_id", each.data_ids, first.data_ids, all_of_them=True)
             size = each.values.std(axis=1, dtype=np.float64, keepdims=True) if standardize else np.ones((1, 1))
             factor = weight / np.where(size > 0, size, 1)
-            values += (each.values * factor)[queries, rows]
+            values += (each.values * factor)[queries][:, rows]
             if by_layer is not None and each.by_layer is not None:
-                by_layer += (each.by_layer * factor)[:, queries, rows]
+                by_layer += (each.by_layer * factor)[:, queries][:, :, rows]
         return Scores(
             values=values.astype(np.float32),
             query_ids=first.query_ids,
@@ -316,8 +316,12 @@ def _order(kind: str, scored: Sequence[Any], wanted: Any) -> tuple[Any, np.ndarr
     return ids, _places(kind, scored, ids)
 
 
-def _places(kind: str, scored: Sequence[Any], wanted: Sequence[Any], *, all_of_them: bool = False) -> np.ndarray:
+def _places(
+    kind: str, scored: Sequence[Any], wanted: Sequence[Any], *, all_of_them: bool = False
+) -> np.ndarray | slice:
     """Where each wanted id is among those scored; ``all_of_them``: none may be on one side only."""
+    if all_of_them and list(scored) == list(wanted) and len(set(wanted)) == len(wanted):
+        return slice(None)  # of a long log the dictionaries below would take longer than all that is added up
     places = {name: place for place, name in enumerate(scored)}
     repeated, repeated_wanted = ([name for name, n in Counter(ids).items() if n > 1] for ids in (scored, wanted))
     if repeated_wanted and not all_of_them:
