@@ -2093,6 +2093,9 @@ def test_layers_that_delivered_nothing_are_named_as_patterns(path: Path) -> None
     with pytest.raises(DeliveryError) as error, run(data_id=[0, 1]):
         model[1]["used"](model[0]["used"](torch.randn(2, 3))).sum().backward()
     says(error, "2 of 4 watched layers", "0.idle, 1.idle", "exclude=['*lm_head', '*.idle']", "in place of the default")
+    with pytest.raises(DeliveryError) as error, run(data_id=[0, 1]):
+        model[0]["idle"](model[1]["used"](model[0]["used"](torch.randn(2, 3)))).sum().backward()
+    says(error, "1 of 4 watched layers", "exclude=['*lm_head', '1.idle']")
 
 
 def test_a_save_that_fails_leaves_nothing_behind(

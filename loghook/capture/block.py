@@ -41,7 +41,8 @@ def block(
     except BatchError as error:
         misfits = [s.layer.name for s in slots if s.misfit is not None]
         if len(misfits) > 1 and any(error is s.misfit for s in slots):
-            raise BatchError(f"{error} There are {len(misfits)} such layers: {', '.join(patterns(misfits))}.") from None
+            such = ", ".join(patterns(misfits, [layer.name for layer in layers]))
+            raise BatchError(f"{error} There are {len(misfits)} such layers: {such}.") from None
         raise
     finally:
         for s in slots:
@@ -106,7 +107,7 @@ def _check(opened: Sequence[Slots], masks: Mapping[str, Tensor]) -> None:
         raise DeliveryError(nothing_delivered([s.layer for s in opened]))
     if awake:
         quiet = all(s.quiet for s in awake)
-        raise DeliveryError(_partly_delivered([s.layer for s in awake], quiet, len(opened)))
+        raise DeliveryError(_partly_delivered([s.layer for s in awake], quiet, [s.layer.name for s in opened]))
     if stale := [s.layer.name for s in opened if s.stale]:
         raise DeliveryError(
             f"backward went through layer {stale[0]!r} as it ran in an earlier block (a state that is carried on, "
@@ -165,8 +166,8 @@ def nothing_delivered(layers: Sequence[Layer]) -> str:
     )
 
 
-def _partly_delivered(missing: Sequence[Layer], quiet: bool, total: int) -> str:
-    """Say why some of ``total`` layers may have no rows; ``quiet``: all of them ran without gradients."""
+def _partly_delivered(missing: Sequence[Layer], quiet: bool, opened: Sequence[str]) -> str:
+    """Say why some of the layers may have no rows; ``quiet``: all of them ran without gradients."""
     names = [layer.name for layer in missing]
     if quiet:
         cause = (
@@ -186,8 +187,9 @@ def _partly_delivered(missing: Sequence[Layer], quiet: bool, total: int) -> str:
         )
     else:
         cause = "some never ran, some got no gradient"
+    exclude = [HEAD, *patterns(names, opened)]
     return (
-        f"{len(missing)} of {total} watched layers delivered no rows in this block: {listed(names)}. Likely cause: "
-        f"{cause}. Nothing of this batch was written. Exclude such layers, exclude={[HEAD, *patterns(names)]} (in "
-        f"place of the default, {HEAD!r}), or name them in watch(..., may_sleep=...) if they may rightly stay silent."
+        f"{len(missing)} of {len(opened)} watched layers delivered no rows in this block: {listed(names)}. Likely "
+        f"cause: {cause}. Nothing of this batch was written. Exclude such layers, {exclude=} (in place of the default, "
+        f"{HEAD!r}), or name them in watch(..., may_sleep=...) if they may rightly stay silent."
     )

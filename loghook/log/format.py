@@ -76,9 +76,12 @@ def listed(names: Iterable[str], most: int = 8) -> str:
     return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
 
 
-def patterns(names: Iterable[str]) -> list[str]:
-    """Names without the numbers of blocks (``layers.*.fc1``), each once, to be passed to ``watch``."""
-    return list(dict.fromkeys(re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in names))
+def patterns(names: Iterable[str], among: Iterable[str]) -> list[str]:
+    """Patterns that fit these of the layers ``among`` and no others: ``layers.*.fc1``, or ``layers.0.fc1``."""
+    named = dict.fromkeys(names)
+    pattern_of = {name: re.sub(r"(?<![^.])\d+(?![^.])", "*", name) for name in (*named, *among)}
+    shared = {pattern for name, pattern in pattern_of.items() if name not in named}
+    return list(dict.fromkeys(name if pattern_of[name] in shared else pattern_of[name] for name in named))
 
 
 def draw_sides(layers: Iterable[LayerSpec], kind: str, seed: int) -> Sides:
