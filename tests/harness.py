@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import loghook
 from loghook.project.projection import Side, draw_side, shared_input_name
@@ -15,6 +16,18 @@ from tests.oracle import batch_size, one_sample_gradients, project, relative_err
 
 Loss = Callable[[nn.Module, Any], Tensor]
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+
+
+class Largest(TorchDispatchMode):
+    """Within it, the bytes of the largest tensor that PyTorch makes or looks at are kept in ``bytes``."""
+
+    bytes = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **kwargs or {})
+        if isinstance(made, Tensor):
+            self.bytes = max(self.bytes, made.untyped_storage().nbytes())
+        return made
 
 
 def log_batch(

@@ -16,9 +16,10 @@ from loghook import evaluate
 from loghook.errors import CheckpointWarning, ConfigError, CorruptLogError, MismatchError
 from loghook.influence import engine, precondition, products
 from loghook.influence.scores import strongest
+from loghook.influence.solvers import Identity
 from loghook.log import reader
 from tests import dense
-from tests.harness import sides, whole
+from tests.harness import Largest, sides, whole
 
 METHODS = ("dot", "fisher", "kfac", "ekfac", "shampoo")
 
@@ -716,6 +717,16 @@ def test_a_product_sees_few_rows_of_a_block_where_questions_are_many(tmp_path, m
     assert lengths == [7] * 20 + [5] * 4  # of 40 rows, for all layers and for each of three
     np.testing.assert_allclose(found.values, expected.values, rtol=1e-6, atol=1e-7)
     np.testing.assert_allclose(found.by_layer, expected.by_layer, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("shape", [(5000, 64), (3, 100_000), (0, 64)])
+def test_norms_are_taken_of_few_values_at_a_time(shape):
+    """Squares of a whole block in float64 take their time from the memory, and not from the cache."""
+    rows = torch.randn(shape)
+    with Largest() as largest:
+        squares = Identity().quadratic(rows[1:])
+    assert largest.bytes == 4 * rows.numel()  # the rows themselves
+    assert torch.equal(squares, rows[1:].double().square().sum(1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

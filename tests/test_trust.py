@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import loghook
 from loghook.errors import ConfigError, UnfinishedWarning
@@ -15,6 +14,7 @@ from loghook.evaluate import trust
 from loghook.evaluate.trust import Part, extended, membership
 from loghook.influence.fidelity import correlations
 from loghook.log import reader
+from tests.harness import Largest
 
 WIDTH = 64
 
@@ -165,23 +165,14 @@ def test_p_values_know_chance_from_signal(seeds, method, normalize):
 
 def test_chance_questions_are_drawn_a_few_rows_at_a_time(tmp_path, monkeypatch):
     """The weights of all rows would be far more than the scores; blocks have no say in what is drawn."""
-    (log, query), nulls, largest = logged(tmp_path, rank=8), 4000, 0
+    (log, query), nulls = logged(tmp_path, rank=8), 4000
     monkeypatch.setattr(sys.modules[trust.__module__], "DRAWN", 8, raising=False)
     expected = trust(log, query, "dot", nulls=nulls).p_values
-
-    class Largest(TorchDispatchMode):
-        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-            nonlocal largest
-            made = function(*args, **kwargs or {})
-            if isinstance(made, torch.Tensor):
-                largest = max(largest, made.untyped_storage().nbytes())
-            return made
-
     monkeypatch.setattr(reader, "BLOCK_BYTES", 7 * log.codec.row_bytes)
-    with Largest():
+    with Largest() as largest:
         found = trust(log, query, "dot", nulls=nulls).p_values
     np.testing.assert_array_equal(found, expected)
-    assert largest < 8 * nulls * len(log) / 2
+    assert largest.bytes < 8 * nulls * len(log) / 2
 
 
 def test_a_part_is_a_log_of_fewer_coordinates(seeds):

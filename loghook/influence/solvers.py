@@ -12,6 +12,8 @@ from loghook.errors import ConfigError
 from loghook.factors import Eigenbasis
 from loghook.project.linear import linear
 
+WIDENED = 2**16  # float32 values that are squared in float64 at a time: they stay in the cache
+
 
 def nonzero(sizes: Tensor) -> Tensor:
     """Sizes to divide by: 1 for 0, so that what is nothing stays 0 and is not nan."""
@@ -45,7 +47,9 @@ class Identity:
         return rows
 
     def quadratic(self, rows: Tensor) -> Tensor:
-        return rows.double().square().sum(1)  # in float32 the squares of 1e-23 are 0
+        # In float32 the squares of 1e-23 are 0.
+        step = max(1, WIDENED // rows.shape[1])
+        return torch.cat([few.double().square().sum(1) for few in rows.split(step)])
 
 
 def unseen_directions(peaks: Tensor) -> Tensor:
