@@ -139,7 +139,7 @@ def test_scores_where_blocks_are_repeats_alone(tmp_path, top):
     a, b = (write(tmp_path / name, list(ids), shard_bytes=1) for name, ids in (("a", range(22)), ("b", range(9, 40))))
     maintain.merge(tmp_path / "run", [a.path, b.path])
     log = loghook.load(tmp_path / "run")
-    assert 0 in [len(block) for _, block in log.blocks()]
+    assert 0 not in [len(block) for _, block in log.blocks()]
     questions = log.gather(np.arange(2))
     scores = log.influence(loghook.Query([0, 1], questions, log.made), "dot", top=top)
     expected = (questions @ log.gather(np.arange(40)).T).numpy()
