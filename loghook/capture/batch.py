@@ -126,7 +126,9 @@ def check_masks(
 
 def _by_layer(argument: str, given: Any, layers: Sequence[str], check: Callable[[Any], T]) -> dict[str, T]:
     """{layer: what was given for it, checked}: one for all, or one for each pattern, of which the first that fits."""
-    values = given if isinstance(given, Mapping) else {} if given is None else {"*": given}
+    if given is None:
+        return {}
+    values = given if isinstance(given, Mapping) else {"*": given}
     fitting = {name: [pattern for pattern in values if fits(name, pattern)] for name in layers}
     unused = values.keys() - {patterns[0] for patterns in fitting.values() if patterns}
     if unused:

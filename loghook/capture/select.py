@@ -59,7 +59,9 @@ def select(model: nn.Module, watch: Watch, recipe: Recipe) -> tuple[list[Layer],
     modules = dict(named_modules(model))
     _require_found(modules, watch)
     # PEFT's modules_to_save: the adapter trains a copy, which runs in the original's place.
-    replaced = [f"{name}.original_module".lstrip(".") for name, m in modules.items() if hasattr(m, "modules_to_save")]
+    originals = tuple(
+        f"{name}.original_module.".lstrip(".") for name, module in modules.items() if hasattr(module, "modules_to_save")
+    )
     bypassed = {
         f"{name}.out_proj".lstrip(".") for name, module in modules.items() if isinstance(module, nn.MultiheadAttention)
     }
@@ -69,9 +71,7 @@ def select(model: nn.Module, watch: Watch, recipe: Recipe) -> tuple[list[Layer],
         adapter = find_adapter(module)
         if name in bypassed:
             reasons[name] = "nn.MultiheadAttention reads its weight without calling it"
-        elif (
-            any(fits(name, pattern) for whole in replaced for pattern in (whole, f"{whole}.*")) and "*" in watch.include
-        ):
+        elif "*" in watch.include and f"{name}.".startswith(originals):
             reasons[name] = "an adapter trains a copy that runs in its place"
         elif (reason := _why_not(name, module, adapter, watch)) is not None:
             reasons[name] = reason
