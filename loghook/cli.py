@@ -375,7 +375,7 @@ def demo(
     dataset: Annotated[str | None, typer.Option(help="A Hugging Face dataset or a text, JSON or CSV file.")] = None,
     rank: Annotated[int, typer.Option(help="Of the log's projection.")] = 64,
     seed: Annotated[int, typer.Option(help="Of weights, orders and projections.")] = 0,
-    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda.")] = "cpu",
+    device: Annotated[str, typer.Option(help="Where to train: cpu, cuda, mps.")] = "cpu",
     proof: Annotated[bool, typer.Option(help="Fine-tune again without the strongest proponents.")] = True,
     lds: Annotated[int, typer.Option(help="Random halves for the linear datamodelling score; 0: none.")] = 0,
     fast: Annotated[bool, typer.Option(help="A smoke test of the same code in seconds; no numbers to keep.")] = False,

@@ -1,9 +1,10 @@
 """A second device that every machine has: importing this file gives the process "second:0", which computes on the CPU.
 
 To torch it is a device like any other. Autograd runs its part of a graph in a thread of its own and takes no gradient
-from elsewhere, and an operation on tensors of two devices raises, as it does on a GPU. Its tensors have no address. It
-is there for good, has to be there before the first backward pass, and then counts as the machine's accelerator: import
-this in a process of its own, as `pytest -m second` does.
+from elsewhere, and an operation on tensors of two devices raises, as it does on a GPU. Its tensors have no address and,
+as on Apple's GPUs, there is neither float64 nor a decomposition of a matrix. It is there for good, has to be there
+before the first backward pass, and then counts as the machine's accelerator: import this in a process of its own, as
+`pytest -m second` does.
 """
 
 from typing import Any
@@ -16,6 +17,7 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 _setup_privateuseone_for_python_backend("second")
 torch.get_device_module("second").get_amp_supported_dtype = lambda: [torch.bfloat16]  # checkpoints ask for it
 SECOND = torch.device("second:0")
+DECOMPOSITIONS = tuple(f"aten.{name}" for name in ("_linalg_eigh", "_linalg_svd", "linalg_qr", "linalg_cholesky_ex"))
 
 
 class OnSecond(Tensor):
@@ -27,6 +29,8 @@ class OnSecond(Tensor):
     def __new__(cls, held: Tensor, requires_grad: bool = False) -> Tensor:
         if held.is_meta:  # accelerate takes a parameter's class to put it on the meta device
             return torch.nn.Parameter(held, requires_grad)
+        if held.dtype == torch.float64:
+            raise TypeError(f"{SECOND} has no float64.")
         layout = {"strides": held.stride(), "storage_offset": held.storage_offset(), "dtype": held.dtype}
         return Tensor._make_wrapper_subclass(cls, held.shape, device=SECOND, **layout)
 
@@ -40,6 +44,8 @@ class OnSecond(Tensor):
 
 def compute(op: Any, *args: Any, **kwargs: Any) -> Any:
     """Run an operation that takes a tensor on the second device, or makes one there."""
+    if str(op).startswith(DECOMPOSITIONS):
+        raise NotImplementedError(f"{op} is not implemented for {SECOND}.")
     given = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     # Copies go from one device to another; a list of tensors is worked on one by one; a number may lie on the CPU.
     across = op in (torch.ops.aten.copy_.default, torch.ops.aten._to_copy.default) or "_foreach_" in str(op)

@@ -66,11 +66,13 @@ def values_digest(tensors: Iterable[Tensor]) -> str | None:
     for t in tensors:
         flat = t.reshape(-1)
         step = max(1, flat.numel() // 8)
-        values.append(flat[::step][:8].to(torch.float64))
+        few = flat[::step][:8]
+        values.append(few.float() if few.itemsize < 4 else few)
     if not values:
         return None
-    # A device is waited for once, and not for each parameter.
-    parts = [torch.cat(list(part)).cpu() for _, part in itertools.groupby(values, lambda v: v.device)]
+    # A device is waited for once, and not for each parameter; Apple's have no float64.
+    alike = itertools.groupby(values, lambda v: (v.device, v.dtype))
+    parts = [torch.cat(list(part)).cpu().to(torch.float64) for _, part in alike]
     return checksum(torch.cat(parts).numpy().tobytes())
 
 

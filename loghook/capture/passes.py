@@ -58,7 +58,7 @@ class Gathering:
                 total = self.totals.get(layer.name)
                 if total is None:
                     total = torch.zeros(self._job.shape(layer, 0), dtype=torch.float64, device="cpu")
-                self.totals[layer.name] = all_reduce(total.double().cpu())
+                self.totals[layer.name] = all_reduce(total.cpu().double())
             self.samples = int(all_reduce(torch.tensor(self.samples)))
         if not self.samples:
             raise StateError("this pass saw no samples: run the whole loop inside `for _ in run.passes():`.")

@@ -133,7 +133,7 @@ class Probe(Hooked):
         with _same_buffers(self.model), capture as captured:
             loss = self._loss_fn(self.model, batch)
             loss.backward()
-        rows, kinds = captured[0].rows.double().cpu(), self._layout.kinds
+        rows, kinds = captured[0].rows.cpu().double(), self._layout.kinds
         shapes = {spec.name: (spec.k_out, spec.k_in) for spec in self.specs}
         return Found(
             {name: rows[:, kinds["gradients"][name]].unflatten(1, shape) for name, shape in shapes.items()},
@@ -162,10 +162,11 @@ def _from_parameters(layer: Layer, uses: Counter[int]) -> Tensor | None:
     if uses[id(weight)] > 1 or weight.numel() != layer.spec.in_features * layer.spec.out_features:
         return None
     dense = weight.grad.to_dense() if weight.grad.is_sparse else weight.grad
-    gradient = layer.adapter.gradient(module, dense.double(), None if bias is None else bias.grad.double()).cpu()
+    bias_grad = None if bias is None else bias.grad.cpu().double()
+    gradient = layer.adapter.gradient(module, dense.cpu().double(), bias_grad)
     for side, axis in ((layer.output_side, 0), (layer.input_side, 1)):
         if side.matrix is not None:
-            matrix = side.matrix.double().cpu() * side.gain
+            matrix = side.matrix.cpu().double() * side.gain
             gradient = matrix @ gradient if axis == 0 else gradient @ matrix.T
     return gradient
 

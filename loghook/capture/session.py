@@ -284,8 +284,10 @@ def pack(
     step: int,
 ) -> Batch:
     """Turn what a block delivered into what the writer takes, starting the copy off the device."""
-    rows = captured.rows.to(dtype)
-    moments, flagged, finite = captured.moments, [], None
+    rows, moments, flagged, finite = captured.rows, captured.moments, [], None
+    if rows.device.type not in ("cpu", "cuda"):  # Apple's have no float64 and nothing to wait with in the background
+        rows, moments = rows.cpu(), None if moments is None else moments.cpu()
+    rows = rows.to(dtype)
     if flag or rows.device.type == "cpu":
         finite = finite_rows(rows).cpu().numpy()
         if not flag and not finite.all():
@@ -304,8 +306,6 @@ def pack(
             rows, moments = _to_pinned(rows), None if moments is None else _to_pinned(moments)
             ready = torch.cuda.Event(blocking=True)  # the writer waits asleep, and takes no core from the loop
             ready.record()
-    elif rows.device.type != "cpu":
-        rows, moments = rows.cpu(), None if moments is None else moments.cpu()
     return Batch(
         rows=rows, ids=kept, moments=moments, pass_index=pass_index, step=step, flagged=flagged, dropped=dropped,
         asleep=captured.asleep, ready=ready, checked=finite is not None,

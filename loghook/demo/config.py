@@ -30,7 +30,7 @@ class DemoConfig:
     # name of a Hugging Face dataset, or a .jsonl, .json, .csv, .parquet or .txt file; None: Python's own reference
     dataset: str | None = None
     seed: int = 0  # of weights, orders, random removals and projections
-    device: str = "cpu"  # where to train, "cpu" or a CUDA device
+    device: str = "cpu"  # where to train: "cpu", "cuda", "mps", ...
     # processes that fine-tune again at the same time, one thread each on a CPU; 0 means one for each core, at most 8
     workers: int = 0
     rank: int = 64  # of the log's projection

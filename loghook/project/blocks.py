@@ -53,6 +53,14 @@ def take_blocks(matrix_kk: Tensor) -> Tensor:
     return torch.cat([matrix_kk[part, part].flatten() for part in cut(len(matrix_kk))])
 
 
+def in_float64(t: Tensor) -> Tensor:
+    """A tensor in float64, on the CPU where its own device has none, as Apple's."""
+    try:
+        return t.double()
+    except TypeError:
+        return t.cpu().double()
+
+
 @dataclass(frozen=True)
 class Factor:
     """Eigendecomposition of one side's mean second moment."""
@@ -69,7 +77,7 @@ class Factor:
     def of_blocks(cls, blocks: Sequence[Tensor]) -> "Factor":
         """Decompose diagonal blocks of a mean second moment, in float64."""
         values, vectors = [], []
-        for block in map(Tensor.double, blocks):
+        for block in map(in_float64, blocks):
             w, v = torch.linalg.eigh((block + block.T) / 2)
             # Eigenvectors are free in sign; this choice survives other rounding, as of another number of processes.
             values.append(w.clamp(min=0))

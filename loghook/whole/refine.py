@@ -28,6 +28,7 @@ from loghook.influence.solvers import Diagonal, gram_basis, nonzero
 from loghook.log.format import Layout
 from loghook.processes import all_gather, all_reduce
 from loghook.progress import bar
+from loghook.project.blocks import in_float64
 
 Outputs = Callable[[Any], Tensor]
 OutputLoss = Callable[[Tensor, Any], Tensor]
@@ -193,11 +194,11 @@ def conjugate_gradients(system: Damped, g: Tensor, iterations: int, tolerance: f
 
 def _conjugate(p: Tensor, ap: Tensor) -> tuple[Tensor, Tensor]:
     """Directions (Q, width) and their products, combined to k <= Q that are orthonormal in the matrix."""
-    gram = (p @ ap.T).double()
+    gram = in_float64(p @ ap.T)
     scale = 1 / nonzero(gram.diagonal().clamp(min=0).sqrt())
     # Directions that are left out depend on the others, up to rounding.
     _, mix = gram_basis((gram + gram.T) / 2 * scale * scale[:, None], 100 * torch.finfo(p.dtype).eps)
-    mix = (mix * scale[:, None]).T.to(p.dtype)
+    mix = (mix * scale[:, None]).T.to(p)
     return mix @ p, mix @ ap
 
 
