@@ -279,14 +279,21 @@ def test_reranking_gives_the_order_of_whole_gradients():
         for part in index.split(16):
             yield [f"s{i}" for i in part.tolist()], (x[part], y[part])
 
+    def packed(ids):
+        for names, (x_BSI, y_BS) in batches(ids):  # all samples of a batch in one row
+            row = x_BSI.flatten(0, 1)[None], y_BS.flatten()[None]
+            yield names, row, {"segments": torch.arange(len(names)).repeat_interleave(2)[None]}
+
     with pytest.raises(ConfigError, match="is a function here"):
         fit.rerank(rough, query, [([0], None)], lambda b: loss_of(model(b[0]), b))
     better = fit.rerank(rough, query, batches, lambda b: loss_of(model(b[0]), b), top=30)
+    assert len(asked) == len(set(asked)) <= 60
+    again = fit.rerank(rough, query, packed, lambda b: loss_of(model(b[0]), b), top=30)
+    assert np.allclose(again.values, better.values, rtol=1e-6)
     scoring = fit.score(query)
     with scoring(data_id=[f"s{i}" for i in range(60)]):
         loss_of(model(x), (x, y)).backward()
     exact = scoring.scores()
-    assert len(asked) == len(set(asked)) <= 60
     for q in range(2):
         candidates = {record.data_id for record in rough.top(30)[q]}
         expected = [r for r in exact.top(60)[q] if r.data_id in candidates]

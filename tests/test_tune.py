@@ -225,7 +225,8 @@ def test_what_cannot_work_is_refused_before_anything_is_computed():
     refused("no choice of", judge=np.mean, subsets=False, ranks=(4,))
     refused("all layers together", judge=np.mean, outputs=model, output_loss=lambda y, b: y.sum(), ranks=(4,))
     refused("is a function here", walk=list(samples()), ranks=(4,))
-    refused("yields dict, where pairs", walk=lambda: [{"x": 1}], ranks=(4,), outputs=model, output_loss=loss)
+    refused("yields {'x': 1}, where", walk=lambda: [{"x": 1}], ranks=(4,), outputs=model, output_loss=loss)
+    refused("mask, scale and segments", lambda b: loss(model, b), walk=lambda: [([0], 1, {"ids": 1})], ranks=(4,))
     used_up = iter(samples())
     list(used_up)
     refused("samples\\(\\) yields nothing", lambda b: loss(model, b), walk=lambda: used_up, ranks=(4,))
@@ -291,3 +292,26 @@ def test_the_rank_of_a_choice_is_no_wider_than_its_layers(tmp_path):
     assert tuned.best.layers == ("out",) and tuned.best.init["rank"] == 9
     log, query = logged(tmp_path / "log", model, x, tuned, samples)
     assert log.influence(query, **tuned.best.scoring).fidelity == pytest.approx(tuned.best.fidelity, abs=1e-3)
+
+
+def test_packed_batches_are_tried_as_their_documents_alone_are():
+    """Two of setting's samples in a row of a batch, told apart by segments, which also count them for refined questions."""
+    model, x, fit, samples, queries = setting()
+
+    def packed():
+        for ids, batch in samples():
+            segments = torch.arange(len(ids)).view(-1, 2).repeat_interleave(4, 1)
+            yield ids, batch.reshape(len(ids) // 2, 8, 12), {"segments": segments, "mask": torch.ones(segments.shape)}
+
+    def output_loss(outputs, batch):
+        return outputs.logsumexp(-1).sum()
+
+    options = {
+        "ranks": (4,), "dtypes": ("float32",), "projections": [{"projection": "random"}], "outputs": model,
+        "output_loss": output_loss,
+    }  # fmt: skip
+    one, other = (loghook.tune(fit, walk, queries, lambda b: loss(model, b), **options) for walk in (samples, packed))
+    assert other.samples == 60 and other.reference == one.reference
+    for mine, theirs in zip(other.candidates, one.candidates, strict=True):
+        assert (mine.layers, mine.scoring) == (theirs.layers, theirs.scoring)
+        assert mine.fidelity == pytest.approx(theirs.fidelity, abs=1e-5)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from loghook.arguments import choose, positive, whole
-from loghook.capture.batch import Blocks, Given, Ids, check_ids
+from loghook.capture.batch import Blocks, Given, Ids, batch_size, check_ids
 from loghook.capture.config import Recipe
 from loghook.capture.hooked import Hooked
 from loghook.capture.models import describe_coverage
@@ -29,7 +29,7 @@ from loghook.log.format import MANIFEST
 from loghook.log.query import Query, require_match, require_one_query, require_query
 from loghook.processes import broadcast, process_rank
 from loghook.whole.refine import Damped, GaussNewton, OutputLoss, Outputs, require_batches, require_sum, solve, unrolled
-from loghook.whole.scoring import Scoring, rotations
+from loghook.whole.scoring import Scoring, Walk, rotations, walked
 
 FISHERS = ("empirical", "true")
 PASSES = ("covariance", "eigenvalues")
@@ -226,6 +226,7 @@ class Fit(Blocks, Hooked):
         outputs: Outputs,
         loss: OutputLoss,
         *,
+        samples: Callable[[Any], int] = batch_size,
         solver: str = "cg",
         iterations: int | None = None,
         damping: float = 3.0,
@@ -242,6 +243,8 @@ class Fit(Blocks, Hooked):
                 for each iteration of "cg", one batch for each of "astra". On several processes each has its own.
             outputs: batch -> the watched model's outputs, in eval mode.
             loss: (outputs, batch) -> the batch's summed loss, convex in the outputs (cross-entropy, squared error).
+            samples: batch -> how many samples it has, where that is not the common length of its tensors (packed
+                documents, images).
             solver: "cg": conjugate gradients, exact products; "astra": stochastic steps.
             iterations: of the solver. By default two for "cg", enough for tens of questions (take four or five for a
                 few), and 300 for "astra".
@@ -262,7 +265,7 @@ class Fit(Blocks, Hooked):
         g = query.matrix.to(self._layers[0].device_and_dtype()[0])
         bases = {name: basis.to(g) for name, basis in self._require_store().bases.items()}
         preconditioner = self._inverses(bases, Metric(method="ekfac", damping_abs=amount))
-        matrix = GaussNewton(self._layers, self._layout, require_batches(batches), outputs, loss)
+        matrix = GaussNewton(self._layers, self._layout, require_batches(batches), outputs, loss, samples)
         require_sum(matrix)
         u, taken, residual = solve(
             Damped(matrix, amount, preconditioner), g, solver=solver, iterations=iterations, tolerance=tolerance,
@@ -308,7 +311,7 @@ class Fit(Blocks, Hooked):
         self,
         scores: Scores,
         query: Query,
-        batches: Callable[[list[Any]], Iterable[tuple[Ids, Any]]],
+        batches: Callable[[list[Any]], Walk],
         loss: Callable[[Any], Tensor],
         *,
         top: int = 300,
@@ -319,7 +322,7 @@ class Fit(Blocks, Hooked):
         Args:
             scores: of the same questions, from ``Log.influence``.
             query: whole gradients of the questions, or refined ones.
-            batches: ids -> (ids of a batch, batch) pairs that yield those samples.
+            batches: ids -> batches that hold those samples, as (ids, batch) or (ids, batch, arguments of its block).
             loss: batch -> its summed loss, through the watched model.
             top: how many candidates of each question are taken from ``scores``, each id once.
             options: as in ``score``.
@@ -335,8 +338,8 @@ class Fit(Blocks, Hooked):
         candidates = scores.distinct(top)
         wanted = list(dict.fromkeys(i for ids in candidates for i in ids))
         scoring = self.score(query, **options)
-        for ids, batch in batches(wanted):
-            with scoring(data_id=ids):
+        for ids, batch, given in walked("batches", batches(wanted)):
+            with scoring(data_id=ids, **given):
                 loss(batch).backward()
         return scoring.scores().among(candidates)
 

@@ -46,6 +46,7 @@ class GaussNewton:
     batches: Sequence[Any]  # gone through once for each product
     outputs: Outputs  # batch -> the watched model's outputs
     loss: OutputLoss  # (outputs, batch) -> summed loss, a convex function of the outputs
+    size: Callable[[Any], int] = batch_size  # batch -> how many samples it has
 
     def __post_init__(self) -> None:
         self._parameters: list[tuple[Layer, list[nn.Parameter]]] = []
@@ -61,7 +62,7 @@ class GaussNewton:
     @functools.cached_property
     def samples(self) -> float:
         """How many samples the batches of all processes have."""
-        return float(all_reduce(torch.tensor(sum(map(batch_size, self.batches)), dtype=torch.float64, device="cpu")))
+        return float(all_reduce(torch.tensor(sum(map(self.size, self.batches)), dtype=torch.float64, device="cpu")))
 
     def times(self, vectors: Tensor) -> Tensor:
         """Multiply (Q, width) vectors with the matrix: (Q, width), where they are, float32 or float64."""

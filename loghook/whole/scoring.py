@@ -1,6 +1,6 @@
 """``Scoring``: one pass over training samples that scores each against preconditioned questions as it goes by."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from loghook.capture.batch import Blocks, Given, Ids, check_ids
 from loghook.capture.session import Repeats
 from loghook.capture.whole import Products
-from loghook.errors import NotFiniteError, StateError
+from loghook.errors import ConfigError, NotFiniteError, StateError
 from loghook.factors import Eigenbasis
 from loghook.influence.precondition import Metric
 from loghook.influence.scores import Scores
@@ -22,6 +22,25 @@ from loghook.project.projection import Side
 
 if TYPE_CHECKING:
     from loghook.whole.fit import Fit
+
+# What functions of a user's yield: ids and batch, and perhaps what the batch's blocks are opened with besides.
+Walk = Iterable[tuple[Ids, Any] | tuple[Ids, Any, Mapping[str, Any]]]
+
+
+def walked(name: str, walk: Walk) -> Iterator[tuple[Ids, Any, dict[str, Any]]]:
+    """Yield ids, batch and arguments of a block of each batch; ``name`` is that of the function, for errors."""
+    empty = True
+    for item in walk:
+        ids, batch, given = (*item, {})[:3] if isinstance(item, tuple | list) and len(item) in (2, 3) else (None,) * 3
+        if not isinstance(given, Mapping) or given.keys() - {"mask", "scale", "segments"}:
+            raise ConfigError(
+                f"{name}() yields {item!r:.60}, where (ids, batch) is wanted, or (ids, batch, arguments of the block), "
+                "which are mask, scale and segments, as in (ids, batch, {'mask': mask})."
+            )
+        yield ids, batch, dict(given)
+        empty = False
+    if empty:
+        raise ConfigError(f"{name}() yields nothing: it is called several times, so make the loader anew in it.")
 
 
 class Scoring(Blocks):

@@ -10,7 +10,7 @@ import glob
 import io
 import math
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import itemgetter
@@ -20,7 +20,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from loghook.capture.batch import Ids, Mask
 from loghook.capture.config import Config
 from loghook.capture.run import Run
 from loghook.errors import ConfigError
@@ -38,12 +37,12 @@ from loghook.project.projection import FITTED
 from loghook.whole.candidates import PROJECTIONS, ROW, SCORINGS, Candidate, plans
 from loghook.whole.fit import Fit
 from loghook.whole.refine import OutputLoss, Outputs
-from loghook.whole.scoring import Scoring
+from loghook.whole.scoring import Scoring, Walk, walked
 
 SLACK = 0.005  # fidelities that differ by less are taken for equal, and the smaller row wins
 # Of the refined reference. Of 0.1, 1, 3 and 10 the one by which no choice was clearly worse on any shipped truth.
 DAMPING = 1.0
-Batches = Callable[[], Iterable[tuple[Ids, Any]]]
+Batches = Callable[[], Walk]
 Judge = Callable[[np.ndarray], float]
 
 
@@ -117,7 +116,6 @@ def tune(
     dtypes: Sequence[str] = ("float32", "int8", "int1"),
     methods: Sequence[dict[str, Any]] = SCORINGS,
     damping: float | None = None,
-    mask: Callable[[Any], Mask | None] = lambda batch: None,
 ) -> Tuned:
     """Measure how well small logs reproduce whole-gradient scores, and choose the best within a budget.
 
@@ -125,7 +123,8 @@ def tune(
 
     Args:
         fit: finished factors of the model, from ``loghook.fit``.
-        samples: called for each walk over a few hundred training samples, ``lambda: ...``; yields (ids, batch).
+        samples: called for each walk over a few hundred training samples, ``lambda: ...``; yields (ids, batch), or
+            (ids, batch, arguments of the batch's block) such as ``{"mask": mask}``.
         queries: the same for some questions.
         loss: batch -> summed loss through the watched model.
         outputs: with ``output_loss``, as in ``Fit.refine``: the reference is then the refined questions, whose
@@ -142,7 +141,6 @@ def tune(
         dtypes: dtypes to try with each; "int1" is tried on whitened rows only.
         methods: arguments of ``Log.influence`` to try with each.
         damping: of the reference; by default that of ``Fit.score`` or, for refined questions, 1.
-        mask: batch -> mask, as ``run(..., mask=)`` takes it.
 
     Returns:
         The measured candidates and the choice: the smallest row whose fidelity is within 0.005 of the best.
@@ -150,7 +148,9 @@ def tune(
     Raises:
         ConfigError: if nothing fits the budget, the two losses differ, or ``judge`` has nothing to choose.
     """
-    samples, queries = _pairs("samples", samples), _pairs("queries", queries)
+    for name, walk in (("samples", samples), ("queries", queries)):
+        if not callable(walk):
+            raise ConfigError(f"{name}= is a function here, called several times, that yields (ids, batch).")
     _ = fit.model  # raises where none is watched
     limit = math.inf if bytes_per_sample is None else bytes_per_sample
     tried = list(plans(fit.specs, projections, ranks, dtypes, limit, subsets))
@@ -170,12 +170,12 @@ def tune(
     print(f"loghook tries {len(tried)} projections and ranks in {', '.join(dtypes)}, scored in {len(methods)} ways")
     questions = _questions([fit], queries, loss)[0]
     if refining:
-        questions = fit.refine(questions, (batch for _, batch in samples()), *refining, **{"damping": DAMPING} | damped)
+        questions = _refined(fit, questions, samples, *refining, **{"damping": DAMPING} | damped)
     scoring = fit.score(questions, per_layer=judge is not None, **({} if refining else damped))
     candidates: list[Candidate] = []
     with tempfile.TemporaryDirectory(prefix="loghook-tune-") as folder:
         folder = broadcast(folder)  # one for all processes
-        logs = _small_logs(fit, scoring, [init for init, _ in tried], Path(folder), samples, queries, loss, mask)
+        logs = _small_logs(fit, scoring, [init for init, _ in tried], Path(folder), samples, queries, loss)
         reference = scoring.scores()
         wanted, judged = (reference.values, "") if judge is None else _best_liked(judge, reference)
         for (path, query), (init, fitting) in zip(bar(logs, "tuning", "logs"), tried, strict=True):
@@ -202,27 +202,9 @@ def tune(
     )
 
 
-def _pairs(name: str, walk: Batches) -> Batches:
-    """The same function, with errors that say what it should do."""
-    if not callable(walk):
-        raise ConfigError(f"{name}= is a function here, called several times, that yields (ids, batch) of the data.")
-
-    def pairs() -> Iterator[tuple[Ids, Any]]:
-        count = 0
-        for pair in walk():
-            if not isinstance(pair, tuple | list) or len(pair) != 2:
-                raise ConfigError(f"{name}() yields {type(pair).__name__}, where pairs (ids, batch) are wanted.")
-            yield pair[0], pair[1]
-            count += 1
-        if not count:
-            raise ConfigError(f"{name}() yields nothing: it is called several times, so make the loader anew in it.")
-
-    return pairs
-
-
 def _check_losses(samples: Batches, loss: Callable[[Any], Any], outputs: Outputs, output_loss: OutputLoss) -> None:
     """Refined questions and rows must speak of one loss."""
-    _, batch = next(iter(samples()))
+    _, batch, _ = next(walked("samples", samples()))
     with torch.no_grad():
         whole, of_outputs = float(loss(batch)), float(output_loss(outputs(batch), batch))
     if abs(whole - of_outputs) > 1e-3 * abs(whole):
@@ -232,6 +214,17 @@ def _check_losses(samples: Batches, loss: Callable[[Any], Any], outputs: Outputs
         )
 
 
+def _refined(
+    fit: Fit, questions: Query, samples: Batches, outputs: Outputs, output_loss: OutputLoss, **damping: float
+) -> Query:
+    """The questions refined on the samples, which are counted by their ids: a batch may hold packed documents."""
+    counted = ((len(ids), batch) for ids, batch, _ in walked("samples", samples()))
+    return fit.refine(
+        questions, counted, lambda pair: outputs(pair[1]), lambda y, pair: output_loss(y, pair[1]),
+        samples=itemgetter(0), **damping,
+    )  # fmt: skip
+
+
 def _with_factors(init: dict[str, Any], factors: str | Path) -> dict[str, Any]:
     return init | {"fitted": factors} if init["projection"] in FITTED else init
 
@@ -239,16 +232,16 @@ def _with_factors(init: dict[str, Any], factors: str | Path) -> dict[str, Any]:
 def _questions(runs: Sequence[Fit | Run], queries: Batches, loss: Callable[[Any], Any]) -> list[Query]:
     """The questions of each of several runs, in one walk."""
     batches: list[list[Query]] = []
-    for ids, batch in queries():
+    for ids, batch, given in walked("queries", queries()):
         with contextlib.ExitStack() as stack:
-            batches.append([stack.enter_context(run.query(data_id=ids)) for run in runs])
+            batches.append([stack.enter_context(run.query(data_id=ids, **given)) for run in runs])
             loss(batch).backward()
     return [Query.concat(list(of_run)) for of_run in zip(*batches, strict=True)]
 
 
 def _small_logs(
     fit: Fit, scoring: Scoring, inits: Sequence[dict[str, Any]], folder: Path, samples: Batches, queries: Batches,
-    loss: Callable[[Any], Any], mask: Callable[[Any], Mask | None],
+    loss: Callable[[Any], Any],
 ) -> list[tuple[Path, Query]]:  # fmt: skip
     """Log the samples with every projection, and score them, in one walk; then ask the questions in another."""
     with contextlib.ExitStack() as stack:
@@ -260,11 +253,10 @@ def _small_logs(
             runs.append(stack.enter_context(run))
             with contextlib.redirect_stdout(io.StringIO()):
                 run.watch(fit.model, **fit.watched)
-        for ids, batch in samples():
+        for ids, batch, given in walked("samples", samples()):
             with contextlib.ExitStack() as blocks:
-                blocks.enter_context(scoring(data_id=ids))
-                for run in runs:
-                    blocks.enter_context(run(data_id=ids, mask=mask(batch)))
+                for block in (scoring, *runs):
+                    blocks.enter_context(block(data_id=ids, **given))
                 loss(batch).backward()
         for run in runs:
             run.finalize()
