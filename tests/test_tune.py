@@ -295,8 +295,8 @@ def test_the_rank_of_a_choice_is_no_wider_than_its_layers(tmp_path):
 
 
 def test_packed_batches_are_tried_as_their_documents_alone_are():
-    """Two of setting's samples in a row of a batch, told apart by segments, which also count them for refined questions."""
-    model, x, fit, samples, queries = setting()
+    """Two samples in a row of a batch; refined questions count them as the segments do."""
+    model, _, fit, samples, queries = setting()
 
     def packed():
         for ids, batch in samples():
