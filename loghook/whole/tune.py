@@ -215,7 +215,7 @@ def _check_losses(samples: Batches, loss: Callable[[Any], Any], outputs: Outputs
 
 
 def _refined(
-    fit: Fit, questions: Query, samples: Batches, outputs: Outputs, output_loss: OutputLoss, **damping: float
+    fit: Fit, questions: Query, samples: Batches, outputs: Outputs, output_loss: OutputLoss, **damping: Any
 ) -> Query:
     """The questions refined on the samples, which are counted by their ids: a batch may hold packed documents."""
     counted = ((len(ids), batch) for ids, batch, _ in walked("samples", samples()))
