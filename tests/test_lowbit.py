@@ -187,8 +187,8 @@ def test_rows_are_read_as_from_an_array(exact, low, dtype):
 def test_scores_are_those_of_the_decoded_rows(tmp_path, monkeypatch, low, exact, dtype, integers):
     """A float64 log of the decoded rows is the reference: every method, option and layer."""
     if not integers:
-        monkeypatch.setattr(products, "integer_products_are_exact", lambda: False)
-    elif not products.integer_products_are_exact():
+        monkeypatch.setattr(products, "has_integer_products", lambda: False)
+    elif not products.has_integer_products():
         pytest.skip("this processor has no exact integer products")
     query = exact[1]
     maintain.compress(low[dtype].path, tmp_path / "decoded", "float64")
@@ -209,7 +209,7 @@ def test_scores_are_those_of_the_decoded_rows(tmp_path, monkeypatch, low, exact,
 
 def test_integer_products_are_of_the_questions_themselves(low, exact):
     """Against float64 products with the decoded rows, also for questions of zeros and of very different sizes."""
-    if not products.integer_products_are_exact():
+    if not products.has_integer_products():
         pytest.skip("this processor has no exact integer products")
     generator = torch.Generator().manual_seed(0)
     for log in (low[dtype] for dtype in DTYPES):

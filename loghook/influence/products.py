@@ -47,7 +47,7 @@ def products(
             if len(matrix) <= FEW:
                 return _signs(codec, signs, numbers), True
             matrix = codec.decode(signs)
-        exact = max(spec.width for spec in chosen) <= WIDEST and integer_products_are_exact()
+        exact = max(spec.width for spec in chosen) <= WIDEST and has_integer_products()
         return _codes(codec, matrix, numbers, len(reader.layers), exact=exact), True
     if isinstance(codec, LowRankCodec) and len(matrix) * codec.terms <= TERMS:
         return _bilinear(codec, matrix, numbers), True
@@ -80,7 +80,7 @@ def _floats(reader: Source, matrix: Tensor, chosen: Sequence[LayerSpec]) -> Prod
 def _codes(codec: LowBitCodec, matrix: Tensor, numbers: Sequence[int], layers: int, *, exact: bool) -> Product:
     """Products with whole numbers, layer by layer: of integers where they are ``exact``, or else in float32.
 
-    Float32 is for processors without exact integer products, and for layers too wide for them. Rows are not decoded,
+    Float32 is for processors without quick and exact integer products, and for layers too wide for them. Rows are not decoded,
     which for one bit would be to rotate them back: the questions are rotated instead.
     """
     slope, shift = AFFINE[codec.bits]
@@ -134,8 +134,13 @@ def _in_digits(q: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def integer_products_are_exact() -> bool:
-    """Whether ``torch._int_mm`` is exact here: on processors without integer dot products it may saturate."""
+def has_integer_products() -> bool:
+    """Whether ``torch._int_mm`` is quick and exact here.
+
+    Without AVX, as on ARM, PyTorch has plain loops for it; on processors without integer dot products it may saturate.
+    """
+    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
+        return False
     a = torch.tensor([127, -127], dtype=torch.int8).repeat_interleave(64).repeat(64, 1)
     try:
         return all(
