@@ -13,7 +13,6 @@ from loghook.errors import ConfigError
 from loghook.evaluate.lds import Estimate, floats, lds
 from loghook.influence import engine
 from loghook.influence.precondition import Metric, in_memory
-from loghook.influence.solvers import gram_basis
 from loghook.log.format import LayerSpec
 from loghook.log.query import Query
 from loghook.log.reader import Reader
@@ -150,60 +149,47 @@ def held_out_likelihood(log: Reader, dampings: Sequence[float], seed: int = 0) -
     totals = np.zeros(len(dampings))
     with bar(None, "held-out rows", "layers", len(log.layers)) as progress:
         for group in in_memory(log.layout.layers, len(log)):
-            totals += _likelihoods(log, group, torch.from_numpy(fit), dampings)
-            progress.update(len(group))
+            for width, held_out, fitted in _second_moments(log, group, torch.from_numpy(fit)):
+                totals += _log_likelihood(width, held_out, fitted, dampings)
+                progress.update()
     yield from zip(dampings, (totals / log.layout.gradient_width).tolist(), strict=True)
 
 
-def _likelihoods(log: Reader, group: Sequence[LayerSpec], fit: Tensor, dampings: Sequence[float]) -> np.ndarray:
-    """Mean log-likelihood of the rows that were not fitted, summed over some layers, for each damping, in one scan.
+def _second_moments(log: Reader, group: Sequence[LayerSpec], fit: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+    """The width of some layers, and means of ``vec(G) vec(G)^T`` over held-out and over fitted rows, in one scan.
 
-    (dampings,) float64.
+    Of a layer with fewer rows than values they are in coordinates of what the rows span: outside they are 0.
     """
-    n, columns = int(fit.sum()), log.layout.columns
-    few: dict[str, list[Tensor]] = {spec.name: [] for spec in group if n < spec.width}  # rows themselves, where few
-    # Else the sums of their outer products: of held-out and of fitted rows.
-    sums = {s.name: torch.zeros(2, s.width, s.width, dtype=torch.float64) for s in group if s.name not in few}
+    counts, columns = torch.stack([(~fit).sum(), fit.sum()]), log.layout.columns
+    few: dict[str, list[Tensor]] = {spec.name: [] for spec in group if len(log) < spec.width}
+    sums = {spec.name: torch.zeros(2, *2 * (min(len(log), spec.width),), dtype=torch.float64) for spec in group}
+
+    def add(name: str, rows: Tensor, fitted: Tensor) -> None:
+        for total, half in zip(sums[name], (rows[~fitted], rows[fitted]), strict=True):
+            total.addmm_(half.T, half)
+
     for place, block in log.blocks():
         for spec in group:
             rows = block[:, columns[spec.name]].double()
             if spec.name in few:
                 few[spec.name].append(rows)
             else:
-                for total, half in zip(sums[spec.name], (rows[~fit[place]], rows[fit[place]]), strict=True):
-                    total.addmm_(half.T, half)
-    likelihoods = np.zeros(len(dampings))
+                add(spec.name, rows, fit[place])
     for spec in group:
-        if spec.name in few:  # the same through rows' inner products: eigenvectors (r, width) of what the fitted span
-            rows = torch.cat(few.pop(spec.name))
-            values, mix = gram_basis(rows[fit] @ rows[fit].T)
-            basis, held_out = mix.T @ rows[fit], rows[~fit]
-            energy = (held_out @ basis.T).square().mean(0)
-            outside = (held_out.square().sum(1).mean() - energy.sum()).clamp(min=0)
-        else:
-            held_out_sum, fitted_sum = sums.pop(spec.name)
-            values, vectors = torch.linalg.eigh(fitted_sum)
-            energy = (vectors * (held_out_sum @ vectors)).sum(0) / (len(fit) - n)
-            outside = torch.zeros((), dtype=torch.float64)
-        likelihoods += _log_likelihood(values.clamp(min=0) / n, energy, outside, spec.width, dampings)
-    return likelihoods
+        if spec.name in few:
+            add(spec.name, torch.linalg.qr(torch.cat(few.pop(spec.name)).T, mode="r").R.T, fit)
+        held_out, fitted = sums.pop(spec.name) / counts[:, None, None]
+        yield spec.width, held_out, fitted
 
 
-def _log_likelihood(
-    values: Tensor, energy: Tensor, outside: Tensor, width: int, dampings: Sequence[float]
-) -> np.ndarray:
-    """Mean log-likelihood of rows under a Gaussian, for each damping: (dampings,) float64.
-
-    Its covariance has these eigenvalues (r,), and the rows this mean square along each eigenvector (r,) and outside.
-    """
+def _log_likelihood(width: int, held_out: Tensor, fitted: Tensor, dampings: Sequence[float]) -> np.ndarray:
+    """Mean log-likelihood of held-out rows under the Gaussian of fitted ones, for each damping: (dampings,) float64."""
+    values, vectors = torch.linalg.eigh(fitted)
+    values, energy = values.clamp(min=0), (vectors * (held_out @ vectors)).sum(0)
     mean = values.sum() / width
     if mean == 0:  # a layer that slept: nothing to tell dampings apart by
         return np.zeros(len(dampings))
-    rest = width - len(values)  # eigenvalues that are 0
-    return np.array(
-        [
-            -0.5 * float((values + d).log().sum() + rest * d.log() + (energy / (values + d)).sum() + outside / d)
-            - 0.5 * width * np.log(2 * np.pi)
-            for d in (damping * mean for damping in dampings)
-        ]
-    )
+    rest = width - len(values)  # directions in which no row has anything
+    d = mean * torch.tensor(dampings, dtype=torch.float64)[:, None]
+    logs = (2 * np.pi * (values + d)).log().sum(1) + rest * (2 * np.pi * d[:, 0]).log()
+    return -0.5 * (logs + (energy / (values + d)).sum(1)).numpy()
