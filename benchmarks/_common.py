@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import io
 import json
+import operator
 import os
 import platform
 import statistics
@@ -129,13 +130,26 @@ def machine() -> dict[str, Any]:
     return {"cpu": cpu, "threads": torch.get_num_threads(), "gpu": gpu, "torch": torch.__version__}
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    made.add_argument("--repeats", type=int, default=9, help="turns; the medians of the ratios are reported")
-    made.add_argument("--threads", type=int, default=2)
-    made.add_argument("--require", action="store_true", help="end with status 1 if a target is missed")
-    made.add_argument("--save", action="store_true", help="write the JSON to benchmarks/results/")
-    return made
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    pass
+
+
+class Parser(argparse.ArgumentParser):
+    """A script's command line: what all have, and for those that time something what these have."""
+
+    def __init__(self, description: str | None, *, timed: bool = False, threads: int = 1) -> None:
+        super().__init__(description=description, formatter_class=Help)
+        self.add_argument("--threads", type=int, default=threads, help="of torch")
+        self.add_argument("--save", action="store_true", help="write the JSON to benchmarks/results/")
+        if timed:
+            self.add_argument("--repeats", type=int, default=9, help="turns; the medians of the ratios are reported")
+            self.add_argument("--require", action="store_true", help="end with status 1 if a target is missed")
+
+    def start(self) -> argparse.Namespace:
+        """Read the arguments, and let torch have its threads."""
+        arguments = self.parse_args()
+        torch.set_num_threads(arguments.threads)
+        return arguments
 
 
 def keep_memory() -> None:
@@ -156,15 +170,17 @@ def write(name: str, result: dict[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
     result = {"benchmark": name, "machine": machine()} | result
     (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
-
-
-def keep(name: str, result: dict[str, Any]) -> None:
-    write(name, result)
     print(f"  written to {RESULTS.name}/{name}.json")
 
 
+def written(name: str) -> dict[str, Any]:
+    """A result as it was written the last time, or nothing."""
+    file = RESULTS / f"{name}.json"
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
 def report(
-    name: str, result: dict[str, Any], *, save: bool, targets: dict[str, tuple[float, str]], require: bool = False
+    name: str, result: dict[str, Any], arguments: argparse.Namespace, targets: dict[str, tuple[float, str]]
 ) -> None:
     """Print a table of ratios beside their targets; write JSON; end with status 1 if --require was missed."""
     print(f"\n{name} on {machine()['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}")
@@ -176,18 +192,12 @@ def report(
             shown += f"   operations {result['arithmetic'][key]:.3f}"
         goal = f"   target {targets[key][1]} {targets[key][0]}" if key in targets else ""
         print(f"  {key:<58} {shown}{goal}")
-    if save:
-        keep(name, result)
-    missed = [
-        key
-        for key, (goal, sign) in targets.items()
-        if key in result["ratios"] and not _holds(result["ratios"][key]["median"], goal, sign)
-    ]
+    if arguments.save:
+        write(name, result)
+    medians = {key: result["ratios"][key]["median"] for key in targets if key in result["ratios"]}
+    holds = {"<=": operator.le, ">=": operator.ge}
+    missed = [key for key, median in medians.items() if not holds[targets[key][1]](median, targets[key][0])]
     if missed:
         print("  missed: " + "; ".join(missed), file=sys.stderr)
-        if require:
+        if arguments.require:
             raise SystemExit(1)
-
-
-def _holds(value: float, goal: float, sign: str) -> bool:
-    return value <= goal if sign == "<=" else value >= goal

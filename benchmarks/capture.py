@@ -19,7 +19,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
-from _common import Peak, alternate, keep_memory, llama, medians, parser, ratio, report, setting, silent, summed_loss
+from _common import Parser, Peak, alternate, keep_memory, llama, medians, ratio, report, setting, silent, summed_loss
 from torch.utils.flop_counter import FlopCounterMode
 
 import loghook
@@ -164,7 +164,7 @@ def peak_memory(arguments: list[str], case: str) -> float:
 
 
 def main() -> None:
-    made = parser(__doc__)
+    made = Parser(__doc__, timed=True, threads=2)
     made.add_argument("--layers", type=int, default=4)
     made.add_argument("--batch", type=int, default=4)
     made.add_argument("--tokens", type=int, default=128)
@@ -173,10 +173,9 @@ def main() -> None:
     made.add_argument("--peak", help="run one case a few times and print its peak memory in bytes")
     made.add_argument("--no-memory", action="store_true")
     made.add_argument("--keep-memory", action="store_true", help="let glibc keep what is freed, in all processes")
-    a = made.parse_args()
+    a = made.start()
     if a.keep_memory:
         keep_memory()
-    torch.set_num_threads(a.threads)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(a.layers, a.batch, a.tokens, a.compile, Path(folder))
         if a.peak:
@@ -218,9 +217,8 @@ def main() -> None:
             "arithmetic": arithmetic,
             "ratios": ratios,
         },
-        save=a.save,
-        targets=targets,
-        require=a.require,
+        a,
+        targets,
     )
 
 

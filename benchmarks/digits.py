@@ -18,7 +18,6 @@ The options below measure another: `--retrain --optimizer sgd --rate 0.05 --deca
 Shapes: E models trained at once, N training digits, Q test digits, m halves.
 """
 
-import argparse
 import contextlib
 import itertools
 import json
@@ -33,7 +32,7 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 import torch
-from _common import RESULTS, setting, silent, write
+from _common import RESULTS, Parser, setting, silent, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -285,15 +284,12 @@ def even(found: list[loghook.Scores | np.ndarray], truth: Truth) -> float | None
 
 
 def main() -> None:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    made.add_argument("--retrain", action="store_true", help="measure the truth again (500 trainings, some minutes)")
-    made.add_argument("--models", type=int, default=5, help="models whose gradients are logged (default: 5)")
-    made.add_argument("--threads", type=int, default=2)
-    made.add_argument("--save", action="store_true", help="write the truth, if measured, and the JSON")
+    made = Parser(__doc__, threads=2)
+    made.add_argument("--retrain", action="store_true", help="measure the truth again (minutes), with --save to keep")
+    made.add_argument("--models", type=int, default=5, help="models whose gradients are logged")
     for field, value in asdict(Recipe()).items():
-        made.add_argument(f"--{field}", type=type(value), default=value, help=f"of the recipe (default: {value})")
-    a = made.parse_args()
-    torch.set_num_threads(a.threads)
+        made.add_argument(f"--{field}", type=type(value), default=value, help="of the recipe")
+    a = made.start()
     data, recipe = digits(), Recipe(**setting(a, *asdict(Recipe())))
     if a.retrain:
         truth = retrain(data, recipe)
@@ -328,7 +324,6 @@ def main() -> None:
         )
     if a.save:
         write("digits", result)
-        print(f"written to {RESULTS.name}/digits.json")
 
 
 if __name__ == "__main__":

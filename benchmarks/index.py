@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import alternate, parser, ratio, report, setting, silent
+from _common import Parser, alternate, ratio, report, setting, silent
 
 import loghook
 
@@ -78,7 +78,7 @@ def measure(log: loghook.Log, query: dict[int, loghook.Query], a: argparse.Names
 
 
 def main() -> None:
-    made = parser(__doc__)
+    made = Parser(__doc__, timed=True, threads=2)
     made.add_argument("--rows", type=int, nargs="*", default=[10_000, 40_000])
     made.add_argument("--layers", type=int, default=16)
     made.add_argument("--side", type=int, default=32)
@@ -87,8 +87,7 @@ def main() -> None:
     made.add_argument("--dimensions", type=int, nargs="*", default=[256, 1024])
     made.add_argument("--factories", nargs="*", default=["Flat", "HNSW32"])
     made.add_argument("--candidates", type=int, nargs="*", default=[50, 200])
-    a = made.parse_args()
-    torch.set_num_threads(a.threads)
+    a = made.start()
     torch.manual_seed(0)
     model, samples = Layers(a.layers, a.side), Samples(a.topics, a.layers, a.side)
     measured = []
@@ -112,7 +111,7 @@ def main() -> None:
         for n in a.questions
     }
     about = setting(a, "rows", "layers", "side", "topics")
-    report("index", {"setting": about, "measured": measured, "ratios": ratios}, save=a.save, targets={})
+    report("index", {"setting": about, "measured": measured, "ratios": ratios}, a, {})
 
 
 if __name__ == "__main__":

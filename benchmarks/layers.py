@@ -4,12 +4,10 @@ On text by retraining (LDS), on planted facts by whether the sentences that stat
 rank). Scores of all layers are one sum, so that every choice of layers comes from one scoring pass.
 """
 
-import argparse
 import tempfile
 
 import numpy as np
-import torch
-from _common import keep, silent, truth
+from _common import Parser, silent, truth, write
 from _judge import judge, measure
 from _whole import Whole, walk
 
@@ -50,20 +48,17 @@ def judged(name: str, damping: float) -> dict[str, dict[str, float]]:
 
 
 def main() -> None:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(__doc__)
     made.add_argument("--tasks", nargs="*", default=["text", "facts"], choices=["text", "facts"])
     made.add_argument("--damping", type=float, default=0.1)
-    made.add_argument("--threads", type=int, default=1)
-    made.add_argument("--save", action="store_true", help="write the JSON")
-    a = made.parse_args()
-    torch.set_num_threads(a.threads)
+    a = made.start()
     result = {task: judged(task, a.damping) for task in a.tasks}
     for task, rows in result.items():
         print(f"{task}: {measure(truth(task))} of whole EK-FAC, damping {a.damping:g}")
         for choice, row in rows.items():
             print(f"  {choice:<50}{row['mean']:.3f}  {row['low']:.3f} to {row['high']:.3f}")
     if a.save:
-        keep("layers", {"damping": a.damping, "tasks": result})
+        write("layers", {"damping": a.damping, "tasks": result})
 
 
 if __name__ == "__main__":

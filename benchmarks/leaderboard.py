@@ -11,7 +11,6 @@ samples; where one cannot run a task, the table says why.
 Shapes: N training samples, Q queries.
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from _common import RESULTS, Peak, machine, silent, truth
+from _common import Parser, Peak, silent, truth, write, written
 from _judge import among, held_out, judge, like, measure
 from _whole import State, Whole, ask, source, walk
 from base import FIRST_SEED
@@ -392,29 +391,26 @@ def markdown(task: Any, rows: list[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(__doc__)
     made.add_argument("--task", choices=TASKS, default="digits_mlp")
-    made.add_argument("--models", type=int, default=1, help="models that are attributed (default: 1)")
-    made.add_argument("--rows", nargs="*", default=list(ROWS), help="projections to judge (default: all)")
-    made.add_argument("--tune", type=int, nargs="*", default=[32, 64], help="ranks at which to tune (default: 32 64)")
+    made.add_argument("--models", type=int, default=1, help="models that are attributed")
+    made.add_argument("--rows", nargs="*", help="projections to judge, instead of all")
+    made.add_argument("--tune", type=int, nargs="*", default=[32, 64], help="ranks at which to tune")
     made.add_argument("--no-whole", action="store_true", help="leave out whole gradients")
     made.add_argument("--no-refine", action="store_true", help="leave out refined questions")
     made.add_argument("--no-replay", action="store_true", help="leave out exact replay")
     made.add_argument("--peers", nargs="*", help="run these peers as well, or all (make peers)")
     made.add_argument("--fast", action="store_true", help="of whole gradients only the reference and dot")
-    made.add_argument("--threads", type=int, default=1)
-    made.add_argument("--save", action="store_true", help="write the JSON; other methods' rows that it holds stay")
     made.add_argument("--markdown", action="store_true", help="print the saved JSON as a table for the documents")
-    a = made.parse_args()
+    a = made.start()
     task = truth(a.task)
     if a.markdown:
-        print(markdown(task, json.loads((RESULTS / f"leaderboard_{a.task}.json").read_text())["rows"]))
+        print(markdown(task, written(f"leaderboard_{a.task}")["rows"]))
         return
-    torch.set_num_threads(a.threads)
     by_method: dict[str, list[Scored]] = {}
     makers: list[Callable[[nn.Module, str, int], Iterator[Scored]]] = [
         lambda model, folder, seed: unlearned(task, model, seed),
-        lambda model, folder, seed: rows(task, model, folder, a.rows, seed),
+        lambda model, folder, seed: rows(task, model, folder, ROWS if a.rows is None else a.rows, seed),
     ]
     for rank in a.tune:
         makers.append(lambda model, folder, seed, rank=rank: tuned(task, model, folder, rank))  # type: ignore[misc]
@@ -437,19 +433,11 @@ def main() -> None:
     table = judged(task, by_method)
     show(task, table)
     if a.save:
-        file = RESULTS / f"leaderboard_{a.task}.json"
-        known = json.loads(file.read_text()) if file.exists() else {"rows": []}
-        fresh = {row["method"]: row for row in table}
-        kept = [fresh.pop(row["method"], row) for row in known["rows"] if known["models"] == a.models]
-        rows_now = [*kept, *fresh.values()]
-        result = {
-            "benchmark": "leaderboard",
-            "task": a.task,
-            "machine": machine(),
-            "models": a.models,
-            "rows": rows_now,
-        }
-        file.write_text(json.dumps(result, indent=1) + "\n")
+        name, fresh = f"leaderboard_{a.task}", {row["method"]: row for row in table}
+        known = written(name)  # whose rows of other methods stay
+        kept = [fresh.pop(row["method"], row) for row in known.get("rows", []) if known["models"] == a.models]
+        result = {"task": a.task, "models": a.models, "rows": [*kept, *fresh.values()]}
+        write(name, {"benchmark": "leaderboard"} | result)
 
 
 if __name__ == "__main__":

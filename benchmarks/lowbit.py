@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import alternate, drop_from_cache, medians, parser, ratio, read_all, report, setting
+from _common import Parser, alternate, drop_from_cache, medians, ratio, read_all, report, setting
 from score import first, write_log
 
 import loghook
@@ -36,14 +36,13 @@ def write_logs(folder: Path, base: str, rows: int, a: Any) -> tuple[dict[str, lo
 
 
 def main() -> None:
-    made = parser(__doc__)
+    made = Parser(__doc__, timed=True, threads=2)
     made.add_argument("--rows", type=int, default=16384, help="of the logs in memory")
     made.add_argument("--disk-rows", type=int, default=131072, help="of the logs on the disk")
     made.add_argument("--layers", type=int, default=28)
     made.add_argument("--width", type=int, default=1024, help="values of a row in one layer: rank 32 has 1,024")
     made.add_argument("--many", type=int, default=64, help="questions of the scan in memory")
-    a = made.parse_args()
-    torch.set_num_threads(a.threads)
+    a = made.start()
     seconds: dict[str, float] = {}
     rows: dict[str, int] = {}
     ratios = {}
@@ -102,14 +101,13 @@ def main() -> None:
             "bytes_a_row": size, "seconds": seconds, "ratios": ratios,
             "floors": {"read_bytes_a_second": rate, "integer_products_seconds": floors},
         },
-        save=a.save,
-        targets={
+        a,
+        {
             "bfloat16, 1 from disk / int1, 1 from disk": (8, ">="),
             "bfloat16, 4 from disk / int1, 4 from disk": (8, ">="),
             "read / bfloat16, 1 from disk": (0.8, ">="),
             f"int1, {a.many} / float32, {a.many}": (1, "<="),
         },
-        require=a.require,
     )  # fmt: skip
 
 

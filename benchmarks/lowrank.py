@@ -6,14 +6,12 @@ token, so that its gradients are outer products; a passage of the text has 48. "
 all rows took.
 """
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from _common import truth, write
+from _common import Parser, truth, write
 from leaderboard import Scored, judged, logged, show, whole
 
 import loghook
@@ -48,13 +46,10 @@ def measure(name: str, dtypes: list[str], options: tuple[dict[str, Any], ...]) -
 
 
 def main() -> None:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(__doc__)
     made.add_argument("--tasks", nargs="*", choices=LOGS, default=list(LOGS))
     made.add_argument("--dtypes", nargs="*", choices=DTYPES, default=["float32", *DTYPES[4:]])
-    made.add_argument("--threads", type=int, default=1)
-    made.add_argument("--save", action="store_true", help="write the JSON")
-    a = made.parse_args()
-    torch.set_num_threads(a.threads)
+    a = made.start()
     tables = {}
     for name in a.tasks:
         task, tables[name] = measure(name, a.dtypes, LOGS[name])

@@ -3,14 +3,13 @@
 `make peers` installs them first; without, every row says so. See benchmarks/peers/README.md for the conventions.
 """
 
-import argparse
 import tempfile
 from pathlib import Path
 from typing import Any
 
 import digits
 import torch
-from _common import llama, write
+from _common import Parser, llama, write
 from peers import driver, reference
 from peers.exchange import Options, read
 from peers.exchange import write as hand_over
@@ -101,11 +100,7 @@ def judge(folder: Path, threads: int) -> list[dict[str, Any]]:
 
 
 def main() -> None:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    made.add_argument("--threads", type=int, default=1)
-    made.add_argument("--save", action="store_true", help="write the JSON to benchmarks/results/")
-    a = made.parse_args()
-    torch.set_num_threads(a.threads)
+    a = Parser(__doc__).start()
     torch.manual_seed(0)
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as scratch:

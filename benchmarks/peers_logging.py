@@ -12,7 +12,7 @@ import tempfile
 from pathlib import Path
 
 import torch
-from _common import keep_memory, parser, ratio, report, setting
+from _common import Parser, keep_memory, ratio, report, setting
 from peers import driver
 from peers.exchange import Options
 from peers_check import llama_folder
@@ -21,7 +21,7 @@ LOGGERS = ("bergson", "dattri", "logix")
 
 
 def main() -> None:
-    made = parser(__doc__)
+    made = Parser(__doc__, timed=True, threads=2)
     made.add_argument("--hidden", type=int, default=512)
     made.add_argument("--layers", type=int, default=4)
     made.add_argument("--samples", type=int, default=32)
@@ -33,10 +33,9 @@ def main() -> None:
     made.add_argument("--no-ekfac", action="store_true", help="time the logging alone")
     made.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time of all threads")
     made.add_argument("--keep-memory", action="store_true", help="let glibc keep what is freed, in all processes")
-    a = made.parse_args()
+    a = made.start()
     if a.keep_memory:
         keep_memory()
-    torch.set_num_threads(a.threads)
     log = Options(method="log", rank=a.rank, batch=a.batch, threads=a.threads, repeats=a.repeats)
     floor = dataclasses.replace(log, method="floor")
     whole = Options(method="ekfac", batch=a.batch, query_batch=a.batch, threads=a.threads, repeats=1)
@@ -94,9 +93,8 @@ def main() -> None:
             "ekfac_correlation": agreement,
             "ratios": ratios,
         },
-        save=a.save,
-        targets=targets,
-        require=a.require,
+        a,
+        targets,
     )
 
 

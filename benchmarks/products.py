@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _common import alternate, medians, parser, ratio, report, setting
+from _common import Parser, alternate, medians, ratio, report, setting
 
 from loghook.project.linear import gram, linear
 
@@ -37,11 +37,10 @@ def cases(hidden: int, rank: int) -> dict[str, tuple[int, Callable[[], Any], Cal
 
 
 def main() -> None:
-    made = parser(__doc__)
+    made = Parser(__doc__, timed=True, threads=2)
     made.add_argument("--hidden", type=int, default=512)
     made.add_argument("--rank", type=int, default=32)
-    a = made.parse_args()
-    torch.set_num_threads(a.threads)
+    a = made.start()
     ratios, speeds = {}, {}
     for name, (operations, ours, theirs) in cases(a.hidden, a.rank).items():
         times = alternate({"ours": ten(ours), "PyTorch's": ten(theirs)}, a.repeats)
@@ -49,7 +48,7 @@ def main() -> None:
         speeds[name] = {key: 10 * operations / seconds / 1e9 for key, seconds in medians(times).items()}
         print(f"  {name:<48}" + ", ".join(f"{key} {speed:6.0f} GFLOP/s" for key, speed in speeds[name].items()))
     result = {"setting": setting(a, "hidden", "rank", "repeats"), "gflops": speeds, "ratios": ratios}
-    report("products", result, save=a.save, targets={}, require=a.require)
+    report("products", result, a, {})
 
 
 def ten(product: Callable[[], Any]) -> Callable[[], Any]:

@@ -8,8 +8,6 @@ together. `--exact` adds what no iteration can be nearer to than the inverse its
 inverted by a Cholesky decomposition over all outputs of all samples (for small models, and minutes for each).
 """
 
-import argparse
-import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
@@ -18,7 +16,7 @@ from typing import Any
 import leaderboard
 import numpy as np
 import torch
-from _common import RESULTS, machine, truth
+from _common import Parser, truth, write, written
 from _whole import Whole
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev, vmap
@@ -65,17 +63,14 @@ def exact(task: Any, model: nn.Module, dampings: Sequence[float]) -> Iterator[np
 
 
 def main() -> None:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(__doc__)
     made.add_argument("--task", choices=leaderboard.TASKS, default="digits_mlp")
     made.add_argument("--models", type=int, default=2)
     made.add_argument("--samples", type=int, default=1200, help="that the curvature is taken from")
     made.add_argument("--dampings", type=float, nargs="+", default=[3.0, 10.0, 30.0])
     made.add_argument("--iterations", type=int, nargs="+", default=[1, 2, 3])
     made.add_argument("--exact", action="store_true", help="the inverse itself, too")
-    made.add_argument("--threads", type=int, default=1)
-    made.add_argument("--save", action="store_true", help="write the JSON, beside what it has of other tasks")
-    a = made.parse_args()
-    torch.set_num_threads(a.threads)
+    a = made.start()
     task = truth(a.task)
     halves = np.array_split(np.random.default_rng(0).permutation(task.n_query), 2)
     found: dict[tuple[float, Any], list[np.ndarray]] = {}
@@ -113,10 +108,7 @@ def main() -> None:
             )
         )
     if a.save:
-        file = RESULTS / "refine.json"
-        result = json.loads(file.read_text()) if file.exists() else {"benchmark": "refine", "machine": machine()}
-        result[a.task] = {"samples": a.samples, "models": a.models, "rows": rows}
-        file.write_text(json.dumps(result, indent=1) + "\n")
+        write("refine", written("refine") | {a.task: {"samples": a.samples, "models": a.models, "rows": rows}})
 
 
 if __name__ == "__main__":

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _common import parser, truth, write
+from _common import Parser, truth, write
 from base import FIRST_SEED
 
 from loghook.evaluate.lds import lds, random_subsets
@@ -32,12 +32,11 @@ def itself(training: Training, queries: Any, scores: np.ndarray, kept: float, co
 
 
 def main() -> None:
-    made = parser(__doc__)
+    made = Parser(__doc__, threads=2)
     made.add_argument("--roots", type=float, nargs="*", default=[1e-16, 1e-5, 1e-4, 1e-3])
     made.add_argument("--subsets", type=int, default=20, help="retrainings for each kept fraction")
     made.add_argument("--queries", type=int, default=200)
-    a = made.parse_args()
-    torch.set_num_threads(a.threads)
+    a = made.start()
     task = truth("digits_mlp")
     real = task.training(FIRST_SEED)
     batch = {key: values[: a.queries] for key, values in task.queries.items()}

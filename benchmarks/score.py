@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import Peak, alternate, drop_from_cache, medians, parser, ratio, read_all, report, setting
+from _common import Parser, Peak, alternate, drop_from_cache, medians, ratio, read_all, report, setting
 
 import loghook
 from loghook.log.reader import BLOCK_BYTES
@@ -99,21 +99,19 @@ def from_disk(a: Any) -> None:
     report(
         "score_disk",
         {"setting": about, "log_bytes": size, "bytes_per_second": rates, "seconds": times, "ratios": ratios},
-        save=a.save,
-        targets=targets | {"peak of resident memory in GB": (1, "<=")},
-        require=a.require,
+        a,
+        targets | {"peak of resident memory in GB": (1, "<=")},
     )
 
 
 def main() -> None:
-    made = parser(__doc__)
+    made = Parser(__doc__, timed=True, threads=2)
     made.add_argument("--disk-bytes", type=float, help="score a log of so many bytes from the disk instead")
     made.add_argument("--rows", type=int, default=8192)
     made.add_argument("--layers", type=int, default=28)
     made.add_argument("--width", type=int, default=1024, help="values of a row in one layer: rank 32 has 1,024")
     made.add_argument("--queries", type=int, default=64)
-    a = made.parse_args()
-    torch.set_num_threads(a.threads)
+    a = made.start()
     if a.disk_bytes:
         return from_disk(a)
     with tempfile.TemporaryDirectory() as folder:
@@ -159,7 +157,7 @@ def main() -> None:
     }
     # The first target; 80 % of a bare product is the aim.
     targets = {"dot / matrix product": (1.25, "<=")}
-    report("score", result, save=a.save, targets=targets, require=a.require)
+    report("score", result, a, targets)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import torch
-from _common import parser, report, truth
+from _common import Parser, truth, write
 from _judge import like
 from leaderboard import TASKS, logged
 from score import write_log
@@ -34,12 +33,11 @@ def compared(exact: loghook.Log, query: loghook.Query, method: str, task: Any = 
 
 
 def main() -> None:
-    made = parser(__doc__)
+    made = Parser(__doc__, threads=2)
     made.add_argument("--task", choices=TASKS, default="text")
     made.add_argument("--ranks", type=int, nargs="*", default=[32, 64])
     made.add_argument("--rows", type=int, default=8192, help="of the made-up log, 28 layers x 1,024 values")
-    a = made.parse_args()
-    torch.set_num_threads(a.threads)
+    a = made.start()
     ratios = {}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -57,7 +55,8 @@ def main() -> None:
                 ratios[f"{a.task}, {name}, {method}"] = compared(log, query, method, task)
     for case, found in ratios.items():
         print(f"{case:<34}" + "  ".join(f"{key} {value:.3f}" for key, value in found.items()))
-    report("signs", {"cases": ratios, "ratios": {}}, save=a.save, targets={})
+    if a.save:
+        write("signs", {"cases": ratios, "ratios": {}})
 
 
 if __name__ == "__main__":

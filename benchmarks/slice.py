@@ -9,7 +9,7 @@ import tempfile
 import time
 
 import torch
-from _common import keep, parser, silent, summed_loss
+from _common import Parser, silent, summed_loss, write
 
 import loghook
 
@@ -29,13 +29,12 @@ def decoder_layer(widths: tuple[int, int, int, int]) -> torch.nn.Module:
 
 
 def main() -> None:
-    made = parser(__doc__)
+    made = Parser(__doc__, threads=2)
     made.add_argument("--samples", type=int, default=16)
     made.add_argument("--rank", type=int, default=64)
     made.add_argument("--dtype", default="int1")
     made.add_argument("--tiny", action="store_true", help="small widths: a test of the script")
-    a = made.parse_args()
-    torch.set_num_threads(a.threads)
+    a = made.start()
     model = decoder_layer((64, 128, 4, 2) if a.tiny else (4096, 14336, 32, 8))
     tokens = torch.randint(0, 1024, (a.samples, 16 if a.tiny else TOKENS), generator=torch.Generator().manual_seed(0))
     seconds = {}
@@ -63,7 +62,7 @@ def main() -> None:
     print(f"{LAYERS} such layers, {SEQUENCES:,} rows: {measured / 1e12:.4f} TB measured, {planned / 1e12:.4f} planned")
     print(f"LogIX's 3.5 TB are {LOGIX / measured:.1f} times as much")
     if a.save:
-        keep(
+        write(
             "slice",
             {
                 "samples": len(log), "rank": a.rank, "dtype": a.dtype, "row_bytes": rows,

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _common import llama, setting, silent, summed_loss, write
+from _common import Parser, llama, setting, silent, summed_loss, write
 
 import loghook
 
@@ -97,18 +97,15 @@ def name(row: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made = Parser(__doc__)
     made.add_argument("--hidden", type=int, nargs="*", default=[128, 256, 512])
     made.add_argument("--ranks", type=int, nargs="*", default=[16, 32, 64, 128])
     made.add_argument("--dtypes", nargs="*", default=["float32"])
     made.add_argument("--samples", type=int, default=400)
     made.add_argument("--queries", type=int, default=16)
     made.add_argument("--steps", type=int, default=60)
-    made.add_argument("--threads", type=int, default=1)
     made.add_argument("--figure", type=Path, help="write the figure there (needs matplotlib)")
-    made.add_argument("--save", action="store_true", help="write the JSON")
-    a = made.parse_args()
-    torch.set_num_threads(a.threads)
+    a = made.start()
     import text
 
     tokens, rows = text.data()["tokens"].long(), []

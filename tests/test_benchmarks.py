@@ -39,7 +39,7 @@ def test_slice_of_a_large_model_takes_what_was_planned(
 ) -> None:
     module = load("slice")
     kept: dict = {}
-    monkeypatch.setattr(module, "keep", lambda name, result: kept.update(result))
+    monkeypatch.setattr(module, "write", lambda name, result: kept.update(result))
     monkeypatch.setattr(sys, "argv", ["slice", "--tiny", "--samples", "6", "--threads", "1", "--save"])
     module.main()
     # Of so few rows headers and records are a large part.
@@ -252,7 +252,7 @@ def test_leaderboard_judges_what_is_not_retrained(
     small = dataclasses.replace(task, **few)
     monkeypatch.setattr(board, "truth", lambda name: small)
     monkeypatch.setattr(type(small), "models", lambda self, count: [module.build()])
-    monkeypatch.setattr(board, "RESULTS", tmp_path)
+    monkeypatch.setattr(load("_common"), "RESULTS", tmp_path)
     chosen = ["random 16", "whitened 0.01 84 (down_proj)"]
     monkeypatch.setattr(
         sys, "argv", ["leaderboard", "--task", name, "--rows", *chosen, "--tune", "--no-refine", "--fast", "--save"]
