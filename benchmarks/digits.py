@@ -25,19 +25,18 @@ import tempfile
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 import torch
 from _common import RESULTS, Parser, setting, silent, write
+from base import Truth, ceiling
 from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
 import loghook
+from loghook.evaluate import controls
 from loghook.evaluate.lds import interval, lds, random_subsets
 
 TRUTH = RESULTS / "digits_truth.safetensors"
@@ -67,12 +66,6 @@ class Digits(NamedTuple):
     y: Tensor  # (N,)
     query_x: Tensor  # (Q, 64)
     query_y: Tensor  # (Q,)
-
-
-class Truth(NamedTuple):
-    members: np.ndarray  # (m, N) bool
-    losses: np.ndarray  # (m, Q) float32, mean over seeds
-    about: dict[str, Any]  # recipe, seeds, accuracy, ceiling
 
 
 def digits() -> Digits:
@@ -169,29 +162,8 @@ def retrain(data: Digits, recipe: Recipe, halves: int = 100, seeds: int = 5) -> 
     return Truth(members, np.mean(measured, axis=0, dtype=np.float64).astype(np.float32), about)
 
 
-def ceiling(measured_SmQ: np.ndarray) -> float:
-    """LDS of a perfect prediction, which the retrainings' own noise keeps below 1.
-
-    Spearman and Brown: with r between single seeds, the mean of S of them has reliability S r / (1 + (S - 1) r), and
-    what it correlates with at most is the root of that.
-    """
-    everything = np.eye(measured_SmQ.shape[1], dtype=bool)  # one "sample" a half: its score is what one seed measured
-    pairs = itertools.combinations(measured_SmQ, 2)
-    r = float(np.mean([lds(-one.T, everything, other, resamples=1).mean for one, other in pairs]))
-    return float(np.sqrt(len(measured_SmQ) * r / (1 + (len(measured_SmQ) - 1) * r)))
-
-
-def save(truth: Truth, path: Path = TRUTH) -> None:
-    path.parent.mkdir(exist_ok=True)
-    arrays = {"members": np.packbits(truth.members, axis=1), "losses": truth.losses}
-    safetensors.numpy.save_file(arrays, path, {"about": json.dumps(truth.about)})
-
-
-def load(path: Path = TRUTH) -> Truth:
-    with safetensors.safe_open(path, framework="np") as file:
-        about = json.loads(file.metadata()["about"])
-        members = np.unpackbits(file.get_tensor("members"), axis=1, count=1200).astype(bool)
-        return Truth(members, file.get_tensor("losses"), about)
+def load() -> Truth:
+    return Truth.load(TRUTH)
 
 
 @contextlib.contextmanager
@@ -226,13 +198,13 @@ def settings(rank: int | None) -> Iterator[dict[str, Any]]:
             yield {"method": method, "damping": 0.1, "normalize": "unit"}
 
 
-def controls(log: loghook.Log, query: loghook.Query, data: Digits, seed: int) -> Iterator[tuple[str, np.ndarray]]:
-    """Yield scores that know nothing of gradients, (Q, N)."""
-    yield "random scores", np.random.default_rng(seed).standard_normal((len(query), len(log)))
-    yield "same label", (data.query_y[:, None] == data.y[None, :]).numpy()
-    one, other = query.rows(LAST, "activations"), np.asarray(log.rows(LAST, "activations"))
-    sizes = np.linalg.norm(one, axis=1)[:, None] * np.linalg.norm(other, axis=1)[None, :]
-    yield "cosine of last hidden layer", one @ other.T / sizes
+def unlearned(log: loghook.Log, query: loghook.Query, data: Digits, seed: int) -> dict[str, np.ndarray]:
+    """Scores that know nothing of gradients, (Q, N)."""
+    return {
+        "random scores": controls.random(len(query), len(log), seed),
+        "same label": controls.same_label(data.query_y, data.y),
+        "cosine of last hidden layer": controls.cosine(query.rows(LAST, "activations"), log.rows(LAST, "activations")),
+    }
 
 
 def name(setting: dict[str, Any]) -> str:
@@ -252,7 +224,7 @@ def judge(trained: list[nn.Sequential], data: Digits, truth: Truth, ranks: list[
                 for setting in settings(rank):
                     by_name.setdefault(name(setting), []).append(log.influence(query, **setting))
                 if rank == ranks[-1]:
-                    for control, scores in controls(log, query, data, seed):
+                    for control, scores in unlearned(log, query, data, seed).items():
                         by_name.setdefault(f"control: {control}", []).append(scores)
         for key, found in by_name.items():
             scores = [one.values if isinstance(one, loghook.Scores) else one for one in found]
@@ -294,7 +266,7 @@ def main() -> None:
     if a.retrain:
         truth = retrain(data, recipe)
         if a.save:
-            save(truth)
+            truth.save(TRUTH)
     else:
         truth = load()
         if truth.about["recipe"] != asdict(recipe):

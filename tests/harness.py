@@ -1,11 +1,15 @@
 """One oracle for every mode: what a run logs against one-sample-at-a-time autograd in float64."""
 
 import contextlib
+import importlib
+import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from fnmatch import fnmatchcase
+from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,6 +32,21 @@ class Largest(TorchDispatchMode):
         if isinstance(made, Tensor):
             self.bytes = max(self.bytes, made.untyped_storage().nbytes())
         return made
+
+
+@contextlib.contextmanager
+def benchmarks() -> Iterator[Callable[[str], Any]]:
+    """Give a function that imports a script of benchmarks/, on one thread; scripts and their path end with it."""
+    folder, threads, before = Path(__file__).parents[1] / "benchmarks", torch.get_num_threads(), set(sys.modules)
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder / "truths"))
+        patch.syspath_prepend(str(folder))
+        yield importlib.import_module
+    torch.set_num_threads(threads)
+    for name in set(sys.modules) - before:
+        if str(folder) in (getattr(sys.modules[name], "__file__", None) or ""):
+            del sys.modules[name]
 
 
 def log_batch(

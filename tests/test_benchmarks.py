@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib
 import json
 import math
 import sys
@@ -16,22 +15,16 @@ import numpy as np
 import pytest
 import torch
 
+from tests.harness import benchmarks
+
 pytest.importorskip("transformers")
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 Load = Callable[[str], ModuleType]
 
 
 @pytest.fixture
-def load(monkeypatch: pytest.MonkeyPatch) -> Iterator[Load]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    before = set(sys.modules)
-    yield importlib.import_module
-    torch.set_num_threads(threads)
-    for name in set(sys.modules) - before:  # the path that they put themselves on ends with the test
-        if str(BENCHMARKS) in (getattr(sys.modules[name], "__file__", None) or ""):
-            del sys.modules[name]
+def load() -> Iterator[Load]:
+    with benchmarks() as load:
+        yield load
 
 
 def test_slice_of_a_large_model_takes_what_was_planned(

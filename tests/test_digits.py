@@ -5,7 +5,6 @@ A reduced version of benchmarks/digits.py: its truth (500 retrainings, kept in a
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -15,23 +14,14 @@ import pytest
 import torch
 
 from loghook.evaluate.lds import lds
-
-BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+from tests.harness import benchmarks
 
 
 @pytest.fixture(scope="module")
 def digits() -> Iterator[ModuleType]:
     pytest.importorskip("sklearn")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(BENCHMARKS))
-        import digits
-
-        yield digits
-        for name in ("digits", "_common"):
-            sys.modules.pop(name, None)
-    torch.set_num_threads(threads)
+    with benchmarks() as load:
+        yield load("digits")
 
 
 def test_ekfac_and_fisher_predict_retraining(digits: ModuleType) -> None:
@@ -77,7 +67,7 @@ def test_the_ensemble_trains_as_a_plain_loop_does(digits: ModuleType) -> None:
 
 def test_the_truth_survives_its_file(digits: ModuleType, tmp_path: Path) -> None:
     truth = digits.load()
-    digits.save(truth, tmp_path / "truth.safetensors")
-    again = digits.load(tmp_path / "truth.safetensors")
+    truth.save(tmp_path / "truth.safetensors")
+    again = digits.Truth.load(tmp_path / "truth.safetensors")
     assert (again.members == truth.members).all() and (again.losses == truth.losses).all()
     assert again.about == truth.about

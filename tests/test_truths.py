@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import subprocess
 import sys
@@ -13,6 +12,8 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+
+from tests.harness import benchmarks
 
 TRUTHS = Path(__file__).parents[1] / "benchmarks" / "truths"
 NAMES = tuple(file.stem for file in sorted(TRUTHS.glob("*.py")) if file.stem != "base")
@@ -28,13 +29,8 @@ SHAPES = {  # training samples, queries, at least so many halves
 @pytest.fixture(scope="module")
 def load() -> Iterator[Any]:
     pytest.importorskip("sklearn")
-    before = set(sys.modules)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(TRUTHS))
-        yield importlib.import_module
-        for name in set(sys.modules) - before:
-            if str(TRUTHS.parent) in (getattr(sys.modules[name], "__file__", None) or ""):
-                del sys.modules[name]
+    with benchmarks() as load:
+        yield load
 
 
 @pytest.fixture(params=NAMES)

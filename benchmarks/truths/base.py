@@ -7,6 +7,7 @@ Shapes: N training samples, Q queries, m subsets, B samples of a batch.
 
 import argparse
 import dataclasses
+import itertools
 import json
 import sys
 import tempfile
@@ -15,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import safetensors
@@ -23,10 +24,11 @@ import safetensors.numpy
 import torch
 from safetensors.torch import load_model, save_model
 from torch import Tensor, nn
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from loghook.demo.train import one_thread
-from loghook.evaluate.lds import random_subsets
+from loghook.evaluate.lds import lds, random_subsets
 from loghook.evaluate.replay import Training
 from loghook.evaluate.retrain import Train, retrain
 
@@ -155,14 +157,42 @@ def everything(task: Task) -> np.ndarray:
     return np.ones(task.n_train, dtype=bool)
 
 
-def measure(
-    task: Task, train: Train, *, halves: int, seeds: int, workers: int, folder: Path, recipe: dict[str, Any]
-) -> Task:
-    """Retrain on random halves: the task with its truth. The folder keeps what is done, if this is interrupted."""
-    from digits import ceiling
+class Truth(NamedTuple):
+    """What retraining on random halves showed: a small file."""
 
+    members: np.ndarray  # (m, N) bool
+    losses: np.ndarray  # (m, Q) float32, mean over seeds
+    about: dict[str, Any]  # recipe, seeds, ceiling
+
+    def save(self, file: Path) -> None:
+        arrays = {"members": np.packbits(self.members, axis=1), "losses": self.losses}
+        safetensors.numpy.save_file(arrays, file, {"about": json.dumps(self.about)})
+
+    @classmethod
+    def load(cls, file: Path) -> "Truth":
+        with safetensors.safe_open(file, framework="np") as opened:
+            about = json.loads(opened.metadata()["about"])
+            members = np.unpackbits(opened.get_tensor("members"), axis=1, count=1200).astype(bool)
+            return cls(members, opened.get_tensor("losses"), about)
+
+
+def truth_file(name: str) -> Path:
+    return HERE / f"{name}.safetensors"
+
+
+def known_truth(name: str) -> dict[str, Any]:
+    """Fields of a task from its file; none before it is first measured."""
+    file = truth_file(name)
+    return Truth.load(file)._asdict() if file.exists() else {}
+
+
+def measure(
+    task: Task, train: Train, arguments: argparse.Namespace, *, halves: int, seeds: int, recipe: dict[str, Any]
+) -> Task:
+    """Retrain on random halves and write the file: the task with its truth. What is done is kept if interrupted."""
     members = random_subsets(task.n_train, halves, 0.5, seed=0)
-    measured_mSQ = retrain(train, members, range(seeds), folder, workers=workers, recipe=recipe)
+    folder = arguments.folder or Path("runs") / f"truth-{task.name}"
+    measured_mSQ = retrain(train, members, range(seeds), folder, workers=arguments.workers, recipe=recipe)
     about = {
         "recipe": recipe,
         "halves": halves,
@@ -171,24 +201,55 @@ def measure(
         "query_loss": float(query_losses(task, task.fit(everything(task), FIRST_SEED)).mean()),
         "torch": torch.__version__,
     }
-    losses = measured_mSQ.mean(axis=1).astype(np.float32)
-    return dataclasses.replace(task, members=members, losses=losses, about=about)
+    truth = Truth(members, measured_mSQ.mean(axis=1).astype(np.float32), about)
+    truth.save(truth_file(task.name))
+    return dataclasses.replace(task, **truth._asdict())
 
 
-def save_truth(task: Task, file: Path) -> None:
-    assert task.members is not None and task.losses is not None
-    arrays = {"members": np.packbits(task.members, axis=1), "losses": task.losses}
-    safetensors.numpy.save_file(arrays, file, {"about": json.dumps(task.about)})
+def ceiling(measured_SmQ: np.ndarray) -> float:
+    """LDS of a perfect prediction, which the retrainings' own noise keeps below 1.
+
+    Spearman and Brown: with r between single seeds, the mean of S of them has reliability S r / (1 + (S - 1) r), and
+    what it correlates with at most is the root of that.
+    """
+    halves = np.eye(measured_SmQ.shape[1], dtype=bool)  # one "sample" a half: its score is what one seed measured
+    pairs = itertools.combinations(measured_SmQ, 2)
+    r = float(np.mean([lds(-one.T, halves, other, resamples=1).mean for one, other in pairs]))
+    return float(np.sqrt(len(measured_SmQ) * r / (1 + (len(measured_SmQ) - 1) * r)))
 
 
-def load_truth(file: Path, n_train: int) -> dict[str, Any]:
-    """Fields of a task from its file; none before it is first measured."""
-    if not file.exists():
-        return {}
-    with safetensors.safe_open(file, framework="np") as opened:
-        about = json.loads(opened.metadata()["about"])
-        members = np.unpackbits(opened.get_tensor("members"), axis=1, count=n_train).astype(bool)
-        return {"members": members, "losses": opened.get_tensor("losses"), "about": about}
+# Of classifiers whose samples are "x" and whose labels are "y"
+
+
+def logits(model: nn.Module, batch: Batch) -> Tensor:
+    """(B, classes)."""
+    return model(batch["x"])
+
+
+def cross_entropies(logits: Tensor, batch: Batch) -> Tensor:
+    return F.cross_entropy(logits, batch["y"], reduction="none")
+
+
+def last_input(model: nn.Module, batch: Batch) -> Tensor:
+    """Input of the last layer of a sequence."""
+    return model[:-1](batch["x"])  # type: ignore[index]
+
+
+def fit_classifier(
+    build: Callable[[], nn.Module], x: Tensor, y: Tensor, members: np.ndarray, seed: int, recipe: dict[str, Any],
+    whole_batches: bool = False,
+) -> nn.Module:  # fmt: skip
+    """Adam at a constant rate on the mean loss; the seed gives weights and order."""
+    torch.manual_seed(seed)
+    model, places, size = build(), torch.from_numpy(np.flatnonzero(members)), recipe["batch"]
+    optimizer = torch.optim.Adam(model.parameters(), lr=recipe["rate"], fused=True)
+    steps = len(places) // size if whole_batches else None
+    for _ in range(recipe["epochs"]):
+        for part in places[torch.randperm(len(places))].split(size)[:steps]:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x[part]), y[part]).backward()
+            optimizer.step()
+    return model
 
 
 def pack_texts(texts: Sequence[str]) -> np.ndarray:

@@ -4,16 +4,13 @@ The truth: trained again on 60 random halves, three seeds each (initialisation a
 """
 
 import functools
-from pathlib import Path
 from typing import Any
 
+import base
 import numpy as np
-import torch
-from base import HERE, Batch, Task, load_truth, main, measure, query_losses, save_truth
-from torch import Tensor, nn
-from torch.nn import functional as F
+from base import Batch, Task, main
+from torch import nn
 
-TRUTH = HERE / "digits_cnn.safetensors"
 RECIPE: dict[str, Any] = {
     "optimizer": "adam",
     "channels": (16, 32),
@@ -52,31 +49,7 @@ def build() -> nn.Sequential:
 
 
 def fit(members: np.ndarray, seed: int) -> nn.Module:
-    """Adam at a constant rate on the mean loss, whole batches only; the seed gives weights and order."""
-    torch.manual_seed(seed)
-    model, (samples, _), places = build(), data(), torch.from_numpy(np.flatnonzero(members))
-    optimizer = torch.optim.Adam(model.parameters(), lr=RECIPE["rate"], fused=True)
-    for _ in range(RECIPE["epochs"]):
-        order = places[torch.randperm(len(places))]
-        for part in order.split(RECIPE["batch"])[: len(places) // RECIPE["batch"]]:
-            optimizer.zero_grad()
-            F.cross_entropy(model(samples["x"][part]), samples["y"][part]).backward()
-            optimizer.step()
-    return model
-
-
-def outputs(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits (B, 10)."""
-    return model(batch["x"])
-
-
-def sample_losses(logits: Tensor, batch: Batch) -> Tensor:
-    return F.cross_entropy(logits, batch["y"], reduction="none")
-
-
-def represent(model: nn.Module, batch: Batch) -> Tensor:
-    """Input of the last layer."""
-    return model[:-1](batch["x"])
+    return base.fit_classifier(build, data()[0]["x"], data()[0]["y"], members, seed, RECIPE, whole_batches=True)
 
 
 @functools.cache
@@ -88,23 +61,20 @@ def task() -> Task:
         queries=queries,
         fit=fit,
         build=build,
-        outputs=outputs,
-        sample_losses=sample_losses,
-        represent=represent,
+        outputs=base.logits,
+        sample_losses=base.cross_entropies,
+        represent=base.last_input,
         labels=(samples["y"].numpy(), queries["y"].numpy()),
-        **load_truth(TRUTH, len(samples["y"])),
+        **base.known_truth("digits_cnn"),
     )
 
 
 def train(members: np.ndarray, seed: int) -> np.ndarray:
-    return query_losses(task(), fit(members, seed))
+    return base.query_losses(task(), fit(members, seed))
 
 
 def again(arguments: Any) -> Task:
-    folder = arguments.folder or Path("runs") / "truth-digits_cnn"
-    made = measure(task(), train, halves=60, seeds=3, workers=arguments.workers, folder=folder, recipe=RECIPE)
-    save_truth(made, TRUTH)
-    return made
+    return base.measure(task(), train, arguments, halves=60, seeds=3, recipe=RECIPE)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,13 @@ import dataclasses
 import functools
 from typing import Any
 
-import base  # noqa: F401  puts benchmarks/ on the path
+import base  # puts benchmarks/ on the path
 import digits
 import numpy as np
 import torch
 from base import Batch, Task, main
 from torch import Tensor, nn
 from torch.func import functional_call
-from torch.nn import functional as F
 
 from loghook.evaluate.replay import Adam, Training
 
@@ -51,7 +50,7 @@ def training(seed: int) -> Training:
     ]
 
     def losses(parameters: dict[str, Tensor], batch: Batch) -> Tensor:
-        return sample_losses(functional_call(model, parameters, (batch["x"],)), batch)
+        return base.cross_entropies(functional_call(model, parameters, (batch["x"],)), batch)
 
     return Training(
         parameters={name: values.detach() for name, values in model.named_parameters()},
@@ -68,23 +67,9 @@ def checkpoint(seed: int, share: float) -> nn.Module:
     return digits.module(digits.train(places, digits.digits(), recipe, seed), 0).eval()
 
 
-def outputs(model: nn.Module, batch: Batch) -> Tensor:
-    """Logits (B, 10)."""
-    return model(batch["x"])
-
-
-def sample_losses(logits: Tensor, batch: Batch) -> Tensor:
-    return F.cross_entropy(logits, batch["y"], reduction="none")
-
-
-def represent(model: nn.Module, batch: Batch) -> Tensor:
-    """Input of the last layer."""
-    return model[:-1](batch["x"])  # type: ignore[index]
-
-
 @functools.cache
 def task() -> Task:
-    data, truth = digits.digits(), digits.load()
+    data = digits.digits()
     return Task(
         name="digits_mlp",
         train={"x": data.x, "y": data.y},
@@ -93,19 +78,17 @@ def task() -> Task:
         optimizer=optimizer,
         training=training,
         build=build,
-        outputs=outputs,
-        sample_losses=sample_losses,
-        represent=represent,
+        outputs=base.logits,
+        sample_losses=base.cross_entropies,
+        represent=base.last_input,
         checkpoint=checkpoint,
         labels=(data.y.numpy(), data.query_y.numpy()),
-        members=truth.members,
-        losses=truth.losses,
-        about=truth.about,
+        **digits.load()._asdict(),
     )
 
 
 def again(_: Any) -> Task:
-    digits.save(digits.retrain(digits.digits(), RECIPE))
+    digits.retrain(digits.digits(), RECIPE).save(digits.TRUTH)
     task.cache_clear()
     return task()
 

@@ -11,9 +11,8 @@ from typing import Any
 import numpy as np
 import text
 import torch
-from base import Batch, Task, main
+from base import Batch, Task, cross_entropies, fit_classifier, main
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 RECIPE: dict[str, Any] = {"width": 128, "epochs": 8, "batch": 32, "rate": 2e-3, "flipped": 0.1}
 CLASSES = len(text.TOPICS)
@@ -52,25 +51,12 @@ def build() -> nn.Module:
 
 
 def fit(members: np.ndarray, seed: int) -> nn.Module:
-    """Adam at a constant rate on the mean loss; the seed gives weights and order."""
-    torch.manual_seed(seed)
-    model, (samples, _, _), places = build(), data(), torch.from_numpy(np.flatnonzero(members))
-    optimizer = torch.optim.Adam(model.parameters(), lr=RECIPE["rate"], fused=True)
-    for _ in range(RECIPE["epochs"]):
-        for part in places[torch.randperm(len(places))].split(RECIPE["batch"]):
-            optimizer.zero_grad()
-            F.cross_entropy(model(samples["input_ids"][part]), samples["y"][part]).backward()
-            optimizer.step()
-    return model
+    return fit_classifier(build, data()[0]["input_ids"], data()[0]["y"], members, seed, RECIPE)
 
 
 def outputs(model: nn.Module, batch: Batch) -> Tensor:
     """Logits (B, classes)."""
     return model(batch["input_ids"])
-
-
-def sample_losses(logits: Tensor, batch: Batch) -> Tensor:
-    return F.cross_entropy(logits, batch["y"], reduction="none")
 
 
 def represent(model: nn.Module, batch: Batch) -> Tensor:
@@ -88,7 +74,7 @@ def task() -> Task:
         fit=fit,
         build=build,
         outputs=outputs,
-        sample_losses=sample_losses,
+        sample_losses=cross_entropies,
         represent=represent,
         flipped=flipped,
         labels=(samples["y"].numpy(), queries["y"].numpy()),

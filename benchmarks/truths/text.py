@@ -8,13 +8,12 @@ documentation; `--rebuild` makes it anew from this one's and must be followed by
 
 import functools
 import sys
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import safetensors.torch
 import torch
-from base import HERE, Batch, Task, load_truth, main, measure, pack_texts, query_losses, save_truth, unpack_texts
+from base import HERE, Batch, Task, known_truth, main, measure, pack_texts, query_losses, unpack_texts
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -23,7 +22,7 @@ from loghook.demo.text import decode, language_reference, library_source, train_
 from loghook.demo.train import fit as fit_batches
 from loghook.demo.train import one_thread, shuffled, small_llama
 
-DATA, TRUTH = HERE / "text_data.safetensors", HERE / "text.safetensors"
+DATA = HERE / "text_data.safetensors"
 TOPICS = ("specialnames", "compound", "types", "formatstrings", "string-methods", "debugger")  # fine-tuned on
 MODEL = DemoConfig(vocabulary=1024, hidden=128, layers=4, heads=4, intermediate=344)
 RECIPE: dict[str, Any] = {"epochs": 2, "rate": 2e-3, "batch": 8}
@@ -96,7 +95,7 @@ def task() -> Task:
         represent=represent,
         checkpoint=checkpoint,
         texts=(texts[:N], texts[N:]),
-        **load_truth(TRUTH, N),
+        **known_truth("text"),
     )
 
 
@@ -105,10 +104,7 @@ def train(members: np.ndarray, seed: int) -> np.ndarray:
 
 
 def again(arguments: Any) -> Task:
-    folder = arguments.folder or Path("runs") / "truth-text"
-    made = measure(task(), train, halves=60, seeds=2, workers=arguments.workers, folder=folder, recipe=RECIPE)
-    save_truth(made, TRUTH)
-    return made
+    return measure(task(), train, arguments, halves=60, seeds=2, recipe=RECIPE)
 
 
 def cut() -> tuple[dict[str, Tensor], list[list[int]]]:
