@@ -89,23 +89,6 @@ def ratio(times: dict[str, list[float]], over: str, under: str) -> dict[str, flo
     }
 
 
-def drop_from_cache(folder: Path) -> None:
-    """Let the system forget the pages of a folder's files, which needs no rights for clean ones."""
-    for file in folder.iterdir():
-        handle = os.open(file, os.O_RDONLY)
-        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(handle)
-
-
-def read_all(folder: Path) -> None:
-    """Read a folder's files, one after the other, each from its beginning to its end."""
-    buffer = bytearray(2**20)
-    for file in folder.iterdir():
-        with open(file, "rb", buffering=0) as handle:
-            while handle.readinto(buffer):
-                pass
-
-
 class Peak:
     """The most memory that this process has held since it was made; without one, since it began. Linux keeps count."""
 

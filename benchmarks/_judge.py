@@ -9,7 +9,6 @@ import numpy as np
 
 from loghook.evaluate import judges
 from loghook.evaluate.lds import Estimate, lds
-from loghook.influence.fidelity import likeness
 
 
 def measure(task: Any) -> str:
@@ -29,11 +28,6 @@ def judge(task: Any, scores: np.ndarray) -> Estimate:
     if task.relevant is not None:
         return judges.mrr(scores, task.relevant)
     return judges.mislabel_auc(scores if scores.ndim == 1 else -scores.mean(0), task.flipped)
-
-
-def like(scores: np.ndarray, reference: np.ndarray) -> float:
-    """Mean over queries of the correlation over samples."""
-    return likeness(scores, reference)
 
 
 def among(scores: np.ndarray, reference: np.ndarray, k: int = 10, share: float = 0.1) -> float:

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from _common import Parser, Peak, silent, truth, write, written
-from _judge import among, held_out, judge, like, measure
+from _judge import among, held_out, judge, measure
 from _whole import State, Whole, ask, source, walk
 from base import FIRST_SEED
 from torch import nn
@@ -34,6 +34,7 @@ from loghook.evaluate import controls
 from loghook.evaluate.judges import mrr
 from loghook.evaluate.lds import interval
 from loghook.evaluate.replay import replay
+from loghook.influence.fidelity import likeness
 
 TASKS = ("digits_mlp", "digits_cnn", "text", "facts", "labels")
 ROOTS = (1e-16, 1e-5, 1e-4, 1e-3)  # the first leaves the training as it was, the others make it smoother
@@ -341,7 +342,7 @@ def judged(task: Any, by_method: dict[str, list[Scored]]) -> list[dict[str, Any]
             row |= {"lds": float(np.mean(each)), "low": low, "high": high}
             row["models"] = [float(one.mean()) for one in each]
             if reference and scored[0].ndim == 2:
-                row["pearson"] = float(np.mean([like(a, b) for a, b in zip(scored, reference, strict=True)]))
+                row["pearson"] = float(np.mean([likeness(a, b) for a, b in zip(scored, reference, strict=True)]))
                 row["recall"] = float(np.mean([among(a, b) for a, b in zip(scored, reference, strict=True)]))
         for key in ("seconds", "bytes", "peak_mb"):
             row[key] = float(np.median([getattr(one, key) for one in found]))

@@ -13,18 +13,18 @@ are unpacked already. Fidelity is no matter of this script: random rows have non
 import os
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from _common import Parser, alternate, drop_from_cache, medians, ratio, read_all, report, setting
-from score import first, write_log
+from _common import Parser, alternate, medians, ratio, report, setting
+from score import FEW, first, read, scan, write_log
 
 import loghook
 from loghook.log.maintain import compress
 
 LOW = ("int8", "int4", "int1")
-FEW = (1, 4)
 
 
 def write_logs(folder: Path, base: str, rows: int, a: Any) -> tuple[dict[str, loghook.Log], loghook.Query]:
@@ -57,21 +57,11 @@ def main() -> None:
         folder = Path(name)
         _, query = write_logs(folder, "bfloat16", a.disk_rows, a)
 
-        def from_disk(dtype: str, n: int, **options: Any) -> Callable[[], Any]:
-            def scan() -> None:
-                drop_from_cache(folder / dtype)
-                loghook.load(folder / dtype).influence(first(query, n), "dot", top=10, **options)
-
-            return scan
-
-        def read() -> None:
-            drop_from_cache(folder / "bfloat16")
-            read_all(folder / "bfloat16")
-
         for n in FEW:
-            cases = {f"{dtype}, {n} from disk": from_disk(dtype, n) for dtype in ("bfloat16", *LOW)}
+            cases = {f"{dtype}, {n} from disk": partial(scan, folder / dtype, query, n) for dtype in ("bfloat16", *LOW)}
             wide, signs = f"bfloat16, {n} from disk", f"int1, 1-bit questions, {n} from disk"
-            cases |= {signs: from_disk("int1", n, query_dtype="int1"), "read": read}
+            cases[signs] = partial(scan, folder / "int1", query, n, query_dtype="int1")
+            cases["read"] = partial(read, folder / "bfloat16")
             measure(cases, [(wide, f"int1, {n} from disk"), (wide, signs), ("read", wide)], a.disk_rows)
         rate = sum(f.stat().st_size for f in (folder / "bfloat16").iterdir()) / seconds.pop("read")
     with tempfile.TemporaryDirectory(dir=os.environ.get("LOGHOOK_BENCH_DIR")) as name:

@@ -12,33 +12,18 @@ of resident memory (VmHWM), which includes torch itself, is read after all turns
 import multiprocessing
 import os
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from _common import Parser, Peak, alternate, drop_from_cache, medians, ratio, read_all, report, setting
+from _common import Parser, Peak, alternate, medians, ratio, report, setting
 
 import loghook
 from loghook.log.reader import BLOCK_BYTES
 from loghook.log.writer import Batch
 
 FEW = (1, 4)  # questions of a scan from the disk
-
-
-def make_log(folder: Path, rows: int, layers: int, width: int) -> tuple[loghook.Log, torch.nn.Module]:
-    """A real log of random data: `layers` linears whose rows have `width` values each."""
-    side = int(width**0.5)
-    model = torch.nn.Sequential(*[torch.nn.Linear(side, side, bias=False) for _ in range(layers)])
-    run = loghook.init(folder, projection="none")
-    run.watch(model)
-    batch = 256
-    with loghook.frozen(model):
-        for start in range(0, rows, batch):
-            ids = list(range(start, min(start + batch, rows)))
-            with run(data_id=ids):
-                model(torch.randn(len(ids), side)).pow(2).sum().backward()
-    run.finalize()
-    return loghook.load(folder), model
 
 
 def write_log(folder: Path, rows: int, layers: int, width: int, dtype: str, queries: int) -> loghook.Query:
@@ -65,20 +50,36 @@ def first(query: loghook.Query, n: int) -> loghook.Query:
     return loghook.Query(query.data_ids[:n], query.matrix[:n], query.made, query.parameters)
 
 
-def scan_from_disk(folder: Path, question_file: Path, threads: int, repeats: int) -> tuple[dict[str, list[float]], int]:
+def drop_from_cache(folder: Path) -> None:
+    """Let the system forget the pages of a folder's files, which needs no rights for clean ones."""
+    for file in folder.iterdir():
+        handle = os.open(file, os.O_RDONLY)
+        os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(handle)
+
+
+def read(folder: Path) -> None:
+    """Read a folder's files from the disk, one after the other, each from its beginning to its end."""
+    drop_from_cache(folder)
+    buffer = bytearray(2**20)
+    for file in folder.iterdir():
+        with open(file, "rb", buffering=0) as handle:
+            while handle.readinto(buffer):
+                pass
+
+
+def scan(folder: Path, query: loghook.Query, n: int, **options: Any) -> None:
+    """Open a log and score its rows from the disk for the first n questions."""
+    drop_from_cache(folder)
+    loghook.load(folder).influence(first(query, n), "dot", top=10, **options)
+
+
+def timed(folder: Path, question_file: Path, threads: int, repeats: int) -> tuple[dict[str, list[float]], int]:
     """Seconds of reading and of scoring, turn by turn, and this process's peak of resident memory in bytes."""
     torch.set_num_threads(threads)
     query = loghook.Query.load(question_file)
-
-    def scan(n: int) -> None:
-        drop_from_cache(folder)
-        loghook.load(folder).influence(first(query, n), "dot", top=10)
-
-    def read() -> None:
-        drop_from_cache(folder)
-        read_all(folder)
-
-    return alternate({"read": read} | {f"{n} questions": lambda n=n: scan(n) for n in FEW}, repeats), Peak.bytes()
+    cases = {"read": partial(read, folder)} | {f"{n} questions": partial(scan, folder, query, n) for n in FEW}
+    return alternate(cases, repeats), Peak.bytes()
 
 
 def from_disk(a: Any) -> None:
@@ -88,7 +89,7 @@ def from_disk(a: Any) -> None:
         write_log(folder, rows, a.layers, a.width, "bfloat16", max(FEW)).save(question_file)
         size = sum(file.stat().st_size for file in folder.iterdir())
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            times, peak = pool.apply(scan_from_disk, (folder, question_file, a.threads, a.repeats))
+            times, peak = pool.apply(timed, (folder, question_file, a.threads, a.repeats))
     ratios = {f"read / scan, {n} questions": ratio(times, "read", f"{n} questions") for n in FEW}
     rates = {case: size / seconds for case, seconds in medians(times).items()}
     print("\n" + ", ".join(f"{case} {rate / 1e9:.2f} GB/s" for case, rate in rates.items()))
@@ -115,10 +116,8 @@ def main() -> None:
     if a.disk_bytes:
         return from_disk(a)
     with tempfile.TemporaryDirectory() as folder:
-        log, model = make_log(Path(folder) / "log", a.rows, a.layers, a.width)
-        asker = log.attach(model)
-        with asker.query(data_id=list(range(a.queries))) as query:
-            model(torch.randn(a.queries, int(a.width**0.5))).pow(2).sum().backward()
+        query = write_log(Path(folder) / "log", a.rows, a.layers, a.width, "float32", a.queries)
+        log = loghook.load(Path(folder) / "log")
         rows = torch.cat([block for _, block in log.blocks()]).clone()
         step = max(1, BLOCK_BYTES // (rows.shape[1] * 4))
 

@@ -12,12 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from _common import Parser, truth, write
-from _judge import like
 from leaderboard import TASKS, logged
 from score import write_log
 
 import loghook
 from loghook.evaluate.lds import lds
+from loghook.influence.fidelity import likeness
 from loghook.log.maintain import compress
 
 
@@ -25,7 +25,7 @@ def compared(exact: loghook.Log, query: loghook.Query, method: str, task: Any = 
     log = loghook.load(exact.path.with_name(f"{exact.path.name}-int1"))
     whole = exact.influence(query, method).values
     full, signs = (log.influence(query, method, query_dtype=dtype).values for dtype in (None, "int1"))
-    found = {"rows": like(full, whole), "pearson": like(signs, full)}
+    found = {"rows": likeness(full, whole), "pearson": likeness(signs, full)}
     if task is not None:
         for name, values in (("lds, float32", whole), ("lds", full), ("lds, 1-bit questions", signs)):
             found[name] = lds(values, task.members, task.losses, resamples=1).mean

@@ -19,22 +19,10 @@ from dattri_llm import (
 )
 from dattri_llm.attribution.base import BaseInnerProductAttributor
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from peers.exchange import Batch, Costs, Exchange, Options, linears, main, size
+from peers.exchange import Batch, Costs, Exchange, Options, Rows, linears, main, size
 
 ATTRIBUTORS = {"ekfac": EKFACAttributor, "kfac": KFACAttributor, "fisher": EKFACAttributor}
-
-
-class Rows(Dataset):
-    def __init__(self, columns: Batch) -> None:
-        self.columns = columns
-
-    def __len__(self) -> int:
-        return len(next(iter(self.columns.values())))
-
-    def __getitem__(self, i: int) -> Batch:
-        return {name: values[i] for name, values in self.columns.items()}
 
 
 def hooks(exchange: Exchange, options: Options) -> HookManagerConfig:

@@ -33,8 +33,22 @@ import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.data import Dataset
 
 Batch = dict[str, Tensor]
+
+
+class Rows(Dataset):
+    """Columns as the data set that peers ask for."""
+
+    def __init__(self, columns: Batch) -> None:
+        self.columns = columns
+
+    def __len__(self) -> int:
+        return len(next(iter(self.columns.values())))
+
+    def __getitem__(self, i: int | slice | Tensor) -> Batch:
+        return {name: values[i] for name, values in self.columns.items()}
 
 
 @dataclass(frozen=True, kw_only=True)

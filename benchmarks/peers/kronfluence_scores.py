@@ -6,22 +6,10 @@ from kronfluence.analyzer import Analyzer, prepare_model
 from kronfluence.arguments import FactorArguments, ScoreArguments
 from kronfluence.task import Task
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from peers.exchange import Batch, Costs, Exchange, Options, linears, main, size
+from peers.exchange import Batch, Costs, Exchange, Options, Rows, linears, main, size
 
 STRATEGIES = {"ekfac": "ekfac", "kfac": "kfac", "dot": "identity"}
-
-
-class Rows(Dataset):
-    def __init__(self, columns: Batch) -> None:
-        self.columns = columns
-
-    def __len__(self) -> int:
-        return len(next(iter(self.columns.values())))
-
-    def __getitem__(self, i: int) -> Batch:
-        return {name: values[i] for name, values in self.columns.items()}
 
 
 class SummedLoss(Task):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 import loghook
-from peers.exchange import Batch, Costs, Exchange, Options, linears, main, size
+from peers.exchange import Batch, Costs, Exchange, Options, Rows, linears, main, size
 
 
 def work(exchange: Exchange, options: Options, costs: Costs, scratch: Path) -> Tensor | None:
@@ -19,7 +19,7 @@ def work(exchange: Exchange, options: Options, costs: Costs, scratch: Path) -> T
 
     def batches(side: Batch, step: int) -> Iterator[tuple[list[int], Batch]]:
         for rows in torch.arange(len(side[exchange.label])).split(step):
-            yield rows.tolist(), {name: values[rows] for name, values in side.items()}
+            yield rows.tolist(), Rows(side)[rows]
 
     if options.method == "floor":
         with loghook.frozen(model), costs.stage("floor"):

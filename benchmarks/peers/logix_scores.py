@@ -12,7 +12,7 @@ from logix import LogIX, LogIXScheduler
 from logix.config import LoRAConfig
 from torch import Tensor
 
-from peers.exchange import Batch, Costs, Exchange, Options, linears, main, size
+from peers.exchange import Batch, Costs, Exchange, Options, Rows, linears, main, size
 
 HESSIANS = {"fisher": "raw", "kfac": "kfac", "ekfac": "ekfac"}
 
@@ -34,7 +34,7 @@ def work(exchange: Exchange, options: Options, costs: Costs, scratch: Path) -> T
 
     def backward(side: Batch, rows: Tensor) -> None:
         model.zero_grad()
-        exchange.loss(model, {name: values[rows] for name, values in side.items()}).backward()
+        exchange.loss(model, Rows(side)[rows]).backward()
 
     n, q = (len(side[exchange.label]) for side in (exchange.train, exchange.query))
     with costs.stage("log"):

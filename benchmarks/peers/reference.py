@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from peers.exchange import Batch, Exchange, linears
+from peers.exchange import Batch, Exchange, Rows, linears
 
 Pair = tuple[Tensor, Tensor]  # inputs (T, I), with a column of ones where the layer has a bias; output gradients (T, O)
 
@@ -41,9 +41,10 @@ def ekfac(
     """
     model = copy.deepcopy(exchange.model).to(torch.float32 if single else torch.float64).requires_grad_(True)
     kept = slice(None) if positions == "all" else slice(None, -1)
-    fisher = [_pairs(exchange, model, exchange.fisher_data(), i, bias) for i in _rows(exchange.train)]
-    train = [_pairs(exchange, model, exchange.train, i, bias) for i in _rows(exchange.train)]
-    query = [_pairs(exchange, model, exchange.query, i, bias) for i in _rows(exchange.query)]
+    fisher, train, query = (
+        [_pairs(exchange, model, side, i, bias) for i in range(len(Rows(side)))]
+        for side in (exchange.fisher_data(), exchange.train, exchange.query)
+    )
     scores = torch.zeros(len(query), len(train), dtype=torch.float64)
     for name in linears(model):
         x = torch.cat([sample[name][0][kept] for sample in fisher])
@@ -65,10 +66,6 @@ def agreement(scores: np.ndarray, other: np.ndarray) -> tuple[float, float]:
     return float(r.mean()), float(r.min())
 
 
-def _rows(side: Batch) -> range:
-    return range(len(next(iter(side.values()))))
-
-
 def _pairs(exchange: Exchange, model: torch.nn.Module, side: Batch, i: int, bias: bool) -> dict[str, Pair]:
     inputs: dict[str, Tensor] = {}
     outputs: dict[str, Tensor] = {}
@@ -82,8 +79,7 @@ def _pairs(exchange: Exchange, model: torch.nn.Module, side: Batch, i: int, bias
         return hook
 
     handles = [model.get_submodule(name).register_forward_hook(keep(name)) for name in linears(model)]
-    one = {key: values[i : i + 1] for key, values in side.items()}
-    dtype = next(model.parameters()).dtype
+    dtype, one = next(model.parameters()).dtype, Rows(side)[i : i + 1]
     one = {key: values.to(dtype) if values.is_floating_point() else values for key, values in one.items()}
     loss = exchange.loss(model, one)
     for handle in handles:
