@@ -24,7 +24,6 @@ from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[Any]  # float64 throughout
 Layer = Mapping[str, Any]  # "G", "A", "S" to arrays or CPU tensors
-Method = Literal["dot", "fisher", "kfac", "ekfac", "shampoo"]
 
 
 class Scores(NamedTuple):
@@ -34,62 +33,32 @@ class Scores(NamedTuple):
     layers: Array
 
 
-def dot(rows: Sequence[Layer], queries: Sequence[ArrayLike]) -> Scores:
-    """<Q, G>, summed over layers. rows: L layers of N rows; queries: L arrays (M, k_o, k_i)."""
-    return _score("dot", rows, queries, 0.0, None)
-
-
-def fisher(
+def influence(
+    method: str,
     rows: Sequence[Layer],
     queries: Sequence[ArrayLike],
     damping: float = 0.1,
     damping_abs: float | None = None,
 ) -> Scores:
-    """<H^-1 Q, G> with H = mean_i vec(G_i) vec(G_i)^T plus damping * (trace H / width), or `damping_abs`."""
-    return _score("fisher", rows, queries, damping, damping_abs)
+    """<H^-1 Q, G>, H being a method's matrix plus damping * (its mean eigenvalue), or plus `damping_abs`.
 
-
-def kfac(
-    rows: Sequence[Layer],
-    queries: Sequence[ArrayLike],
-    damping: float = 0.1,
-    damping_abs: float | None = None,
-) -> Scores:
-    """<H^-1 Q, G> with H = kron(S, A) plus damping * (its mean eigenvalue), or plus `damping_abs`.
-
-    S and A are means per *token*: the size of H, and with it the weight of a layer in the total, is per
-    token as well.
+    rows: L layers of N rows; queries: L arrays (M, k_o, k_i). "dot" has no H.
+    Where A or S has repeated eigenvalues its eigenvectors are not unique and neither is "ekfac": compare on factors
+    whose eigenvalues are distinct (a null space that no row touches does no harm).
     """
-    return _score("kfac", rows, queries, damping, damping_abs)
-
-
-def ekfac(
-    rows: Sequence[Layer],
-    queries: Sequence[ArrayLike],
-    damping: float = 0.1,
-    damping_abs: float | None = None,
-) -> Scores:
-    """<H^-1 Q, G> with H = U diag(lambda) U^T plus damping * mean(lambda), or plus `damping_abs`.
-
-    U = kron(Q_S, Q_A), the eigenvectors of S and A; lambda = mean_i (Q_S^T G_i Q_A)^2, elementwise.
-    Where A or S has repeated eigenvalues its eigenvectors are not unique and neither is the method: compare
-    on factors whose eigenvalues are distinct (a null space that no row touches does no harm).
-    """
-    return _score("ekfac", rows, queries, damping, damping_abs)
-
-
-def shampoo(
-    rows: Sequence[Layer],
-    queries: Sequence[ArrayLike],
-    damping: float = 0.1,
-    damping_abs: float | None = None,
-) -> Scores:
-    """As `ekfac`, in the eigenbases of sum_i G_i^T G_i and sum_i G_i G_i^T instead of A and S."""
-    return _score("shampoo", rows, queries, damping, damping_abs)
+    if len(rows) != len(queries) or not rows:
+        raise ValueError(f"{len(rows)} layers of rows and {len(queries)} layers of queries")
+    per_layer = []
+    for layer, query in zip(rows, queries, strict=True):
+        G, Q = _array(layer["G"]), _array(query)
+        preconditioned = _precondition(method, layer, Q, damping, damping_abs)
+        per_layer.append(np.array([[np.sum(q * g) for g in G] for q in preconditioned]))
+    layers = np.array(per_layer)
+    return Scores(layers.sum(axis=0), layers)
 
 
 def self_influence(
-    method: Method,
+    method: str,
     rows: Sequence[Layer],
     queries: Sequence[ArrayLike] | None = None,
     damping: float = 0.1,
@@ -99,16 +68,12 @@ def self_influence(
 
     With `queries`: the same of the queries, <H^-1 Q, Q>, (M,), where H is still the rows'.
     """
-    total: Array | None = None
-    for index, layer in enumerate(rows):
-        G = _array(layer["G"])
-        X = G if queries is None else _array(queries[index])
+    per_layer = []
+    for layer, asked in zip(rows, queries or [layer["G"] for layer in rows], strict=True):
+        X = _array(asked)
         preconditioned = _precondition(method, layer, X, damping, damping_abs)
-        own = np.array([np.sum(preconditioned[i] * X[i]) for i in range(len(X))])
-        total = own if total is None else total + own
-    if total is None:
-        raise ValueError("no layers")
-    return total
+        per_layer.append([np.sum(p * x) for p, x in zip(preconditioned, X, strict=True)])
+    return np.sum(per_layer, axis=0)
 
 
 def cosine(
@@ -122,19 +87,11 @@ def cosine(
     The self values are the scores' own method's self-influence, summed over layers (for dot: squared norms).
     Where a self value is zero the gradient itself is zero: the result is 0.
     """
-    scores = _array(scores)
-    query_self, row_self = _array(query_self), _array(row_self)
-    result = np.zeros_like(scores)
-    for m in range(scores.shape[0]):
-        for n in range(scores.shape[1]):
-            if kind == "unit":
-                size = np.sqrt(query_self[m]) * np.sqrt(row_self[n])
-            elif kind == "relatif":
-                size = np.sqrt(row_self[n])
-            else:
-                raise ValueError(f"kind must be 'unit' or 'relatif', not {kind!r}")
-            result[m, n] = 0.0 if size == 0 else scores[m, n] / size
-    return result
+    if kind not in ("unit", "relatif"):
+        raise ValueError(f"kind must be 'unit' or 'relatif', not {kind!r}")
+    scores, query_self, row_self = _array(scores), _array(query_self), _array(row_self)
+    size = np.sqrt(query_self)[:, None] * np.sqrt(row_self) if kind == "unit" else np.sqrt(row_self)[None]
+    return np.divide(scores, size, out=np.zeros_like(scores), where=size != 0)
 
 
 def lds(scores: ArrayLike, masks: ArrayLike, outputs: ArrayLike) -> float:
@@ -177,12 +134,18 @@ def fisher_matrix(layer: Layer) -> Array:
 
 
 def kfac_matrix(layer: Layer) -> Array:
-    """kron(S, A), (w, w), undamped."""
+    """kron(S, A), (w, w), undamped.
+
+    S and A are means per *token*: the size of H, and with it the weight of a layer in the total, is per token as well.
+    """
     return np.kron(_array(layer["S"]), _array(layer["A"]))
 
 
 def ekfac_matrix(layer: Layer) -> Array:
-    """kron(Q_S, Q_A) diag(lambda) kron(Q_S, Q_A)^T, (w, w), undamped."""
+    """U diag(lambda) U^T, (w, w), undamped: U = kron(Q_S, Q_A), the eigenvectors of S and A.
+
+    lambda = mean_i (Q_S^T G_i Q_A)^2, elementwise.
+    """
     G = _array(layer["G"])
     Q_A = np.linalg.eigh(_array(layer["A"])).eigenvectors
     Q_S = np.linalg.eigh(_array(layer["S"])).eigenvectors
@@ -219,24 +182,6 @@ def _precondition(method: str, layer: Layer, X: Array, damping: float, damping_a
         return np.zeros_like(X)
     damped = H + added * np.eye(width)
     return np.linalg.solve(damped, X.reshape(len(X), width).T).T.reshape(X.shape)
-
-
-def _score(
-    method: str,
-    rows: Sequence[Layer],
-    queries: Sequence[ArrayLike],
-    damping: float,
-    damping_abs: float | None,
-) -> Scores:
-    if len(rows) != len(queries) or not rows:
-        raise ValueError(f"{len(rows)} layers of rows and {len(queries)} layers of queries")
-    per_layer = []
-    for layer, query in zip(rows, queries, strict=True):
-        G, Q = _array(layer["G"]), _array(query)
-        preconditioned = _precondition(method, layer, Q, damping, damping_abs)
-        per_layer.append(np.array([[np.sum(q * g) for g in G] for q in preconditioned]))
-    layers = np.array(per_layer)
-    return Scores(layers.sum(axis=0), layers)
 
 
 def _ranks(values: Array) -> Array:

@@ -94,7 +94,7 @@ def test_scores_against_dense_references(logged, method, damping):
     log, query, model = logged
     layers = as_dense(log, model, data(40))
     queries = [query.rows(name) for name in log.layers]
-    reference = dense.dot(layers, queries) if method == "dot" else getattr(dense, method)(layers, queries, **damping)
+    reference = dense.influence(method, layers, queries, **damping)
     scores = log.influence(query, method, per_layer=True, **damping)
     np.testing.assert_allclose(scores.values, reference.total, rtol=1e-5, atol=1e-7 * np.abs(reference.total).max())
     np.testing.assert_allclose(scores.by_layer, reference.layers, rtol=1e-5, atol=1e-7 * np.abs(reference.layers).max())
@@ -109,7 +109,7 @@ def test_scores_against_dense_references(logged, method, damping):
 def test_fisher_with_more_rows_than_values_uses_the_same_formula(tmp_path):
     log, query, model = make_log(tmp_path, n=80, rank=2)
     layers = as_dense(log, model, data(80))
-    reference = dense.fisher(layers, [query.rows(name) for name in log.layers])
+    reference = dense.influence("fisher", layers, [query.rows(name) for name in log.layers])
     assert max(spec.width for spec in log.manifest.layers) < len(log)
     np.testing.assert_allclose(log.influence(query, "fisher").values, reference.total, rtol=1e-5)
 
@@ -125,7 +125,7 @@ def test_masked_tokens_do_not_count_in_the_factors(tmp_path):
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 1, 1], [1, 1, 0]]).repeat(10, 1)
     log, query, model = make_log(tmp_path, mask=mask)
     layers = as_dense(log, model, data(40), mask)
-    reference = dense.ekfac(layers, [query.rows(name) for name in log.layers])
+    reference = dense.influence("ekfac", layers, [query.rows(name) for name in log.layers])
     np.testing.assert_allclose(log.influence(query, "ekfac").values, reference.total, rtol=1e-5, atol=1e-5)
 
 
@@ -573,7 +573,7 @@ def test_fisher_of_few_rows_is_accurate_in_float32(tmp_path, damping):
     """Fewer rows than values: at a small damping the part outside the rows' span must not drown the scores."""
     log, query, _ = make_log(tmp_path, n=12, dtype="float32", rank=6)
     layers = [{"G": log.rows(n)[:]} for n in log.layers]
-    reference = dense.fisher(layers, [query.rows(n) for n in log.layers], damping)
+    reference = dense.influence("fisher", layers, [query.rows(n) for n in log.layers], damping)
     values = log.influence(query, "fisher", damping=damping).values
     np.testing.assert_allclose(values, reference.total, atol=2e-5 * np.abs(reference.total).max())
 

@@ -259,7 +259,7 @@ def test_ekfac_refuses_after_a_deletion(tmp_path):
     after = loghook.load(log.path)
     with pytest.raises(StateError, match="method='shampoo'"):
         after.influence(query, "ekfac")
-    reference = dense.shampoo(layers, [query.rows(name) for name in log.layers])
+    reference = dense.influence("shampoo", layers, [query.rows(name) for name in log.layers])
     np.testing.assert_allclose(after.influence(query, "shampoo").values, reference.total, rtol=1e-4, atol=1e-6)
 
 
