@@ -49,22 +49,40 @@ def benchmarks() -> Iterator[Callable[[str], Any]]:
             del sys.modules[name]
 
 
+def log_and_ask(
+    path: Any, model: nn.Module, loss_fn: Loss, x: Any, asked: Any = None, *, ids: Any = None, size: int | None = None,
+    watch: dict[str, Any] | None = None, block: dict[str, Any] | None = None, **options: Any,
+) -> tuple[loghook.Log, Any]:  # fmt: skip
+    """Log samples in all passes, in one block or in blocks of a size, and ask others: the finished log and the query.
+
+    ``watch`` and ``block`` are arguments of the two (those of a block are a query's too), the others of ``init``.
+    """
+    block, ids = block or {}, list(range(batch_size(x)) if ids is None else ids)
+    with loghook.init(path, **options) as run:
+        run.watch(model, **watch or {})
+        for _ in run.passes():
+            for start in range(0, len(ids), size or len(ids)):
+                part = slice(start, start + size) if size else slice(None)
+                with run(data_id=ids[part], **block):
+                    loss_fn(model, x[part] if size else x).backward()
+        query = None
+        if asked is not None:
+            with run.query(data_id=list(range(batch_size(asked))), **block) as query:
+                loss_fn(model, asked).backward()
+        run.finalize()
+    return loghook.load(path), query
+
+
 def log_batch(
     model: nn.Module, loss_fn: Loss, batch: Any, *, frozen: bool = False, rank: Any = 4, projection: str = "random",
     seed: int = 0, dtype: str = "float64", scale: Any = 1.0, mask: Tensor | None = None, **watch: Any,
 ) -> loghook.Log:  # fmt: skip
-    """Log one batch through the public face and return the finished log."""
-    folder = tempfile.mkdtemp(prefix="loghook-test-")
-    run = loghook.init(folder, rank=rank, projection=projection, seed=seed, dtype=dtype)
-    with contextlib.redirect_stdout(None):
-        run.watch(model, **watch)
+    """Log one batch in a folder of its own; what is not named here is an argument of ``watch``."""
+    options = {"rank": rank, "projection": projection, "seed": seed, "dtype": dtype}
+    block = {"scale": scale, "mask": mask}
     with loghook.frozen(model) if frozen else contextlib.nullcontext():
-        for _ in run.passes():
-            with run(data_id=list(range(batch_size(batch))), scale=scale, mask=mask):
-                loss_fn(model, batch).backward()
-    run.finalize()
-    run.close()
-    return loghook.load(folder)
+        folder = tempfile.mkdtemp(prefix="loghook-test-")
+        return log_and_ask(folder, model, loss_fn, batch, watch=watch, block=block, **options)[0]
 
 
 def sides(log: loghook.Log, name: str) -> tuple[Side, Side]:

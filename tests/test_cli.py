@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import loghook
 from loghook.cli import app
 from loghook.log import maintain
-from tests.test_fitted import data, loss_fn, make, quietly
+from tests.test_fitted import data, loss_fn, make
 from tests.test_influence import make_log
 
 
@@ -108,7 +108,7 @@ def test_a_query_of_another_log_is_an_error_alone(logged, tmp_path):
 def test_a_run_killed_while_its_projection_was_fitted_may_be_started_again(tmp_path):
     model, x = make(), data()
     run = loghook.init(tmp_path / "run", rank=4, projection="whitened")
-    quietly(run, model)
+    run.watch(model)
     for _ in run.passes():
         with run(data_id=torch.arange(16)):
             loss_fn(model, x[:16]).backward()

@@ -39,15 +39,10 @@ def loss_fn(model, x):
     return model(x).logsumexp(-1).sum()
 
 
-def quietly(run, model, **watch):
-    with contextlib.redirect_stdout(None):
-        run.watch(model, **watch)
-
-
 def fit_and_log(model, x, folder=None, **options):
     folder = folder or tempfile.mkdtemp(prefix="loghook-test-")
     run = loghook.init(folder, **{"rank": 4, "dtype": "float64"} | options)
-    quietly(run, model)
+    run.watch(model)
     kinds = []
     for current in run.passes():
         kinds.append(current.kind)
@@ -186,14 +181,14 @@ def test_projections_fitted_on_other_data_do_not_match():
 def test_inside_training_an_unfitted_projection_is_refused_and_a_fitted_one_taken():
     model, x = make(), data()
     run = loghook.init(tempfile.mkdtemp(), rank=4, projection="whitened")
-    quietly(run, model)
+    run.watch(model)
     with pytest.raises(StateError, match="not fitted yet"), run(data_id=[0]):
         loss_fn(model, x[:1]).backward()
     with pytest.raises(StateError, match="not fitted yet"), run.query(data_id=[0]):
         loss_fn(model, x[:1]).backward()
     first, _, _ = fit_and_log(model, x, projection="whitened", dtype="float64")
     second = loghook.init(tempfile.mkdtemp(), rank=4, projection="whitened", fitted=first.path, dtype="float64")
-    quietly(second, model)
+    second.watch(model)
     with second(data_id=list(range(16))):
         loss_fn(model, x[:16]).backward()
     second.finalize()
@@ -203,14 +198,14 @@ def test_inside_training_an_unfitted_projection_is_refused_and_a_fitted_one_take
         assert np.allclose(log.rows(name)[:], first.rows(name)[:16], rtol=1e-12, atol=1e-12)
     with pytest.raises(MismatchError, match="rank"):
         other = loghook.init(tempfile.mkdtemp(), rank=3, projection="whitened", fitted=first.path)
-        quietly(other, model)
+        other.watch(model)
         next(other.passes())
 
 
 def test_taken_from_whole_factors():
     model, x = make(), data()
     fit = loghook.fit(tempfile.mkdtemp())
-    quietly(fit, model)
+    fit.watch(model)
     for _ in fit.passes():
         with fit(data_id=list(range(len(x)))):
             loss_fn(model, x).backward()
@@ -225,7 +220,7 @@ def test_taken_from_whole_factors():
 def test_a_resumed_run_that_is_given_other_layers_leaves_nothing_behind(tmp_path):
     model, x = make(), data()
     run = loghook.init(tmp_path, rank=4, projection="pca")
-    quietly(run, model)
+    run.watch(model)
     for current in run.passes():
         with run(data_id=list(range(16))):
             loss_fn(model, x[:16]).backward()
@@ -234,9 +229,9 @@ def test_a_resumed_run_that_is_given_other_layers_leaves_nothing_behind(tmp_path
     run.close()
     again, other = loghook.init(tmp_path, rank=4, projection="pca", resume=True), nn.Sequential(nn.Linear(12, 12))
     with pytest.raises(MismatchError, match="other layers"):
-        quietly(again, other)
+        again.watch(other)
     assert not other[0]._forward_hooks and again.layers == ()
-    quietly(again, model)
+    again.watch(model)
     for _ in again.passes():
         with again(data_id=list(range(len(x)))):
             loss_fn(model, x).backward()
@@ -253,7 +248,7 @@ def test_resumed_after_a_kill_in_either_pass(tmp_path):
         run = loghook.init(
             tmp_path / "log", rank=4, dtype="float64", projection="pca", resume=True, commit_seconds=1e-6
         )
-        quietly(run, model)
+        run.watch(model)
         blocks_done = 0
         for _ in run.passes():
             for ids in torch.arange(len(x)).split(16):
@@ -284,7 +279,7 @@ def test_the_mask_and_repeats_decide_what_is_fitted():
 
     def log(batches):
         run = loghook.init(tempfile.mkdtemp(), rank=4, dtype="float64", projection="whitened")
-        quietly(run, model)
+        run.watch(model)
         for _ in run.passes():
             for ids, inputs, tokens in batches:
                 with run(data_id=ids, mask=tokens):
@@ -332,7 +327,7 @@ def test_the_stated_error_is_the_error_of_gaussian_inputs():
     torch.manual_seed(0)
     model = nn.Linear(20, 2, bias=False).double()
     run = loghook.init(tempfile.mkdtemp(), rank=4, projection="pca")
-    quietly(run, model)
+    run.watch(model)
     x = torch.randn(400, 20, dtype=torch.float64)
     for current in run.passes():
         if current.kind == "covariance":
@@ -364,7 +359,7 @@ def test_merged_logs_keep_their_projection(tmp_path):
     model, x = make(), data()
     first, _, _ = fit_and_log(model, x, projection="whitened")
     run = loghook.init(tempfile.mkdtemp(), rank=4, dtype="float64", projection="whitened", fitted=first.path)
-    quietly(run, model)
+    run.watch(model)
     with run(data_id=[100, 101]):
         loss_fn(model, x[:2]).backward()
     run.finalize()
@@ -391,7 +386,7 @@ def test_a_projection_of_siblings_stays_the_same_where_it_is_taken_over(tmp_path
     model, x, path = Siblings(), torch.randn(40, 12), None
     for name, ids in (("a", range(40)), ("b", range(40, 80))):
         run = loghook.init(tmp_path / name, rank=4, projection="pca", fitted=path)
-        quietly(run, model)
+        run.watch(model)
         for _ in run.passes():
             with run(data_id=list(ids)):
                 model(x).square().sum().backward()
@@ -407,7 +402,7 @@ def test_a_projection_of_siblings_stays_the_same_where_it_is_taken_over(tmp_path
 def test_a_batch_that_is_not_finite_is_not_added():
     model, x = make(), data()
     run = loghook.init(tempfile.mkdtemp(), rank=4, projection="pca")
-    quietly(run, model)
+    run.watch(model)
     scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
     passes = run.passes()
     sums = next(passes)._gathering
@@ -438,7 +433,7 @@ WORKER = """
     import torch.distributed as dist
     import loghook
     from tests.test_distributed import fsdp2
-    from tests.test_fitted import data, loss_fn, make, quietly
+    from tests.test_fitted import data, loss_fn, make
     dist.init_process_group("gloo")
     rank, world = dist.get_rank(), dist.get_world_size()
     x = data()
@@ -447,7 +442,7 @@ WORKER = """
         ("sharded", fsdp2(make()), loghook.init(f"{sys.argv[1]}/sharded", rank=4, dtype="float64", projection="pca")),
         ("fit", fsdp2(make()), loghook.fit(f"{sys.argv[1]}/fit")),
     ):
-        quietly(run, model)
+        run.watch(model)
         for _ in run.passes():
             for ids in torch.arange(rank, len(x), world).split(7):
                 with run(data_id=ids):
@@ -484,7 +479,7 @@ def test_two_processes_fit_what_one_does(tmp_path):
     assert np.array_equal(scores[0].values, scores[1].values)
     assert scores[0].data_ids == scores[1].data_ids and sorted(scores[0].data_ids) == one.data_ids
     fit = loghook.fit(tmp_path / "fit", resume=True)
-    quietly(fit, model)
+    fit.watch(model)
     assert list(fit.passes()) == []
     with fit.query(data_id=["q"]) as query:
         loss_fn(model, x[:1]).backward()
@@ -502,18 +497,18 @@ def test_a_projection_is_taken_with_all_its_arguments(tmp_path):
     assert first.manifest.whitening == 0.01
     for other, says in (({"seed": 1, "whitening": 0.01}, "seed=1"), ({}, "whitening=0.1")):
         run = loghook.init(tmp_path / says, rank=4, projection="whitened", fitted=first.path, **other)
-        quietly(run, model)
+        run.watch(model)
         with pytest.raises(MismatchError, match=f"where this run has .*{says}"), run(data_id=range(16)):
             loss_fn(model, x[:16]).backward()
         run.close()
     with pytest.raises(MismatchError, match=r"whitening is 0\.01 there and 0\.1 now"):
-        quietly(loghook.init(first.path, rank=4, dtype="float64", projection="whitened", resume=True), model)
+        loghook.init(first.path, rank=4, dtype="float64", projection="whitened", resume=True).watch(model)
 
 
 def test_a_mask_counts_tokens(tmp_path):
     model, x = make(), data()
     run = loghook.init(tmp_path, rank=4)
-    quietly(run, model)
+    run.watch(model)
     for wrong in (-1.0, float("nan")):
         mask = torch.ones(16, x.shape[1])
         mask[3, 0] = wrong

@@ -15,7 +15,6 @@ import loghook
 from loghook.errors import ConfigError, MismatchError
 from loghook.whole import refine
 from loghook.whole.refine import GaussNewton, conjugate_gradients
-from tests.test_fitted import quietly
 
 
 def make():
@@ -58,7 +57,7 @@ def dense_gauss_newton(model, x):
 
 def fitted(model, x, y):
     fit = loghook.fit(tempfile.mkdtemp(), fisher="true")
-    quietly(fit, model)
+    fit.watch(model)
     for current in fit.passes():
         with fit(data_id=list(range(len(x)))):
             logits = model(x)
@@ -105,7 +104,7 @@ def test_one_vector_at_a_time_and_many_are_the_same(monkeypatch, graph_bytes):
     torch.manual_seed(0)
     model, (x, y) = Attending().double(), data(6, tokens=3)
     fit = loghook.fit(tempfile.mkdtemp())
-    quietly(fit, model, may_sleep="idle")
+    fit.watch(model, may_sleep="idle")
     matrix = GaussNewton(fit._layers, fit._layout, [(x[:4], y[:4]), (x[4:], y[4:])], outputs_of(model), loss_of)
     vectors = torch.randn(5, fit._layout.width, dtype=torch.float64)
     parameters = {name: p for name, p in model.named_parameters() if "norm" not in name and "idle" not in name}
@@ -161,7 +160,7 @@ def test_convolutions_too():
     model = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Tanh(), nn.Flatten(), nn.Linear(8, 2)).double()
     x = torch.randn(4, 1, 3, 3, dtype=torch.float64)
     fit = loghook.fit(tempfile.mkdtemp())
-    quietly(fit, model)
+    fit.watch(model)
     matrix = GaussNewton(fit._layers, fit._layout, [x], model, lambda o, _: o.square().sum() / 2)
     torch.manual_seed(2)
     vector = torch.randn(1, 2 * 5 + 2 * 9, dtype=torch.float64)
@@ -242,7 +241,7 @@ def test_a_log_does_not_precondition_refined_questions_again(tmp_path):
     fit, query = fitted(model, x, y)
     u = fit.refine(query, [(x, y)], outputs_of(model), loss_of, iterations=2)
     run = loghook.init(tmp_path / "run", projection="none", dtype="float64")
-    quietly(run, model)
+    run.watch(model)
     with run(data_id=list(range(len(x)))):
         loss_of(model(x), (x, y)).backward()
     run.finalize()
@@ -264,7 +263,7 @@ def test_reranking_gives_the_order_of_whole_gradients():
     model, (x, y) = make(), data(60)
     fit, query = fitted(model, x, y)
     run = loghook.init(tempfile.mkdtemp(), rank=2)
-    quietly(run, model)
+    run.watch(model)
     with run(data_id=[f"s{i}" for i in range(60)]):
         loss_of(model(x), (x, y)).backward()
     with run.query(data_id=["a", "b"]) as small:

@@ -11,7 +11,7 @@ import loghook
 from loghook.errors import ConfigError, MismatchError
 from tests import dense
 from tests.oracle import one_sample_gradients
-from tests.test_fitted import data, loss_fn, make, quietly, raw_moments
+from tests.test_fitted import data, loss_fn, make, raw_moments
 from tests.test_whole import ask, close, fit_names, fitted
 
 RATE, STEPS, N = 2e-3, 60, 30
@@ -54,7 +54,7 @@ def test_unrolled_scores_are_the_derivative_of_training():
 
     # The curvature of squared errors: output gradients of one. It is the same at each step, so that one fit serves all.
     fit = loghook.fit(tempfile.mkdtemp())
-    quietly(fit, model)
+    fit.watch(model)
     for _ in fit.passes():
         with fit(data_id=list(range(N))):
             model(x).sum().backward()
@@ -102,7 +102,7 @@ def test_one_fit_over_several_checkpoints_averages_them():
         second[0].weight.mul_(1.5)
     model = make()
     fit = loghook.fit(tempfile.mkdtemp())
-    quietly(fit, model)
+    fit.watch(model)
     for _ in fit.passes():
         for place, checkpoint in enumerate((first, second)):
             model.load_state_dict(checkpoint.state_dict())
@@ -132,7 +132,7 @@ def test_questions_of_other_layers_are_refused():
     model, x = make(), data()
     fit = fitted(model, x)
     other = loghook.fit(tempfile.mkdtemp())
-    quietly(other, model, include="0")
+    other.watch(model, include="0")
     with pytest.raises(MismatchError, match="whole gradients"):
         fit.unroll(ask(other, model, x), 1.0)
     assert torch.isfinite(fit.unroll(ask(fit, model, x), 1e6)[0].matrix).all()

@@ -9,7 +9,6 @@ from torch import nn
 
 import loghook
 from loghook.errors import ConfigError
-from tests.test_fitted import quietly
 
 
 class Attention(nn.Module):
@@ -27,7 +26,7 @@ def setting():
     torch.manual_seed(0)
     model, x = Attention(), torch.randn(80, 4, 12) * torch.linspace(0.2, 2, 12)
     fit = loghook.fit(tempfile.mkdtemp())
-    quietly(fit, model)
+    fit.watch(model)
     for _ in fit.passes():
         with fit(data_id=list(range(80))):
             loss(model, x).backward()
@@ -48,7 +47,7 @@ def loss(model, x):
 
 def logged(folder, model, x, tuned, samples):
     run = loghook.init(folder, **tuned.arguments)
-    quietly(run, model, **tuned.watch)
+    run.watch(model, **tuned.watch)
     for _ in run.passes():
         for ids, batch in samples():
             with run(data_id=ids):
@@ -120,7 +119,7 @@ def test_layers_that_say_little_are_left_out(tmp_path):
     alone = {}
     for name in fit.layers:
         with loghook.init(tmp_path / name, rank=8) as run:
-            quietly(run, model, include=name)
+            run.watch(model, include=name)
             for ids, batch in samples():
                 with run(data_id=ids):
                     loss(model, batch).backward()
@@ -207,7 +206,7 @@ def test_siblings_share_factors_on_the_disk(tmp_path):
     one = 13 * 13 * 4 + 13 * 8
     assert stored < 2 * one + 3 * (8 * 8 * 4 + 8 * 8) + 4000
     factors = loghook.fit(fit.path, resume=True)
-    quietly(factors, model)
+    factors.watch(model)
     found = factors._store.factors()
     assert torch.equal(found["q_proj"][0].basis, found["k_proj"][0].basis)
 

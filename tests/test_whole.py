@@ -25,12 +25,12 @@ from loghook.whole.scoring import low_rank
 from tests import dense
 from tests.oracle import one_sample_gradients
 from tests.test_capture import Sees
-from tests.test_fitted import data, loss_fn, make, quietly, raw_moments
+from tests.test_fitted import data, loss_fn, make, raw_moments
 
 
 def fitted(model, x, loss=loss_fn, folder=None, size=16, fisher="empirical", **arguments):
     fit = loghook.fit(folder or tempfile.mkdtemp(prefix="loghook-test-"), fisher=fisher)
-    quietly(fit, model)
+    fit.watch(model)
     for _ in fit.passes():
         for ids in torch.arange(len(x)).split(size):
             with fit(data_id=ids, **arguments):
@@ -52,10 +52,14 @@ def scored(fit, query, model, x, loss=loss_fn, size=16, **options):
     return scoring.scores()
 
 
-def reference(method, model, x, **damping):
+def as_dense(model, x):
     gradients, moments = one_sample_gradients(model, loss_fn, x, fit_names(model)), raw_moments(model, x)
-    rows = [{"G": gradients[n], "A": moments[n][0], "S": moments[n][1]} for n in gradients]
-    return getattr(dense, method)(rows, [layer["G"][:2] for layer in rows], **damping)
+    return [{"G": gradients[n], "A": moments[n][0], "S": moments[n][1]} for n in gradients]
+
+
+def reference(method, model, x, **damping):
+    rows = as_dense(model, x)
+    return dense.influence(method, rows, [layer["G"][:2] for layer in rows], **damping)
 
 
 def fit_names(model):
@@ -131,7 +135,7 @@ def image_model():
 def whole_log(model, x):
     """Whole gradients of 20 samples, logged."""
     run = loghook.init(tempfile.mkdtemp(), projection="none", dtype="float64")
-    quietly(run, model)
+    run.watch(model)
     with run(data_id=list(range(20))):
         loss_fn(model, x).backward()
     run.finalize()
@@ -161,7 +165,7 @@ def test_mask_scale_segments_and_repeats():
     assert close(scored(scaled, query, model, x).values, expected)
     # Documents of five tokens packed two to a row, and an id that comes twice.
     fit = loghook.fit(tempfile.mkdtemp())
-    quietly(fit, model)
+    fit.watch(model)
     packed = x.reshape(20, 10, 12)
     for _ in fit.passes():
         with fit(data_id=list(range(40)), segments=torch.arange(40).repeat_interleave(5).view(20, 10)):
@@ -202,7 +206,7 @@ def test_layers_called_several_times_are_squared_after_their_calls_are_added(che
     x = data(20)
     log, query = whole_log(Siamese(), x), None
     model, fit = Siamese(checkpoint), loghook.fit(tempfile.mkdtemp())
-    quietly(fit, model)
+    fit.watch(model)
 
     def walk(block):
         for ids in torch.arange(20).split(5):
@@ -227,7 +231,7 @@ def test_calls_are_added_in_float32_whatever_autocast_is_around_the_block():
     model, x, means = Siamese().float(), data(20).float(), []
     for autocast in (False, True):
         fit = loghook.fit(tempfile.mkdtemp())
-        quietly(fit, model)
+        fit.watch(model)
         for _ in fit.passes():
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast), fit(data_id=list(range(20))):
                 with torch.autocast("cpu", enabled=False):
@@ -238,7 +242,7 @@ def test_calls_are_added_in_float32_whatever_autocast_is_around_the_block():
 
 def test_several_compiled_calls_of_a_layer_are_refused_where_they_do_not_add_up():
     model, x, fit = Siamese(), data(20), loghook.fit(tempfile.mkdtemp())
-    quietly(fit, model)
+    fit.watch(model)
     torch._dynamo.reset()
     compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
     with pytest.raises(UnsupportedError, match="called several times in this block, compiled"):
@@ -254,7 +258,7 @@ def test_compiled_without_breaks(frozen):
     query = ask(fit, model, x)
     fast = make()
     run = loghook.fit(tempfile.mkdtemp())
-    quietly(run, fast)
+    run.watch(fast)
     compiled = torch.compile(fast, backend="aot_eager", fullgraph=True)
     torch._dynamo.reset()
     with loghook.frozen(fast) if frozen else contextlib.nullcontext():
@@ -294,7 +298,7 @@ def test_stopped_fits_go_on_and_finished_ones_are_used(tmp_path):
 
     def attempt(stop):
         fit = loghook.fit(tmp_path / "f", resume=True)
-        quietly(fit, model)
+        fit.watch(model)
         done = 0
         for current in fit.passes():
             for ids in torch.arange(len(x)).split(16):
@@ -316,13 +320,13 @@ def test_stopped_fits_go_on_and_finished_ones_are_used(tmp_path):
         loghook.fit(tmp_path / "f")
     other = loghook.fit(tmp_path / "f", resume=True, fisher="true")
     with pytest.raises(MismatchError, match="Fisher"):
-        quietly(other, model)
+        other.watch(model)
     bigger = loghook.fit(tmp_path / "f", resume=True)
     other_model = nn.Linear(5, 5)
     with pytest.raises(MismatchError, match="layers"):
-        quietly(bigger, other_model)
+        bigger.watch(other_model)
     assert not other_model._forward_hooks and bigger.layers == ()
-    quietly(bigger, model)  # the right one can still be watched
+    bigger.watch(model)  # the right one can still be watched
     assert list(bigger.passes()) == []
 
 
@@ -336,9 +340,9 @@ def test_another_checkpoint_warns_and_overwriting_forgets(tmp_path):
     with pytest.warns(CheckpointWarning, match="other parameter values"):
         fit.score(other)
     fit.close()
-    quietly(loghook.fit(tmp_path / "f", overwrite=True), model)  # and killed before its first pass is complete
+    loghook.fit(tmp_path / "f", overwrite=True).watch(model)  # and killed before its first pass is complete
     again = loghook.fit(tmp_path / "f", resume=True)
-    quietly(again, model)
+    again.watch(model)
     assert next(again.passes()).kind == "covariance"
 
 
@@ -347,7 +351,7 @@ def test_damage_and_wrong_use_are_refused(tmp_path):
     fit = loghook.fit(tmp_path / "f")
     with pytest.raises(StateError, match="watch"):
         next(fit.passes())
-    quietly(fit, model)
+    fit.watch(model)
     with pytest.raises(StateError, match="passes"), fit(data_id=[0]):
         pass
     query = ask(fit, model, x)
@@ -364,7 +368,7 @@ def test_damage_and_wrong_use_are_refused(tmp_path):
     with pytest.raises(StateError, match="nothing was scored"):
         fit.score(query).scores()
     run = loghook.init(tmp_path / "log", rank=4)
-    quietly(run, model)
+    run.watch(model)
     with run.query(data_id=[0]) as other:
         loss_fn(model, x[:1]).backward()
     with pytest.raises(MismatchError, match="whole gradients"):
@@ -375,7 +379,7 @@ def test_damage_and_wrong_use_are_refused(tmp_path):
     content[-1] ^= 1
     file.write_bytes(content)
     again = loghook.fit(tmp_path / "f", resume=True)
-    quietly(again, model)
+    again.watch(model)
     with pytest.raises(CorruptLogError, match="eigenvalues"):
         again.score(query)
     (tmp_path / "f" / "factors.json").write_text("{}")
@@ -391,11 +395,10 @@ def test_normalised_scores_are_those_of_dense_matrices(method, kind):
     model, x = make(), data()
     fit = fitted(model, x)
     damping = {} if method == "dot" else {"damping": 0.2}
-    gradients, moments = one_sample_gradients(model, loss_fn, x, fit_names(model)), raw_moments(model, x)
-    rows = [{"G": gradients[n], "A": moments[n][0], "S": moments[n][1]} for n in gradients]
+    rows = as_dense(model, x)
     queries = [layer["G"][:2] for layer in rows]
     own = [dense.self_influence(method, rows, which, **damping) for which in (queries, None)]
-    total, layers = getattr(dense, method)(rows, queries, **damping)
+    total, layers = dense.influence(method, rows, queries, **damping)
     scores = scored(fit, ask(fit, model, x), model, x, method=method, normalize=kind, per_layer=True, **damping)
     assert close(scores.values, dense.cosine(total, *own, kind))
     assert close(scores.by_layer[0], dense.cosine(layers[0], *own, kind))
@@ -438,14 +441,14 @@ def test_norms_with_groups_scale_low_rank_and_no_gradient():
 def test_a_second_pass_at_other_parameters_warns(tmp_path):
     model, x = make(), data(8)
     fit = loghook.fit(tmp_path)
-    quietly(fit, model)
+    fit.watch(model)
     for _ in fit.passes():
         with fit(data_id=range(8)):
             loss_fn(model, x).backward()
         break  # killed between the passes: the first is not committed unless it ended
     for stop in ("covariance", "eigenvalues"):
         fit = loghook.fit(tmp_path, resume=True)
-        quietly(fit, model)
+        fit.watch(model)
         passes = fit.passes()
         assert next(passes).kind == stop
         with (
@@ -469,7 +472,7 @@ def test_a_rank_of_nothing_is_refused():
 def test_factors_that_are_being_fitted_are_not_overwritten(tmp_path):
     model, x = make(), data(8)
     fit = loghook.fit(tmp_path)
-    quietly(fit, model)
+    fit.watch(model)
     for _ in fit.passes():
         with fit(data_id=range(8)):
             loss_fn(model, x).backward()
@@ -498,7 +501,7 @@ def test_layers_that_see_images_have_scores_of_their_samples():
     owner, patches, scores = loghook.segments.from_counts(counts), torch.randn(10, 6), {}
     for batches in ([[0, 1, 2, 3]], [[0], [1], [2], [3]]):
         fit = loghook.fit(tempfile.mkdtemp())
-        quietly(fit, model)
+        fit.watch(model)
 
         def run(blocks, batches=batches):
             for ids in batches:
