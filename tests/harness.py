@@ -34,6 +34,11 @@ class Largest(TorchDispatchMode):
         return made
 
 
+def squares(model: nn.Module, x: Any) -> Tensor:
+    """A loss: the sum of the outputs' squares."""
+    return model(x).square().sum()
+
+
 @contextlib.contextmanager
 def benchmarks() -> Iterator[Callable[[str], Any]]:
     """Give a function that imports a script of benchmarks/, on one thread; scripts and their path end with it."""

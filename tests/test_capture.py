@@ -34,7 +34,7 @@ from loghook.capture import adapters
 from loghook.capture.rows import Rows
 from loghook.errors import BatchError, ConfigError, DeliveryError, StateError, UnsupportedError
 from loghook.project import outer
-from tests.harness import TOLERANCE, assert_rows_exact, check_against_oracle, log_batch
+from tests.harness import TOLERANCE, assert_rows_exact, check_against_oracle, log_and_ask, log_batch, squares
 
 DTYPES = st.sampled_from([torch.float64, torch.float32])
 SETTINGS = settings(max_examples=25, deadline=None)
@@ -618,12 +618,8 @@ def test_packed_documents_get_a_row_each(tmp_path, kind, activations):
 def test_one_row_for_each_token_adds_up_to_the_sample(tmp_path):
     model, (ids, mask) = tiny_llama().double(), text_batch()
     whole = log_batch(model, causal_loss, (ids, mask), rank=4)
-    run = loghook.init(tmp_path, rank=4, dtype="float64")
-    run.watch(model)
-    with run(data_id=list(range(ids.numel())), segments=loghook.segments.per_token(*ids.shape)):
-        causal_loss(model, (ids, mask)).backward()
-    run.finalize()
-    tokens = loghook.load(tmp_path)
+    options = {"ids": range(ids.numel()), "block": {"segments": loghook.segments.per_token(*ids.shape)}}
+    tokens, _ = log_and_ask(tmp_path, model, causal_loss, (ids, mask), **options, rank=4, dtype="float64")
     for layer in whole.layers:
         summed = tokens.rows(layer)[:].reshape(4, 9, *tokens.rows(layer).shape[1:]).sum(1)
         torch.testing.assert_close(torch.from_numpy(summed), torch.from_numpy(whole.rows(layer)[:].copy()))
@@ -657,13 +653,8 @@ def test_segments_that_do_not_fit_are_refused(tmp_path, segments, message):
 def test_repeated_documents_are_kept_once_also_in_the_statistics(tmp_path):
     x, _, numbers = packed_batch()
     model = nn.Sequential(nn.Linear(5, 3)).double()
-    run = loghook.init(tmp_path, rank=2, dtype="float64")
-    run.watch(model)
-    for _ in run.passes():
-        with run(data_id=["a", "b", "a"], segments=numbers):
-            model(x)[numbers >= 0].sum().backward()
-    run.finalize()
-    log = loghook.load(tmp_path)
+    loss = lambda m, x: m(x)[numbers >= 0].sum()  # noqa: E731
+    log, _ = log_and_ask(tmp_path, model, loss, x, ids="aba", block={"segments": numbers}, rank=2, dtype="float64")
     assert log.data_ids == ["a", "b"] and log.moments()[-1] == 8
 
 
@@ -725,17 +716,12 @@ def test_a_model_that_was_saved_whole_takes_other_hooks_in_another_process(tmp_p
     subprocess.run([sys.executable, "-c", textwrap.dedent(script), tmp_path / "model.pt"], check=True)
 
 
-def test_inputs_made_in_inference_mode(tmp_path):
+def test_inputs_made_in_inference_mode():
     model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2)).double().requires_grad_(False)
     with torch.inference_mode():
         x = torch.randn(4, 8).double()
-    run = loghook.init(tmp_path, rank=3, dtype="float64")
-    run.watch(model)
-    with run(data_id=list(range(4))):
-        model(x).square().sum().backward()
-    run.finalize()
-    loss = lambda m, b: m(b).square().sum()  # noqa: E731
-    assert_rows_exact(loghook.load(tmp_path), model.requires_grad_(True), loss, x.clone(), 1e-9)
+    log = log_batch(model, squares, x, rank=3)
+    assert_rows_exact(log, model.requires_grad_(True), squares, x.clone(), 1e-9)
 
 
 def test_keywords_in_any_order(tmp_path):
@@ -852,14 +838,10 @@ def test_generation_without_gradients_inside_a_block_hides_no_second_backward_pa
             loss.backward()
 
 
-def test_no_tokens_give_zero_rows(tmp_path):
+def test_no_tokens_give_zero_rows():
     model = nn.Sequential(nn.Linear(4, 3), nn.Linear(3, 2))
-    run = loghook.init(tmp_path, rank=2)
-    run.watch(model)
-    with run(data_id=[0, 1]):
-        model(torch.randn(2, 0, 4)).sum().backward()
-    run.finalize()
-    assert not loghook.load(tmp_path).rows("0")[:].any()
+    log = log_batch(model, lambda m, x: m(x).sum(), torch.randn(2, 0, 4), rank=2, dtype="float32")
+    assert not log.rows("0")[:].any()
 
 
 @pytest.mark.parametrize("call", ["watch", "finalize", "close"])
@@ -907,17 +889,16 @@ def test_a_call_on_something_else_than_the_batch_counts_only_where_it_gets_a_gra
 
     torch.manual_seed(0)
     model, x = Adapted().double(), torch.randn(4, 5, dtype=torch.float64)
-    loss = lambda m, b: m(b).square().sum()  # noqa: E731
     run = loghook.init(tmp_path, rank=2, dtype="float64")
     run.watch(model)
     with run(data_id=[0, 1, 2, 3]):
-        loss(model, x).backward()
+        squares(model, x).backward()
     model.detached = False
     with pytest.raises(BatchError, match="5 samples, 4 ids"), run(data_id=[4, 5, 6, 7]):
-        loss(model, x).backward()
+        squares(model, x).backward()
     run.finalize()
     model.detached = True
-    assert_rows_exact(loghook.load(tmp_path), model, loss, x, 1e-9)
+    assert_rows_exact(loghook.load(tmp_path), model, squares, x, 1e-9)
 
 
 def test_convolutions_over_batch_and_time_on_one_axis(tmp_path):
@@ -931,13 +912,7 @@ def test_convolutions_over_batch_and_time_on_one_axis(tmp_path):
 
     torch.manual_seed(0)
     model, x = OverTime().double(), torch.randn(4, 5, 3, 6, 6, dtype=torch.float64)
-    loss = lambda m, b: m(b).square().sum()  # noqa: E731
-    run = loghook.init(tmp_path, rank=3, dtype="float64")
-    run.watch(model, flattened="c")
-    with run(data_id=[0, 1, 2, 3]):
-        loss(model, x).backward()
-    run.finalize()
-    assert_rows_exact(loghook.load(tmp_path), model, loss, x, 1e-9)
+    check_against_oracle(model, squares, x, torch.float64, rank=3, flattened="c")
 
 
 @pytest.mark.parametrize("order", [(True, True, False), (False, True, True), (True, False)])
@@ -1090,13 +1065,7 @@ def test_flattened_layers_of_a_sequence_first_model(tmp_path):
 
     torch.manual_seed(0)
     model, x = Model().double(), torch.randn(4, 3, 2, 5, dtype=torch.float64)
-    loss = lambda m, b: m(b).square().sum()  # noqa: E731
-    run = loghook.init(tmp_path, rank=2, dtype="float64")
-    run.watch(model, batch_dim=1, flattened="a")
-    with run(data_id=range(4)):
-        loss(model, x).backward()
-    run.finalize()
-    assert_rows_exact(loghook.load(tmp_path), model, loss, x, 1e-9)
+    check_against_oracle(model, squares, x, torch.float64, rank=2, batch_dim=1, flattened="a")
 
 
 @pytest.mark.parametrize("rank", [3, 64])
@@ -1193,12 +1162,10 @@ def test_sequence_first_models_with_convolutions_and_single_tokens(channels):
 
     torch.manual_seed(0)
     model, words, kind = Model(), torch.randint(7, (6, 3)), torch.randint(5, (3,))
-    run = loghook.init(tempfile.mkdtemp(), projection="none")
-    run.watch(model, ["*", "words", "kind"], batch_dim=1)
-    with run(data_id=[0, 1, 2]):
-        model(words, kind).square().sum().backward()
-    run.finalize()
-    log = loghook.load(run.path)
+    log, _ = log_and_ask(
+        tempfile.mkdtemp(), model, lambda m, kind: m(words, kind).square().sum(), kind, projection="none",
+        watch={"include": ["*", "words", "kind"], "batch_dim": 1},
+    )  # fmt: skip
     for i in range(3):
         model.zero_grad()
         model(words[:, i : i + 1], kind[i : i + 1]).square().sum().backward()
@@ -1532,12 +1499,10 @@ def test_layers_that_see_patches_of_images_have_segments_of_their_own(tmp_path, 
             torch.testing.assert_close(a, b)
             assert (b.flatten(1).abs().amax(1) > 0).tolist() == [True, not layer.startswith("vision"), True, True]
     # A sample's whole gradient, by autograd.
-    run = loghook.init(tmp_path / "whole", projection="none", dtype="float64")
-    run.watch(model)
-    with run(data_id=["a", "b"], segments={"vision*": loghook.segments.from_counts([3, 4])}):
-        model(patches[:7], torch.tensor([0] * 3 + [1] * 4), words[[0, 2]]).pow(3).sum().backward()
-    run.finalize()
-    rows = loghook.load(tmp_path / "whole").rows("vision.0")[1]
+    loss = lambda m, words: m(patches[:7], torch.tensor([0] * 3 + [1] * 4), words).pow(3).sum()  # noqa: E731
+    options = {"projection": "none", "block": {"segments": {"vision*": loghook.segments.from_counts([3, 4])}}}
+    whole, _ = log_and_ask(tmp_path / "whole", model, loss, words[[0, 2]], **options, dtype="float64")
+    rows = whole.rows("vision.0")[1]
     for p in model.parameters():
         p.grad = None
     model(patches[3:7], torch.zeros(4, dtype=torch.long), words[2:3]).pow(3).sum().backward()

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 import loghook
 from loghook.cli import app
 from loghook.log import maintain
+from tests.harness import log_and_ask, squares
 from tests.test_fitted import data, loss_fn, make
 from tests.test_influence import make_log
 
@@ -155,11 +156,7 @@ def test_ids_give_a_terminal_no_commands(tmp_path):
 def test_merge_counts_the_rows_that_readers_leave_out(tmp_path):
     model = torch.nn.Linear(4, 3)
     for name in "ab":
-        run = loghook.init(tmp_path / name, rank=2)
-        run.watch(model)
-        for _ in run.passes():
-            with run(data_id=[0, 1, 2, 2]):  # one is left out here already
-                model(torch.randn(4, 4)).square().sum().backward()
-        run.finalize()
+        # One is left out here already.
+        log_and_ask(tmp_path / name, model, squares, torch.randn(4, 4), ids=[0, 1, 2, 2], rank=2)
     shown = call("merge", tmp_path / "both", tmp_path / "a", tmp_path / "b")
     assert "6 rows of 2 runs, of which 3 are repeats" in shown

@@ -8,6 +8,7 @@ from torch import nn
 
 import loghook
 from loghook.errors import UnsupportedError
+from tests.harness import log_and_ask, squares
 
 
 class DeepSpeedEngine(nn.Module):
@@ -37,13 +38,7 @@ def make_model():
 
 
 def logged(folder, model, **watch):
-    run = loghook.init(folder, rank=4)
-    run.watch(model, **watch)
-    with run(data_id=[0, 1]):
-        model(torch.ones(2, 6)).pow(2).sum().backward()
-    run.finalize()
-    run.close()
-    return loghook.load(folder)
+    return log_and_ask(folder, model, squares, torch.ones(2, 6), watch=watch, rank=4)[0]
 
 
 def test_layers_of_an_engine_are_those_of_the_plain_model(tmp_path):

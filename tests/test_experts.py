@@ -15,7 +15,7 @@ from transformers import (
 import loghook
 from loghook.capture.experts import watched
 from loghook.errors import BatchError
-from tests.harness import log_batch, sides, whole
+from tests.harness import log_and_ask, log_batch, sides, whole
 from tests.oracle import one_sample, one_sample_gradients, project, relative_error
 
 SMALL = dict(
@@ -100,15 +100,11 @@ def test_rows_of_every_expert_against_autograd(kind, frozen):
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-def test_experts_that_are_left_out_are_a_warning_and_in_the_record(tmp_path):
+def test_experts_that_are_left_out_are_a_warning_and_in_the_record():
     model = make("mixtral")
-    run = loghook.init(tmp_path, rank=4)
     with pytest.warns(UserWarning, match="fused experts with .* are not covered"):
-        run.watch(model)
-    with run(data_id=[0, 1, 2]):
-        loss_fn(model, batch()).backward()
-    run.finalize()
-    left_out = loghook.load(tmp_path).manifest.coverage["not_covered"]
+        log = log_batch(model, loss_fn, batch())
+    left_out = log.manifest.coverage["not_covered"]
     assert sum("fused experts" in item["reason"] for item in left_out) == 2
 
 
@@ -122,12 +118,9 @@ def test_questions_checks_and_packed_documents_reach_experts_too(tmp_path):
     scores = log.influence(query, "ekfac")
     assert scores.top(1)[0][0].data_id == 0
     assert loghook.check(model, loss_fn, ids, include="*experts*")
-    run = loghook.init(tmp_path, rank=6, dtype="float64")
-    run.watch(model, include="*experts*")
-    with run(data_id=list(range(ids.numel())), segments=loghook.segments.per_token(*ids.shape)):
-        loss_fn(model, ids).backward()
-    run.finalize()
-    tokens = loghook.load(tmp_path)
+    options = {"ids": range(ids.numel()), "block": {"segments": loghook.segments.per_token(*ids.shape)}}
+    options |= {"watch": {"include": "*experts*"}, "rank": 6, "dtype": "float64"}
+    tokens, _ = log_and_ask(tmp_path, model, loss_fn, ids, **options)
     for layer in log.layers:
         summed = tokens.rows(layer)[:].reshape(3, 7, *tokens.rows(layer).shape[1:]).sum(1)
         torch.testing.assert_close(torch.from_numpy(summed), torch.from_numpy(log.rows(layer)[:].copy()))

@@ -21,6 +21,7 @@ from loghook.log.files import load_sides
 from loghook.project import blocks
 from loghook.project.blocks import Factor, cut, second_moment_blocks, take_blocks
 from loghook.project.projection import draw_side, shared_input_name
+from tests.harness import log_and_ask, squares
 from tests.oracle import one_sample_gradients, project, relative_error
 
 
@@ -187,12 +188,8 @@ def test_inside_training_an_unfitted_projection_is_refused_and_a_fitted_one_take
     with pytest.raises(StateError, match="not fitted yet"), run.query(data_id=[0]):
         loss_fn(model, x[:1]).backward()
     first, _, _ = fit_and_log(model, x, projection="whitened", dtype="float64")
-    second = loghook.init(tempfile.mkdtemp(), rank=4, projection="whitened", fitted=first.path, dtype="float64")
-    second.watch(model)
-    with second(data_id=list(range(16))):
-        loss_fn(model, x[:16]).backward()
-    second.finalize()
-    log = loghook.load(second.path)
+    taken = {"rank": 4, "projection": "whitened", "fitted": first.path, "dtype": "float64"}
+    log, _ = log_and_ask(tempfile.mkdtemp(), model, loss_fn, x[:16], **taken)
     assert log.fingerprint == first.fingerprint
     for name in log.layers:
         assert np.allclose(log.rows(name)[:], first.rows(name)[:16], rtol=1e-12, atol=1e-12)
@@ -358,12 +355,9 @@ def test_an_altered_projection_file_is_found():
 def test_merged_logs_keep_their_projection(tmp_path):
     model, x = make(), data()
     first, _, _ = fit_and_log(model, x, projection="whitened")
-    run = loghook.init(tempfile.mkdtemp(), rank=4, dtype="float64", projection="whitened", fitted=first.path)
-    run.watch(model)
-    with run(data_id=[100, 101]):
-        loss_fn(model, x[:2]).backward()
-    run.finalize()
-    maintain.merge(tmp_path / "both", [first.path, run.path])
+    taken = {"rank": 4, "projection": "whitened", "fitted": first.path, "dtype": "float64"}
+    other, _ = log_and_ask(tempfile.mkdtemp(), model, loss_fn, x[:2], ids=[100, 101], **taken)
+    maintain.merge(tmp_path / "both", [first.path, other.path])
     both = loghook.load(tmp_path / "both")
     assert len(both) == 42 and not both.verify()
     with both.attach(model).query(data_id=["q"]) as query:
@@ -385,12 +379,7 @@ class Siblings(nn.Module):
 def test_a_projection_of_siblings_stays_the_same_where_it_is_taken_over(tmp_path):
     model, x, path = Siblings(), torch.randn(40, 12), None
     for name, ids in (("a", range(40)), ("b", range(40, 80))):
-        run = loghook.init(tmp_path / name, rank=4, projection="pca", fitted=path)
-        run.watch(model)
-        for _ in run.passes():
-            with run(data_id=list(ids)):
-                model(x).square().sum().backward()
-        run.finalize()
+        log_and_ask(tmp_path / name, model, squares, x, ids=ids, rank=4, projection="pca", fitted=path)
         path = tmp_path / "a"
     maintain.merge(tmp_path / "both", [tmp_path / "a", tmp_path / "b"])
     maintain.compress(tmp_path / "both", tmp_path / "small", "int8")

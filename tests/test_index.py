@@ -10,6 +10,7 @@ import loghook
 from loghook.errors import ConfigError, CorruptLogError, MismatchError, StateError
 from loghook.influence.index import leading_directions
 from loghook.log import maintain
+from tests.harness import log_and_ask, squares
 from tests.test_influence import METHODS, make_log
 
 
@@ -79,14 +80,7 @@ def clustered(path, rows=400):
     torch.manual_seed(0)
     model, centres = torch.nn.Linear(12, 10, bias=False), torch.randn(40, 12)
     x = centres.repeat_interleave(rows // 40, 0) + 0.1 * torch.randn(rows, 12)
-    with loghook.init(path, projection="none") as run:
-        run.watch(model)
-        with run(data_id=list(range(rows))):
-            model(x).pow(2).sum().backward()
-        with run.query(data_id=list(range(8))) as query:
-            model(centres[:8]).pow(2).sum().backward()
-        run.finalize()
-    return loghook.load(path), query
+    return log_and_ask(path, model, squares, x, centres[:8], projection="none")
 
 
 def test_a_graph_finds_clusters(tmp_path, capsys):

@@ -19,7 +19,7 @@ from loghook.influence.scores import strongest
 from loghook.influence.solvers import Identity
 from loghook.log import reader
 from tests import dense
-from tests.harness import Largest, sides, whole
+from tests.harness import Largest, log_and_ask, log_batch, sides, whole
 
 METHODS = ("dot", "fisher", "kfac", "ekfac", "shampoo")
 
@@ -358,14 +358,8 @@ def test_small_rows_are_no_rounding_of_large_ones(tmp_path, spread):
     model, n = nn.Linear(30, 20, bias=False), 24
     sizes = torch.logspace(0, -spread, n)[:, None].double()
     x, g = (torch.randn(n, width, dtype=torch.float64) for width in (30, 20))
-    run = loghook.init(tmp_path / "run", projection="none", dtype="float64")
-    run.watch(model.double())
-    with run(data_id=range(n)):
-        (model(x) * g * sizes).sum().backward()
-    with run.query(data_id=range(n)) as query:
-        (model(x) * g * sizes).sum().backward()
-    run.finalize()
-    log = loghook.load(run.path)
+    loss = lambda m, x: (m(x) * g * sizes).sum()  # noqa: E731
+    log, query = log_and_ask(tmp_path, model.double(), loss, x, x, projection="none", dtype="float64")
     rows = log.rows(log.layers[0])[:].reshape(n, -1)
     damping = 0.1 * (rows**2).sum() / n / rows.shape[1]
     gram = rows @ rows.T
@@ -383,14 +377,10 @@ def test_rows_beside_far_larger_ones_keep_their_scores(tmp_path, method):
     model, n = nn.Sequential(nn.Linear(13, 8), nn.Tanh(), nn.Linear(8, 5)), 100
     x, sizes = torch.randn(n, 13), torch.ones(n, 1)
     sizes[[17, 80]] = 1e6
-    run = loghook.init(tmp_path / "run", projection="none")
-    run.watch(model)
-    with run(data_id=range(n)):
-        (model(x).square() * sizes).sum().backward()
-    with run.query(data_id=range(5)) as query:
-        model(torch.randn(5, 13)).square().sum().backward()
-    run.finalize()
-    log = loghook.load(run.path)
+    log, query = log_and_ask(
+        tmp_path / "run", model, lambda m, batch: (m(batch[0]).square() * batch[1]).sum(), (x, sizes),
+        (torch.randn(5, 13), torch.ones(5, 1)), projection="none",
+    )  # fmt: skip
     log.compress(tmp_path / "wide", "float64", queries=2)
     wide = loghook.load(tmp_path / "wide")
     small = (sizes == 1)[:, 0].numpy()
@@ -402,15 +392,8 @@ def test_rows_beside_far_larger_ones_keep_their_scores(tmp_path, method):
 def test_layers_whose_gradients_vanish_have_a_self_influence(tmp_path):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(8, 6), nn.Linear(6, 4)), torch.randn(30, 8)
-    run = loghook.init(tmp_path / "run", rank=64, projection="none")
-    run.watch(model)
-    for _ in run.passes():
-        with run(data_id=range(30)):
-            (model(x).square().sum() * 1e-20).backward()
-    with run.query(data_id=range(30)) as query:
-        (model(x).square().sum() * 1e-20).backward()
-    run.finalize()
-    log = loghook.load(run.path)
+    loss = lambda m, x: m(x).square().sum() * 1e-20  # noqa: E731
+    log, query = log_and_ask(tmp_path, model, loss, x, x, projection="none")
     for method in ("kfac", "ekfac", "shampoo"):
         assert np.isfinite(log.self_influence(method)).all()
         unit = log.influence(query, method, normalize="unit").values
@@ -531,15 +514,9 @@ def test_a_name_with_brackets_names_itself(tmp_path):
     model = nn.Module()
     for name in ("a[0]", "a0"):
         model.add_module(name, nn.Linear(3, 2))
-    run = loghook.init(tmp_path, rank={"a[0]": 1, "*": 2})
-    run.watch(model, include=["a[0]", "a0"])
-    x = torch.randn(6, 1, 3)
-    with run(data_id=range(6)):
-        sum(getattr(model, name)(x).square().sum() for name in ("a[0]", "a0")).backward()
-    with run.query(data_id=["q"]) as query:
-        sum(getattr(model, name)(x[:1]).square().sum() for name in ("a[0]", "a0")).backward()
-    run.finalize()
-    log = loghook.load(tmp_path)
+    loss, x = lambda m, x: sum(layer(x).square().sum() for layer in m.children()), torch.randn(6, 1, 3)
+    watch, rank = {"include": ["a[0]", "a0"]}, {"a[0]": 1, "*": 2}
+    log, query = log_and_ask(tmp_path, model, loss, x, x[:1], watch=watch, rank=rank)
     assert log.layers == ("a[0]", "a0")
     scores = log.influence(query, "dot", per_layer=True)
     np.testing.assert_allclose(
@@ -549,7 +526,7 @@ def test_a_name_with_brackets_names_itself(tmp_path):
     assert log.influence(query, "dot", layers=[log.layers[0]]).layers == ("a[0]", "a0")
 
 
-def test_mislabelled_rows_have_large_self_influence(tmp_path):
+def test_mislabelled_rows_have_large_self_influence():
     torch.manual_seed(0)
     x = torch.randn(200, 4).double()
     y = (x[:, 0] > 0).double() * 2 - 1
@@ -559,12 +536,8 @@ def test_mislabelled_rows_have_large_self_influence(tmp_path):
         model.weight.copy_(torch.tensor([[1.0, 0, 0, 0]]))
         model.bias.zero_()
     net = nn.Sequential(model)
-    run = loghook.init(tmp_path, rank=4)
-    run.watch(net)
-    with run(data_id=list(range(200))):
-        nn.functional.softplus(-y * net(x)[:, 0] * 3).sum().backward()
-    run.finalize()
-    worst = np.argsort(-loghook.load(tmp_path).self_influence("ekfac"))[:10]
+    loss = lambda m, x: nn.functional.softplus(-y * m(x)[:, 0] * 3).sum()  # noqa: E731
+    worst = np.argsort(-log_batch(net, loss, x, dtype="float32").self_influence("ekfac"))[:10]
     assert len(set(worst.tolist()) & set(range(10))) >= 7
 
 
@@ -617,14 +590,9 @@ def test_the_size_of_a_layers_gradients_cancels_or_it_says_nothing(tmp_path, met
     models = [nn.Sequential(nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, 4)) for _ in range(2)]
     models[1].load_state_dict(models[0].state_dict())
     for model, scale in zip(models, (1.0, size), strict=True):
-        with loghook.init(tmp_path / str(scale), projection="none") as run:
-            run.watch(model)
-            with run(data_id=range(40)):
-                (model(x).sin().sum() * scale).backward()
-            with run.query(data_id=range(3)) as query:
-                (model(asked).sin().sum() * scale).backward()
-            run.finalize()
-        found.append(loghook.load(run.path).influence(query, method).values)
+        loss = lambda m, x, scale=scale: m(x).sin().sum() * scale  # noqa: E731
+        log, query = log_and_ask(tmp_path / str(scale), model, loss, x, asked, projection="none")
+        found.append(log.influence(query, method).values)
     if size < 1e-36:
         assert not found[1].any()
     elif method != "ekfac" or size > 1e-22:  # of smaller ones the factors are 0, and any basis is their eigenbasis
@@ -635,14 +603,8 @@ def test_the_size_of_a_layers_gradients_cancels_or_it_says_nothing(tmp_path, met
 
 def test_scores_that_do_not_fit_say_what_helps(tmp_path):
     model, x = nn.Linear(6, 4), torch.randn(8, 6)
-    with loghook.init(tmp_path / "run", projection="none", dtype="float64") as run:
-        run.watch(model)
-        with run(data_id=range(8), scale=1e25):
-            model(x).sum().backward()
-        with run.query(data_id=[0], scale=1e25) as query:
-            model(x[:1]).sum().backward()
-        run.finalize()
-    log = loghook.load(run.path)
+    options = {"projection": "none", "dtype": "float64", "block": {"scale": 1e25}}
+    log, query = log_and_ask(tmp_path, model, lambda m, x: m(x).sum(), x, x[:1], **options)
     with pytest.raises(ConfigError, match="smaller scale"):
         log.influence(query, "dot")
     assert np.isfinite(log.influence(query, "shampoo").values).all()
@@ -686,14 +648,8 @@ def test_the_best_of_many_rows_are_found_a_part_at_a_time(tmp_path, monkeypatch,
     """Scores with many ties, in the order of the log."""
     torch.manual_seed(0)
     model, n = nn.Linear(2, 1, bias=False), 120
-    run = loghook.init(tmp_path / "run", projection="none")
-    run.watch(model)
-    with run(data_id=range(n)):
-        model(torch.randint(-2, 3, (n, 2)).float()).sum().backward()
-    with run.query(data_id=range(3)) as query:
-        model(torch.randn(3, 2)).sum().backward()
-    run.finalize()
-    log = loghook.load(run.path)
+    x, asked = torch.randint(-2, 3, (n, 2)).float(), torch.randn(3, 2)
+    log, query = log_and_ask(tmp_path, model, lambda m, x: m(x).sum(), x, asked, projection="none")
     expected = log.influence(query, "dot").top(top)
     monkeypatch.setattr(engine, "SCORES_AT_A_TIME", at_a_time)
     assert log.influence(query, "dot", top=top).top(top) == expected
@@ -765,14 +721,10 @@ def gradients_in(dtype, folder, x, g, asked, slopes, method, **options):
     """Scores of given inputs and output gradients of one layer, float64, logged in a dtype."""
     name = str(dtype).removeprefix("torch.")
     layer = nn.Linear(x.shape[1], g.shape[1], bias=False).to(dtype)
-    with loghook.init(folder / name, projection="none", dtype=name) as run:
-        run.watch(layer)
-        with run(data_id=range(len(x))):
-            (layer(x.to(dtype)) * g.to(dtype)).sum().backward()
-        with run.query(data_id=range(len(asked))) as query:
-            (layer(asked.to(dtype)) * slopes.to(dtype)).sum().backward()
-        run.finalize()
-    return loghook.load(run.path).influence(query, method, **options).values
+    samples, questions = ((a.to(dtype), b.to(dtype)) for a, b in ((x, g), (asked, slopes)))
+    loss = lambda m, batch: (m(batch[0]) * batch[1]).sum()  # noqa: E731
+    log, query = log_and_ask(folder / name, layer, loss, samples, questions, projection="none", dtype=name)
+    return log.influence(query, method, **options).values
 
 
 @pytest.mark.parametrize("size", [1e-3, 1e-5])

@@ -23,6 +23,7 @@ from loghook.errors import CheckpointWarning, CorruptLogError, LogLockedError, M
 from loghook.evaluate.retrain import retrain
 from loghook.log import maintain, reader
 from loghook.log.writer import Writer
+from tests.harness import log_and_ask, squares
 from tests.test_influence import data, loss_fn, make_log, make_model
 
 
@@ -319,14 +320,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
     monkeypatch.chdir(elsewhere)
     model, x = nn.Linear(5, 4), torch.randn(16, 2, 5)
     for name in ("one", "two"):
-        run = loghook.init(f"~/{name}", rank=2)
-        run.watch(model)
-        with run(data_id=[f"{name}{i}" for i in range(16)]):
-            model(x).square().sum().backward()
-        with run.query(data_id=["q"]) as query:
-            model(x[:1]).square().sum().backward()
-        run.finalize()
-        run.close()
+        _, query = log_and_ask(f"~/{name}", model, squares, x, x[:1], ids=[f"{name}{i}" for i in range(16)], rank=2)
     log = loghook.load("~/one")
     log.compress("~/small", "int8", queries=2)
     maintain.compress("~/one", "~/wide", "float64")
@@ -601,13 +595,7 @@ def test_passes_are_gone_through_once(tmp_path, capsys):
 def test_rows_that_are_looked_at_hold_one_descriptor_a_shard(tmp_path):
     """Each map holds a descriptor, and a program may keep as many rows as it likes."""
     model, x = nn.Linear(6, 4), torch.randn(64, 6)
-    with loghook.init(tmp_path / "run", rank=2) as run:
-        run.watch(model)
-        for start in range(0, 1024, 64):
-            with run(data_id=range(start, start + 64)):
-                model(x).square().sum().backward()
-        run.finalize()
-    log = loghook.load(run.path)
+    log, _ = log_and_ask(tmp_path, model, squares, x.repeat(16, 1), size=64, rank=2)
     before = len(os.listdir("/proc/self/fd"))
     rows = log.rows(log.layers[0])
     kept = [rows[i] for i in range(1024)] + [block for _, block in log.blocks(rows=1)]

@@ -24,6 +24,7 @@ from loghook.influence.fidelity import compare
 from loghook.log import maintain, reader
 from loghook.log.codec import base, make_codec
 from loghook.log.codec.lowbit import BITS
+from tests.harness import log_and_ask, squares
 from tests.killing import OPTIONS, Killer, Plan, assert_same, log_everything
 from tests.test_influence import METHODS, make_log
 from tests.test_maintain import flip, write
@@ -340,12 +341,7 @@ def test_fidelity_is_what_the_scores_of_both_logs_say(tmp_path, exact):
 def test_logs_are_compared_one_question_at_a_time(tmp_path):
     """What numpy takes for it, which has the scores from torch, is less than the scores of one log."""
     model, rows, queries = torch.nn.Linear(2, 1, bias=False), 4000, 50
-    with loghook.init(tmp_path / "run", projection="none") as run:
-        run.watch(model)
-        with run(data_id=range(rows)):
-            model(torch.randn(rows, 2)).pow(2).sum().backward()
-        run.finalize()
-    log = loghook.load(run.path)
+    log, _ = log_and_ask(tmp_path, model, squares, torch.randn(rows, 2), projection="none")
     compare(log, log, queries=1, seed=0)  # what is kept with an open log
     tracemalloc.start()
     try:
@@ -369,11 +365,8 @@ def test_compress_refuses(tmp_path, exact):
     with pytest.raises(StateError, match="not finished"):
         loghook.load(tmp_path / "open").compress(tmp_path / "out")
     model = torch.nn.Linear(4, 4)
-    with loghook.init(tmp_path / "large", projection="none") as run:
-        run.watch(model)
-        with run(data_id=list(range(12)), scale=1e6):
-            model(torch.ones(12, 4)).sum().backward()
-        run.finalize()
+    large = {"block": {"scale": 1e6}, "projection": "none"}
+    log_and_ask(tmp_path / "large", model, lambda m, x: m(x).sum(), torch.ones(12, 4), **large)
     with pytest.raises(NotFiniteError, match="too narrow"):
         loghook.load(tmp_path / "large").compress(tmp_path / "out", "float16")
     assert sorted(file.name for file in tmp_path.iterdir()) == ["large", "open"]
@@ -390,12 +383,8 @@ def test_command(tmp_path, exact):
 def test_activations_are_not_quantised(tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(6, 5), torch.nn.Tanh(), torch.nn.Linear(5, 3))
     x = torch.randn(4, 6)
-    with loghook.init(tmp_path / "run", rank=4, dtype="int4") as run:
-        run.watch(model, activations="mean", output_gradients="sum")
-        with run(data_id=[0, 1, 2, 3]):
-            model(x).sum().backward()
-        run.finalize()
-    log = loghook.load(tmp_path / "run")
+    watch = {"activations": "mean", "output_gradients": "sum"}
+    log, _ = log_and_ask(tmp_path, model, lambda m, x: m(x).sum(), x, watch=watch, rank=4, dtype="int4")
     np.testing.assert_array_equal(log.rows("0", "activations")[:], x)
     np.testing.assert_array_equal(log.rows("2", "output_gradients")[:], np.ones((4, 3)))
 

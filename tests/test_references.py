@@ -21,6 +21,7 @@ from tests.dense import (
     self_influence,
     spearman,
 )
+from tests.harness import squares
 from tests.oracle import batch_size, one_sample, one_sample_gradients, project, relative_error
 
 VOCABULARY, HIDDEN = 7, 4
@@ -211,7 +212,7 @@ def test_module_under_two_names_sums_over_its_calls() -> None:
     model = nn.Sequential(layer, nn.Tanh(), layer)
     model.add_module("alias", layer)
     x = torch.randn(2, 3, dtype=torch.float64)
-    gradients = one_sample_gradients(model, lambda m, b: m(b).square().sum(), x, ["0", "alias"])
+    gradients = one_sample_gradients(model, squares, x, ["0", "alias"])
     model(x).square().sum().backward()
     assert layer.weight.grad is not None
     assert torch.equal(gradients["0"], gradients["alias"])

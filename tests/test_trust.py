@@ -14,7 +14,7 @@ from loghook.evaluate import trust
 from loghook.evaluate.trust import Part, extended, membership
 from loghook.influence.fidelity import correlations
 from loghook.log import reader
-from tests.harness import Largest
+from tests.harness import Largest, log_and_ask, squares
 
 WIDTH = 64
 
@@ -114,14 +114,7 @@ def test_what_is_drawn_without_replacement_is_foretold(tmp_path, rank):
     x = torch.randn(300, 64, generator=torch.Generator().manual_seed(1))
     logs = []
     for seed in range(4):
-        run = loghook.init(tmp_path / str(seed), rank=rank, seed=seed)
-        run.watch(model)
-        with run(data_id=range(280)):
-            model(x[:280]).pow(2).sum().backward()
-        with run.query(data_id=range(20)) as query:
-            model(x[280:]).pow(2).sum().backward()
-        run.finalize()
-        logs.append((loghook.load(run.path), query))
+        logs.append(log_and_ask(tmp_path / str(seed), model, squares, x[:280], x[280:], rank=rank, seed=seed))
     pairs = itertools.combinations(logs, 2)
     seen = np.mean([trust(*one, "dot", nulls=0, other=other).correlation.mean() for one, other in pairs])
     foretold = np.mean([trust(*one, "dot", nulls=0).correlation.mean() for one in logs])
@@ -131,15 +124,7 @@ def test_what_is_drawn_without_replacement_is_foretold(tmp_path, rank):
 def test_a_projection_without_a_seed_has_no_noise_of_one(tmp_path):
     torch.manual_seed(0)
     model, x = nn.Linear(64, 4), torch.randn(60, 64)
-    run = loghook.init(tmp_path / "run", rank=16, projection="pca")
-    run.watch(model)
-    for _ in run.passes():
-        with run(data_id=range(60)):
-            model(x).pow(2).sum().backward()
-    run.finalize()
-    with run.query(data_id=range(2)) as query:
-        model(x[:2]).pow(2).sum().backward()
-    found = trust(loghook.load(run.path), query, "dot", nulls=0)
+    found = trust(*log_and_ask(tmp_path, model, squares, x, x[:2], rank=16, projection="pca"), "dot", nulls=0)
     assert found.how == "no random projection" and (found.correlation == 1).all()
 
 

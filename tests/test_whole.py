@@ -23,6 +23,7 @@ from loghook.errors import (
 from loghook.project import outer
 from loghook.whole.scoring import low_rank
 from tests import dense
+from tests.harness import log_batch
 from tests.oracle import one_sample_gradients
 from tests.test_capture import Sees
 from tests.test_fitted import data, loss_fn, make, raw_moments
@@ -134,12 +135,7 @@ def image_model():
 
 def whole_log(model, x):
     """Whole gradients of 20 samples, logged."""
-    run = loghook.init(tempfile.mkdtemp(), projection="none", dtype="float64")
-    run.watch(model)
-    with run(data_id=list(range(20))):
-        loss_fn(model, x).backward()
-    run.finalize()
-    return loghook.load(run.path)
+    return log_batch(model, loss_fn, x, projection="none")
 
 
 @pytest.mark.parametrize("rank", [None, 60])
