@@ -55,7 +55,8 @@ def benchmarks() -> Iterator[Callable[[str], Any]]:
 
 
 def log_and_ask(
-    path: Any, model: nn.Module, loss_fn: Loss, x: Any, asked: Any = None, *, ids: Any = None, size: int | None = None,
+    path: Any, model: nn.Module, loss_fn: Loss, x: Any, asked: Any = None, *,
+    ids: Any = None, query_ids: Any = None, size: int | None = None,
     watch: dict[str, Any] | None = None, block: dict[str, Any] | None = None, **options: Any,
 ) -> tuple[loghook.Log, Any]:  # fmt: skip
     """Log samples in all passes, in one block or in blocks of a size, and ask others: the finished log and the query.
@@ -72,7 +73,8 @@ def log_and_ask(
                     loss_fn(model, x[part] if size else x).backward()
         query = None
         if asked is not None:
-            with run.query(data_id=list(range(batch_size(asked))), **block) as query:
+            query_ids = range(batch_size(asked)) if query_ids is None else query_ids
+            with run.query(data_id=list(query_ids), **block) as query:
                 loss_fn(model, asked).backward()
         run.finalize()
     return loghook.load(path), query

@@ -105,7 +105,7 @@ def test_checksums_are_read_once_and_a_scan_that_stopped_is_no_scan(records, mon
 
 def test_a_scan_keeps_no_file_open(tmp_path):
     """There may be more shards than a process may open files."""
-    log, query, _ = make_log(tmp_path, batch=2, shard_bytes=1)
+    log, query, _ = make_log(tmp_path, size=2, shard_bytes=1)
     count = lambda: len(os.listdir("/proc/self/fd"))  # noqa: E731
     log.influence(query, "ekfac", normalize="unit", top=3)
     before, most = count(), 0

@@ -6,10 +6,10 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import loghook
 from loghook.errors import ConfigError, MismatchError
 from loghook.evaluate.lds import lds
 from loghook.influence.scores import Scores
+from tests.harness import log_and_ask
 from tests.test_influence import data, loss_fn, make_log, make_model
 
 
@@ -61,16 +61,10 @@ def test_tracin_over_checkpoints(tmp_path):
     rates, parts, expected = (0.1, 0.03), [], np.zeros((3, 6))
     for step, rate in enumerate(rates):
         model = make_model(seed=step)
-        run = loghook.init(tmp_path / str(step), projection="none", dtype="float64")
-        run.watch(model)
-        order = torch.arange(6) if step == 0 else torch.arange(5, -1, -1)
-        with run(data_id=order):
-            loss_fn(model, data(6)[order]).backward()
-        with run.query(data_id=["a", "b", "c"]) as query:
-            loss_fn(model, data(3, seed=2)).backward()
-        run.finalize()
-        parts.append(loghook.load(run.path).influence(query, "dot", per_layer=True))
-        run.close()
+        order = list(range(6)) if step == 0 else list(range(5, -1, -1))
+        options = {"ids": order, "projection": "none", "dtype": "float64"}
+        log, query = log_and_ask(tmp_path / str(step), model, loss_fn, data(6)[order], data(3, seed=2), **options)
+        parts.append(log.influence(query, "dot", per_layer=True))
         one = lambda x, model=model: torch.cat(  # noqa: E731
             [g.flatten() for g in torch.autograd.grad(loss_fn(model, x[None]), list(model.parameters()))]
         )

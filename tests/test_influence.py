@@ -37,19 +37,10 @@ def data(n, seed=1):
     return torch.randn(n, 3, 5, generator=torch.Generator().manual_seed(seed)).double()
 
 
-def make_log(path, n=40, batch=8, dtype="float64", rank=4, mask=None, **options):
-    model, x = make_model(), data(n)
-    run = loghook.init(path, rank=rank, dtype=dtype, **options)
-    run.watch(model)
-    for start in range(0, n, batch):
-        stop = min(start + batch, n)
-        with run(data_id=list(range(start, stop)), mask=None if mask is None else mask[start:stop]):
-            loss_fn(model, x[start:stop]).backward()
-    with run.query(data_id=["a", "b", "c"]) as query:
-        loss_fn(model, data(3, seed=2)).backward()
-    run.finalize()
-    run.close()
-    return loghook.load(path), query, model
+def make_log(path, n=40, **options):
+    model, options = make_model(), {"rank": 4, "dtype": "float64", "size": 8} | options
+    log, query = log_and_ask(path, model, loss_fn, data(n), data(3, seed=2), query_ids="abc", **options)
+    return log, query, model
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +114,10 @@ def test_fisher_in_groups_of_layers_that_fit_in_memory(logged, monkeypatch, tmp_
 
 def test_masked_tokens_do_not_count_in_the_factors(tmp_path):
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [0, 1, 1], [1, 1, 0]]).repeat(10, 1)
-    log, query, model = make_log(tmp_path, mask=mask)
+    model, options = make_model(), {"block": {"mask": mask}, "rank": 4, "dtype": "float64"}
+    log, _ = log_and_ask(tmp_path, model, loss_fn, data(40), **options)
+    with log.attach(model) as asker, asker.query(data_id=range(3)) as query:
+        loss_fn(model, data(3, seed=2)).backward()
     layers = as_dense(log, model, data(40), mask)
     reference = dense.influence("ekfac", layers, [query.rows(name) for name in log.layers])
     np.testing.assert_allclose(log.influence(query, "ekfac").values, reference.total, rtol=1e-5, atol=1e-5)
@@ -162,7 +156,7 @@ def test_batch_shard_and_block_size_change_nothing_beyond_rounding(
     log, query, _ = logged
     folder = tmp_path_factory.mktemp("sizes") / "run"
     width = log.layout.width
-    other, _, _ = make_log(folder, batch=batch, dtype=dtype, shard_bytes=shard_rows * width * 8)
+    other, _, _ = make_log(folder, size=batch, dtype=dtype, shard_bytes=shard_rows * width * 8)
     tolerance = 1e-6 if dtype == "float64" else 1e-3
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(reader, "BLOCK_BYTES", block * width * 8)

@@ -190,7 +190,7 @@ KILLED = """
 
 
 def test_a_killed_run_resumes_to_the_same_log(tmp_path):
-    whole_log, _, _ = make_log(tmp_path / "whole", batch=5)
+    whole_log, _, _ = make_log(tmp_path / "whole", size=5)
     command = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path / "killed")]
     for blocks in (2, 5, None):
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": "."})

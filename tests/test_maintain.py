@@ -27,6 +27,7 @@ from loghook.errors import (
 )
 from loghook.log import maintain, reader, records
 from tests import dense
+from tests.harness import log_and_ask
 from tests.test_influence import data, loss_fn, make_log, make_model
 
 
@@ -398,15 +399,8 @@ def test_merged_logs_of_two_checkpoints_say_so_now_and_later(tmp_path):
     for name, shift in (("a", 0.0), ("b", 0.1)):
         model, x = make_model(), data(4)
         next(model.parameters()).data.add_(shift)
-        run = loghook.init(tmp_path / name, rank=4, dtype="float64")
-        run.watch(model)
-        for _ in run.passes():
-            with run(data_id=[f"{name}{i}" for i in range(4)]):
-                loss_fn(model, x).backward()
-        run.finalize()
-        with run.query(data_id=["q"]) as query:
-            loss_fn(model, x[:1]).backward()
-        run.close()
+        ids = [f"{name}{i}" for i in range(4)]
+        _, query = log_and_ask(tmp_path / name, model, loss_fn, x, x[:1], ids=ids, rank=4, dtype="float64")
         paths.append(tmp_path / name)
         query.save(tmp_path / f"{name}.query")
     assert any("different parameter values" in note for note in maintain.merge(tmp_path / "ab", paths).notes)

@@ -15,6 +15,7 @@ import loghook
 from loghook.errors import ConfigError, MismatchError
 from loghook.whole import refine
 from loghook.whole.refine import GaussNewton, conjugate_gradients
+from tests.harness import log_and_ask, log_batch
 
 
 def make():
@@ -240,12 +241,7 @@ def test_a_log_does_not_precondition_refined_questions_again(tmp_path):
     model, (x, y) = make(), data()
     fit, query = fitted(model, x, y)
     u = fit.refine(query, [(x, y)], outputs_of(model), loss_of, iterations=2)
-    run = loghook.init(tmp_path / "run", projection="none", dtype="float64")
-    run.watch(model)
-    with run(data_id=list(range(len(x)))):
-        loss_of(model(x), (x, y)).backward()
-    run.finalize()
-    log = loghook.load(run.path)
+    log = log_batch(model, lambda m, b: loss_of(m(b[0]), b), (x, y), projection="none")
     for options in ({}, {"method": "cosine"}, {"method": "dot", "normalize": "unit"}):
         with pytest.raises(ConfigError, match="preconditioned already"):
             log.influence(u, **options)
@@ -262,14 +258,11 @@ def test_a_log_does_not_precondition_refined_questions_again(tmp_path):
 def test_reranking_gives_the_order_of_whole_gradients():
     model, (x, y) = make(), data(60)
     fit, query = fitted(model, x, y)
-    run = loghook.init(tempfile.mkdtemp(), rank=2)
-    run.watch(model)
-    with run(data_id=[f"s{i}" for i in range(60)]):
-        loss_of(model(x), (x, y)).backward()
-    with run.query(data_id=["a", "b"]) as small:
-        loss_of(model(x[:2]), (x[:2], y[:2])).backward()
-    run.finalize()
-    rough = loghook.load(run.path).influence(small)
+    log, small = log_and_ask(
+        tempfile.mkdtemp(), model, lambda m, b: loss_of(m(b[0]), b), (x, y), (x[:2], y[:2]),
+        ids=[f"s{i}" for i in range(60)], query_ids="ab", rank=2,
+    )  # fmt: skip
+    rough = log.influence(small)
     asked = []
 
     def batches(ids):

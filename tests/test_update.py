@@ -25,7 +25,7 @@ from loghook.errors import BatchError, CheckpointWarning, ConfigError, MismatchE
 from loghook.evaluate import trust
 from loghook.log import maintain
 from loghook.project import outer
-from tests.harness import sides, whole
+from tests.harness import log_and_ask, sides, whole
 from tests.oracle import one_sample_gradients, project, relative_error
 
 KINDS = ("normalized", "adam")
@@ -251,12 +251,10 @@ def test_packed_documents_and_masks(tmp_path, kind):
     optimizer = trained(model, x)
     packed = x.reshape(2, 10, 7)
     numbers = torch.arange(4).repeat_interleave(5).view(2, 10)
-    run = loghook.init(tmp_path / "run", rank=4, dtype="float64", gradient=kind)
-    run.watch(model, optimizer=optimizer)
-    with run(data_id=list("abcd"), segments=numbers, mask=torch.ones(2, 10)):
-        loss_fn(model, packed).backward()
-    run.finalize()
-    log = loghook.load(tmp_path / "run")
+    options = {"watch": {"optimizer": optimizer}, "block": {"segments": numbers, "mask": torch.ones(2, 10)}}
+    log, _ = log_and_ask(
+        tmp_path, model, loss_fn, packed, ids="abcd", **options, rank=4, dtype="float64", gradient=kind
+    )
     assert_rows(log, expected(kind, model, optimizer, log, x))
 
 
@@ -389,12 +387,8 @@ def test_layers_that_sleep_have_zero_rows(tmp_path):
             "exp_avg": torch.ones_like(p),
             "exp_avg_sq": torch.ones_like(p),
         }
-    run = loghook.init(tmp_path / "run", rank=4, dtype="float64", gradient="adam")
-    run.watch(model, may_sleep="spare", optimizer=optimizer)
-    with run(data_id=list(range(6))):
-        loss_fn(model[:5], x).backward()
-    run.finalize()
-    log = loghook.load(tmp_path / "run")
+    loss, watch = lambda m, x: loss_fn(m[:5], x), {"may_sleep": "spare", "optimizer": optimizer}
+    log, _ = log_and_ask(tmp_path, model, loss, x, watch=watch, rank=4, dtype="float64", gradient="adam")
     assert log.asleep == {"spare": 6} and not log.rows("spare")[:].any()
 
 
