@@ -165,14 +165,15 @@ def test_a_part_is_a_log_of_fewer_coordinates(seeds):
     parts = [Part(log, i, 2) for i in range(2)]
     whole, name = log.rows("0")[:], "0"
     for part in parts:
-        out, into = part._sides[name]
+        out, into = np.divmod(part._columns.numpy().reshape(8, 8), 16)
+        out, into = out[:, 0], into[0]
         (block,) = [b for _, b in part.blocks()]
         np.testing.assert_allclose(block.reshape(-1, 8, 8), 2 * whole[:, out[:, None], into], rtol=1e-6)
         mine, theirs = part.layout.moments[name], log.layout.moments[name]
         a = log.moments()[theirs[0]].reshape(16, 16)
         np.testing.assert_array_equal(part.moments()[mine[0]].reshape(8, 8), a[np.ix_(into, into)])
         assert part.query(query).matrix.shape == (8, 64)
-    assert not set(parts[0]._sides[name][0]) & set(parts[1]._sides[name][0])
+    assert not set(parts[0]._columns.tolist()) & set(parts[1]._columns.tolist())
 
 
 def test_of_a_log_of_narrow_floats(tmp_path, seeds):

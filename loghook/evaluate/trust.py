@@ -104,11 +104,8 @@ def trust(
     Args:
         log: an open log.
         query: its questions.
-        method: as for ``Log.influence``, as are damping, damping_abs and normalize.
+        method, damping, damping_abs, normalize: as for ``Log.influence``.
         other: (log, query) with another seed.
-        damping: relative.
-        damping_abs: absolute, instead.
-        normalize: None, "unit" or "relatif".
         k: how many top records of each query.
         nulls: chance questions for the p-values; 0 leaves them out.
         seed: of everything drawn here.
@@ -265,8 +262,7 @@ class Part(Source):
         self.path, self.manifest, self.data_ids = whole.path, whole.manifest, whole.data_ids
         self.warned = True  # the whole log has said that it is not finished
         self._whole = whole
-        self._sides: dict[str, tuple[np.ndarray, np.ndarray]] = {}  # {layer: its coordinates of the two sides}
-        specs, columns, scale = [], [], []
+        specs, columns, scale, moments = [], [], [], []
         for spec in whole.layout.layers:
             start = whole.layout.columns[spec.name].start
             # Sides of equal rank are dealt alike: layers that share an input projection keep sharing it.
@@ -277,11 +273,15 @@ class Part(Source):
             specs.append(replace(spec, k_out=len(out), k_in=len(into), activations=None, output_gradients=None))
             columns.append((start + out[:, None] * spec.k_in + into).reshape(-1))
             scale.append(np.full(len(columns[-1]), (spec.width / len(columns[-1])) ** 0.5))
-            self._sides[spec.name] = out, into
+            inputs, outputs, count = whole.layout.moments[spec.name]
+            moments.append((inputs.start + into[:, None] * spec.k_in + into).reshape(-1))
+            moments.append((outputs.start + out[:, None] * spec.k_out + out).reshape(-1))
+            moments.append(np.array([count]))
         self.layout = Layout(specs)
         self._made = Made(self.layout.layers, "part", self.manifest.seed)  # only a query that was cut alike fits
         self.codec = self.layout.codec("float64" if whole.dtype == torch.float64 else "float32")  # blocks come decoded
         self._columns, self._scale = torch.from_numpy(np.concatenate(columns)), torch.from_numpy(np.concatenate(scale))
+        self._moments = np.concatenate(moments)  # places of its own among those of the whole
 
     @property
     def made(self) -> Made:
@@ -301,14 +301,7 @@ class Part(Source):
             yield place, self._cut(block.to(self.dtype))
 
     def moments(self) -> np.ndarray:
-        moments, of_part = self._whole.moments(), np.zeros(self.layout.moments_width)
-        for name, (out, into) in self._sides.items():
-            whole, part = self._whole.layout.moments[name], self.layout.moments[name]
-            for source, target, coordinates in ((whole[0], part[0], into), (whole[1], part[1], out)):
-                k = round((source.stop - source.start) ** 0.5)
-                of_part[target] = moments[source].reshape(k, k)[np.ix_(coordinates, coordinates)].reshape(-1)
-            of_part[part[2]] = moments[whole[2]]
-        return of_part
+        return self._whole.moments()[self._moments]
 
     def _cut(self, rows: Tensor) -> Tensor:
         return rows[:, self._columns] * self._scale.to(rows.dtype)
