@@ -73,11 +73,7 @@ class Scores:
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
         """Let functions on plain arrays, as those of ``loghook.evaluate``, take scores of all rows."""
-        if self.places is not None:
-            raise ConfigError(
-                f"these scores hold only the best {self.values.shape[1]} rows of each question: score without top=."
-            )
-        return np.array(self.values, dtype=dtype, copy=copy is not False)
+        return np.array(self._of_all_rows(), dtype=dtype, copy=copy is not False)
 
     @property
     def sign(self) -> str:
@@ -94,8 +90,7 @@ class Scores:
         Raises:
             ConfigError: if only the best were kept.
         """
-        if self.places is not None:
-            raise ConfigError("these scores keep only the best rows (top=...): score again without top for opponents.")
+        self._of_all_rows()
         return self._ranked(k, best=False)
 
     def distinct(self, k: int) -> list[list[int | str]]:
@@ -122,8 +117,8 @@ class Scores:
             ConfigError: of rows, if only the best were kept.
             MismatchError: for an id that was not scored, or more than once.
         """
-        if data_ids is not None and self.places is not None:
-            raise ConfigError("scores that keep only the best rows (top=...) have no other order: score without top.")
+        if data_ids is not None:
+            self._of_all_rows()
         ids_of_queries, queries = _order("query_id", self.query_ids, query_ids)
         ids_of_rows, rows = _order("data_id", self.data_ids, data_ids)
         return dataclasses.replace(
@@ -142,18 +137,13 @@ class Scores:
             ConfigError: if one of them was not scored.
         """
         row_of = {data_id: row for row, data_id in enumerate(self.data_ids)}
-        missing = [i for ids in candidates for i in ids if i not in row_of]
-        if missing or self.places is not None:
-            raise ConfigError(
-                f"{missing[:1] or 'a top-k result'} was not scored for every question: score all of them."
-            )
-        values, places = [], []
-        for scores, ids in zip(self.values, candidates, strict=True):
-            rows = np.array([row_of[i] for i in ids], dtype=np.int64)
-            ranked = rows[np.argsort(-scores[rows], kind="stable")]
-            places.append(ranked)
-            values.append(scores[ranked])
-        return dataclasses.replace(self, values=np.stack(values), places=np.stack(places), by_layer=None)
+        if missing := [i for ids in candidates for i in ids if i not in row_of]:
+            raise ConfigError(f"{missing[0]!r} was not scored for every question: score all of them.")
+        rows = np.array([[row_of[i] for i in ids] for ids in candidates], dtype=np.int64)
+        values = np.take_along_axis(self._of_all_rows(), rows, axis=1)
+        order = np.argsort(-values, axis=1, kind="stable")
+        ranked, places = (np.take_along_axis(of_rows, order, axis=1) for of_rows in (values, rows))
+        return dataclasses.replace(self, values=ranked, places=places, by_layer=None)
 
     def to_pandas(self) -> "pandas.DataFrame":
         """A table with a row for each pair: query_id, data_id, score (needs the pandas extra)."""
@@ -229,13 +219,12 @@ class Scores:
         same_layers = all(each.by_layer is not None and each.layers == first.layers for each in scores)
         by_layer = np.zeros(first.by_layer.shape) if same_layers and first.by_layer is not None else None
         for each, weight in zip(scores, weights, strict=True):
-            if each.places is not None:
-                raise ConfigError("scores that keep only the best rows (top=...) do not combine: score without top.")
+            terms = each._of_all_rows()
             queries = _places("query_id", each.query_ids, first.query_ids, all_of_them=True)
             rows = _places("data_id", each.data_ids, first.data_ids, all_of_them=True)
-            size = each.values.std(axis=1, dtype=np.float64, keepdims=True) if standardize else np.ones((1, 1))
+            size = terms.std(axis=1, dtype=np.float64, keepdims=True) if standardize else np.ones((1, 1))
             factor = weight / np.where(size > 0, size, 1)
-            values += (each.values * factor)[queries][:, rows]
+            values += (terms * factor)[queries][:, rows]
             if by_layer is not None and each.by_layer is not None:
                 by_layer += (each.by_layer * factor)[:, queries][:, :, rows]
         return Scores(
@@ -245,12 +234,10 @@ class Scores:
             by_layer=None if by_layer is None else by_layer.astype(np.float32),
             layers=tuple(dict.fromkeys(name for each in scores for name in each.layers)),
             method=f"ensemble of {len(scores)}{', standardized' if standardize else ''}: {_joined(scores, 'method')}",
-            normalize=_same(scores, "normalize"),
-            damping=_same(scores, "damping"),
-            damping_abs=_same(scores, "damping_abs"),
             fingerprint=_joined(scores, "fingerprint"),
             log=_joined(scores, "log"),
             weights=weights,
+            **{key: _same(scores, key) for key in ("normalize", "damping", "damping_abs")},
         )
 
     def save(self, path: str | Path) -> None:
@@ -274,7 +261,7 @@ class Scores:
         """
         with loading(path, "scores") as (header, tensors):
             header["data_ids"] = json.loads(tensors["data_ids"].numpy().tobytes())
-            if set(header) != {"data_ids", *_HEADER}:
+            if header.keys() != {"data_ids", *_HEADER}:
                 raise ValueError(f"its header has {sorted(header)}")
             header |= {key: tuple(header[key]) for key in ("layers", "weights") if header[key] is not None}
             return Scores(**header | {key: tensors[key].numpy().copy() for key in _ARRAYS if key in tensors})
@@ -285,6 +272,11 @@ class Scores:
         size = f"{self.values.shape[0]} queries x {best}{len(self.data_ids)} rows"
         tuned = "" if self.fidelity is None else f"fidelity={self.fidelity}, "
         return f"Scores({size}, {kind}, damping={self.damping or self.damping_abs}, {tuned}log={self.log!r})"
+
+    def _of_all_rows(self) -> np.ndarray:
+        if self.places is not None:
+            raise ConfigError("these scores keep only the best rows of each question: score again without top=.")
+        return self.values
 
     def _all_places(self) -> np.ndarray:
         if self.places is not None:
@@ -320,33 +312,30 @@ def _places(
     kind: str, scored: Sequence[Any], wanted: Sequence[Any], *, all_of_them: bool = False
 ) -> np.ndarray | slice:
     """Where each wanted id is among those scored; ``all_of_them``: none may be on one side only."""
-    if all_of_them and list(scored) == list(wanted) and len(set(wanted)) == len(wanted):
+    if list(scored) == list(wanted) and len(set(wanted)) == len(wanted):
         return slice(None)  # of a long log the dictionaries below would take longer than all that is added up
+    counts, asked = Counter(scored), Counter(wanted)
+    for name, n in asked.items():
+        if n > 1 and not all_of_them:
+            raise MismatchError(f"{kind} {name!r} is asked for more than once: name each id once.")
+        if max(n, counts[name]) > 1:
+            raise MismatchError(
+                f"{kind} {name!r} is there more than once, so that its scores cannot be matched: log each id once "
+                "(inside run.passes(), or with on_repeat='first')."
+            )
+        if name not in counts:
+            raise MismatchError(f"{kind} {name!r} was not scored: these scores have no such id (of this type).")
+    if all_of_them and len(counts) > len(asked):
+        one = next(name for name in counts if name not in asked)
+        raise MismatchError(f"{kind} {one!r} is in some of the scores only: score the same ids with every log.")
     places = {name: place for place, name in enumerate(scored)}
-    repeated, repeated_wanted = ([name for name, n in Counter(ids).items() if n > 1] for ids in (scored, wanted))
-    if repeated_wanted and not all_of_them:
-        raise MismatchError(f"{kind} {repeated_wanted[0]!r} is asked for more than once: name each id once.")
-    relevant = set(wanted)
-    ambiguous = repeated + repeated_wanted if all_of_them else [name for name in repeated if name in relevant]
-    if ambiguous:
-        raise MismatchError(
-            f"{kind} {ambiguous[0]!r} is there more than once, so that its scores cannot be matched: log each id once "
-            "(inside run.passes(), or with on_repeat='first')."
-        )
-    missing = [name for name in wanted if name not in places]
-    if all_of_them and (one_sided := [*missing, *(places.keys() - relevant)]):
-        raise MismatchError(
-            f"{kind} {one_sided[0]!r} is in some of the scores only: score the same ids with every log."
-        )
-    if missing:
-        raise MismatchError(f"{kind} {missing[0]!r} was not scored: these scores have no such id (of this type).")
     return np.array([places[name] for name in wanted], dtype=np.int64)
 
 
 def _same(scores: Sequence[Scores], key: str) -> Any:
     """What all have in common, or None."""
-    first = getattr(scores[0], key)
-    return first if all(getattr(each, key) == first for each in scores) else None
+    values = {getattr(each, key) for each in scores}
+    return values.pop() if len(values) == 1 else None
 
 
 def _joined(scores: Sequence[Scores], key: str) -> str:
@@ -354,7 +343,4 @@ def _joined(scores: Sequence[Scores], key: str) -> str:
 
 
 _ARRAYS = ("values", "places", "by_layer")
-_HEADER = (
-    "query_ids", "layers", "method", "normalize", "damping", "damping_abs", "fingerprint", "log", "weights",
-    "fidelity",
-)  # fmt: skip
+_HEADER = [field.name for field in dataclasses.fields(Scores) if field.name not in ("data_ids", *_ARRAYS)]
