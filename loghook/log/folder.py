@@ -25,8 +25,8 @@ from loghook.errors import (
 )
 from loghook.log.disk import lock, lock_name, sync_folder, writing
 from loghook.log.files import KEPT, PROJECTION, holds_factors
-from loghook.log.format import MANIFEST, WRITTEN, Manifest, shard_name
-from loghook.log.records import REPAIR, Commits, all_commits, ids_of, read_commits, sum_up
+from loghook.log.format import MANIFEST, WRITTEN, Manifest
+from loghook.log.records import REPAIR, Commits, all_commits, ids_of, read_commits, sum_up, unnamed
 from loghook.log.shard import SHARD_HEADER, close_shard
 
 # Arguments of ``init`` that make rows what they are.
@@ -144,10 +144,9 @@ def _warn_of_parts(logs: Sequence[Commits]) -> None:
     met: Counter[tuple[int, int, int | str]] = Counter()
     for log in logs:
         mine: list[tuple[int, int, int | str]] = []
-        for record in log.rows:
-            ids = iter(record["ids"])
-            mine += [(pass_index, step, next(ids)) for pass_index, step, rows in record["steps"] for _ in range(rows)]
-            if len(mine) > FIRST_ROWS:
+        for pass_index, step, ids in log.blocks():
+            mine += [(pass_index, step, i) for i in ids]
+            if len(mine) - len(ids) > FIRST_ROWS:
                 break
         met.update(list(dict.fromkeys(row for row in mine if row[:2] != mine[-1][:2])))
     shared = [row for row, ranks in met.items() if ranks > 1]
@@ -203,14 +202,12 @@ def read_back(path: Path, manifest: Manifest, *, outside_too: bool) -> Committed
         oldest = reopened[rank] if rank < len(reopened) else 0
         ended.append({r["pass_end"] for r in log.records if "pass_end" in r and r["n"] >= oldest})
         for record in log.records:
-            place = 0
-            for pass_index, step, rows in record.get("steps", ()):
-                if outside_too or pass_index >= 0:
-                    committed.ids.update(record["ids"][place : place + rows])
-                place += rows
-                committed.steps[rank] = max(committed.steps.get(rank, 0), step + 1)
-                committed.starts[pass_index] = min(committed.starts.get(pass_index, step), step)
             committed.ids.update(record["flagged"])
+        for pass_index, step, ids in log.blocks():
+            if outside_too or pass_index >= 0:
+                committed.ids.update(ids)
+            committed.steps[rank] = max(committed.steps.get(rank, 0), step + 1)
+            committed.starts[pass_index] = min(committed.starts.get(pass_index, step), step)
     committed.done = set.intersection(*ended)
     return committed
 
@@ -229,7 +226,7 @@ def recover(path: Path, manifest: Manifest, rank: int, *, snapshots: int = 2) ->
     record names; of the snapshots it keeps the last so many.
     """
     log, codec = read_commits(path, manifest, rank), manifest.codec
-    ends = {path / shard_name(rank, index): rows for index, rows in log.shard_ends.items()}
+    ends = {log.shard(number): rows for number, rows in log.shard_ends.items()}
     for shard, rows in ends.items():
         if not shard.is_file() or shard.stat().st_size < SHARD_HEADER + rows * codec.row_bytes:
             raise CorruptLogError(f"{shard} is missing or shorter than its records say: {REPAIR}.")
@@ -239,10 +236,8 @@ def recover(path: Path, manifest: Manifest, rank: int, *, snapshots: int = 2) ->
             os.fsync(handle.fileno())
     for shard, rows in ends.items():
         close_shard(shard, rows, codec, manifest.run_id)
-    named = {*ends, *(path / record["statistics"]["file"] for record in log.rows[-snapshots:])}
-    for kind in ("rows", "statistics"):
-        for file in path.glob(f"{kind}-{rank:05d}-*.safetensors"):
-            if file not in named:
-                file.unlink()
+    for file in unnamed(path, [log], snapshots):
+        if file.match(f"*-{rank:05d}-*.safetensors"):  # and not of another writer
+            file.unlink()
     sync_folder(path)
     return log

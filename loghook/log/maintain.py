@@ -14,7 +14,7 @@ import itertools
 import os
 import shutil
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,7 +30,7 @@ from loghook.log.disk import absolute, checksum, lock, lock_name, sync_folder, w
 from loghook.log.files import KEPT, PROJECTION, load_moments, load_sides, save_moments
 from loghook.log.format import Layout, Manifest, commits_name, run_files, shard_name, statistics_name
 from loghook.log.reader import Reader
-from loghook.log.records import Commits, all_commits, encode_record, ids_of, read_commits, sum_up
+from loghook.log.records import Commits, all_commits, encode_record, ids_of, read_commits, sum_up, unnamed
 from loghook.log.shard import SHARD_HEADER, ShardFile, close_shard
 from loghook.log.writer import finite_rows, not_finite
 from loghook.processes import on_cpu, time_of_now
@@ -38,8 +38,6 @@ from loghook.processes import on_cpu, time_of_now
 SEVERAL = "several"  # in place of a digest of parameter values, where rows are gradients at different ones
 RECODED = 2**22  # values of rows that are written in another dtype at a time
 AS_IT_WAS = "The log is as it was. Make room, or a folder that can be written, and call this again."
-# (a record of rows, their bytes or None where they are damaged) -> which of the rows are copied
-Keep = Callable[[dict[str, Any], bytes | None], list[bool]]
 GENERATION_STEP = 10**10  # snapshots of maintenance are numbered from here, out of the way of every writer's
 
 
@@ -62,7 +60,7 @@ def repair(path: str | Path) -> Changed:
     """
     path, notes = absolute(path), list[str]()
     with _locked(path) as manifest:
-        codec = manifest.codec
+        codec, width = manifest.codec, Layout(manifest.layers).moments_width
         logs = [read_commits(path, manifest, rank, damage=notes) for rank in range(manifest.world_size)]
         if manifest.sealed is not None and (missing := [log.file for log in logs if not log.file.exists()]):
             raise CorruptLogError(
@@ -74,25 +72,24 @@ def repair(path: str | Path) -> Changed:
         for log in logs:
             for record in log.rows:
                 if _read_rows(log, record, codec) is None:
-                    file = path / shard_name(log.rank, record["shard"])
-                    notes.append(f"{file}: {record['rows']} rows do not match their checksum")
+                    notes.append(f"{log.shard(record['shard'])}: {record['rows']} rows do not match their checksum")
             try:
                 if log.rows and manifest.no_statistics is None:
-                    load_moments(path, log.rows[-1]["statistics"], Layout(manifest.layers).moments_width)
+                    load_moments(path, log.rows[-1]["statistics"], width)
             except CorruptLogError as error:
                 notes.append(str(error))
         if notes:
             # Without ends of passes, so that a resumed run goes through its data again.
             open_logs = [replace(log, records=[r for r in log.records if "pass_end" not in r]) for log in logs]
-            keep: Keep = lambda record, data: [data is not None] * record["rows"]  # noqa: E731
             if nameless := _nameless(manifest, logs):
                 notes.append(f"{path}: the ids of {nameless:,} rows are not known, which damaged records alone named")
-            done = _rewrite(path, manifest, open_logs, keep, "repair", "the log was damaged and repaired", notes)
+            reason = "the log was damaged and repaired"
+            done = _rewrite(path, manifest, open_logs, "repair", reason, notes, drop_damaged=True)
             return replace(done, dropped=done.dropped + nameless)
         _clean(path, logs)  # what a killed `delete` or `repair` may have left
         for log in logs:
-            for shard, rows in log.shard_ends.items():
-                file = path / shard_name(log.rank, shard)
+            for number, rows in log.shard_ends.items():
+                file = log.shard(number)
                 if close_shard(file, rows, codec, manifest.run_id):
                     notes.append(f"{file}: header and size are those of its rows again, all of which are good")
         return Changed(len(ids_of(logs)), 0, [], notes)
@@ -128,8 +125,7 @@ def delete(path: str | Path, ids: Sequence[int | str], *, keep_statistics: bool 
         for log in logs:
             for record in log.records:
                 record["flagged"] = [i for i in record["flagged"] if i not in withdrawn]
-        keep: Keep = lambda record, data: [i not in withdrawn for i in record["ids"]]  # noqa: E731
-        return _rewrite(path, manifest, logs, keep, "delete", reason)
+        return _rewrite(path, manifest, logs, "delete", reason, withdrawn=withdrawn)
 
 
 def reopen(path: str | Path) -> None:
@@ -156,13 +152,12 @@ def merge(out: str | Path, runs: Sequence[str | Path]) -> Changed:
     manifests = [Manifest.load(path) for path in paths]
     first = manifests[0]
     for path, manifest in zip(paths, manifests, strict=True):
-        for name in ("fingerprint", "layers", "dtype", "id_type", "on_repeat"):
-            if getattr(manifest, name) != getattr(first, name):
-                raise MismatchError(f"{path} and {paths[0]} {_difference(manifest, first, name)}")
-    history = [_history_entry("merge", runs=[_origin(m) for m in manifests])]
+        if difference := _difference(manifest, first):
+            raise MismatchError(f"{path} and {paths[0]} {difference}")
     values = {m.values for m in manifests} - {None}
     parameters: dict[str, str | None] = {"last": SEVERAL} if len(values) > 1 else first.parameters
-    merged = _build(out, list(zip(paths, manifests, strict=True)), first.dtype, history, parameters)
+    entry = _history_entry("merge", runs=[_origin(m) for m in manifests])
+    merged = _build(out, list(zip(paths, manifests, strict=True)), history=[entry], parameters=parameters)
     if len(values) > 1:
         merged.notes.append(
             "the runs ended with different parameter values, or moments of the optimizer: their rows were made at "
@@ -182,26 +177,22 @@ def compress(source: str | Path, out: str | Path, dtype: str) -> Changed:
     choose("dtype", dtype, DTYPES)
     path = absolute(source)
     manifest = Manifest.load(path)
-    history = [_history_entry("compress", runs=[_origin(manifest)], dtype=manifest.dtype)]
-    if dtype != manifest.dtype:
-        manifest.fidelity = None  # it was measured of rows in the other
-    return _build(absolute(out), [(path, manifest)], dtype, history, manifest.parameters)
+    entry = _history_entry("compress", runs=[_origin(manifest)], dtype=manifest.dtype)
+    fidelity = manifest.fidelity if dtype == manifest.dtype else None  # it was measured of rows in the other
+    return _build(absolute(out), [(path, manifest)], dtype=dtype, history=[entry], fidelity=fidelity)
 
 
-def _difference(one: Manifest, other: Manifest, name: str) -> str:
-    """Say why two runs cannot be merged that have not the same ``name``."""
-    if name == "fingerprint":
-        for key in ("projection", "rank", "seed", "gradient"):
-            if getattr(one, key) != getattr(other, key):
-                name = key
-        if name == "fingerprint" and one.fitted != other.fitted:
-            return (
-                f"have {one.projection} projections that were fitted apart: log one of them again with "
-                "init(fitted=path of the other), and fit once before you split the data next time."
-            )
-    values = getattr(one, name), getattr(other, name)
-    detail = "" if name in ("fingerprint", "layers") else " ({!r} and {!r})".format(*values)
-    return f"differ in {name}{detail}: only runs that agree can be merged."
+def _difference(one: Manifest, other: Manifest) -> str | None:
+    """Say why two runs cannot be merged, if so."""
+    made = () if one.fingerprint == other.fingerprint else ("projection", "rank", "seed", "gradient", "fitted")
+    for name in (*made, "layers", "dtype", "id_type", "on_repeat"):
+        a, b = getattr(one, name), getattr(other, name)
+        if a != b and name == "fitted":
+            return "have projections that were fitted apart: log one again with init(fitted=path of the other)."
+        if a != b:
+            values = "" if name == "layers" else f" ({a!r} and {b!r})"
+            return f"differ in {name}{values}: only runs that agree can be merged."
+    return None
 
 
 def _history_entry(what: str, **facts: Any) -> dict[str, Any]:
@@ -215,11 +206,8 @@ def _origin(manifest: Manifest) -> dict[str, Any]:
     return {"run_id": manifest.run_id, "rows": rows, "history": manifest.history}
 
 
-def _build(
-    out: Path, runs: Sequence[tuple[Path, Manifest]], dtype: str, history: list[dict[str, Any]],
-    parameters: dict[str, str | None],
-) -> Changed:  # fmt: skip
-    """Write a new run of finished ones, all of it or nothing."""
+def _build(out: Path, runs: Sequence[tuple[Path, Manifest]], **changed: Any) -> Changed:
+    """Write a new run of finished ones, all of it or nothing; ``changed`` goes into the first one's manifest."""
     if out.exists():
         raise LogExistsError(f"{out} exists: choose another path for the new run.")
     for path, manifest in runs:
@@ -229,14 +217,13 @@ def _build(
     first_path, first = runs[0]
     target = replace(
         first, run_id=uuid.uuid4().hex, world_size=sum(m.world_size for _, m in runs), generation=0, sealed=None,
-        no_statistics=next((m.no_statistics for _, m in runs if m.no_statistics), None), dtype=dtype, history=history,
-        parameters=parameters,
+        no_statistics=next((m.no_statistics for _, m in runs if m.no_statistics), None), **changed,
     )  # fmt: skip
     with writing(building, AS_IT_WAS):
         building.mkdir(parents=True)
         try:
             sources = [(manifest, log) for path, manifest in runs for log in all_commits(path, manifest)]
-            logs, _ = _copy_all(sources, building, target, lambda record, _: [True] * record["rows"])
+            logs, _ = _copy_all(sources, building, target)
             if first.on_repeat == "error" and len(ids := ids_of(logs)) > len(set(ids)):
                 raise MismatchError("ids clash between the runs and on_repeat is 'error': delete them in one first.")
             if first.fitted is not None:
@@ -263,14 +250,14 @@ def _locked(path: Path) -> Iterator[Manifest]:
 
 
 def _rewrite(
-    path: Path, manifest: Manifest, logs: Sequence[Commits], keep: Keep, what: str, reason: str | None,
-    notes: Sequence[str] = (),
+    path: Path, manifest: Manifest, logs: Sequence[Commits], what: str, reason: str | None, notes: Sequence[str] = (),
+    **left_out: Any,
 ) -> Changed:  # fmt: skip
     """Write the next generation of a run beside this one, let it count, and delete what it does not name."""
     new = replace(manifest, generation=manifest.generation + 1, no_statistics=reason, sealed=None)
     old_files = set(run_files(path))
     try:
-        written, dropped = _copy_all([(manifest, log) for log in logs], path, new, keep)
+        written, dropped = _copy_all([(manifest, log) for log in logs], path, new, **left_out)
         seal = sum_up(written)
         new.sealed = seal if manifest.sealed is not None else None
         entry = _history_entry(what, rows=seal["rows"], dropped=len(dropped), notes=list(notes))
@@ -289,15 +276,18 @@ def _rewrite(
 
 
 def _copy_all(
-    sources: Sequence[tuple[Manifest, Commits]], out: Path, new: Manifest, keep: Keep
+    sources: Sequence[tuple[Manifest, Commits]], out: Path, new: Manifest, **left_out: Any
 ) -> tuple[list[Commits], list[int | str]]:
     """Write the rows of some writers as new shards and new commit logs, of one rank each: these, and ids left out."""
-    dropped = [i for rank, source in enumerate(sources) for i in _copy_log(*source, out, new, rank, keep)]
+    dropped = [i for rank, source in enumerate(sources) for i in _copy_log(*source, out, new, rank, **left_out)]
     sync_folder(out)
     return all_commits(out, new), dropped
 
 
-def _copy_log(old: Manifest, log: Commits, out: Path, new: Manifest, rank: int, keep: Keep) -> list[int | str]:
+def _copy_log(
+    old: Manifest, log: Commits, out: Path, new: Manifest, rank: int, *,
+    withdrawn: Collection[int | str] = (), drop_damaged: bool = False,
+) -> list[int | str]:  # fmt: skip
     """Write one writer's rows as new shards and a new commit log; returns the ids of rows left out."""
     old_codec, codec = old.codec, new.codec
     statistics = _copy_statistics(log, out, new, rank) if log.rows else None
@@ -312,13 +302,15 @@ def _copy_log(old: Manifest, log: Commits, out: Path, new: Manifest, rank: int, 
         new_record = record | {"n": len(lines), "run": new.run_id}
         if "shard" in record:
             data = _read_rows(log, record, old_codec)
-            kept = np.array(keep(record, data))
+            lost = drop_damaged and data is None
+            kept = np.array([not lost and i not in withdrawn for i in record["ids"]])
             dropped += itertools.compress(record["ids"], ~kept)
             if not kept.any():
                 continue
             if data is None:
-                folder = log.file.parent
-                raise CorruptLogError(f"{folder}: rows do not match their checksum: run `loghook repair` first.")
+                raise CorruptLogError(
+                    f"{log.file.parent}: rows do not match their checksum: run `loghook repair` first."
+                )
             facts, stored = _kept_rows(record, data, kept, old_codec, codec)
             if shard is None or number != new_numbers[record["shard"]]:
                 if shard is not None:
@@ -356,7 +348,7 @@ def _kept_rows(
 
 def _read_rows(log: Commits, record: dict[str, Any], codec: Codec) -> bytes | None:
     """Bytes of a record's rows, or None if they are not what was committed."""
-    file, size = log.file.parent / shard_name(log.rank, record["shard"]), record["rows"] * codec.row_bytes
+    file, size = log.shard(record["shard"]), record["rows"] * codec.row_bytes
     start = SHARD_HEADER + record["start"] * codec.row_bytes
     if not file.is_file() or file.stat().st_size < start + size:  # before anything of that size is allocated
         return None
@@ -382,12 +374,7 @@ def _recoded(stored: np.ndarray, ids: Sequence[int | str], old: Codec, new: Code
 
 def _clean(path: Path, logs: Sequence[Commits]) -> None:
     """Delete what these commit logs do not name."""
-    named = {log.file.name for log in logs}
-    for log in logs:
-        named |= {shard_name(log.rank, shard) for shard in log.shard_ends}
-        named |= {record["statistics"]["file"] for record in log.rows}
-    for file in run_files(path):
-        if file.name not in named:
-            file.unlink()
+    for file in unnamed(path, logs):
+        file.unlink()
     (path / KEPT).unlink(missing_ok=True)  # it speaks of rows that may be gone
     sync_folder(path)

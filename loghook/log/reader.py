@@ -1,7 +1,7 @@
 """The reader: committed rows of every rank, mapped read-only, verified on first touch."""
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from torch import Tensor
 from loghook.errors import CorruptLogError, LogLockedError, StateError
 from loghook.log.disk import absolute, lock, lock_name
 from loghook.log.files import load_moments, load_sides
-from loghook.log.format import Layout, Manifest, commits_name, run_files, shard_name
+from loghook.log.format import Layout, Manifest, commits_name, run_files
 from loghook.log.records import all_commits
 from loghook.log.shard import BLOCK_BYTES, CHANGED, MAP_BYTES, Shard
 from loghook.log.source import Source
@@ -69,14 +69,17 @@ class Reader(Source):
         self.asleep: dict[str, int] = {}
         growing = self.manifest.sealed is None and self.manifest.no_statistics is None
         # The writer of a growing run replaces its snapshots, so that an open log takes what it finds, and at once.
-        found: dict[str, np.ndarray] = {}
+        found: list[np.ndarray] = []
 
         def take(entry: dict[str, str]) -> None:
-            with suppress(CorruptLogError):  # which is raised where it is wanted
-                found[entry["file"]] = load_moments(self.path, entry, self.layout.moments_width)
+            with suppress(CorruptLogError):  # which is raised again below
+                found.append(load_moments(self.path, entry, self.layout.moments_width))
 
         self._read_records(take if growing else None)
-        self._moments = self._read_moments(found) if growing else None
+        self._moments: np.ndarray | None = None
+        if growing:
+            complete = len(found) == len(self._snapshots)
+            self._moments = sum(found, np.zeros(self.layout.moments_width)) if complete else self._read_moments()
 
     def __repr__(self) -> str:
         m = self.manifest
@@ -111,18 +114,14 @@ class Reader(Source):
             )
         return self._read_moments() if self._moments is None else self._moments.copy()
 
-    def _read_moments(self, found: Mapping[str, np.ndarray] | None = None) -> np.ndarray:
-        width, found = self.layout.moments_width, found or {}
+    def _read_moments(self) -> np.ndarray:
+        width = self.layout.moments_width
         try:
-            snapshots = [
-                found[entry["file"]] if entry["file"] in found else load_moments(self.path, entry, width)
-                for entry in self._snapshots
-            ]
+            return sum((load_moments(self.path, entry, width) for entry in self._snapshots), np.zeros(width))
         except CorruptLogError as error:
             if isinstance(error.__cause__, FileNotFoundError) and self.manifest.superseded(self.path):
                 raise StateError(CHANGED.format(self.path)) from error
             raise
-        return sum(snapshots[1:], snapshots[0]) if snapshots else np.zeros(width)
 
     def blocks(
         self, rows: int | None = None, share: tuple[int, int] = (0, 1), *, stored: bool = False
@@ -163,26 +162,20 @@ class Reader(Source):
     def gather(self, index: np.ndarray, columns: slice = slice(None)) -> Tensor:
         """Copy rows out by their place in the log: (len(index), width), or some columns that contain whole layers."""
         physical = index if self._keep is None else np.flatnonzero(self._keep)[index]
-        out = torch.empty(0, 0, dtype=self.dtype, device="cpu")
+        out = torch.empty(0, len(range(self.codec.width)[columns]), dtype=self.dtype, device="cpu")
         for shard in self._shards:
             inside = (physical >= shard.first) & (physical < shard.first + shard.rows)
             if not inside.any():
                 continue
             data = shard.touch()
             if not len(out):  # only now: a file that is there vouches for the width that the manifest states
-                out = self._empty(len(physical), columns)
+                out = out.new_empty(len(physical), out.shape[1])
             step = max(1, BLOCK_BYTES // max(self.codec.row_bytes, out.shape[1] * out.itemsize))
-            targets, sources = (
-                torch.from_numpy(np.flatnonzero(inside)),
-                torch.from_numpy(physical[inside] - shard.first),
-            )
-            for target, source in zip(targets.split(step), sources.split(step), strict=True):
+            for targets in torch.from_numpy(np.flatnonzero(inside)).split(step):
+                sources = torch.from_numpy(physical)[targets] - shard.first
                 coded = self.codec.coded
-                out[target] = self.codec.decode(data[source], columns) if coded else data[:, columns][source]
-        return out if len(out) else self._empty(0, columns)
-
-    def _empty(self, rows: int, columns: slice) -> Tensor:
-        return torch.empty(rows, len(range(self.codec.width)[columns]), dtype=self.dtype, device="cpu")
+                out[targets] = self.codec.decode(data[sources], columns) if coded else data[:, columns][sources]
+        return out
 
     def view(self, start: int, stop: int) -> Tensor | None:
         """Rows as a view of the map, or None if they lie in several shards or around repeats, or are coded."""
@@ -246,7 +239,11 @@ class Reader(Source):
                 for name, rows in record["asleep"].items():
                     self.asleep[name] = self.asleep.get(name, 0) + rows
             for record in log.rows:
-                self._add_record(log.rank, record)
+                file = log.shard(record["shard"])
+                if not self._shards or self._shards[-1].file != file:
+                    self._shards.append(Shard(file, self.manifest, self.codec, first=len(ids)))
+                self._shards[-1].rows += record["rows"]
+                self._shards[-1].records.append((record["start"], record["rows"], record["checksum"]))
                 ids += record["ids"]
                 steps += [(p, s, log.rank) for p, s, _ in record["steps"]]
                 counts += [n for *_, n in record["steps"]]
@@ -262,15 +259,6 @@ class Reader(Source):
             keys = keys[self._keep]
         self.data_ids = ids
         self.keys = RowKeys(*keys.T)
-
-    def _add_record(self, rank: int, record: dict[str, Any]) -> None:
-        file = self.path / shard_name(rank, record["shard"])
-        if not self._shards or self._shards[-1].file != file:
-            first = self._shards[-1].first + self._shards[-1].rows if self._shards else 0
-            self._shards.append(Shard(file, self.manifest, self.codec, first))
-        shard = self._shards[-1]
-        shard.rows += record["rows"]
-        shard.records.append((record["start"], record["rows"], record["checksum"]))
 
 
 def _problems(check: Callable[..., object], *arguments: Any) -> list[str]:

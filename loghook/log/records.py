@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,7 +12,7 @@ import xxhash
 
 from loghook.errors import CorruptLogError
 from loghook.log.disk import checksum, parse_object
-from loghook.log.format import Manifest, commits_name
+from loghook.log.format import Manifest, commits_name, run_files, shard_name
 
 REPAIR = "restore it from a copy, or run `loghook repair` on the run"
 _COMMON = {"n", "run", "flagged", "dropped", "unmeasured", "asleep"}
@@ -57,6 +57,17 @@ class Commits:
     def shard_ends(self) -> dict[int, int]:
         """How many rows of each shard are committed: {number of the shard: rows}."""
         return {r["shard"]: r["start"] + r["rows"] for r in self.rows}
+
+    def shard(self, number: int) -> Path:
+        return self.file.parent / shard_name(self.rank, number)
+
+    def blocks(self) -> Iterator[tuple[int, int, list[Any]]]:
+        """The pass, the step and the ids of each block, some of which have none."""
+        for record in self.rows:
+            start = 0
+            for pass_index, step, rows in record["steps"]:
+                yield pass_index, step, record["ids"][start : start + rows]
+                start += rows
 
 
 def read_commits(
@@ -154,6 +165,15 @@ def sum_up(logs: Iterable[Commits]) -> dict[str, Any]:
         digest.update(log.data)
         rows += sum(record["rows"] for record in log.rows)
     return {"rows": rows, "digest": digest.hexdigest()}
+
+
+def unnamed(path: Path, logs: Iterable[Commits], snapshots: int = 0) -> list[Path]:
+    """Files that look like a run's own and that these do not name; of snapshots they name the last so many, or all."""
+    named = set()
+    for log in logs:
+        named |= {log.file, *map(log.shard, log.shard_ends)}
+        named |= {path / record["statistics"]["file"] for record in log.rows[-snapshots:]}
+    return [file for file in run_files(path) if file not in named]
 
 
 def ids_of(logs: Iterable[Commits]) -> list[int | str]:
