@@ -12,7 +12,18 @@ from loghook.capture.block import nothing_delivered
 from loghook.capture.models import describe_coverage, unwrap
 from loghook.capture.probe import LossFunction, Probe, left_alone
 from loghook.capture.select import HEAD, Watch, matches
-from loghook.comparison import TF32, TOLERANCE, Rows, compare, differ, explain, finite_samples, in_words, largest, only
+from loghook.comparison import (
+    TF32,
+    TOLERANCE,
+    Comparison,
+    Rows,
+    differ,
+    explain,
+    finite_samples,
+    in_words,
+    largest,
+    only,
+)
 from loghook.errors import BatchError, ConfigError, DeliveryError, UnsupportedError, some
 from loghook.processes import all_gather
 
@@ -172,7 +183,7 @@ def _examine(probe: Probe, report: CheckReport, may_sleep: str | Sequence[str]) 
             f"{probe.unit}s {_places(finite & ~chosen)} have rows in the batch, but alone they are not finite, as "
             "where a mean runs over no label: check a batch without them."
         )
-    comparison = compare(probe, report.tolerance, together, batch.loss, alone, chosen)
+    comparison = Comparison(probe, report.tolerance, together, batch.loss, alone, chosen)
     if comparison.wrong:
         yield explain(comparison)
     report.errors, report.rounding = largest(comparison.errors), largest(comparison.rounding)

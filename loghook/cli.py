@@ -175,10 +175,11 @@ def repair(run: Run) -> None:
     if not repaired.notes:
         typer.echo(f"{run}: {repaired.rows:,} rows, nothing to repair")
         return
-    typer.secho(f"{run}: {repaired.rows:,} rows are good; to log again: {len(repaired.ids):,} ids", err=True)
-    typer.secho("`loghook append` opens a finished run, loghook.init(..., resume=True) logs them.", err=True)
     typer.secho(
-        "The statistics are given up: shampoo and fisher score this log, kfac and ekfac do not any more.", err=True
+        f"{run}: {repaired.rows:,} rows are good; to log again: {len(repaired.ids):,} ids\n"
+        "`loghook append` opens a finished run, loghook.init(..., resume=True) logs them.\n"
+        "The statistics are given up: shampoo and fisher score this log, kfac and ekfac do not any more.",
+        err=True,
     )
     for data_id in repaired.ids:
         typer.echo(json.dumps(data_id))
@@ -260,13 +261,10 @@ def delete(
     id_type = loghook.load(run).manifest.id_type
     if not ids and ids_file is None:
         raise ConfigError("nothing names the rows to delete: pass --ids or --ids-file.")
-    texts = list(ids or ())
-    if ids_file is not None:
-        listed = _read_lines(ids_file, "an id")
-        if not all(type(data_id) in (int, str) for data_id in listed):
-            raise ConfigError(f'{ids_file} must hold an id on each line, as 17 or "a17", and nothing else.')
-        texts += map(str, listed)
-    data_ids = [_parse_id(id_type, text) for text in texts]
+    listed = [] if ids_file is None else _read_lines(ids_file, "an id")
+    if not all(type(data_id) in (int, str) for data_id in listed):
+        raise ConfigError(f'{ids_file} must hold an id on each line, as 17 or "a17", and nothing else.')
+    data_ids = [_parse_id(id_type, str(data_id)) for data_id in (*(ids or ()), *listed)]
     changed = maintain.delete(run, data_ids, keep_statistics=keep_statistics)
     typer.echo(f"{run}: {changed.dropped:,} rows deleted, {changed.rows:,} left")
     if not keep_statistics:

@@ -1,7 +1,6 @@
 """Rows of a batch beside those of its samples (or documents) alone: how far they are apart, and what explains it."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,45 +25,28 @@ _SUSPECTS = {
 }
 
 
-@dataclass
 class Comparison:
-    """Rows by layer, with zeros for samples that are not compared, and errors of each sample, (B,)."""
+    """Rows by layer, with zeros for samples that are not ``chosen``, and errors of each sample, (B,)."""
 
-    probe: Probe
-    tolerance: float
-    together: Rows
-    alone: Rows  # by autograd
-    hooked: Rows  # alone as well
-    chosen: Tensor  # which samples are compared
-    batch_loss: float
-    losses: list[float]  # of each sample alone
-    nothing: Tensor  # see ``rounding_alone``
-    errors: Rows
-    rounding: Rows  # how far rounding moves ``alone``; of layers with an error above the tolerance
-    limits: Rows  # up to which errors pass
-    wrong: tuple[str, ...]
-
-
-def compare(
-    probe: Probe, tolerance: float, together: Rows, batch_loss: float, alone: Alone, chosen: Tensor
-) -> Comparison:
-    """Compare the layers that delivered, and let errors pass that rounding makes."""
-    together = only(together, chosen)
-    rows = only({name: alone.rows[name] for name in together}, chosen)
-    hooked = only({name: alone.hooked[name] for name in together}, chosen)
-    nothing = rounding_alone(rows, tolerance)
-    errors, rounding = relative_errors(together, rows, nothing), {}
-    above = [name for name, error in largest(errors).items() if not error <= tolerance]
-    if above or probe.sharded:  # whose gathering all processes do together, whatever each of them finds
-        with probe.rounded_otherwise():
-            otherwise = only(probe.gradients_alone().rows, chosen)
-        rounding = relative_errors(otherwise, rows, nothing)
-    limits = {name: (_TIMES * moved).clamp(tolerance, _MOST) for name, moved in rounding.items()}
-    return Comparison(
-        probe, tolerance, together, rows, hooked, chosen, batch_loss, alone.losses, nothing, errors,
-        rounding={name: rounding[name] for name in above}, limits=limits,
-        wrong=tuple(name for name in above if not (errors[name] <= limits[name]).all()),
-    )  # fmt: skip
+    def __init__(
+        self, probe: Probe, tolerance: float, together: Rows, batch_loss: float, alone: Alone, chosen: Tensor
+    ) -> None:
+        """Compare the layers that delivered, and let errors pass that rounding makes."""
+        self.probe, self.tolerance, self.chosen = probe, tolerance, chosen
+        self.batch_loss, self.losses = batch_loss, alone.losses
+        self.together = only(together, chosen)
+        self.alone = only({name: alone.rows[name] for name in together}, chosen)  # by autograd
+        self.hooked = only({name: alone.hooked[name] for name in together}, chosen)  # alone as well
+        self.nothing = rounding_alone(self.alone, tolerance)
+        self.errors, moved = relative_errors(self.together, self.alone, self.nothing), Rows()
+        above = [name for name, error in largest(self.errors).items() if not error <= tolerance]
+        if above or probe.sharded:  # whose gathering all processes do together, whatever each of them finds
+            with probe.rounded_otherwise():
+                otherwise = only(probe.gradients_alone().rows, chosen)
+            moved = relative_errors(otherwise, self.alone, self.nothing)
+        self.rounding = {name: moved[name] for name in above}  # how far rounding moves ``alone``
+        self.limits = {name: (_TIMES * size).clamp(tolerance, _MOST) for name, size in moved.items()}  # of what passes
+        self.wrong = tuple(name for name in above if not (self.errors[name] <= self.limits[name]).all())
 
 
 def explain(comparison: Comparison) -> str:
@@ -89,8 +71,8 @@ def _scaled(comparison: Comparison) -> str | None:
     factors, size = factors[norm > 0], len(losses)
     if (factors * size - 1).abs().max() < 1e-2:
         remedy = (
-            f"It is a mean over the {size} {unit}s: pass run(..., scale={size}), or sum the loss (and check it with "
-            "check(..., scale=len of the batch))."
+            f"It is a mean over the {size} {unit}s: sum the loss, or pass run(..., scale={size}) and "
+            f"check(..., scale=lambda batch: {size})."
         )
     else:
         remedy = (

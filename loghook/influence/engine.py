@@ -14,8 +14,9 @@ from loghook.influence.precondition import Metric, progress, solvers, working_dt
 from loghook.influence.products import Product, products
 from loghook.influence.scores import Scores
 from loghook.influence.solvers import Solver, nonzero
-from loghook.log.files import kept_name, load_kept, save_kept
-from loghook.log.format import LayerSpec, checksum, fits, listed
+from loghook.log.disk import canonical_json, checksum
+from loghook.log.files import load_kept, save_kept
+from loghook.log.format import LayerSpec, fits, listed
 from loghook.log.query import Query, require_match, require_one_log, require_one_query
 from loghook.log.source import Source
 from loghook.processes import all_gather, all_reduce, on_cpu, rank_and_size
@@ -61,11 +62,10 @@ def influence(
         questions /= _roots(of_questions)[:, None]
     questions = questions.to(working_dtype(reader))
     norms = None if of_rows is None else _roots(of_rows).to(questions)
-    by_layer = None
     if scan is None:
         values, places, by_layer = _scan(reader, questions, chosen, query_dtype, norms, top, per_layer)
     else:
-        values, places = scan(questions)
+        values, places, by_layer = *scan(questions), None
     if not all(np.isfinite(scores).all() for scores in values):
         raise _not_finite("scores are", metric)
     return Scores(
@@ -157,10 +157,7 @@ def choose_layers(reader: Source, layers: Sequence[str] | None) -> list[LayerSpe
     if not wanted:
         raise ConfigError(f"layers=[] leaves nothing to score: name some of {listed(reader.layers)}, or pass None.")
     if unknown:
-        raise ConfigError(
-            f"layers={wanted}: {unknown[0]!r} fits no layer of the log, which has {listed(reader.layers)}: see "
-            "log.layers."
-        )
+        raise ConfigError(f"layers={wanted}: {unknown[0]!r} fits no layer of the log: {listed(reader.layers)}.")
     return [spec for spec in reader.layout.layers if any(fits(spec.name, pattern) for pattern in wanted)]
 
 
@@ -179,7 +176,13 @@ def _prepare(
     width, columns = reader.layout.gradient_width, reader.layout.columns
     questions = (torch.zeros(0, width) if query is None else query.matrix[:, :width]).double()
     preconditioned, of_questions = torch.zeros_like(questions), questions.new_zeros(len(questions))
-    key = _key(metric, chosen)
+    kept_as = {
+        "what": "self-influence",
+        "method": "dot" if metric.plain else metric.method,
+        "layers": checksum(json.dumps([spec.name for spec in chosen]).encode()),
+        "scheme": 1,  # raised when the same arguments mean something else
+    }
+    key = canonical_json(kept_as | metric.stated).decode()
     of_rows = _recall(reader, key) if with_rows else None
     fresh = torch.zeros(len(reader), dtype=torch.float64) if with_rows and of_rows is None else None
     if query is not None or fresh is not None:
@@ -191,19 +194,10 @@ def _prepare(
             if fresh is not None:
                 _add_quadratics(reader, group, fresh)
     if fresh is not None:
-        of_rows = _keep(reader, key, all_reduce(fresh))
+        of_rows = reader.cache[key] = all_reduce(fresh)
+        if reader.seal is not None and rank_and_size()[0] == 0:
+            save_kept(reader.path, reader.seal, key, of_rows.numpy())
     return preconditioned, of_questions, of_rows
-
-
-def _key(metric: Metric, chosen: Sequence[LayerSpec]) -> str:
-    """The name of the rows' self-influence in the cache of an open log and in the file beside a finished one."""
-    return kept_name(
-        what="self-influence",
-        method="dot" if metric.plain else metric.method,
-        **metric.stated,
-        layers=checksum(json.dumps([spec.name for spec in chosen]).encode()),
-        scheme=1,  # raised when the same arguments mean something else
-    )
 
 
 def _recall(reader: Source, key: str) -> Tensor | None:
@@ -216,13 +210,6 @@ def _recall(reader: Source, key: str) -> Tensor | None:
         if values is not None and values.shape == (len(reader),) and values.dtype == np.float64:
             reader.cache[key] = torch.from_numpy(values)
     return reader.cache.get(key)
-
-
-def _keep(reader: Source, key: str, values: Tensor) -> Tensor:
-    reader.cache[key] = values
-    if reader.seal is not None and rank_and_size()[0] == 0:
-        save_kept(reader.path, reader.seal, key, values.numpy())
-    return values
 
 
 def _add_quadratics(reader: Source, group: dict[str, Solver], total: Tensor) -> None:

@@ -200,8 +200,3 @@ def save_kept(path: Path, seal: str, name: str, values: np.ndarray) -> None:
     header = {"seal": seal, "checksums": {key: checksum(vector.tobytes()) for key, vector in vectors.items()}}
     with contextlib.suppress(OSError):
         save_tensors(path / KEPT, "kept", header, {key: torch.from_numpy(vector) for key, vector in vectors.items()})
-
-
-def kept_name(**facts: object) -> str:
-    """Name a vector by all that it depends on besides the rows."""
-    return canonical_json(facts).decode()
