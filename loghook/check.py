@@ -12,18 +12,7 @@ from loghook.capture.block import nothing_delivered
 from loghook.capture.models import describe_coverage, unwrap
 from loghook.capture.probe import LossFunction, Probe, left_alone
 from loghook.capture.select import HEAD, Watch, matches
-from loghook.comparison import (
-    TF32,
-    TOLERANCE,
-    Comparison,
-    Rows,
-    differ,
-    explain,
-    finite_samples,
-    in_words,
-    largest,
-    only,
-)
+from loghook.comparison import TF32, TOLERANCE, Comparison, Rows, differ, finite_samples, in_words, largest, only
 from loghook.errors import BatchError, ConfigError, DeliveryError, UnsupportedError, some
 from loghook.processes import all_gather
 
@@ -185,7 +174,7 @@ def _examine(probe: Probe, report: CheckReport, may_sleep: str | Sequence[str]) 
         )
     comparison = Comparison(probe, report.tolerance, together, batch.loss, alone, chosen)
     if comparison.wrong:
-        yield explain(comparison)
+        yield comparison.explain()
     report.errors, report.rounding = largest(comparison.errors), largest(comparison.rounding)
     report.not_compared = tuple(name for name in together if name in alone.captured)
     report.wrong = comparison.wrong

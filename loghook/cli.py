@@ -16,6 +16,7 @@ import loghook
 from loghook.capture.models import by_reason
 from loghook.errors import ConfigError, LoghookError
 from loghook.log import maintain
+from loghook.log.files import place_of
 from loghook.project.projection import describe_projection
 
 app = typer.Typer(
@@ -282,12 +283,6 @@ def _printable(data_id: object) -> str:
     return str(data_id) if str(data_id).isprintable() else ascii(data_id)
 
 
-def _require_folder(file: Path | None) -> None:
-    """Raise before anything is computed where a file could not be written afterwards."""
-    if file is not None and (file.is_dir() or not file.absolute().parent.is_dir()):
-        raise ConfigError(f"{file} cannot be written: choose a file in a folder that exists.")
-
-
 @_command
 def score(
     run: Run,
@@ -303,7 +298,7 @@ def score(
 
     On many processes, `torchrun --nproc_per_node N -m loghook score ...` (or accelerate launch): each reads its share.
     """
-    _require_folder(out)
+    out = out and place_of(out)  # before anything is computed
     with _processes() as first:
         log, questions = loghook.load(run), loghook.Query.load(query)
         only_best = None if out or bottom else top
@@ -334,7 +329,7 @@ def report(
     bottom: Bottom = 5,
 ) -> None:
     """Score a log against a saved query and write an HTML page of the strongest proponents and opponents."""
-    _require_folder(out)
+    place_of(out)  # raises before anything is computed
     row_texts, question_texts = (None if file is None else _read_texts(file) for file in (texts, questions))
     scores = loghook.load(run).influence(
         loghook.Query.load(query), method, damping=damping, normalize=normalize, top=None if bottom else top

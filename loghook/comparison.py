@@ -48,11 +48,10 @@ class Comparison:
         self.limits = {name: (_TIMES * size).clamp(tolerance, _MOST) for name, size in moved.items()}  # of what passes
         self.wrong = tuple(name for name in above if not (self.errors[name] <= self.limits[name]).all())
 
-
-def explain(comparison: Comparison) -> str:
-    """Say what makes layers wrong: the first explanation that fits."""
-    explanations = (_scaled, _other_layers, _drowned, _misplaced, _mixed)
-    return next(filter(None, (explanation(comparison) for explanation in explanations)))
+    def explain(self) -> str:
+        """Say what makes layers wrong: the first explanation that fits."""
+        explanations = (_scaled, _other_layers, _drowned, _misplaced, _mixed)
+        return next(filter(None, (explanation(self) for explanation in explanations)))
 
 
 def _scaled(comparison: Comparison) -> str | None:

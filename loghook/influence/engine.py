@@ -141,8 +141,8 @@ def require_rows(reader: Source) -> None:
         return
     reader.warned = True
     warnings.warn(
-        f"{reader.path} is not finished: only the {len(reader):,} rows so far are scored. To have all, let its run "
-        "come to finalize(), with resume=True if it was interrupted, and load it again.",
+        f"{reader.path} is not finished: its {len(reader):,} rows so far are scored. For all, finalize() it, with "
+        "resume=True if it was interrupted, and load it again.",
         UnfinishedWarning,
         stacklevel=user_line(),
     )

@@ -134,8 +134,7 @@ def _token_bases(reader: Source, layers: Sequence[LayerSpec]) -> dict[str, Eigen
     if not counted:
         raise ConfigError(
             "no token was counted while logging (a mask that is all zero, or gradients whose squares do not fit in "
-            "float32?), so there are no Kronecker factors: use method='shampoo', 'fisher', 'dot' or 'cosine', or log "
-            "again with the right mask, or a smaller scale=."
+            "float32?), so there are no Kronecker factors: use method='shampoo', 'fisher', 'dot' or 'cosine'."
         )
     missing = [name for name in counted if ("basis", name) not in reader.cache]
     for name in bar(missing, "eigenbases", "layers"):

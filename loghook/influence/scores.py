@@ -275,7 +275,7 @@ class Scores:
 
     def _of_all_rows(self) -> np.ndarray:
         if self.places is not None:
-            raise ConfigError("these scores keep only the best rows of each question: score again without top=.")
+            raise ConfigError("these scores keep only the best rows (top=...): score again without top.")
         return self.values
 
     def _all_places(self) -> np.ndarray:

@@ -57,10 +57,7 @@ def no_log(path: Path) -> str:
         return f"{factors}: they are no log."
     no_run = f"{path} holds no loghook.json, so it is no loghook run"
     if path.is_dir() and all(file.match("lock-*") for file in path.iterdir()):
-        return (
-            f"{no_run} yet: check the path. If a run was killed here before its first commit, as in the pass that "
-            "fits projection='pca' or 'whitened', start its script again with resume=True."
-        )
+        return f"{no_run} yet: check the path, or start a run that was killed here early again with resume=True."
     return f"{no_run}: check the path."
 
 
@@ -77,11 +74,16 @@ def save_checked(path: str | Path, kind: str, header: dict[str, Any], tensors: M
     write_file(path, safetensors.torch.save(dict(tensors), {f"loghook_{kind}": text}))
 
 
-def write_file(path: str | Path, data: bytes) -> None:
-    """Write a file where the user says."""
+def place_of(path: str | Path) -> Path:
+    """Where the user wants a file; ConfigError where there cannot be one."""
     path = absolute(path)
     if path.is_dir() or not path.parent.is_dir():
-        raise ConfigError(f"{path} is a folder, or its folder is not there: give the name of a file in one that is.")
+        raise ConfigError(f"{path} cannot be written: it is a folder, or its folder is not there.")
+    return path
+
+
+def write_file(path: str | Path, data: bytes) -> None:
+    path = place_of(path)
     with writing(path, "Make room, or name a file in another folder, and save again."):
         write_atomically(path, data)
 

@@ -46,18 +46,16 @@ def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
         raise LogExistsError(f"{path} is a file: choose another path for the run.")
     if factors := holds_factors(path):
         raise LogExistsError(f"{factors}: choose another path for the run.")
-    ours = {*_OURS, *(f"{kind}.tmp" for kind in _OURS)}
-    present = [file for file in path.glob("*") if any(file.match(kind) for kind in ours)]
+    present = [file for file in path.glob("*") if any(file.match(k) or file.match(f"{k}.tmp") for k in _OURS)]
     if present and not resume and not overwrite:
         raise LogExistsError(f"{path} holds a run already: pass resume=True, overwrite=True or another path.")
     # Rank 0 commits nothing before it has written the manifest; other ranks may.
     committed = any(file.match("commits-00000*.jsonl") and file.stat().st_size for file in present)
-    if committed and not overwrite and not (path / MANIFEST).exists():
-        raise CorruptLogError(
-            f"{path} holds committed rows, but {MANIFEST} is gone: restore it from a copy, or pass overwrite=True."
-        )
+    begun = (path / MANIFEST).exists()
+    if committed and not overwrite and not begun:
+        raise CorruptLogError(f"{path} holds committed rows, but {MANIFEST} is gone: restore it from a copy.")
     # Other files without a manifest are of a run that was killed before its first block was done.
-    if overwrite or (present and not (path / MANIFEST).exists()):
+    if overwrite or not begun:
         # Nobody may be writing what goes away.
         locks = [lock(file) for file in present if file.name.startswith("lock-")]
         # A kill on the way leaves no commits without a manifest, which would have to be told from lost ones.
@@ -88,10 +86,7 @@ def require_current(path: Path, manifest: Manifest) -> None:
     if current.run_id != manifest.run_id:
         raise LogExistsError(f"{path} was taken by another run meanwhile: choose another path.")
     if (current.generation, current.sealed) != (manifest.generation, manifest.sealed):
-        raise StateError(
-            f"another process went on with {path} meanwhile, or changed it (delete, repair): start again with "
-            "loghook.init(..., resume=True)."
-        )
+        raise StateError(f"another process went on with {path} meanwhile, or changed it: start again with resume=True.")
 
 
 def seal(path: Path, manifest: Manifest, session: str, active: int) -> dict[str, Any]:
@@ -117,8 +112,7 @@ def seal(path: Path, manifest: Manifest, session: str, active: int) -> dict[str,
             )
         if time.monotonic() - begun > SEAL_TIMEOUT:
             raise StateError(
-                f"ranks {missing} did not finish within {SEAL_TIMEOUT:.0f} s: every rank calls run.finalize(). What "
-                "they committed is kept: start again with resume=True."
+                f"ranks {missing} did not call finalize() within {SEAL_TIMEOUT:.0f} s: start again with resume=True."
             )
         time.sleep(0.1)
 
@@ -131,8 +125,7 @@ def _require_once(path: Path, manifest: Manifest, logs: Sequence[Commits]) -> No
     if twice := [i for i, count in counts.items() if count > 1]:
         raise BatchError(
             f"several ranks logged data_id {str(twice[:5])[1:-1]} ({len(twice):,} in all) and on_repeat='error': each "
-            f"sample belongs to one rank. Take these out with `loghook delete {path}`, and start again with "
-            "resume=True, which seals the run; `loghook append` opens it to log them once more."
+            f"sample belongs to one rank. Take these out with `loghook delete {path}`, and finalise with resume=True."
         )
 
 
@@ -152,9 +145,9 @@ def _warn_of_parts(logs: Sequence[Commits]) -> None:
     shared = [row for row, ranks in met.items() if ranks > 1]
     if 2 * len(shared) > len(met):
         warnings.warn(
-            f"ranks logged the same samples in the same steps, such as {shared[0][2]!r}. If each of them has a part "
-            "of a sample's tokens or of a layer's weights (sequence, context or tensor parallelism), their rows are "
-            "wrong: log in processes that have whole samples. If each goes through all of the data, give each a share.",
+            f"ranks logged the same samples in the same steps, such as {shared[0][2]!r}. If each has a part of them or "
+            "of the layers (sequence, context or tensor parallelism), their rows are wrong: log whole samples. If each "
+            "goes through all of the data, give each a share.",
             stacklevel=user_line(),
         )
 
@@ -172,8 +165,8 @@ def wait_for_seal(path: Path, run_id: str) -> Manifest:
             return manifest
         if in_vain:
             raise StateError(
-                f"rank 0 failed (see its own error), died or took too long, and did not seal {path}: every rank calls "
-                "run.finalize(). What was committed is kept: start all of them again with resume=True."
+                f"rank 0 failed (see its own error), died or took too long, and did not seal {path}: start all ranks "
+                "again with resume=True."
             )
         time.sleep(0.1)
 

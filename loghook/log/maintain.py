@@ -156,8 +156,7 @@ def merge(out: str | Path, runs: Sequence[str | Path]) -> Changed:
             raise MismatchError(f"{path} and {paths[0]} {difference}")
     values = {m.values for m in manifests} - {None}
     parameters: dict[str, str | None] = {"last": SEVERAL} if len(values) > 1 else first.parameters
-    entry = _history_entry("merge", runs=[_origin(m) for m in manifests])
-    merged = _build(out, list(zip(paths, manifests, strict=True)), history=[entry], parameters=parameters)
+    merged = _build(out, list(zip(paths, manifests, strict=True)), {"what": "merge"}, parameters=parameters)
     if len(values) > 1:
         merged.notes.append(
             "the runs ended with different parameter values, or moments of the optimizer: their rows were made at "
@@ -177,9 +176,9 @@ def compress(source: str | Path, out: str | Path, dtype: str) -> Changed:
     choose("dtype", dtype, DTYPES)
     path = absolute(source)
     manifest = Manifest.load(path)
-    entry = _history_entry("compress", runs=[_origin(manifest)], dtype=manifest.dtype)
+    entry = {"what": "compress", "dtype": manifest.dtype}
     fidelity = manifest.fidelity if dtype == manifest.dtype else None  # it was measured of rows in the other
-    return _build(absolute(out), [(path, manifest)], dtype=dtype, history=[entry], fidelity=fidelity)
+    return _build(absolute(out), [(path, manifest)], entry, dtype=dtype, fidelity=fidelity)
 
 
 def _difference(one: Manifest, other: Manifest) -> str | None:
@@ -200,24 +199,21 @@ def _history_entry(what: str, **facts: Any) -> dict[str, Any]:
     return {"what": what, "when": time_of_now()} | facts
 
 
-def _origin(manifest: Manifest) -> dict[str, Any]:
-    """What a new run's history says of one that it was made of."""
-    rows = manifest.sealed["rows"] if manifest.sealed else None
-    return {"run_id": manifest.run_id, "rows": rows, "history": manifest.history}
-
-
-def _build(out: Path, runs: Sequence[tuple[Path, Manifest]], **changed: Any) -> Changed:
+def _build(out: Path, runs: Sequence[tuple[Path, Manifest]], entry: dict[str, Any], **changed: Any) -> Changed:
     """Write a new run of finished ones, all of it or nothing; ``changed`` goes into the first one's manifest."""
     if out.exists():
         raise LogExistsError(f"{out} exists: choose another path for the new run.")
+    origins = []
     for path, manifest in runs:
         if manifest.sealed is None:
             raise StateError(f"{path} is not finished: finish it with resume=True first.")
+        origins.append({"run_id": manifest.run_id, "rows": manifest.sealed["rows"], "history": manifest.history})
     building = out.with_name(f"{out.name}.{uuid.uuid4().hex[:8]}.tmp")
     first_path, first = runs[0]
     target = replace(
         first, run_id=uuid.uuid4().hex, world_size=sum(m.world_size for _, m in runs), generation=0, sealed=None,
-        no_statistics=next((m.no_statistics for _, m in runs if m.no_statistics), None), **changed,
+        no_statistics=next((m.no_statistics for _, m in runs if m.no_statistics), None),
+        history=[_history_entry(**entry, runs=origins)], **changed,
     )  # fmt: skip
     with writing(building, AS_IT_WAS):
         building.mkdir(parents=True)
@@ -292,10 +288,8 @@ def _copy_log(
     old_codec, codec = old.codec, new.codec
     statistics = _copy_statistics(log, out, new, rank) if log.rows else None
     taken = [int(file.stem.rpartition("-")[2]) for file in out.glob(f"rows-{rank:05d}-*.safetensors")]
-    free = max(taken, default=-1) + 1
-    # {number of an old shard: that of the new one}. Where rows get smaller, several become one of about the same size.
-    new_numbers = {n: free + i * codec.row_bytes // old_codec.row_bytes for i, n in enumerate(log.shard_ends)}
-    shard, number = None, -1
+    number, shard = max(taken, default=-1), None
+    full = max(log.shard_ends.values(), default=0) * old_codec.row_bytes  # where rows get smaller, shards do not
     lines: list[bytes] = []
     dropped: list[int | str] = []
     for record in log.records:
@@ -312,10 +306,10 @@ def _copy_log(
                     f"{log.file.parent}: rows do not match their checksum: run `loghook repair` first."
                 )
             facts, stored = _kept_rows(record, data, kept, old_codec, codec)
-            if shard is None or number != new_numbers[record["shard"]]:
+            if shard is None or shard.rows * codec.row_bytes >= full:
                 if shard is not None:
                     shard.close()
-                number = new_numbers[record["shard"]]
+                number += 1
                 shard = ShardFile(out / shard_name(rank, number), codec, new.run_id)
             start = shard.append(stored, facts["rows"])
             new_record |= facts | {"shard": number, "start": start, "statistics": statistics}

@@ -118,8 +118,7 @@ class Query:
         same = all(query.parameters == first.parameters for query in queries)
         if not same:
             warnings.warn(
-                "these queries were made with different parameter values (another checkpoint, or a step between them): "
-                "joined they belong to none, and scoring cannot tell whether they fit a log.",
+                "these queries were made with different parameter values: scoring cannot tell whether they fit a log.",
                 CheckpointWarning,
                 stacklevel=user_line(),
             )
@@ -193,8 +192,7 @@ def require_one_log(what: object, rows: int) -> None:
     """Raise unless all processes have equally many rows of a log, of which each reads a share."""
     if len(set(counts := all_gather(rows))) > 1:
         raise StateError(
-            f"the processes opened {what} while it grew, and have {counts} rows of it: let all of them load it after a "
-            "torch.distributed.barrier(), or once it is finished."
+            f"the processes opened {what} while it grew, and have {counts} rows of it: load it once it is finished."
         )
 
 
@@ -205,6 +203,6 @@ def require_one_query(query: Query, what: object) -> None:
         # Equal questions may differ in rounding from process to process. All compare with the first, so that all raise.
         if ids != first_ids or not np.allclose(norms, first_norms, rtol=1e-2, equal_nan=True):
             raise MismatchError(
-                f"the processes ask different questions of {what}, of which each scores a share for all: save every "
-                "process's query, join them with Query.concat and ask that on all, or ask in a process of its own."
+                f"the processes ask different questions of {what}, of which each scores a share for all: join the "
+                "queries with Query.concat and ask that on all, or ask in a process of its own."
             )

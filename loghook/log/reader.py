@@ -1,6 +1,7 @@
 """The reader: committed rows of every rank, mapped read-only, verified on first touch."""
 
 import itertools
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -66,7 +67,7 @@ class Reader(Source):
         self.torn: list[str] = []  # a line for each unfinished last record of an unsealed run: it is ignored
         self.repeats = 0
         self.unmeasured = 0
-        self.asleep: dict[str, int] = {}
+        self.asleep: Counter[str] = Counter()
         growing = self.manifest.sealed is None and self.manifest.no_statistics is None
         # The writer of a growing run replaces its snapshots, so that an open log takes what it finds, and at once.
         found: list[np.ndarray] = []
@@ -76,10 +77,7 @@ class Reader(Source):
                 found.append(load_moments(self.path, entry, self.layout.moments_width))
 
         self._read_records(take if growing else None)
-        self._moments: np.ndarray | None = None
-        if growing:
-            complete = len(found) == len(self._snapshots)
-            self._moments = sum(found, np.zeros(self.layout.moments_width)) if complete else self._read_moments()
+        self._moments = self._read_moments(found) if growing else None
 
     def __repr__(self) -> str:
         m = self.manifest
@@ -114,14 +112,16 @@ class Reader(Source):
             )
         return self._read_moments() if self._moments is None else self._moments.copy()
 
-    def _read_moments(self) -> np.ndarray:
+    def _read_moments(self, found: Sequence[np.ndarray] = ()) -> np.ndarray:
         width = self.layout.moments_width
         try:
-            return sum((load_moments(self.path, entry, width) for entry in self._snapshots), np.zeros(width))
+            if len(found) < len(self._snapshots):
+                found = [load_moments(self.path, entry, width) for entry in self._snapshots]
         except CorruptLogError as error:
             if isinstance(error.__cause__, FileNotFoundError) and self.manifest.superseded(self.path):
                 raise StateError(CHANGED.format(self.path)) from error
             raise
+        return sum(found[1:], found[0]) if found else np.zeros(width)
 
     def blocks(
         self, rows: int | None = None, share: tuple[int, int] = (0, 1), *, stored: bool = False
@@ -162,29 +162,31 @@ class Reader(Source):
     def gather(self, index: np.ndarray, columns: slice = slice(None)) -> Tensor:
         """Copy rows out by their place in the log: (len(index), width), or some columns that contain whole layers."""
         physical = index if self._keep is None else np.flatnonzero(self._keep)[index]
-        out = torch.empty(0, len(range(self.codec.width)[columns]), dtype=self.dtype, device="cpu")
+        out = torch.empty(0, 0, dtype=self.dtype, device="cpu")
         for shard in self._shards:
             inside = (physical >= shard.first) & (physical < shard.first + shard.rows)
             if not inside.any():
                 continue
             data = shard.touch()
             if not len(out):  # only now: a file that is there vouches for the width that the manifest states
-                out = out.new_empty(len(physical), out.shape[1])
+                out = self._empty(len(physical), columns)
             step = max(1, BLOCK_BYTES // max(self.codec.row_bytes, out.shape[1] * out.itemsize))
             for targets in torch.from_numpy(np.flatnonzero(inside)).split(step):
                 sources = torch.from_numpy(physical)[targets] - shard.first
                 coded = self.codec.coded
                 out[targets] = self.codec.decode(data[sources], columns) if coded else data[:, columns][sources]
-        return out
+        return out if len(out) else self._empty(0, columns)
 
-    def view(self, start: int, stop: int) -> Tensor | None:
-        """Rows as a view of the map, or None if they lie in several shards or around repeats, or are coded."""
-        if self._keep is not None or self.codec.coded:
-            return None
-        for shard in self._shards:
-            if shard.first <= start and stop <= shard.first + shard.rows:
-                return shard.touch()[start - shard.first : stop - shard.first]
-        return None
+    def _empty(self, rows: int, columns: slice) -> Tensor:
+        return torch.empty(rows, len(range(self.codec.width)[columns]), dtype=self.dtype, device="cpu")
+
+    def span(self, span: range, columns: slice) -> Tensor:
+        """As ``gather``, but a view of the map where rows lie in one shard as they are."""
+        if span and span.step > 0 and self._keep is None and not self.codec.coded:
+            for shard in self._shards:
+                if shard.first <= span[0] and span[-1] < shard.first + shard.rows:
+                    return shard.touch()[span[0] - shard.first : span[-1] + 1 - shard.first : span.step, columns]
+        return self.gather(np.arange(span.start, span.stop, span.step), columns)
 
     def verify(self) -> list[str]:
         """Read every committed byte against its checksum.
@@ -192,9 +194,6 @@ class Reader(Source):
         Returns:
             One line for each problem, with the file and what to do; empty if all is well.
         """
-        changed = [CHANGED.format(self.path)]
-        if self.manifest.superseded(self.path):
-            return changed
         problems = [
             line for shard in bar(self._shards, "verifying", "shards") for line in _problems(list, shard.verify())
         ]
@@ -204,7 +203,7 @@ class Reader(Source):
             problems += self._strays()
             for entry in self._snapshots:
                 problems += _problems(load_moments, self.path, entry, self.layout.moments_width)
-        return changed if self.manifest.superseded(self.path) else problems
+        return [CHANGED.format(self.path)] if self.manifest.superseded(self.path) else problems
 
     def _strays(self) -> list[str]:
         """Files in a sealed run that look like its own and that nothing names."""
@@ -236,8 +235,7 @@ class Reader(Source):
                 self.flagged += record["flagged"]
                 self.repeats += record["dropped"]
                 self.unmeasured += record["unmeasured"]
-                for name, rows in record["asleep"].items():
-                    self.asleep[name] = self.asleep.get(name, 0) + rows
+                self.asleep.update(record["asleep"])
             for record in log.rows:
                 file = log.shard(record["shard"])
                 if not self._shards or self._shards[-1].file != file:
@@ -317,17 +315,13 @@ class Rows:
         if isinstance(first, int | np.integer):
             place = range(len(self))[first]
             return self[place : place + 1][0][tuple(rest)]
-        view = None
         if isinstance(first, slice):
-            span = range(len(self))[first]
-            index = np.arange(span.start, span.stop, span.step)
-            if span and span.step > 0:
-                view = self._reader.view(span[0], span[-1] + 1)
+            values = self._reader.span(range(len(self))[first], self._columns)
         else:
             index = np.arange(len(self))[first]  # numpy's own rules for lists, masks and negative places
             if first is Ellipsis or index.ndim != 1:
                 return self[:][key]
-        values = self._reader.gather(index, self._columns) if view is None else view[:: span.step, self._columns]
+            values = self._reader.gather(index, self._columns)
         array = (values.float() if values.dtype == torch.bfloat16 else values).numpy().reshape(-1, *self.shape[1:])
         array.flags.writeable = False
         columns = (slice(None), *rest)

@@ -88,34 +88,34 @@ def read_commits(
         data = file.read_bytes() if file.exists() else b""
     except OSError as error:
         raise CorruptLogError(f"{file} cannot be read ({error}): {REPAIR}.") from error
+    *lines, rest = data.split(b"\n")
     if on_snapshot is not None:
-        _find_snapshot(data, on_snapshot)
+        _find_snapshot(lines, on_snapshot)
     records: list[dict[str, Any]] = []
     ends: dict[int, int] = {}
-    position, lines, damaged = 0, 0, False
+    damaged = False
 
-    def note(problem: str) -> None:
+    def note(number: int, problem: str) -> None:
         if damage is None:
-            raise CorruptLogError(f"{file}: record {lines} {problem}: {REPAIR}.")
-        damage.append(f"{file}: record {lines} {problem}")
+            raise CorruptLogError(f"{file}: record {number} {problem}: {REPAIR}.")
+        damage.append(f"{file}: record {number} {problem}")
 
-    while (end := data.find(b"\n", position)) >= 0:
+    for number, line in enumerate(lines):
         try:
-            record = decode_record(data[position:end])
+            record = decode_record(line)
             check_record(record, manifest, rank)
             gap = _gap(record, records, ends)
             if gap is not None and not damaged:  # behind a damaged record there is one
-                note(gap)
+                note(number, gap)
             if "shard" in record:
                 ends[record["shard"]] = record["start"] + record["rows"]
             records.append(record)
         except ValueError as error:
-            note(str(error))
+            note(number, str(error))
             damaged = True
-        position, lines = end + 1, lines + 1
-    if position < len(data) and manifest.sealed is not None:
-        note("is torn")
-    return Commits(rank, file, records, data[:position], data[position:])
+    if rest and manifest.sealed is not None:
+        note(len(lines), "is torn")
+    return Commits(rank, file, records, data[: len(data) - len(rest)], rest)
 
 
 def _gap(record: dict[str, Any], before: Sequence[dict[str, Any]], ends: Mapping[int, int]) -> str | None:
@@ -134,15 +134,12 @@ def _gap(record: dict[str, Any], before: Sequence[dict[str, Any]], ends: Mapping
     return "is missing" if record["n"] > expected else None
 
 
-def _find_snapshot(data: bytes, found: Callable[[dict[str, str]], None]) -> None:
+def _find_snapshot(lines: Sequence[bytes], found: Callable[[dict[str, str]], None]) -> None:
     """Hand over what the last good record of rows says of its statistics."""
-    end = data.rfind(b"\n")
-    while end >= 0:
-        start = data.rfind(b"\n", 0, end)
+    for line in reversed(lines):
         with suppress(ValueError):
-            if snapshot := decode_record(data[start + 1 : end]).get("statistics"):
+            if snapshot := decode_record(line).get("statistics"):
                 return found(snapshot)
-        end = start
 
 
 def all_commits(
