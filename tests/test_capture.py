@@ -227,7 +227,7 @@ def test_nested_tensors_and_inputs_without_a_batch_are_refused(tmp_path):
         encoder(torch.randn(3, 4, 8), src_key_padding_mask=padding).sum().backward()
     run = loghook.init(tmp_path / "linear", rank=2)
     run.watch(model := nn.Linear(6, 4))
-    with pytest.raises(BatchError, match=r"shape \(6,\), which has no batch"), run([0]):
+    with pytest.raises(BatchError, match=r"shape \(6,\), without a batch"), run([0]):
         model(torch.randn(6)).sum().backward()
 
 

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -85,7 +86,9 @@ def _projected(layer: Layer, slots: Slots, module: nn.Module, x: Tensor) -> Tens
     """The layer's input in projected space, (B, S, k_in) or, in groups, (B, S, G, k_in)."""
     if slots.early is not None and slots.early[0] is x and slots.early[1] == x._version:
         return slots.early[2]
-    projected = _regrouped(layer, slots, _project(layer, slots, module, x))
+    with torch.no_grad():  # an adapter may read the module's parameters
+        projected = layer.adapter.project(module, _batch_first(layer, slots, x), slots.input_side, layer.spec.bias)
+    projected = _regrouped(layer, slots, projected)
     if slots.input_side.matrix is None and not x.requires_grad and _is_part_of(projected, x):
         return projected.clone()  # autograd keeps it not: the program may write its next batch there
     return projected
@@ -116,10 +119,10 @@ def _sum_inputs(
 def make_early_hook(layer: Layer) -> Hook:
     """Return the forward pre-hook of a layer: it projects an input while a processor still has it in its cache.
 
-    Only where it is simple: the hook after the layer's forward takes the result if its input is still the same, and
-    projects by itself otherwise.
+    Layers that read the same tensor share the product; under torch.compile the compiler itself merges such products.
+    The hook after the layer's forward takes it if its input is still the same, and projects by itself otherwise.
     """
-    key, plain = layer.key, not (layer.spec.flattened or layer.batch_dim)
+    key = layer.key
 
     def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
         slots = None if torch.compiler.is_compiling() else OPEN.get(key)
@@ -127,19 +130,40 @@ def make_early_hook(layer: Layer) -> Hook:
             return
         _require_backward(layer)
         x = args[0]
-        # Tensors of inference mode have no version; the other hook takes them.
         _require_whole(layer, x)
-        known = plain and isinstance(x, Tensor) and x.device == slots.place.device and not x.is_inference()
-        fits = (
-            known
-            and not x.is_nested
-            and x.dim() > 1
-            and (slots.tokens.documents is not None or len(x) == slots.tokens.size)
-        )
-        if fits and _shareable(layer, slots, x):
-            slots.early = x, x._version, _project(layer, slots, module, x)
+        if slots.input_side.matrix is not None and isinstance(x, Tensor) and _is_known(layer, x):
+            with suppress(BatchError):  # which the other hook raises
+                slots.early = x, x._version, _regrouped(layer, slots, _project_once(layer, slots, module, x))
 
     return Hook(hook)
+
+
+def _is_known(layer: Layer, x: Tensor) -> bool:
+    """Whether address and version tell an input from others.
+
+    Not of what needs no gradient: the program may write its next batch there, which torch does not count if numpy does
+    it. Tensors of inference mode have no version, and subclasses that wrap others all have the address 0.
+    """
+    if x.is_nested or x.is_inference():
+        return False
+    try:
+        return x.data_ptr() != 0 and x.requires_grad
+    except RuntimeError as error:
+        raise UnsupportedError(
+            f"layer {layer.name!r} got a tensor without memory of its own, as a sparse one: exclude it, or make that "
+            "dense."
+        ) from error
+
+
+def _project_once(layer: Layer, slots: Slots, module: nn.Module, x: Tensor) -> Tensor:
+    """Project an input, or take what another layer made of it: `source` keeps it alive, and so its address its own."""
+    place, side, x = slots.place, slots.input_side, _batch_first(layer, slots, x)
+    precision = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+    key = (x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, x.is_neg(), precision, layer.adapter, side)
+    if place.key != key:
+        place.key, place.source, place.projected = key, x, layer.adapter.project(module, x, side, layer.spec.bias)
+    assert place.projected is not None
+    return place.projected
 
 
 def _is_part_of(t: Tensor, other: Tensor) -> bool:
@@ -165,76 +189,31 @@ def _require_whole(layer: Layer, *tensors: Any) -> None:
         )
 
 
-def _shareable(layer: Layer, slots: Slots, x: Tensor) -> bool:
-    """Whether another layer's projection of the same input can be taken.
-
-    Not of what needs no gradient: the program may write its next batch there, which torch does not count if numpy does
-    it. Under torch.compile the compiler itself merges equal products of equal inputs. Address 0 is none: tensor
-    subclasses that wrap others all have it.
-    """
-    projects = layer.adapter.shares_input and slots.input_side.matrix is not None
-    if not projects or torch.compiler.is_compiling():
-        return False
-    try:
-        return x.data_ptr() != 0 and x.requires_grad
-    except RuntimeError as error:
-        raise UnsupportedError(
-            f"layer {layer.name!r} got a tensor without memory of its own, as a sparse one: exclude the layer, or "
-            "make its input dense."
-        ) from error
-
-
-def _project(layer: Layer, slots: Slots, module: nn.Module, x: Tensor) -> Tensor:
-    side, bias, shareable = slots.input_side, layer.spec.bias, _shareable(layer, slots, x)
-    x = _batch_first(layer, slots, x)
-    if not shareable:
-        with torch.no_grad():  # an adapter may read the module's parameters
-            return layer.adapter.project(module, x, side, bias)
-    place = slots.place
-    # Address and version identify a tensor for as long as `source` keeps it alive.
-    precision = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    key = (x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, x.is_neg(), precision, layer.adapter, side)
-    if place.key != key:
-        place.key, place.source, place.projected = key, x, layer.adapter.project(module, x, side, bias)
-    assert place.projected is not None
-    return place.projected
-
-
 def _batch_first(layer: Layer, slots: Slots, x: Tensor) -> Tensor:
     """Detach a layer's input and arrange it with the batch first; raise where it has not the block's samples."""
-    if x.is_nested or x.dim() < (2 if layer.spec.channels else 1):  # indices need no axis for channels
-        raise _not_a_batch(layer, x)
-    x = x.detach().to(slots.place.device)  # accelerate's hooks move inputs after this hook was given them
-    if layer.spec.flattened:
-        return x
-    shape, moved = tuple(x.shape), layer.batch_dim and x.dim() > (2 if layer.spec.channels else 1)
-    if moved:  # (B, features) has no axis of tokens
-        x = x.movedim(layer.batch_dim, 0)
-    if (
-        slots.tokens.documents is None
-        and not isinstance(layer.module, ExpertProjection)
-        and len(x) != slots.tokens.size
-    ):
-        raise BatchError(
-            f"{len(x)} samples, {slots.tokens.size} ids: layer {layer.name!r} got an input of shape {shape}, and its "
-            f"{'second axis (batch_dim=1)' if moved else 'first axis'} must be the batch. Pass one id for each sample, "
-            "or segments= where a sample is several rows (pairs), segments={pattern: ...} for layers that see other "
-            "entries (images, patches); for other axes batch_dim=1 (sequence first) or flattened= (as many tokens for "
-            "each sample); or exclude the layer, as one whose input all samples share."
-        )
-    return x
-
-
-def _not_a_batch(layer: Layer, x: Tensor) -> Exception:
     if x.is_nested:
-        return UnsupportedError(
+        raise UnsupportedError(
             f"layer {layer.name!r} got a nested tensor, as nn.TransformerEncoder makes of padded batches in eval mode: "
             "give it enable_nested_tensor=False, or exclude its layers."
         )
-    return BatchError(
-        f"layer {layer.name!r} got an input of shape {tuple(x.shape)}, which has no batch: make it (1, ...), or "
-        "exclude the layer."
-    )
+    least, shape = (2 if layer.spec.channels else 1), tuple(x.shape)  # indices need no axis for channels
+    if x.dim() < least:
+        raise BatchError(f"layer {layer.name!r} got an input of shape {shape}, without a batch: make it (1, ...).")
+    x = x.detach().to(slots.place.device)  # accelerate's hooks move inputs after this hook was given them
+    if layer.spec.flattened:
+        return x
+    moved = layer.batch_dim and x.dim() > least  # (B, features) has no axis of tokens
+    if moved:
+        x = x.movedim(layer.batch_dim, 0)
+    tokens = slots.tokens
+    if tokens.documents is None and not isinstance(layer.module, ExpertProjection) and len(x) != tokens.size:
+        raise BatchError(
+            f"{len(x)} samples, {tokens.size} ids: layer {layer.name!r} got an input of shape {shape}, and its "
+            f"{'second axis (batch_dim=1)' if moved else 'first axis'} must be the batch. Pass one id for each sample, "
+            "segments= where rows are others, segments={pattern: ...} for layers that see other entries, watch(..., "
+            "batch_dim=1 or flattened=) for other axes; or exclude a layer whose input all samples share."
+        )
+    return x
 
 
 def _regrouped(layer: Layer, slots: Slots, tokens: Tensor) -> Tensor:
