@@ -1,6 +1,6 @@
 """``loghook.check``: proves the rows on a user's own model against one-sample-at-a-time autograd."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from loghook.capture.batch import Segments
-from loghook.capture.block import nothing_delivered
+from loghook.capture.block import nothing_delivered, partly_delivered
 from loghook.capture.models import describe_coverage, unwrap
 from loghook.capture.probe import LossFunction, Probe, left_alone
 from loghook.capture.select import HEAD, Watch, matches
@@ -145,8 +145,9 @@ def _examine(probe: Probe, report: CheckReport, may_sleep: str | Sequence[str]) 
     if len(batch.silent) == len(probe.watched):
         yield nothing_delivered(probe.watched)
         return
-    if problem := _silent_layers(probe, batch.silent, may_sleep):
-        yield problem
+    patterns = (may_sleep,) if isinstance(may_sleep, str) else may_sleep
+    if missing := [x for x in probe.watched if x.name in batch.silent and not matches(x.name, patterns)]:
+        yield partly_delivered(missing, probe.layers)
     together = {name: rows for name, rows in batch.rows.items() if name not in batch.silent}
     finite = finite_samples(together)
     if not finite.all():
@@ -196,21 +197,6 @@ def _computes_in_tf32(model: nn.Module) -> bool:
     convolves = any(isinstance(m, nn.modules.conv._ConvNd) for m in model.modules())
     conv = torch.backends.cudnn.conv  # type: ignore[attr-defined]
     return "tf32" in (torch.backends.cuda.matmul.fp32_precision, conv.fp32_precision if convolves else None)
-
-
-def _silent_layers(probe: Probe, silent: Collection[str], may_sleep: str | Sequence[str]) -> str | None:
-    patterns = (may_sleep,) if isinstance(may_sleep, str) else may_sleep
-    unexpected = {name for name in silent if not matches(name, patterns)}
-    if not unexpected:
-        return None
-    never_ran = sorted(layer.name for layer in probe.watched if layer.name in unexpected and not layer.fired)
-    unreached = sorted(unexpected - set(never_ran))
-    reasons = [f"never ran: {some(never_ran)}"] if never_ran else []
-    reasons += [f"ran, but no gradient reached them: {some(unreached)}"] if unreached else []
-    return (
-        f"{len(unexpected)} layers delivered nothing ({'; '.join(reasons)}): exclude them, or name them in "
-        "watch(..., may_sleep=...) if they may rightly stay silent."
-    )
 
 
 def _not_finite(unit: str, together: Rows, finite: Tensor) -> str:

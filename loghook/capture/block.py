@@ -1,13 +1,13 @@
 """One ``with run(...)`` block: leaves in, hooks live, one delivery of every watched layer checked on the way out."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from loghook.capture.jobs import Block, Job, Place, Result
+from loghook.capture.jobs import Block, Place
 from loghook.capture.layers import OPEN, Layer, Slots
 from loghook.capture.rows import Updates
 from loghook.capture.segments import Documents, Tokens, count
@@ -16,53 +16,15 @@ from loghook.errors import BatchError, DeliveryError, UnsupportedError
 from loghook.log.format import listed, patterns
 
 
-@contextmanager
-def block(
+def prepare(
     layers: Sequence[Layer],
     size: int,  # how many rows
-    job: Job[Result],
-    scale: float | Tensor,  # what gradients are multiplied by, see ``unscaled``
+    common: Block,
     masks: Mapping[str, Tensor],  # {layer: (B, S) or (B,), which tokens count in moments and means}; else all do
-    keep: Tensor | None,  # (B,) bool, which samples (or documents) count in them (repeats do not), or None for all
     documents: Mapping[str, Documents],  # {layer: which tokens make a row}; else those of a sample
-) -> Iterator[list[Result]]:
-    """Make the layers' hooks live; the list holds the job's result once the context ends without an error."""
-    result: list[Result] = []
-    slots = _prepare(layers, size, job, scale, masks, keep, documents)
-    places = dict.fromkeys(s.place for s in slots)
-    OPEN.update((s.layer.key, s) for s in slots)
-    try:
-        yield result
-        _check(slots, masks)
-        _require_one_call(slots, job)
-        for place in places:
-            place.form()
-        result.append(job.collect(slots, scale))
-    except BatchError as error:
-        misfits = [s.layer.name for s in slots if s.misfit is not None]
-        if len(misfits) > 1 and any(error is s.misfit for s in slots):
-            such = ", ".join(patterns(misfits, [layer.name for layer in layers]))
-            raise BatchError(f"{error} There are {len(misfits)} such layers: {such}.") from None
-        raise
-    finally:
-        for s in slots:
-            OPEN.pop(s.layer.key, None)
-            s.close()
-        for place in places:
-            place.close()
-
-
-def _prepare(
-    layers: Sequence[Layer],
-    size: int,
-    job: Job[Any],
-    scale: float | Tensor,
-    masks: Mapping[str, Tensor],
-    keep: Tensor | None,
-    documents: Mapping[str, Documents],
 ) -> list[Slots]:
     """Make fresh leaves for every layer, and what its hook needs besides."""
-    common = Block()
+    job, keep = common.job, common.kept
     weights: dict[tuple[int, int], Tensor | None] = {}  # layers may share one
     places: dict[tuple[torch.device, torch.dtype], Place] = {}
     prepared: list[Slots] = []
@@ -75,7 +37,7 @@ def _prepare(
         weight = weights[key]
         where = layer.device_and_dtype()
         if where not in places:
-            places[where] = Place(common, *where, job, scale, keep)
+            places[where] = Place(common, *where)
         place = places[where]
         input_side, held = job.open(layer, place)
         slots = Slots(
@@ -96,6 +58,33 @@ def _prepare(
     return prepared
 
 
+@contextmanager
+def block(opened: Sequence[Slots], masks: Mapping[str, Tensor]) -> Iterator[list[Any]]:
+    """Make the layers' hooks live; the list holds the job's result once the context ends without an error."""
+    result: list[Any] = []
+    common, places = opened[0].place.block, dict.fromkeys(s.place for s in opened)
+    OPEN.update((s.layer.key, s) for s in opened)
+    try:
+        yield result
+        _check(opened, masks)
+        _require_one_call(opened)
+        for place in places:
+            place.form()
+        result.append(common.job.collect(opened, common.scale))
+    except BatchError as error:
+        misfits = [s.layer.name for s in opened if s.misfit is not None]
+        if len(misfits) > 1 and any(error is s.misfit for s in opened):
+            such = ", ".join(patterns(misfits, [s.layer.name for s in opened]))
+            raise BatchError(f"{error} There are {len(misfits)} such layers: {such}.") from None
+        raise
+    finally:
+        for s in opened:
+            OPEN.pop(s.layer.key, None)
+            s.close()
+        for place in places:
+            place.close()
+
+
 def _check(opened: Sequence[Slots], masks: Mapping[str, Tensor]) -> None:
     """Check that each layer delivered once, and that each mask fitted one."""
     silent = [s for s in opened if not s.delivered]
@@ -106,8 +95,8 @@ def _check(opened: Sequence[Slots], masks: Mapping[str, Tensor]) -> None:
     if awake and len(silent) == len(opened):
         raise DeliveryError(nothing_delivered([s.layer for s in opened]))
     if awake:
-        quiet = all(s.quiet for s in awake)
-        raise DeliveryError(_partly_delivered([s.layer for s in awake], quiet, [s.layer.name for s in opened]))
+        quiet = {s.layer.name for s in awake if s.quiet}
+        raise DeliveryError(partly_delivered([s.layer for s in awake], [s.layer.name for s in opened], quiet))
     if stale := [s.layer.name for s in opened if s.stale]:
         raise DeliveryError(
             f"backward went through layer {stale[0]!r} as it ran in an earlier block (a state that is carried on, "
@@ -130,24 +119,19 @@ def _check(opened: Sequence[Slots], masks: Mapping[str, Tensor]) -> None:
             )
 
 
-def _require_one_call(opened: Sequence[Slots], job: Job[Result]) -> None:
+def _require_one_call(opened: Sequence[Slots]) -> None:
     """Raise where a gradient came in parts, and what is asked for is no sum of what would be made of the parts."""
     counted = [(s, s.leaves.calls.grad) for s in opened if s.leaves.calls is not None]
     counts = {s: count.to(opened[0].leaves.main.device) for s, count in counted if count is not None}
     numbers = torch.cat(list(counts.values())).cpu().tolist() if counts else []
-    several = next((s.layer.name for s, n in zip(counts, numbers, strict=True) if n + s.waited > 1), None)
-    if several is None:
-        return
-    if isinstance(job, Updates):
-        raise UnsupportedError(
-            f"layer {several!r} was called several times in this block, and gradient='adam' is of the gradient of "
-            "all calls together, which is never formed: exclude it, or log gradient='normalized' or 'plain'."
-        )
-    raise UnsupportedError(
-        f"layer {several!r} was called several times in this block, compiled, where each call's gradient comes "
-        "alone, and eigenvalues and norms are of that of all calls together: use the model without torch.compile "
-        "here, or exclude the layer."
-    )
+    for s, n in zip(counts, numbers, strict=True):
+        if n + s.waited > 1:
+            adam = isinstance(s.place.block.job, Updates)
+            remedy = "log gradient='normalized' or 'plain'" if adam else "use the model without torch.compile here"
+            raise UnsupportedError(
+                f"layer {s.layer.name!r} was called several times in this block{'' if adam else ', compiled'}, and "
+                f"what is made of the gradient of all calls is no sum over them: {remedy}, or exclude it."
+            )
 
 
 def nothing_delivered(layers: Sequence[Layer]) -> str:
@@ -166,30 +150,25 @@ def nothing_delivered(layers: Sequence[Layer]) -> str:
     )
 
 
-def _partly_delivered(missing: Sequence[Layer], quiet: bool, opened: Sequence[str]) -> str:
-    """Say why some of the layers may have no rows; ``quiet``: all of them ran without gradients."""
-    names = [layer.name for layer in missing]
-    if quiet:
-        cause = (
-            "it ran without gradients: under torch.no_grad or torch.inference_mode, or in a reentrant checkpoint whose "
-            "input needs no gradient (use loghook.frozen, or use_reentrant=False)"
-        )
-    elif not any(layer.fired for layer in missing):
-        cause = (
-            "its forward never ran here: a branch not taken, an adapter that is merged or disabled, a module that was "
-            "put in its place, a model compiled before watch(), or a fused kernel that reads the weight without "
-            "calling the module (fused losses do that to lm_head)"
-        )
-    elif all(layer.fired for layer in missing):
-        cause = (
-            "it ran, but no gradient came back: the loss does not depend on it, its output was detached, or a "
-            "reentrant checkpoint got an input that needs no gradient (use loghook.frozen, or use_reentrant=False)"
-        )
-    else:
-        cause = "some never ran, some got no gradient"
-    exclude = [HEAD, *patterns(names, opened)]
+def partly_delivered(missing: Sequence[Layer], opened: Sequence[str], quiet: Collection[str] = ()) -> str:
+    """Say why some of the layers may have no rows; ``quiet``: those that ran without gradients."""
+    checkpoint = "a reentrant checkpoint whose input needs no gradient (use loghook.frozen, or use_reentrant=False)"
+    causes: dict[str, list[str]] = {}
+    for layer in missing:
+        if layer.name in quiet:
+            cause = f"ran without gradients: under torch.no_grad or torch.inference_mode, or in {checkpoint}"
+        elif layer.fired:
+            cause = f"ran, but no gradient came back: the loss does not depend on it, it was detached, or {checkpoint}"
+        else:
+            cause = (
+                "never ran: a branch not taken, an adapter that is merged or disabled, a model compiled before watch()"
+                ", or a fused kernel that reads the weight without calling the module, as fused losses do with lm_head"
+            )
+        causes.setdefault(cause, []).append(layer.name)
+    said = "; ".join(f"{listed(names)} {cause}" for cause, names in causes.items())
+    exclude = [HEAD, *patterns([layer.name for layer in missing], opened)]
     return (
-        f"{len(missing)} of {len(opened)} watched layers delivered no rows in this block: {listed(names)}. Likely "
-        f"cause: {cause}. Nothing of this batch was written. Exclude such layers, {exclude=} (in place of the default, "
-        f"{HEAD!r}), or name them in watch(..., may_sleep=...) if they may rightly stay silent."
+        f"{len(missing)} of {len(opened)} watched layers delivered no rows: {said}. Nothing of this batch was written. "
+        f"Exclude such layers, {exclude=} (in place of the default, {HEAD!r}), or name those in watch(..., may_sleep=) "
+        "that may rightly stay silent."
     )

@@ -71,7 +71,7 @@ def make_hook(layer: Layer) -> Hook:
         activations = None
         if slots.leaves.activations is not None:
             activations = _sum_inputs(layer, slots, x, projected, documents, weight)
-        how = slots.place.job.kind, layer.adapter.channel_dim, layer.batch_dim
+        how = slots.place.block.job.kind, layer.adapter.channel_dim, layer.batch_dim
         call = y, projected, weight, documents, activations, how
         if compiling:
             return Tap.apply(*call, None, *slots.leaves, *slots.held)

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from loghook.capture.batch import Given, Ids, Mask, Segments, check_ids, check_masks, check_segments, unscaled
-from loghook.capture.block import block, nothing_delivered
+from loghook.capture.block import block, nothing_delivered, prepare
 from loghook.capture.config import Recipe
 from loghook.capture.experts import ExpertProjection, watched
 from loghook.capture.hook import Hook, make_early_hook, make_hook
-from loghook.capture.jobs import Job, Result
+from loghook.capture.jobs import Block, Job, Result
 from loghook.capture.layers import Layer
 from loghook.capture.models import mixing_modules, parameters_digest, refuse, unwrap, values_digest
 from loghook.capture.optimizer import bind
@@ -133,14 +133,11 @@ class Hooked:
         if job.projects:
             self._require_projection()
         kept = None if keep is None or keep.all() else torch.from_numpy(keep)
+        opened = prepare(self._layers, size, Block(job, factor, kept), masks, documents)
         self._open = True
         experts = [layer.module.owner for layer in self._layers if isinstance(layer.module, ExpertProjection)]
         try:
-            with (
-                block(self._layers, size, job, factor, masks, kept, documents) as captured,
-                watched(experts),
-                _kept_apart(self._mixing),
-            ):
+            with block(opened, masks) as captured, watched(experts), _kept_apart(self._mixing):
                 yield captured
         except RuntimeError as error:
             if "does not require grad" in str(error) and not any(layer.fired for layer in self._layers):

@@ -28,8 +28,13 @@ Result = TypeVar("Result")
 
 @dataclass(eq=False)
 class Block:
-    """What the hooks of a block's layers tell one another."""
+    """What the layers of a block share, and what their hooks tell one another."""
 
+    job: "Job[Any]"
+    scale: float | Tensor  # what gradients are multiplied by: a number, or (B,)
+    kept: (
+        Tensor | None
+    )  # (B,) bool, which samples (or documents) count in sums over them (repeats do not), or None: all
     passes: set[int] = field(default_factory=set)  # autograd's numbers of outermost backward passes that delivered
     outermost: dict[int, int] = field(default_factory=dict)  # {a backward pass in which layers ran: the one around it}
     restarted: bool = False  # whether a layer ran forward after a delivery, outside of backward passes
@@ -44,9 +49,6 @@ class Place:
     block: Block
     device: torch.device
     dtype: torch.dtype
-    job: "Job[Any]"
-    scale: float | Tensor  # what gradients are multiplied by: a number, or (B,)
-    kept: Tensor | None  # (B,) which rows count in sums over them, or None for all
     _moved: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _waiting: dict[Hashable, list[tuple[Slots, Call]]] = field(default_factory=dict)
     _bytes: int = 0  # how many wait
@@ -72,7 +74,7 @@ class Place:
     @cached_property
     def scale_here(self) -> Tensor:
         """The scale as a number, or (B, 1, 1); filled there, since to copy it waits for what the device has to do."""
-        scale = self.scale
+        scale = self.block.scale
         if not isinstance(scale, Tensor):
             return torch.full((), scale, device=self.device, dtype=self.dtype)
         return (scale[:, None, None] if scale.dim() else scale).to(self.device, self.dtype)
@@ -83,7 +85,7 @@ class Place:
         slots.waited += 1
         self._waiting.setdefault(alike, []).append((slots, call))
         self._bytes += call.x.nbytes + call.g_BSO.nbytes
-        if self._bytes >= self.job.limit:
+        if self._bytes >= self.block.job.limit:
             self.form()
 
     def close(self) -> None:
@@ -96,7 +98,7 @@ class Place:
         waiting, self._waiting, self._bytes = self._waiting, {}, 0
         for group in waiting.values():
             with torch.no_grad(), wide_context(self.device.type):
-                self.job.form(group)
+                self.block.job.form(group)
 
 
 KINDS: "dict[str, type[Job[Any]]]" = {}  # by name, since a compiled backward can hold names and tensors only

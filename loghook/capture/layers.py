@@ -126,7 +126,7 @@ class Slots:
     """
 
     layer: Layer
-    place: "Place"  # where it computes, and the block's job
+    place: "Place"  # where it computes
     leaves: Leaves
     input_side: Side  # the projection of the layer's inputs in this block
     held: Held  # what the job takes besides

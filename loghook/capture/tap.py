@@ -72,7 +72,7 @@ class Tap(torch.autograd.Function):
         with wide_context(g.device.type):
             kind, channel_dim, batch_dim = ctx.how
             call = Call(output_gradient(channel_dim, batch_dim, g, x), x, weight_BS, documents_DL)
-            delivered, waiting = _NOTHING, None if slots is None else slots.place.job.defer(slots, call)
+            delivered, waiting = _NOTHING, None if slots is None else slots.place.block.job.defer(slots, call)
             if waiting is None:
                 _, need_moments, _, need_outputs, need_calls = ctx.needs_input_grad[_FIRST:_END]
                 held = held if slots is None else slots.held

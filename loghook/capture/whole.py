@@ -95,8 +95,8 @@ class Eigenvalues(Whole):
         return total, None
 
     def open(self, layer: Layer, place: Place) -> tuple[Side, Held]:
-        inputs, outputs = (side.to(place.device) for side in self.bases[layer.name])
-        return inputs, (outputs.matrix, None if place.kept is None else place.to(place.kept, place.dtype))
+        kept, (inputs, outputs) = place.block.kept, (side.to(place.device) for side in self.bases[layer.name])
+        return inputs, (outputs.matrix, None if kept is None else place.to(kept, place.dtype))
 
     def shape(self, layer: Layer, size: int) -> tuple[int, ...]:
         return layer.output_side.width, layer.input_side.width
