@@ -210,8 +210,8 @@ def _batch_first(layer: Layer, slots: Slots, x: Tensor) -> Tensor:
         raise BatchError(
             f"{len(x)} samples, {tokens.size} ids: layer {layer.name!r} got an input of shape {shape}, and its "
             f"{'second axis (batch_dim=1)' if moved else 'first axis'} must be the batch. Pass one id for each sample, "
-            "segments= where rows are others, segments={pattern: ...} for layers that see other entries, watch(..., "
-            "batch_dim=1 or flattened=) for other axes; or exclude a layer whose input all samples share."
+            "segments= where a sample is several rows, segments={pattern: ...} where layers see other entries, watch("
+            "..., batch_dim=1 or flattened=) for other axes; or exclude a layer whose input all samples share."
         )
     return x
 

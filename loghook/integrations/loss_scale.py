@@ -19,6 +19,8 @@ TRIALS = 32  # of labels with other classes
 TOLERANCE = 1e-5  # by which losses may differ that are taken for equal: less than an auxiliary loss adds
 
 Count = Callable[[Mapping[str, Any], Any], Any]  # of the batch and num_items_in_batch
+Entries = Mapping[str, Tensor]
+Trial = tuple[Entries, Entries, Entries]  # of a batch, and of two parts that have each of its labels once between them
 
 
 def trainer_divisor(trainer: Any, num_items: Any) -> float:
@@ -47,9 +49,8 @@ def find_count(trainer: Any, inputs: Mapping[str, Any], num_items: Any) -> Count
     if not isinstance(labels, Tensor) or labels.is_floating_point():
         trained_on = f"{labels.dtype} labels" if isinstance(labels, Tensor) else "no labels"
         raise UnsupportedError(
-            f"{name} trains on {trained_on}: how many items its loss is a mean of is known for integer labels only. "
-            "Say it with log_training(..., scale=lambda batch, num_items: n), n times the loss being a sum over "
-            "samples."
+            f"{name} trains on {trained_on}, and the items of a loss are counted for integer labels only: pass "
+            "log_training(..., scale=lambda batch, num_items: n), with which the loss is a sum over samples."
         )
     cause = None
     with _without_trace(trainer, labels.device):
@@ -64,9 +65,9 @@ def find_count(trainer: Any, inputs: Mapping[str, Any], num_items: Any) -> Count
         except (IndexError, RuntimeError) as error:  # a loss to which -100 is a class like others
             cause = error
     raise UnsupportedError(
-        f"the loss of {name} is neither a sum over labels divided by num_items_in_batch nor a mean over the labels of "
-        f"a micro-batch that are not {IGNORED} (an auxiliary loss, a weighted mean, smoothing with torch_compile?). If "
-        "it is a sum over samples divided by n, pass log_training(..., scale=lambda batch, num_items: n)."
+        f"the loss of {name} is neither a sum over labels (all but {IGNORED}) divided by num_items_in_batch nor their "
+        "mean (an auxiliary loss, a weighted mean, smoothing with torch_compile?): if it is a sum over samples divided "
+        "by n, pass log_training(..., scale=lambda batch, num_items: n)."
     ) from cause
 
 
@@ -79,19 +80,10 @@ class _Loss:
     labels: Tensor  # the micro-batch's own
     num_items: Any  # Trainer's num_items_in_batch, or None
 
-    def __call__(self, entries: Mapping[str, Tensor], times_items: int = 1) -> Tensor:
+    def __call__(self, entries: Entries, times_items: int = 1) -> Tensor:
         num_items = None if self.num_items is None else times_items * self.num_items
         inputs = {**self.inputs, **entries}
         return self.trainer.compute_loss(self.trainer.model, inputs, num_items_in_batch=num_items)
-
-
-@dataclass(frozen=True)
-class _Trial:
-    """Entries of a batch, and of two parts that have each of its labels once between them."""
-
-    whole: Mapping[str, Tensor]
-    first: Mapping[str, Tensor]
-    second: Mapping[str, Tensor]
 
 
 def _explain(loss: _Loss) -> Count | None:
@@ -103,8 +95,8 @@ def _explain(loss: _Loss) -> Count | None:
             return lambda _, num_items: num_items
         if not math.isclose(once, twice, rel_tol=TOLERANCE):
             return None
-    if not _is_mean_over_labels(loss):
-        return None
+    if not _is_nothing(loss({"labels": torch.full_like(loss.labels, IGNORED)})):
+        return None  # it divides by something else than the number of labels
     shift = _shift(loss)
     # transformers does not see a causal model under the compiler's wrapper, and smooths labels unshifted.
     if shift and loss.trainer.label_smoother is not None and loss.trainer.args.torch_compile:
@@ -119,11 +111,6 @@ def _number_of_labels(labels: Tensor, shift: int) -> Tensor:
     return (labels[..., shift:] != IGNORED).sum()
 
 
-def _is_mean_over_labels(loss: _Loss) -> bool:
-    """Whether the loss may divide by the number of labels: over none it is then nothing."""
-    return _is_nothing(loss({"labels": torch.full_like(loss.labels, IGNORED)}))
-
-
 def _is_nothing(loss: Tensor) -> bool:
     """Whether a mean is over no labels: 0 / 0, which is not a number; or 0, of losses that divide by 1 at least."""
     return not float(loss) or math.isnan(loss)
@@ -136,10 +123,10 @@ def _shift(loss: _Loss) -> int:
     return int(loss.labels.dim() > 1 and _is_nothing(loss({"labels": only_first})))
 
 
-def _adds_up(loss: _Loss, trial: _Trial, shift: int, tolerance: float) -> bool:
+def _adds_up(loss: _Loss, trial: Trial, shift: int, tolerance: float) -> bool:
     """Whether the sum over all labels, the loss times their number, is the sum over those of both parts."""
     sums = []
-    for entries in (trial.whole, trial.first, trial.second):
+    for entries in trial:
         number, mean = int(_number_of_labels(entries["labels"], shift)), loss(entries)
         sums.append(number * float(mean) if number else 0.0)
         tolerance = max(tolerance, 4 * torch.finfo(mean.dtype).eps)  # a loss may be in half precision
@@ -154,7 +141,7 @@ def _counts_labels_alike(loss: _Loss, shift: int) -> bool:
     return all(all_gather(all(add_up)))
 
 
-def label_trials(labels: Tensor, classes: int) -> Iterator[_Trial]:
+def label_trials(labels: Tensor, classes: int) -> Iterator[Trial]:
     """Labels of several classes where there are some, cut into parts that differ in classes and in samples.
 
     All of the model's classes (or the first ones) have their turn, as each may have a weight.
@@ -168,8 +155,8 @@ def label_trials(labels: Tensor, classes: int) -> Iterator[_Trial]:
     fewest = min(all_gather(int(counted.sum())))
     mixtures += [(place + start) % classes for start in range(2, classes, max(1, fewest))][:TRIALS]
     for mixture in mixtures:
-        parts = (mixture.where(counted & chosen, IGNORED) for chosen in (counted, in_first, ~in_first))
-        yield _Trial(*({"labels": part} for part in parts))
+        whole, first, second = (mixture.where(counted & part, IGNORED) for part in (counted, in_first, ~in_first))
+        yield {"labels": whole}, {"labels": first}, {"labels": second}
 
 
 def _has_only_terms_of_labels(loss: _Loss, shift: int) -> bool:
@@ -178,27 +165,25 @@ def _has_only_terms_of_labels(loss: _Loss, shift: int) -> bool:
     They are the same for all parts of the labels. They do not add up over parts of the samples that have unlike numbers
     of labels.
     """
-    adds_up, cause = True, None
+    tried, adds_up, cause = False, True, None
     try:
-        trial = _sample_trial(loss)
-        if trial is not None:
-            adds_up = _adds_up(loss, trial, shift, _roughness(loss.trainer))
+        if (trial := _sample_trial(loss)) is not None:
+            tried, adds_up = True, _adds_up(loss, trial, shift, _roughness(loss.trainer))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of whatever the model says to a batch that is cut like this
-        trial, cause = None, error
-    if trial is None:
+        cause = error
+    if not tried:
         warnings.warn(
-            "log_training takes the loss for a plain mean over labels; whether it has terms without labels "
-            "(distillation, an auxiliary loss) could not be tried, since the first micro-batch cannot be cut into "
-            f"samples{f' ({type(cause).__name__}: {cause})' if cause else ''}. If it has none, pass "
-            "log_training(..., scale=lambda batch, num_items: the batch's number of labels), and nothing is tried.",
+            "whether the loss has terms without labels (distillation, an auxiliary loss) could not be tried, since the "
+            f"first micro-batch cannot be cut into samples{f' ({type(cause).__name__}: {cause})' if cause else ''}. If "
+            "it has none, pass log_training(..., scale=lambda batch, num_items: the batch's number of labels).",
             stacklevel=user_line(),
         )
     return all(all_gather(adds_up))
 
 
-def _sample_trial(loss: _Loss) -> _Trial | None:
+def _sample_trial(loss: _Loss) -> Trial | None:
     """All of a batch, and two halves of its samples; the first has half of its labels. None if it cannot be cut.
 
     One sample alone gets a second beside it, with the same tokens turned by one place, so that terms without labels
@@ -222,7 +207,7 @@ def _sample_trial(loss: _Loss) -> _Trial | None:
         thinned = entries["labels"][:half].where(every_other, IGNORED)
         entries["labels"] = torch.cat([thinned, entries["labels"][half:]])
     first, second = ({k: v[rows] for k, v in entries.items()} for rows in (slice(half), slice(half, None)))
-    return _Trial(entries, first, second)
+    return entries, first, second
 
 
 def _roughness(trainer: Any) -> float:

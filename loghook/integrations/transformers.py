@@ -51,9 +51,8 @@ def log_training(
     _refuse(trainer)
     if scale is None and run._config.gradient == "adam":
         raise ConfigError(
-            "gradient='adam' is not linear: each sample needs a scale, that of its loss as if it were the batch. Pass "
-            "log_training(..., scale=lambda batch, num_items: a number or a (B,) tensor), such as num_items over the "
-            "sample's number of labels, or log a checkpoint in a pass of its own."
+            "gradient='adam' is not linear, so each sample needs the scale of its loss as if it were the batch: pass "
+            "log_training(..., scale=lambda batch, num_items: (B,) tensor), or log a checkpoint in a pass of its own."
         )
     load, step, count = trainer.get_train_dataloader, trainer.training_step, scale
 
@@ -69,8 +68,8 @@ def log_training(
             loader = load()
         if isinstance(loader, DataLoaderDispatcher):
             raise ConfigError(
-                "batches of an iterable dataset are dispatched from rank 0, which carries tensors and no ids: pass "
-                "TrainingArguments(accelerator_config={'dispatch_batches': False}), so that each rank reads its own."
+                "batches of an iterable dataset are dispatched from rank 0, without ids: pass "
+                "TrainingArguments(accelerator_config={'dispatch_batches': False})."
             )
         return loader
 
@@ -79,7 +78,7 @@ def log_training(
         if id_column not in inputs:
             raise BatchError(
                 f"the batch has no {id_column!r} (it has {', '.join(map(repr, inputs))}): a get_train_dataloader or "
-                "dataset of your own must bring one id for each sample under this name, or name another id_column."
+                "dataset of your own must bring an id for each sample, or name another id_column."
             )
         data_id = inputs.pop(id_column)
         count = count or find_count(trainer, inputs, num_items_in_batch)
@@ -119,9 +118,8 @@ class _Collate:
         batch = self._collate([{k: v for k, v in feature.items() if k != column} for feature in features])
         if not isinstance(batch, MutableMapping):
             raise UnsupportedError(
-                f"the trainer's collator makes a {type(batch).__name__} and no batch of tensors: where a trainer makes "
-                "what it trains on inside its step (GRPO, RLOO, online distillation), rows cannot be given the ids of "
-                "its data. Log what it generated and rewarded in a loop of your own."
+                f"the trainer's collator makes a {type(batch).__name__} and no batch of tensors, as where a trainer "
+                "makes what it trains on inside its step (GRPO, RLOO): log what it generated in a loop of your own."
             )
         ids: list[Any] = []
         for feature in features:
@@ -147,14 +145,13 @@ def _documents(inputs: Mapping[str, Any], size: int) -> Tensor | None:
     else:
         raise BatchError(
             f"the collator joined {size} samples into {len(tokens)} rows and does not say where each begins: let it "
-            "return position_ids, seq_idx or cu_seq_lens_q, as DataCollatorWithFlattening can, or pad instead."
+            "return position_ids, seq_idx or cu_seq_lens_q, or pad instead."
         )
     documents = int(numbers.max()) + 1
     if documents != size:
         raise BatchError(
             f"{size} ids came with {documents} packed documents: an entry that was packed beforehand brings a list "
-            "with an id for each, and tokens that fill a row up count as documents where their position is 0 "
-            "(pad_to_multiple_of). Or pass log_training(..., segments=)."
+            "of ids, and tokens that fill a row up (pad_to_multiple_of) want log_training(..., segments=)."
         )
     return numbers
 
@@ -163,8 +160,8 @@ def _refuse(trainer: Any) -> None:
     """Raise for ways of training whose rows could not be exact."""
     if trainer.args.n_gpu > 1:
         raise UnsupportedError(
-            f"Trainer sees {trainer.args.n_gpu} devices from one process and would use nn.DataParallel, which has no "
-            "rows per sample: start one process for each with torchrun, or set CUDA_VISIBLE_DEVICES to one."
+            f"Trainer sees {trainer.args.n_gpu} devices from one process and would use nn.DataParallel: start one "
+            "process for each with torchrun, or set CUDA_VISIBLE_DEVICES to one."
         )
     kind = str(trainer.accelerator.distributed_type).split(".")[-1]
     parallel = getattr(trainer.accelerator, "parallelism_config", None)
