@@ -39,7 +39,7 @@ class Eigenbasis:
     @classmethod
     def of_moments(cls, inputs: Tensor, outputs: Tensor) -> "Eigenbasis":
         """Decompose the factors (k_in, k_in) and (k_out, k_out) of a log, whole at any width."""
-        return cls.of(*(Factor.of_blocks([m]) for m in (inputs, outputs)))
+        return cls.of(*(Factor.of([m]) for m in (inputs, outputs)))
 
     def to(self, like: Tensor) -> "Eigenbasis":
         """A copy with the device and dtype of a tensor, for rows that are there many times."""

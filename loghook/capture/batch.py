@@ -49,8 +49,7 @@ class Blocks:
             data_id: one int or str for each sample of the batch: a list, an array or a 1-D tensor.
             mask: (B, S), which tokens count in the statistics and in activation means; never changes a row. Where
                 layers see other tokens than others do (encoder and decoder), a dict {fnmatch pattern of names: mask};
-                the first pattern that fits a layer is its own, and one that none fits counts all tokens. Whether it has
-                as many tokens as the layers is checked where none of them is compiled.
+                the first pattern that fits a layer is its own, and one that none fits counts all tokens.
             scale: what rows are multiplied by: n if the loss is a mean over n items, so that a row is the gradient
                 of its own summed loss. Rows of ``gradient="adam"`` or ``"normalized"``, and samples that are scored,
                 may have one each: (B,).
@@ -149,8 +148,7 @@ def _check_scale(scale: Any, size: int | None = None) -> float | Tensor:
         if scale.dim() and size is None:
             raise BatchError(
                 f"scale is a tensor of shape {tuple(scale.shape)}, where statistics are sums over all samples: pass a "
-                "number or a 0-d tensor. One for each sample goes with rows of gradient='adam' or 'normalized', with "
-                "questions and in scoring passes."
+                "number or a 0-d tensor."
             )
         if scale.dim() and scale.shape != (size,):
             raise BatchError(f"scale has shape {tuple(scale.shape)} in a block of {size} ids: pass a number, or (B,).")
@@ -183,8 +181,8 @@ def batch_size(batch: Any) -> int:
     _each(batch, note)
     if len(sizes) != 1:
         raise BatchError(
-            f"the batch's tensors have first axes of {sorted(sizes)}: pass tensors (or a dict, list or tuple of them) "
-            "with the samples along the first axis, or each sample as a batch of its own, check(..., alone=[...])."
+            f"the batch's tensors have first axes of {sorted(sizes)}: put the samples along the first axis of each, or "
+            "pass each sample as a batch of its own, check(..., alone=[...])."
         )
     return sizes.pop()
 
@@ -218,7 +216,7 @@ def documents(batch: Any, segments: Any) -> list[tuple[Any, Tensor | None]]:
     else:
         raise BatchError(
             f"the batch has {size} entries, and segments {len(numbers)} of {len(entries)} documents: pass segments for "
-            "the batch's own entries, or for those that the loss makes of a batch with one entry a document."
+            "the batch's own entries, or a batch with one entry a document."
         )
     return [(own, torch.zeros(len(places), 1, dtype=torch.long)) for own, places in zip(alone, entries, strict=True)]
 
@@ -232,8 +230,8 @@ def _document(mine_BS: Tensor, t: Tensor) -> Tensor:
     row = mine_BS.any(1).nonzero().flatten()
     if len(row) > 1:
         raise BatchError(
-            f"a document has tokens in rows {row.tolist()} of the batch, so it cannot be compared with itself in a row "
-            "of its own: number documents that end with their row."
+            f"a document has tokens in rows {row.tolist()} of the batch, and not one to be compared in: "
+            "number documents that end with their row."
         )
     row, tokens = (place.to(t.device) for place in (row, mine_BS[row[0]].nonzero().flatten()))
     if t.shape[:2] == (B, S):
@@ -242,8 +240,7 @@ def _document(mine_BS: Tensor, t: Tensor) -> Tensor:
         return t[row][:, :, tokens][..., tokens]
     raise BatchError(
         f"the batch has a tensor of shape {tuple(t.shape)} where segments has (batch, tokens) = {(B, S)}, so a "
-        "document cannot be cut out of it: leave it out, or let loss_fn make it from what can be cut (the bounds of "
-        "documents from position_ids)."
+        "document cannot be cut out of it: let loss_fn make it from what can be cut (bounds from position_ids)."
     )
 
 
@@ -252,10 +249,8 @@ def _each(batch: Any, function: Callable[[Any], Any], plain: bool = False) -> An
 
     With ``plain`` arrays and lists of numbers or words count as tensors.
     """
-    if isinstance(batch, Tensor):
-        return function(batch) if batch.dim() else batch
-    if plain and (isinstance(batch, np.ndarray) and batch.ndim):
-        return function(batch)
+    if isinstance(batch, Tensor) or (plain and isinstance(batch, np.ndarray)):
+        return function(batch) if batch.ndim else batch
     if plain and isinstance(batch, list) and all(isinstance(value, int | float | str) for value in batch):
         return function(batch)
     if isinstance(batch, Mapping):

@@ -78,29 +78,25 @@ def under_zero(model: nn.Module) -> bool:
 def _require_harmless(model: nn.Module) -> None:
     if under_zero(model):
         raise UnsupportedError(
-            "a pass without weight gradients fails under DeepSpeed's ZeRO, or makes the training that follows another "
-            "one: log inside training, without loghook.frozen, or before deepspeed.initialize()."
+            "a pass without weight gradients fails under DeepSpeed's ZeRO, or changes the training that follows: log "
+            "inside training, or before deepspeed.initialize()."
         )
     for module in model.modules():
-        # What DDP does in its first iteration is what it does in all others.
-        if getattr(module, "static_graph", False) and not getattr(
-            module, "_static_graph_delay_allreduce_enqueued", True
-        ):
+        waits = not getattr(module, "_static_graph_delay_allreduce_enqueued", True)
+        if waits and getattr(module, "static_graph", False):
             raise UnsupportedError(
-                "DistributedDataParallel(static_graph=True) would take a pass without weight gradients for the pattern "
-                "of all that follow, and reduce none: go through the unwrapped model (model.module), or freeze it "
-                "after a step."
+                "DistributedDataParallel(static_graph=True) would take this pass for the pattern of all that follow, "
+                "and reduce no gradients: go through model.module, or freeze it after a step."
             )
     for module in fsdp1_modules(model):
         if "NO_SHARD" in str(module.sharding_strategy):
             raise UnsupportedError(
                 "FSDP1 without shards (NO_SHARD, or a single process) trains otherwise after a pass without weight "
-                "gradients: wrap the model after that pass, or use fully_shard (FSDP2)."
+                "gradients: wrap the model afterwards, or use FSDP2."
             )
         if any(p.grad is not None for p in module.parameters()):
             raise UnsupportedError(
-                "FSDP1 drops the gradients that its parameters have in a pass without weight gradients: freeze the "
-                "model before backward() or after step() and zero_grad()."
+                "FSDP1 would drop the gradients that its parameters have: freeze the model after zero_grad()."
             )
 
 

@@ -23,32 +23,28 @@ class Moments:
     optimizer: Any
     parameters: Sequence[tuple[nn.Parameter, dict[str, Any]]]  # the weight, perhaps the bias; each with its options
 
-    @property
-    def linear(self) -> bool:
-        """Whether what is made of a sum of gradients is the sum of what is made of each."""
-        return self.gradient == "normalized"
-
     def held(self) -> list[Tensor]:
         states = [self.optimizer.state.get(parameter, {}) for parameter, _ in self.parameters]
         return [state[key] for state in states for key in ("exp_avg", "exp_avg_sq") if key in state]
 
     def read(self, layer: Layer, device: torch.device, dtype: torch.dtype) -> tuple[Tensor | None, Tensor, Tensor]:
         """Return what ``update_rows`` takes of them, arranged as the layer's gradient: mean, square and numbers."""
-        moments: dict[str, list[Tensor]] = {key: [] for key in ("exp_avg", "exp_avg_sq")[self.linear :]}
+        moments: dict[str, list[Tensor]] = {
+            key: [] for key in ("exp_avg", "exp_avg_sq")[self.gradient == "normalized" :]
+        }
         numbers: list[Tensor] = []
         for parameter, group in self.parameters:
             state = self.optimizer.state.get(parameter, {})
             if not {"step", "exp_avg", "exp_avg_sq"} <= state.keys():
                 raise StateError(
-                    f"the optimizer holds {sorted(state) or 'nothing'} of layer {layer.name!r}, where gradient="
-                    f"{self.gradient!r} needs step, exp_avg and exp_avg_sq: load the optimizer's state, or take its "
-                    "first step before the first block; a parameter that never had a gradient has none."
+                    f"the optimizer holds {sorted(state) or 'nothing'} of layer {layer.name!r}, and not step, exp_avg "
+                    "and exp_avg_sq: load its state, or take its first step before the first block."
                 )
             for key, values in moments.items():
                 if type(state[key]) is not Tensor or state[key].shape != parameter.shape:
                     raise UnsupportedError(
-                        f"the optimizer's moments of layer {layer.name!r} are sharded or quantised, so that the whole "
-                        "gradient has no counterpart: log on one process, from a checkpoint with plain Adam state."
+                        f"the optimizer's moments of layer {layer.name!r} are sharded or quantised: log on one process, "
+                        "from a checkpoint with plain Adam state."
                     )
                 values.append(state[key].to(device, dtype))
             width = 1 if numbers else layer.spec.in_features  # a bias is the last column
@@ -78,7 +74,7 @@ def bind(model: nn.Module, layers: Sequence[Layer], optimizer: Any, gradient: st
     """Tell layers where ``optimizer`` keeps their moments; raise where rows of its update could not be exact."""
     if gradient == "plain":
         if optimizer is not None:
-            raise ConfigError("optimizer= is read for rows of gradient='normalized' or 'adam' only: leave it out.")
+            raise ConfigError("optimizer= goes with gradient='normalized' or 'adam' only: leave it out.")
         return
     groups = {id(p): group for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
     uses = Counter(id(p) for module in unwrap(model).modules() for p in module.parameters(recurse=False))
@@ -89,15 +85,15 @@ def bind(model: nn.Module, layers: Sequence[Layer], optimizer: Any, gradient: st
             # An exact type: sharded and quantised weights are of others.
             if type(parameter) is not nn.Parameter or in_flat_parameter(parameter):
                 raise UnsupportedError(
-                    f"layer {layer.name!r} holds no plain {name} (sharded, quantised, fused or computed), so that no "
-                    f"optimizer has moments of it for gradient={gradient!r}: exclude it, or log gradient='plain'."
+                    f"layer {layer.name!r} holds no plain {name} (sharded, quantised, fused or computed) with moments "
+                    f"for gradient={gradient!r}: exclude it, or log gradient='plain'."
                 )
             group = groups.get(id(parameter), {})
             if not {"betas", "eps"} <= group.keys() or group.get("maximize"):
                 raise ConfigError(
                     f"optimizer={type(optimizer).__name__} does not train the {name} of layer {layer.name!r} as Adam "
-                    f"does, where gradient={gradient!r} reads Adam's moments: pass watch(..., optimizer=) the Adam or "
-                    "AdamW (minimising) that trains it, and leave out what it does not train."
+                    f"does, whose moments gradient={gradient!r} reads: pass watch(..., optimizer=) the Adam or AdamW "
+                    "(minimising) that trains it, and leave out what it does not train."
                 )
             if gradient == "adam" and uses[id(parameter)] > 1:
                 raise UnsupportedError(

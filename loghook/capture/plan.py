@@ -30,27 +30,16 @@ _UNITS = {"": 1, "k": 1e3, "K": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "Ki": 2**10,
 
 @dataclass(kw_only=True)
 class Plan:
-    """The cost of logging some samples; ``print`` shows it. ``with`` measures time, see ``Run.plan``.
+    """The cost of logging some samples; ``print`` shows it. ``with`` measures time, see ``Run.plan``."""
 
-    Attributes:
-        config: the arguments of the run.
-        layers: the layers, with their projections or place-holders of their shapes.
-        coverage: the coverage record, see ``Manifest.coverage``.
-        samples: how many rows.
-        tokens: of a sample.
-        batch: samples of a block; the largest that was measured, once some were.
-        disk: bytes that there are, or None.
-        seconds: for a sample on this process, once blocks were measured, or None.
-    """
-
-    config: Config
-    layers: Sequence[Layer]
-    coverage: dict[str, Any]
-    samples: int
-    tokens: int = 1
-    batch: int = 1
-    disk: float | None = None
-    seconds: float | None = None
+    config: Config  # the arguments of the run
+    layers: Sequence[Layer]  # with their projections, or place-holders of their shapes
+    coverage: dict[str, Any]  # see ``Manifest.coverage``
+    samples: int  # how many rows
+    tokens: int = 1  # of a sample
+    batch: int = 1  # samples of a block; the largest that was measured, once some were
+    disk: float | None = None  # bytes that there are
+    seconds: float | None = None  # for a sample on this process, once blocks were measured
     _run: Any = None
     _marks: list[tuple[float, int]] = field(default_factory=list)  # when blocks ended, and their samples
 
@@ -198,17 +187,8 @@ def plan_config(
 ) -> Plan:  # fmt: skip
     """Plan for a transformers model on the meta device: no weights are read or made.
 
-    Args:
-        model: a folder with a ``config.json``, such a file, or a name that transformers knows.
-        samples: how many; like ``tokens``, ``batch`` and ``disk`` as in ``Run.plan``.
-        tokens: of a sample.
-        rank: as in ``loghook.init``, like ``dtype`` and ``projection``.
-        dtype: how rows are stored.
-        projection: its kind.
-        batch: samples of a block.
-        disk: what there is, such as "500 GB", or None.
-        include: as in ``run.watch``, like ``exclude``.
-        exclude: patterns left out.
+    ``model`` is a folder with a ``config.json``, such a file, or a name that transformers knows; the other arguments
+    are those of ``Run.plan``, ``loghook.init`` and ``run.watch``.
 
     Raises:
         ConfigError: for a configuration that transformers cannot use.

@@ -67,13 +67,11 @@ class Probe(Hooked):
         self.sharded = bool(fsdp1_modules(model)) or any(type(p).__name__ == "DTensor" for p in model.parameters())
         sizes = all_gather(len(self._alone)) if self.sharded else [len(self._alone)]
         if min(sizes) < 2:
-            raise BatchError(
-                f"check got a batch of one {self.unit}: pass at least two, so that they can be told apart."
-            )
+            raise BatchError(f"check got a batch of one {self.unit}: pass at least two.")
         if len(set(sizes)) > 1:
             raise BatchError(
-                f"the processes check batches of {sizes} {self.unit}s, each of which goes alone through a model that "
-                "all of them hold together: give all processes as many, or check the model before it is sharded."
+                f"the processes check batches of {sizes} {self.unit}s with a model that they hold together: give all "
+                "of them as many, or check the model before it is sharded."
             )
         self.watched, self.coverage = self._select(model, watch)
         self._hook(model, self.watched)
@@ -145,30 +143,25 @@ class Probe(Hooked):
 
 def _from_parameters(layer: Layer, uses: Counter[int]) -> Tensor | None:
     """The row of one sample from autograd's own gradient, (k_out, k_in) in float64, or None where it has none."""
-    module = layer.module
-    if is_parametrized(module, "weight") or is_parametrized(module, "bias"):  # reading them would make them anew
+    module, spec = layer.module, layer.spec
+    names = ("weight", "bias")[: 1 + spec.bias]
+    if any(is_parametrized(module, name) for name in names):  # reading them would make them anew
         return None
-    weight, bias = getattr(module, "weight", None), getattr(module, "bias", None) if layer.spec.bias else None
-    if (
-        not isinstance(weight, Tensor)
-        or not weight.is_leaf
-        or (bias is not None and (not bias.is_leaf or bias.grad is None))
-        or weight.grad is None
-        or type(weight).__name__ == "DTensor"
-    ):
+    parameters: list[Any] = [getattr(module, name, None) for name in names]
+    if not all(isinstance(p, Tensor) and p.is_leaf and p.grad is not None for p in parameters):
         return None
-    if weight.dim() == 1 and layer.spec.in_features > 1 and layer.spec.out_features > 1:  # FSDP1's flat one
+    weight = parameters[0]
+    # FSDP1's flat one holds, on a process alone, all values in one dimension.
+    flat = weight.dim() == 1 and spec.in_features > 1 and spec.out_features > 1
+    if flat or uses[id(weight)] > 1 or type(weight).__name__ == "DTensor":
         return None
-    if uses[id(weight)] > 1 or weight.numel() != layer.spec.in_features * layer.spec.out_features:
+    if weight.numel() != spec.in_features * spec.out_features:  # quantised, or a shard
         return None
-    dense = weight.grad.to_dense() if weight.grad.is_sparse else weight.grad
-    bias_grad = None if bias is None else bias.grad.cpu().double()
-    gradient = layer.adapter.gradient(module, dense.cpu().double(), bias_grad)
-    for side, axis in ((layer.output_side, 0), (layer.input_side, 1)):
-        if side.matrix is not None:
-            matrix = side.matrix.cpu().double() * side.gain
-            gradient = matrix @ gradient if axis == 0 else gradient @ matrix.T
-    return gradient
+    dense, *bias = ((p.grad.to_dense() if p.grad.is_sparse else p.grad).cpu().double() for p in parameters)
+    gradient = layer.adapter.gradient(module, dense, *(bias or [None]))
+    p_in, p_out = (None if s.matrix is None else s.matrix.cpu().double() * s.gain for s in layer.sides)
+    gradient = gradient if p_out is None else p_out @ gradient
+    return gradient if p_in is None else gradient @ p_in.T
 
 
 @contextmanager
@@ -200,8 +193,8 @@ def _require_no_deepspeed(model: nn.Module) -> None:
     """Raise where DeepSpeed has a hand in backward: it fails for plain losses, or makes training another one."""
     if under_zero(model) or any(c.__name__ == "DeepSpeedEngine" for m in model.modules() for c in type(m).__mro__):
         raise UnsupportedError(
-            "DeepSpeed takes gradients from backward before anybody can compare them: call loghook.check with the "
-            "plain model, before deepspeed.initialize(). Logging inside training works."
+            "DeepSpeed takes gradients away before anybody can compare them: call loghook.check before "
+            "deepspeed.initialize(). Logging inside training works."
         )
 
 
@@ -218,8 +211,7 @@ def _require_no_waiting(model: nn.Module) -> None:
             waits |= p.unsharded_accumulated_grad is not None or getattr(unsharded, "grad", None) is not None
     if waits:
         raise UnsupportedError(
-            "FSDP holds gradients that wait to be reduced, or for a step, and backward would add to them: call "
-            "loghook.check before the first micro-batch of a step."
+            "FSDP holds gradients that wait for others or a step: call loghook.check before a step's first micro-batch."
         )
 
 

@@ -22,6 +22,7 @@ from loghook.log.format import MANIFEST, Manifest, listed
 from loghook.log.writer import Batch, Writer, finite_rows, not_finite
 from loghook.processes import all_gather, broadcast, process_rank, rank_and_size, world_size
 
+_AGAIN = "What was committed is kept: start all of them again with resume=True."
 FAINT = 2.0**-18  # a row of smaller values is changed by some percent in float16, whose values lie 2**-24 apart there
 
 
@@ -48,8 +49,7 @@ class Repeats:
             again = data_id in self._seen or data_id in fresh
             if again and rule == "error":
                 raise BatchError(
-                    f"data_id {data_id!r} was logged before and on_repeat='error': give each sample an id of its own, "
-                    "or pass on_repeat='first' to keep the first row, or 'all' to keep every row."
+                    f"data_id {data_id!r} was logged before and on_repeat='error': give each sample an id of its own."
                 )
             keep[i] = not again and data_id not in self.committed.ids
             repeats += again
@@ -94,17 +94,13 @@ class Session:
         """The rule for repeats of a resumed run, which a run that was begun with one keeps."""
         before, now = manifest.on_repeat, self._config.on_repeat
         if before and now and before != now:
-            raise MismatchError(
-                f"cannot resume: on_repeat is {before!r} there and {now!r} now. Pass the first one, or none."
-            )
+            raise MismatchError(f"cannot resume: on_repeat is {before!r} there and {now!r} now: leave it out.")
         return before or now
 
     def require_id_type(self, id_type: str) -> None:
         """Raise unless ids are of the type that the run has."""
         if self.manifest is not None and self.manifest.id_type != id_type:
-            raise BatchError(
-                f"data_id is {id_type} here, was {self.manifest.id_type}: use one type throughout the run."
-            )
+            raise BatchError(f"data_id is {id_type} here, was {self.manifest.id_type}: use one type throughout.")
 
     def passes_done(self) -> set[int]:
         """Passes that are over, for rank 0 and so for all: loops may hold collectives."""
@@ -114,7 +110,7 @@ class Session:
             if any(other != first for other, _ in others):
                 raise StateError(
                     f"ranks found different runs in {self.path}, or only some found one: give all of them one path, on "
-                    "a disk that they see alike, and start all of them again."
+                    "a disk that they see alike."
                 )
             self.repeats.committed.done = done
         return self.repeats.committed.done
@@ -132,8 +128,8 @@ class Session:
         for rank, (other_path, begun, other) in enumerate(proposals):
             if other_path != path:
                 raise ConfigError(
-                    f"rank {rank} writes to {other_path} and rank {lead} to {path}: the ranks of one job write one "
-                    "run, so give all of them the same path. Runs of separate jobs are joined by loghook merge."
+                    f"rank {rank} writes to {other_path} and rank {lead} to {path}: give the ranks of one job one path "
+                    "(loghook merge joins runs of separate jobs)."
                 )
             for name in (*SAME, "on_repeat"):
                 one, two = getattr(first, name), getattr(other, name)
@@ -142,11 +138,10 @@ class Session:
                     if name == "layers":
                         odd = listed(sorted({spec.name for spec in {*one} ^ {*two}}))
                         shown = f"ranks {lead} and {rank} watch other layers, or layers of other widths ({odd})"
-                    raise MismatchError(f"{shown}: the ranks of one job write one log, so give all of them the same.")
+                    raise MismatchError(f"{shown}: give all ranks of a job, which write one log, the same.")
         if len({manifest.parameters["first"] for _, begun, manifest in proposals if begun} - {None}) > 1:
             warnings.warn(
-                "the ranks begin with different parameter values, so that their rows are gradients at different "
-                "points: load one checkpoint on all of them.",
+                "the ranks begin with different parameter values: load one checkpoint on all of them.",
                 CheckpointWarning,
                 stacklevel=user_line(),
             )
@@ -172,23 +167,17 @@ class Session:
             writer.on_reject = self.repeats.forget
             try:
                 # Under the lock: whoever comes second must not put a manifest of its own in place of the first one's.
-                self._require_unchanged(writer)
+                read = self.repeats.committed.records.get(process_rank(), 0)
+                if self.manifest is not None and len(writer.records) != read:
+                    raise StateError(
+                        f"another process went on with {self.path} meanwhile: start again with resume=True."
+                    )
                 self.manifest = self._settle(fresh)
             except BaseException:
                 writer.close()
                 raise
         self.writer, self._writers = writer, rank_and_size()[1]
         return writer
-
-    def _require_unchanged(self, writer: Writer) -> None:
-        """Raise if another process went on with the run since this one read what is committed."""
-        if self.manifest is None:
-            return
-        read = self.repeats.committed.records.get(process_rank(), 0)
-        if len(writer.records) != read:
-            raise StateError(
-                f"another process went on with {self.path} meanwhile: start again with loghook.init(..., resume=True)."
-            )
 
     def _settle(self, fresh: Manifest) -> Manifest:
         """Return the run's manifest, written by rank 0 if it is new or more ranks write now than before."""
@@ -226,17 +215,13 @@ class Session:
         if (now := rank_and_size()[1]) != self._writers:
             raise StateError(
                 f"{self._writers} processes under torch.distributed began to log and {now} come to finalize(): call it "
-                "before destroy_process_group() or accelerate's end_training(). What was committed is kept: start all "
-                "of them again with resume=True."
+                f"before destroy_process_group() or accelerate's end_training(). {_AGAIN}"
             )
         try:
             # New each time, so that the end of an interrupted run is not taken for this one.
             session = broadcast(uuid.uuid4().hex)
         except RuntimeError as error:
-            raise StateError(
-                f"another process is gone before it came to finalize() ({error}). What was committed is kept: start "
-                "all of them again with resume=True."
-            ) from error
+            raise StateError(f"another process is gone before it came to finalize() ({error}). {_AGAIN}") from error
         self.writer = None
         try:
             writer.record({"end": session})
@@ -266,9 +251,8 @@ class Session:
         self._looks = rows.device.type == "cpu" and not len(faint)
         if len(faint):
             warnings.warn(
-                f"rows underflow in float16: the largest value of one is {float(faint.min()):.1e}, and what is below "
-                f"{FAINT:.0e} is mostly rounded away. Log with scale=, if the loss is divided by samples or tokens, or "
-                "with dtype='bfloat16'.",
+                f"rows underflow in float16: the largest value of one is {float(faint.min()):.1e}. Log with scale=, if "
+                "the loss is divided by samples or tokens, or with dtype='bfloat16'.",
                 stacklevel=user_line(),
             )
 

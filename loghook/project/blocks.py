@@ -69,13 +69,8 @@ class Factor:
     vectors: Sequence[Tensor]  # for each block its eigenvectors as columns
 
     @classmethod
-    def of(cls, flat: Tensor, width: int) -> "Factor":
-        """Decompose flattened blocks (see ``second_moment_blocks``), already divided by the number of tokens."""
-        return cls.of_blocks(blocks_of(flat, width))
-
-    @classmethod
-    def of_blocks(cls, blocks: Sequence[Tensor]) -> "Factor":
-        """Decompose diagonal blocks of a mean second moment, in float64."""
+    def of(cls, blocks: Sequence[Tensor]) -> "Factor":
+        """Decompose the diagonal blocks of a mean second moment, in float64."""
         values, vectors = [], []
         for block in map(in_float64, blocks):
             w, v = torch.linalg.eigh((block + block.T) / 2)
