@@ -211,7 +211,7 @@ def _batch_first(layer: Layer, slots: Slots, x: Tensor) -> Tensor:
             f"{len(x)} samples, {tokens.size} ids: layer {layer.name!r} got an input of shape {shape}, and its "
             f"{'second axis (batch_dim=1)' if moved else 'first axis'} must be the batch. Pass one id for each sample, "
             "segments= where a sample is several rows, segments={pattern: ...} where layers see other entries, watch("
-            "..., batch_dim=1 or flattened=) for other axes; or exclude a layer whose input all samples share."
+            "..., batch_dim=1 or flattened=) for other axes; or exclude the layer if all samples share its input."
         )
     return x
 

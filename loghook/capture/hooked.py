@@ -65,8 +65,8 @@ class Hooked:
         """Choose layers of a model; returns the coverage record as well."""
         if self._layers:
             raise StateError(
-                "a model is watched already: one watch() call takes several patterns, and two models are watched, and "
-                "attached later, as parts of one: nn.ModuleDict({'a': a, 'b': b})."
+                "a model is watched already: one watch() call takes several patterns, and two models are watched as "
+                "parts of one, nn.ModuleDict({'a': a, 'b': b})."
             )
         refuse(model)
         return select(model, watch, self._config)
@@ -116,15 +116,19 @@ class Hooked:
         self._require_outside()
         if self._names and not self._handles:
             raise StateError(
-                "this run was closed and its hooks are removed: go on with loghook.init(path, resume=True), or ask "
-                "questions with loghook.load(path).attach(model)."
+                "this run was closed: go on with loghook.init(path, resume=True), or ask questions with "
+                "loghook.load(path).attach(model)."
             )
         self._require_watched()
         if self._mixing is None:
             if self._model is not None:
                 refuse(self._model, watched=True)
             for layer in self._layers:
-                _require_unchanged(layer)
+                if not fits_record(layer.spec, layer.module, layer.adapter):
+                    raise StateError(
+                        f"layer {layer.name!r} has changed since it was watched: it was {layer.spec}, and is "
+                        f"{layer.adapter.geometry(layer.module)}. Watch the model again with a new run."
+                    )
             self._mixing = [] if self._model is None else mixing_modules(self._model)
         _require_apart(self._mixing)
         documents = check_segments(given.segments, size, self._names)
@@ -155,8 +159,8 @@ class Hooked:
         projection = self._config.projection
         if projection in FITTED and self._fitted is None:
             raise StateError(
-                f"projection={projection!r} is not fitted yet: go through `for _ in run.passes():`, whose first "
-                "pass fits it; inside training, fit it beforehand and pass init(..., fitted=path of that run)."
+                f"projection={projection!r} is not fitted yet: go through `for _ in run.passes():`, whose first pass "
+                "fits it; inside training, pass init(..., fitted=path of a run that has it)."
             )
 
     def _require_watched(self) -> None:
@@ -173,12 +177,7 @@ class Hooked:
     ) -> Iterator[Query]:
         """Capture the rows of questions, to be scored against a log; nothing is written.
 
-        Args:
-            data_id: one int or str for each sample of the batch.
-            mask: (B, S), or a dict of them by layer, which tokens count in activation means; never changes a gradient.
-            scale: what rows are multiplied by: n if the loss is a mean over n items; or (B,), one for each.
-            segments: (B, S), each token's place in ``data_id``, where a question is not a sample, or a dict of them by
-                layer; see ``Run``.
+        Arguments are as in ``run(...)``; where ``segments`` is given, a question is what it says instead of a sample.
 
         Yields:
             A Query that holds its rows once the block ends.
@@ -244,19 +243,9 @@ def _require_apart(mixing: Iterable[tuple[str, nn.Module]]) -> None:
         if module.training or module.running_mean is None:
             state = "is in training mode" if module.training else "keeps no running statistics"
             raise UnsupportedError(
-                f"{type(module).__name__} {name!r} {state} and mixes the samples of a batch, so a gradient per sample "
-                "does not exist: call eval() on it, with running statistics, for the logging pass, or use GroupNorm or "
-                "LayerNorm."
+                f"{type(module).__name__} {name!r} {state} and mixes the samples of a batch: call eval() on it, with "
+                "running statistics, for the logging pass, or use GroupNorm or LayerNorm."
             )
-
-
-def _require_unchanged(layer: Layer) -> None:
-    """Raise where a layer has been given other widths, or lost its bias, since it was watched."""
-    if not fits_record(layer.spec, layer.module, layer.adapter):
-        raise StateError(
-            f"layer {layer.name!r} has changed since it was watched: it was {layer.spec}, and is "
-            f"{layer.adapter.geometry(layer.module)}. Watch the model again with a new run."
-        )
 
 
 def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:

@@ -108,14 +108,13 @@ def refuse(model: nn.Module, *, watched: bool = False) -> None:
     for module in model.modules():
         if isinstance(module, nn.DataParallel):
             raise UnsupportedError(
-                "nn.DataParallel replicates modules in every forward, so that hooks see pieces of a batch in no fixed "
-                "order: use DistributedDataParallel (one process per device), or pass model.module."
+                "nn.DataParallel shows hooks pieces of a batch in no fixed order: use DistributedDataParallel (one "
+                "process per device), or pass model.module."
             )
         offload = getattr(getattr(module, "cpu_offload", None), "offload_params", False)
         if offload and getattr(module, "compute_device", torch.device("cpu")).type != "cpu":
             raise UnsupportedError(
-                "FSDP1 with offloaded parameters does not say where a layer computes: use FSDP2 (fully_shard with "
-                "CPUOffloadPolicy), or no offloading."
+                "FSDP1 with offloaded parameters does not say where a layer computes: use FSDP2, or no offloading."
             )
     if lazy := [name for name, parameter in model.named_parameters() if is_lazy(parameter)]:
         raise UnsupportedError(f"{lazy[0]!r} has no shape yet (a lazy module): run one batch through the model first.")
@@ -129,9 +128,8 @@ def refuse(model: nn.Module, *, watched: bool = False) -> None:
         if splitting or not (sharded or watched):
             raise UnsupportedError(
                 f"parameter {name!r} belongs to tensor, sequence, context or pipeline parallelism (mesh dimensions "
-                f"{splitting or mesh.mesh_dim_names}), where a rank sees a part of a sample's tokens, or of a layer's "
-                "inputs or outputs, and its rows would be partial: use data parallelism (DDP or FSDP) for the logging "
-                "pass."
+                f"{splitting or mesh.mesh_dim_names}), and a rank's rows would be partial: use data parallelism (DDP "
+                "or FSDP) for the logging pass."
             )
 
 
@@ -151,8 +149,7 @@ def _splitting(mesh: Any) -> tuple[str, ...]:
 
 def mixing_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Modules that mix the samples of a batch while they are in training mode."""
-    batch_norms = (nn.modules.batchnorm._BatchNorm,)
-    return [(name, module) for name, module in named_modules(model) if isinstance(module, batch_norms)]
+    return [(name, m) for name, m in named_modules(model) if isinstance(m, nn.modules.batchnorm._BatchNorm)]
 
 
 def coverage(model: nn.Module, watched: Collection[str], reasons: dict[str, str]) -> dict[str, Any]:

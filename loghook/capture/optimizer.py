@@ -43,8 +43,8 @@ class Moments:
             for key, values in moments.items():
                 if type(state[key]) is not Tensor or state[key].shape != parameter.shape:
                     raise UnsupportedError(
-                        f"the optimizer's moments of layer {layer.name!r} are sharded or quantised: log on one process, "
-                        "from a checkpoint with plain Adam state."
+                        f"the optimizer's moments of layer {layer.name!r} are sharded or quantised: log on one "
+                        "process, from a checkpoint with plain Adam state."
                     )
                 values.append(state[key].to(device, dtype))
             width = 1 if numbers else layer.spec.in_features  # a bias is the last column

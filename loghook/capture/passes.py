@@ -41,8 +41,8 @@ class Gathering:
             if given.scaler is not None:
                 return
             raise NotFiniteError(
-                f"the statistics of a batch (data_id {ids[0]!r}, ...) are not finite, so nothing of it was added. Look "
-                "at the loss of its samples; under a GradScaler pass run(..., scaler=scaler), which leaves it out.",
+                f"the statistics of a batch (data_id {ids[0]!r}, ...) are not finite, so nothing of it was added: look "
+                "at the loss of its samples; under a GradScaler pass run(..., scaler=scaler).",
                 ids,
             )
         for name, value in results.items():
@@ -51,14 +51,16 @@ class Gathering:
         self.samples += int(keep.sum())
         self.repeats.met(ids)
 
+    def take(self, layer: Layer) -> Tensor:
+        """A layer's sum, which is let go of; zeros if it always slept."""
+        total = self.totals.pop(layer.name, None)
+        return torch.zeros(self._job.shape(layer, 0), dtype=torch.float64, device="cpu") if total is None else total
+
     def reduce(self) -> "Gathering":
-        """Sum over processes, at the same point on all of them; a layer that slept here counts zero."""
+        """Sum over processes, at the same point on all of them."""
         if rank_and_size()[1] > 1:
             for layer in self._hooked._layers:
-                total = self.totals.get(layer.name)
-                if total is None:
-                    total = torch.zeros(self._job.shape(layer, 0), dtype=torch.float64, device="cpu")
-                self.totals[layer.name] = all_reduce(total.cpu().double())
+                self.totals[layer.name] = all_reduce(self.take(layer).cpu().double())
             self.samples = int(all_reduce(torch.tensor(self.samples)))
         if not self.samples:
             raise StateError("this pass saw no samples: run the whole loop inside `for _ in run.passes():`.")
@@ -125,8 +127,8 @@ class Pass:
         """Notice at the end of a pass ids that name the place in a batch and not the sample."""
         if self._repeated > self._kept and self._kept <= self._largest:  # no more than one batch: no second epoch
             warnings.warn(
-                f"{self._repeated:,} samples of this pass had ids that came before and were left out, and no more than "
-                f"a batch, {self._kept:,}, were kept: a data_id names a sample, not its place in the batch.",
+                f"{self._repeated:,} samples of this pass had ids that came before, and only {self._kept:,} were kept: "
+                "a data_id names a sample, not its place in the batch.",
                 stacklevel=user_line(),
             )
 
@@ -171,12 +173,10 @@ def decompose(layers: Sequence[Layer], sums: Gathering) -> dict[str, tuple[Facto
     for start in range(0, len(layers), world):
         mine: dict[str, tuple[Factor, Factor]] = {}
         for place, layer in enumerate(layers[start : start + world]):
-            total = sums.totals.pop(layer.name, None)
+            total = sums.take(layer)
             if place != rank:
                 continue
             w_in, w_out = (side.width for side in layer.sides)
-            if total is None:
-                total = torch.zeros(square_size(w_in) + square_size(w_out) + 1, dtype=torch.float64, device="cpu")
             flat_in, flat_out, tokens = split(layer, total.to(layer.device_and_dtype()[0]))
             flat_in, flat_out = flat_in / max(tokens, 1.0), flat_out / max(tokens, 1.0)
             decomposed = inputs.setdefault((w_in, flat_in.device), [])
@@ -202,12 +202,10 @@ def fit_sides(
     for layer in layers:
         if layer.name not in factors:
             raise MismatchError(f"layer {layer.name!r} has no factors: fit them with the same watch(...) patterns.")
+        name, (inputs, outputs) = layer.name, factors[layer.name]
         fit = partial(
-            fit_side, config.projection, seed=config.seed, rank=rank_of(layer.name, config.rank),
+            fit_side, config.projection, seed=config.seed, rank=rank_of(name, config.rank),
             damping=config.whitening or 0.0,
         )  # fmt: skip
-        inputs, outputs = factors[layer.name]
-        sides[layer.name] = (
-            fit(inputs, name=shared_input_name(layer.name), side="in"), fit(outputs, name=layer.name, side="out")
-        )  # fmt: skip
+        sides[name] = fit(inputs, name=shared_input_name(name), side="in"), fit(outputs, name=name, side="out")
     return sides

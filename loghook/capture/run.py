@@ -107,8 +107,8 @@ class Run(Blocks, Hooked):
         experts = sum(item["parameters"] for item in coverage["not_covered"] if item["reason"] == FUSED_EXPERTS)
         if experts:
             warnings.warn(
-                f"fused experts with {experts / coverage['total']:.0%} of the parameters are not covered: scores will "
-                "not speak of them. Pass watch(..., include=['*', '*experts*']) to log a row for every expert.",
+                f"fused experts with {experts / coverage['total']:.0%} of the parameters are not covered: pass watch("
+                "..., include=['*', '*experts*']) to log a row for every expert.",
                 stacklevel=user_line(),
             )
         if process_rank() == 0:
@@ -156,8 +156,8 @@ class Run(Blocks, Hooked):
         last = int(fits)  # index of the pass that logs
         if last in self._completed:
             raise StateError(
-                "the passes of this run are over, and going through them again would log nothing: put the epochs "
-                "inside `for _ in run.passes():`, or log without passes()."
+                "the passes of this run are over: put the epochs inside `for _ in run.passes():`, or log without "
+                "passes()."
             )
         if last in done and process_rank() == 0:
             print(f"{self.path}: an earlier process completed all passes. run.finalize() seals the run.")
@@ -185,8 +185,8 @@ class Run(Blocks, Hooked):
             yield logging
             if second and not logging._largest and not committed.ids and self._id_type:
                 raise StateError(
-                    "the first pass saw batches and this one none: a loader that can be gone through only once? Make "
-                    "it anew inside `for _ in run.passes():`."
+                    "the first pass saw batches and this one none: make a loader that can be gone through only once "
+                    "anew inside `for _ in run.passes():`."
                 )
             logging._warn_of_places()
             if self._session.manifest is None:
@@ -289,8 +289,7 @@ class Run(Blocks, Hooked):
     def _require_open(self) -> None:
         if self._session.sealed:
             raise StateError(
-                f"{self.path} is finalised: open another run, or this one for more rows with `loghook append`; "
-                "run.query(...) asks questions."
+                f"{self.path} is finalised: open another run, or this one for more rows with `loghook append`."
             )
         if self._closed:
             raise StateError(f"this run was closed: go on with loghook.init({str(self.path)!r}, resume=True).")
@@ -341,8 +340,8 @@ class Run(Blocks, Hooked):
             theirs = {key: getattr(other, key) for key in mine}
             if other.fitted is None or theirs != mine:
                 raise MismatchError(
-                    f"fitted={str(source)!r} has {_named(theirs)}, where this run has {_named(mine)}: fit another, or "
-                    "take its arguments."
+                    f"fitted={str(source)!r} has {_named(theirs)}, where this run has {_named(mine)}: take its "
+                    "arguments."
                 )
             self._settle_projection(load_sides(source, other.fitted))
         else:
@@ -381,9 +380,9 @@ class Run(Blocks, Hooked):
     def _warn_of_other_values(self) -> None:
         self._elsewhere = None
         warnings.warn(
-            f"{self.path} was begun with other parameter values than it goes on with (or moments of the optimizer), "
-            "and nothing trains them here, but the rows of one pass should be gradients at one point: load the "
-            "checkpoint that the run began with; if you mean these values, start again with overwrite=True.",
+            f"{self.path} was begun with other parameter values (or moments of the optimizer) than it goes on with, "
+            "and nothing trains them here: load the checkpoint that the run began with, or start again with "
+            "overwrite=True.",
             CheckpointWarning,
             stacklevel=user_line(),
         )

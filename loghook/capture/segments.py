@@ -90,9 +90,8 @@ class Documents(NamedTuple):
         if ours == (S, B) and B == 1:  # all entries side by side, as patches of several images
             return self.index_DL
         raise BatchError(
-            f"layer {layer!r} has (batch, tokens) = {shape} where segments has {ours}: its tokens cannot be told apart "
-            "by document. Exclude the layer, or pass segments for the tokens it sees; where a document is whole "
-            "entries of the batch (pairs), (batch, 1)."
+            f"layer {layer!r} has (batch, tokens) = {shape} where segments has {ours}: exclude the layer, or pass "
+            "segments for the tokens it sees; (batch, 1) where a document is whole entries of the batch (pairs)."
         )
 
 
@@ -149,8 +148,8 @@ class Tokens:
         weight: Tensor | None
         if seen and total not in seen:
             raise BatchError(
-                f"layer {layer!r} is an expert of {total} tokens, where layers beside it see {max(seen)}: the model "
-                "hands its experts a part of the batch, and whose tokens those are is not known. Exclude these experts."
+                f"layer {layer!r} is an expert of {total} tokens, where layers beside it see {max(seen)}: whose tokens "
+                "those are is not known. Exclude these experts."
             )
         if total % rows:
             raise BatchError(
@@ -203,12 +202,8 @@ def count(mask: Tensor | None, keep: Tensor | None, documents: Documents | None)
 def arrange(segments: Any, size: int, *, all_present: bool = True) -> Documents:
     """Check ``segments`` against the number of ids, each of which has tokens if all are present, and list them."""
     numbers = torch.as_tensor(segments)
-    if (
-        numbers.dim() != 2
-        or (all_present and not numbers.numel())
-        or numbers.is_floating_point()
-        or numbers.dtype == torch.bool
-    ):
+    integers = not numbers.is_floating_point() and numbers.dtype != torch.bool
+    if not integers or numbers.dim() != 2 or (all_present and not numbers.numel()):
         raise BatchError(
             f"segments is a {numbers.dtype} tensor of shape {tuple(numbers.shape)}: pass a (batch, tokens) integer "
             "tensor with each token's place in data_id, such as loghook.segments.from_position_ids(position_ids)."
@@ -220,8 +215,7 @@ def arrange(segments: Any, size: int, *, all_present: bool = True) -> Documents:
         named = sorted(set(flat.tolist()) - {-1})
         raise BatchError(
             f"segments names {len(named)} documents ({named[:1]} to {named[-1:]}) in a block of {size} ids: number "
-            f"them 0 to {size - 1}, each with at least one token (but in a dict by layer), and -1 for tokens that "
-            "belong to none."
+            f"them 0 to {size - 1}, each with a token or more (but in a dict by layer), and -1 for tokens of none."
         )
     return Documents(numbers, list_tokens(flat, size))
 

@@ -107,8 +107,8 @@ def _require_found(modules: Mapping[str, nn.Module], watch: Watch) -> None:
         if named and pattern != "*" and not any(find_adapter(module) for module in named):
             types = ", ".join(sorted({type(module).__name__ for module in named})[:4])
             raise ConfigError(
-                f"pattern {pattern!r} matches only modules of types that have no adapter ({types}): register one with "
-                "@loghook.adapter, or take the pattern out."
+                f"pattern {pattern!r} matches only modules of types without an adapter ({types}): register one with "
+                "@loghook.adapter, or take it out."
             )
         if not named:
             watchable = [(name, adapter) for name, m in modules.items() if (adapter := find_adapter(m))]
@@ -201,9 +201,7 @@ def find_logged(model: nn.Module, manifest: Manifest, origin: Path) -> list[Laye
         module = modules.get(spec.name)
         adapter = None if module is None or _unlike_its_base(module) else find_adapter(module)
         if module is None or adapter is None:
-            raise MismatchError(
-                f"the model has no layer {spec.name!r} as in {origin}: attach the model that was logged."
-            )
+            raise MismatchError(f"the model has no layer {spec.name!r} as in {origin}: attach the one that was logged.")
         if not fits_record(spec, module, adapter):
             raise MismatchError(
                 f"{origin} has {spec}, the model {adapter.geometry(module)}: attach the model that was logged."

@@ -49,7 +49,8 @@ class Repeats:
             again = data_id in self._seen or data_id in fresh
             if again and rule == "error":
                 raise BatchError(
-                    f"data_id {data_id!r} was logged before and on_repeat='error': give each sample an id of its own."
+                    f"data_id {data_id!r} was logged before and on_repeat='error': give each sample an id of its own, "
+                    "or pass on_repeat='first' or 'all'."
                 )
             keep[i] = not again and data_id not in self.committed.ids
             repeats += again
@@ -128,7 +129,7 @@ class Session:
         for rank, (other_path, begun, other) in enumerate(proposals):
             if other_path != path:
                 raise ConfigError(
-                    f"rank {rank} writes to {other_path} and rank {lead} to {path}: give the ranks of one job one path "
+                    f"rank {rank} writes to {other_path} and rank {lead} to {path}: give the ranks of one job the same path "
                     "(loghook merge joins runs of separate jobs)."
                 )
             for name in (*SAME, "on_repeat"):

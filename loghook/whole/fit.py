@@ -128,10 +128,7 @@ class Fit(Blocks, Hooked):
         else:
             tensors = {}
             for layer in self._layers:
-                total = sums.totals.get(layer.name)
-                if total is None:  # it may sleep, and always did
-                    total = torch.zeros(layer.output_side.width, layer.input_side.width)
-                tensors[layer.name] = _in_float32(layer.name, total / sums.samples).cpu()
+                tensors[layer.name] = _in_float32(layer.name, sums.take(layer) / sums.samples).cpu()
         parameters = self.digest()
         store.parameters = parameters if parameters == self._began_with else None
         if process_rank() == 0:
