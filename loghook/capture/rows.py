@@ -100,17 +100,12 @@ class Rows(Job[Captured]):
         rows = torch.cat([arrived(s.leaves.main).flatten(1).to(device) for s in opened], 1)
         rows = _scaled(rows, [layer.gain for layer in layers], [layer.spec.width for layer in layers])
         rows = self._scale_rows(rows, scale)
-        means: dict[str, list[Tensor]] = {"activations": [], "output_gradients": []}
-        for s in opened:
-            for kind, leaf in (("activations", s.leaves.activations), ("output_gradients", s.leaves.outputs)):
-                if leaf is not None:
-                    factor = 1.0 if kind == "activations" else scale_for(leaf, scale)
-                    total, tokens = arrived(leaf).split([leaf.shape[1] - 1, 1], 1)
-                    mean = getattr(s.layer.spec, kind) == "mean"
-                    value = total / tokens.masked_fill(tokens <= 0, 1) if mean else total
-                    means[kind].append((value * factor).to(device))
-        if any(means.values()):
-            rows = torch.cat([rows, *means["activations"], *means["output_gradients"]], 1)
+        inputs = [(s.leaves.activations, s.layer.spec.activations) for s in opened]
+        outputs = [(s.leaves.outputs, s.layer.spec.output_gradients) for s in opened]
+        beside = [_reduced(leaf, how) for leaf, how in inputs if leaf is not None]
+        beside += [_reduced(leaf, how) * scale_for(leaf, scale) for leaf, how in outputs if leaf is not None]
+        if beside:
+            rows = torch.cat([rows, *(t.to(device) for t in beside)], 1)
         moments = None
         if self._moments:
             moments = torch.cat([arrived(s.leaves.moments).to(device) for s in opened if s.leaves.moments is not None])
@@ -155,6 +150,12 @@ class Updates(Rows):
 
 def _is_one(scale: float | Tensor) -> bool:
     return isinstance(scale, float) and scale == 1.0
+
+
+def _reduced(leaf: Tensor, how: str | None) -> Tensor:
+    """The sums over tokens that a leaf received, or means over those that count."""
+    total, tokens = arrived(leaf).split([leaf.shape[1] - 1, 1], 1)
+    return total / tokens.masked_fill(tokens <= 0, 1) if how == "mean" else total
 
 
 def _narrow(layer: Layer) -> torch.dtype | None:

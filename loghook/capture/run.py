@@ -1,6 +1,5 @@
 """``Run``: the user's handle around a training loop. It conducts capture and writer and holds no mathematics."""
 
-import dataclasses
 import uuid
 import warnings
 from collections.abc import Iterator, Sequence
@@ -236,10 +235,12 @@ class Run(Blocks, Hooked):
         writer = self._ready(self._id_type)
         assert writer is not None
         self._session.warn_of_underflow(captured[0].rows[:, : self._layout.gradient_width])
-        index, flag = self._pass.index if self._pass else -1, given.scaler is not None
-        batch = pack(captured[0], ids, keep, dtype=writer.dtype, flag=flag, pass_index=index, step=self._step)
-        # What an interrupted run has committed was counted there.
-        writer.put(dataclasses.replace(batch, dropped=repeats if self._step >= self._fresh_step else 0))
+        batch = pack(
+            captured[0], ids, keep, dtype=writer.dtype, flag=given.scaler is not None, step=self._step,
+            pass_index=self._pass.index if self._pass else -1,
+            dropped=repeats if self._step >= self._fresh_step else 0,  # what is committed was counted then
+        )  # fmt: skip
+        writer.put(batch)
         if self._rule != "all":
             self._session.repeats.met(ids)
         if self._pass is not None:

@@ -88,15 +88,12 @@ class Session:
         if resumed:
             self.manifest = Manifest.load(self.path)
             self.sealed = self.manifest.sealed is not None
-            self.rule = self._rule_of(self.manifest)
+            self.rule = self.manifest.on_repeat or config.on_repeat  # a run that was begun with one keeps it
+            if config.on_repeat not in (None, self.rule):
+                raise MismatchError(
+                    f"cannot resume: on_repeat is {self.rule!r} there and {config.on_repeat!r} now: leave it out."
+                )
             self.repeats.committed = read_back(self.path, self.manifest, outside_too=self.rule is not None)
-
-    def _rule_of(self, manifest: Manifest) -> str | None:
-        """The rule for repeats of a resumed run, which a run that was begun with one keeps."""
-        before, now = manifest.on_repeat, self._config.on_repeat
-        if before and now and before != now:
-            raise MismatchError(f"cannot resume: on_repeat is {before!r} there and {now!r} now: leave it out.")
-        return before or now
 
     def require_id_type(self, id_type: str) -> None:
         """Raise unless ids are of the type that the run has."""
@@ -129,8 +126,8 @@ class Session:
         for rank, (other_path, begun, other) in enumerate(proposals):
             if other_path != path:
                 raise ConfigError(
-                    f"rank {rank} writes to {other_path} and rank {lead} to {path}: give the ranks of one job the same path "
-                    "(loghook merge joins runs of separate jobs)."
+                    f"rank {rank} writes to {other_path} and rank {lead} to {path}: give the ranks of one job the same "
+                    "path (loghook merge joins runs of separate jobs)."
                 )
             for name in (*SAME, "on_repeat"):
                 one, two = getattr(first, name), getattr(other, name)
@@ -265,8 +262,7 @@ def pack(
     *,
     dtype: torch.dtype,  # in which the writer takes rows: that of the storage, or float32 for low bits
     flag: bool,  # leave out rows that are not finite instead of raising
-    pass_index: int,  # -1 outside passes
-    step: int,
+    **numbers: int,  # ``pass_index``, ``step`` and ``dropped`` as in ``Batch``
 ) -> Batch:
     """Turn what a block delivered into what the writer takes, starting the copy off the device."""
     rows, moments, flagged, finite = captured.rows, captured.moments, [], None
@@ -282,7 +278,6 @@ def pack(
             moments = None  # they are sums over the whole block and hold its infinities too
             keep = keep & finite
     kept = [i for i, use in zip(ids, keep, strict=True) if use]
-    dropped = len(ids) - len(kept) - len(flagged)
     if not keep.all():
         rows = rows[torch.from_numpy(keep).to(rows.device)]
     ready = None
@@ -292,8 +287,8 @@ def pack(
             ready = torch.cuda.Event(blocking=True)  # the writer waits asleep, and takes no core from the loop
             ready.record()
     return Batch(
-        rows=rows, ids=kept, moments=moments, pass_index=pass_index, step=step, flagged=flagged, dropped=dropped,
-        asleep=captured.asleep, ready=ready, checked=finite is not None,
+        rows=rows, ids=kept, moments=moments, flagged=flagged, asleep=captured.asleep, ready=ready,
+        checked=finite is not None, **numbers,
     )  # fmt: skip
 
 
