@@ -112,15 +112,12 @@ def check(  # noqa: D417 - five arguments share a line
             cannot be cut out of one of them.
     """
     if scale is not None and not callable(scale):
-        raise ConfigError(
-            f"scale={scale!r} must be a function here, batch -> number of items, since samples also run one by one."
-        )
+        raise ConfigError(f"scale={scale!r} must be a function here, batch -> number of items, for samples alone.")
     summed = loss_fn if scale is None else lambda model, batch: loss_fn(model, batch) * scale(batch)
     watch = Watch(include, exclude, may_sleep="*", flattened=flattened, batch_dim=batch_dim, activations="sum")
     if segments is not None and not callable(segments) and (alone is not None or isinstance(segments, Mapping)):
         raise ConfigError(
-            "segments by layer, or beside alone=, must be a function here, batch -> segments, since samples also "
-            "run one by one."
+            "segments by layer, or beside alone=, must be a function here, batch -> segments, for samples alone."
         )
     probe = Probe(model, watch, rank, summed, batch, segments, alone)
     report = CheckReport(tolerance=TOLERANCE[torch.float32], coverage=probe.coverage, watched=len(probe.layers))

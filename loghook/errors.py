@@ -3,6 +3,7 @@
 import contextlib
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 
 # Of this package, and of what calls its context managers.
@@ -15,6 +16,11 @@ def user_line() -> int:
     while frame.f_code.co_filename.startswith(_OURS) and frame.f_back is not None:
         level, frame = level + 1, frame.f_back
     return level
+
+
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line that called loghook."""
+    warnings.warn(message, category, stacklevel=user_line())
 
 
 def some(values: Sequence[object], most: int = 4) -> str:

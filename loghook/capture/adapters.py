@@ -63,16 +63,9 @@ class Adapter:
         raise NotImplementedError
 
     def project(self, module: nn.Module, x: Tensor, side: Side, bias: bool) -> Tensor:
-        """Project the module's input.
+        """Project the module's input ``x``, batch first, to (B, S, k_in), or (B, S, G, k_in) for a module with groups.
 
-        Args:
-            module: the watched module.
-            x: its input, batch first.
-            side: the projection of the input side.
-            bias: whether the run logs this module's bias.
-
-        Returns:
-            (B, S, k_in), or (B, S, G, k_in) for a module with groups.
+        ``side`` is the projection of the input side, ``bias`` says whether the run logs this module's bias.
         """
         return project_input(self.tokens(x), side.matrix, bias)
 
@@ -130,8 +123,6 @@ class LinearAdapter(Adapter):
 
     def geometry(self, module: nn.Module) -> Geometry:
         assert isinstance(module, nn.Linear)
-        if isinstance(module, nn.LazyLinear):
-            raise UnsupportedError("nn.LazyLinear has no shape yet: run one batch through the model before watch().")
         return Geometry(in_features=module.in_features, out_features=module.out_features, bias=module.bias is not None)
 
 
@@ -177,8 +168,7 @@ class ConvAdapter(Adapter):
         n, groups = len(module.kernel_size), module.groups
         if x.dim() != n + 2:
             raise UnsupportedError(
-                f"a convolution got an input of shape {tuple(x.shape)} without a batch axis: pass it with its batch "
-                "axis first, so that there is a row per sample."
+                f"a convolution got an input of shape {tuple(x.shape)} without a batch axis: make it (1, ...)."
             )
         strides, gaps = _each(module.stride, n), _each(module.dilation, n)
         if any(padding := _padding(module, gaps)):
@@ -233,8 +223,8 @@ class EmbeddingAdapter(Adapter):
         assert isinstance(module, nn.Embedding)
         if module.scale_grad_by_freq:
             raise UnsupportedError(
-                "nn.Embedding(scale_grad_by_freq=True) divides each sample's gradient by counts over the whole batch, "
-                "so a gradient per sample does not exist: set scale_grad_by_freq=False, or exclude the embedding."
+                "nn.Embedding(scale_grad_by_freq=True) divides by counts over the whole batch: set it to False, or "
+                "exclude the embedding."
             )
         return Geometry(in_features=module.num_embeddings, out_features=module.embedding_dim, channels=0)
 

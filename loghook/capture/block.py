@@ -99,9 +99,8 @@ def _check(opened: Sequence[Slots], masks: Mapping[str, Tensor]) -> None:
         raise DeliveryError(partly_delivered([s.layer for s in awake], [s.layer.name for s in opened], quiet))
     if stale := [s.layer.name for s in opened if s.stale]:
         raise DeliveryError(
-            f"backward went through layer {stale[0]!r} as it ran in an earlier block (a state that is carried on, "
-            "retain_graph=True), whose rows are written already: detach what is carried on, or compute all in one "
-            "block. Nothing of this batch was written."
+            f"backward went through layer {stale[0]!r} as it ran in an earlier block, whose rows are written already: "
+            "detach what is carried on, or compute all in one block. Nothing of this batch was written."
         )
     common = opened[0].place.block
     if any(len(s.passes) > 1 for s in opened) or (common.restarted and len(common.passes) > 1):

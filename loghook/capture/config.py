@@ -32,8 +32,7 @@ class Recipe:
         _settle(self, rank=_ranks(self.rank), seed=whole("seed", self.seed, -math.inf))
         if self.gradient != "plain" and self.projection in FITTED:
             raise ConfigError(
-                f"gradient={self.gradient!r} goes with projection='random' or 'none': a fitted projection, here "
-                f"{self.projection!r}, is of plain gradients."
+                f"gradient={self.gradient!r} goes with projection='random' or 'none', not {self.projection!r}."
             )
 
 
@@ -56,14 +55,10 @@ class Config(Recipe):
         choose("on_repeat", self.on_repeat, ON_REPEAT)
         if self.fitted is not None and self.projection not in FITTED:
             raise ConfigError(
-                f"fitted={str(self.fitted)!r} goes with projection='pca' or 'whitened', not {self.projection!r}: leave "
-                "it out, or take one of these."
+                f"fitted={str(self.fitted)!r} goes with projection='pca' or 'whitened', not {self.projection!r}."
             )
         if self.gradient != "plain" and self.fidelity is not None:
-            raise ConfigError(
-                f"fidelity goes with gradient='plain', of which loghook.tune measured it, not {self.gradient!r}: leave "
-                "it out."
-            )
+            raise ConfigError(f"fidelity goes with gradient='plain', not {self.gradient!r}: leave it out.")
         whitening = positive("whitening", self.whitening)
         _settle(
             self,
@@ -107,6 +102,5 @@ def _measured(fidelity: Any) -> dict[str, Any]:
     except (TypeError, ValueError, AttributeError):
         pass
     raise ConfigError(
-        f"fidelity={fidelity!r:.100} is nothing that loghook.tune measured: pass init(..., **tuned.arguments), which "
-        "has it, or leave it out."
+        f"fidelity={fidelity!r:.100} is nothing that loghook.tune measured: pass init(..., **tuned.arguments)."
     )

@@ -54,8 +54,7 @@ def make_hook(layer: Layer) -> Hook:
         x = args[0] if args else kwargs.get(first)
         if not isinstance(x, Tensor) or not isinstance(y, Tensor):
             raise UnsupportedError(
-                f"layer {layer.name!r} takes {type(x).__name__} and returns {type(y).__name__}: exclude it, as modules "
-                "are watched that make one tensor of one."
+                f"layer {layer.name!r} takes {type(x).__name__} and returns {type(y).__name__}, no tensors: exclude it."
             )
         _require_whole(layer, x, y)
         try:
@@ -150,8 +149,7 @@ def _is_known(layer: Layer, x: Tensor) -> bool:
         return x.data_ptr() != 0 and x.requires_grad
     except RuntimeError as error:
         raise UnsupportedError(
-            f"layer {layer.name!r} got a tensor without memory of its own, as a sparse one: exclude it, or make that "
-            "dense."
+            f"layer {layer.name!r} got a tensor without memory of its own, as a sparse one: make it dense."
         ) from error
 
 
@@ -174,8 +172,7 @@ def _require_backward(layer: Layer) -> None:
     """Raise inside torch.func's transforms: they have no backward pass that a tap could be in."""
     if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
         raise UnsupportedError(
-            f"layer {layer.name!r} ran inside a transform of torch.func (grad, jvp, vmap), where rows cannot be taken: "
-            "log a plain forward and loss.backward()."
+            f"layer {layer.name!r} ran inside a transform of torch.func (grad, vmap): log a plain loss.backward()."
         )
 
 
@@ -183,9 +180,8 @@ def _require_whole(layer: Layer, *tensors: Any) -> None:
     """Raise where ranks share a layer's input or output, whatever their mesh is called; FSDP gathers weights only."""
     if any(type(t).__name__ == "DTensor" for t in tensors):
         raise UnsupportedError(
-            f"layer {layer.name!r} takes or returns a DTensor, as under tensor or sequence parallelism, where a rank "
-            "sees a part of a layer's inputs or outputs, and its rows would be partial: use data parallelism (DDP or "
-            "FSDP) for the logging pass."
+            f"layer {layer.name!r} takes or returns a DTensor, as under tensor or sequence parallelism, and a rank's "
+            "rows would be partial: use data parallelism (DDP or FSDP) for the logging pass."
         )
 
 
@@ -193,8 +189,7 @@ def _batch_first(layer: Layer, slots: Slots, x: Tensor) -> Tensor:
     """Detach a layer's input and arrange it with the batch first; raise where it has not the block's samples."""
     if x.is_nested:
         raise UnsupportedError(
-            f"layer {layer.name!r} got a nested tensor, as nn.TransformerEncoder makes of padded batches in eval mode: "
-            "give it enable_nested_tensor=False, or exclude its layers."
+            f"layer {layer.name!r} got a nested tensor: give nn.TransformerEncoder enable_nested_tensor=False."
         )
     least, shape = (2 if layer.spec.channels else 1), tuple(x.shape)  # indices need no axis for channels
     if x.dim() < least:
@@ -223,7 +218,6 @@ def _regrouped(layer: Layer, slots: Slots, tokens: Tensor) -> Tensor:
     batch = slots.tokens.entries
     if len(tokens) % batch:
         raise BatchError(
-            f"layer {layer.name!r} is declared flattened and got {len(tokens)} entries for a batch of {batch}, no "
-            "whole number of tokens each: take it out of watch(..., flattened=...)."
+            f"layer {layer.name!r} got {len(tokens)} entries for a batch of {batch}: take it out of flattened=."
         )
     return tokens.unflatten(0, (batch, -1)).flatten(1, 2)

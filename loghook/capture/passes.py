@@ -1,7 +1,6 @@
 """``Pass``: one walk over the data, as ``passes()`` yields it; ``Gathering``: what one sums up instead of logging."""
 
 import math
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,7 +15,7 @@ from loghook.capture.hooked import Hooked
 from loghook.capture.layers import Layer
 from loghook.capture.session import Repeats
 from loghook.capture.whole import Whole
-from loghook.errors import MismatchError, NotFiniteError, StateError, user_line
+from loghook.errors import MismatchError, NotFiniteError, StateError, warn
 from loghook.processes import all_gather, all_reduce, process_rank, rank_and_size
 from loghook.project.blocks import Factor, blocks_of, square_size
 from loghook.project.projection import Side, fit_side, shared_input_name
@@ -126,10 +125,9 @@ class Pass:
     def _warn_of_places(self) -> None:
         """Notice at the end of a pass ids that name the place in a batch and not the sample."""
         if self._repeated > self._kept and self._kept <= self._largest:  # no more than one batch: no second epoch
-            warnings.warn(
+            warn(
                 f"{self._repeated:,} samples of this pass had ids that came before, and only {self._kept:,} were kept: "
                 "a data_id names a sample, not its place in the batch.",
-                stacklevel=user_line(),
             )
 
     def labels(self, logits: Tensor, labels: Tensor) -> Tensor:

@@ -193,8 +193,7 @@ def _require_no_deepspeed(model: nn.Module) -> None:
     """Raise where DeepSpeed has a hand in backward: it fails for plain losses, or makes training another one."""
     if under_zero(model) or any(c.__name__ == "DeepSpeedEngine" for m in model.modules() for c in type(m).__mro__):
         raise UnsupportedError(
-            "DeepSpeed takes gradients away before anybody can compare them: call loghook.check before "
-            "deepspeed.initialize(). Logging inside training works."
+            "DeepSpeed takes gradients away before they can be compared: check before deepspeed.initialize()."
         )
 
 

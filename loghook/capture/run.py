@@ -1,7 +1,6 @@
 """``Run``: the user's handle around a training loop. It conducts capture and writer and holds no mathematics."""
 
 import uuid
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from types import TracebackType
@@ -18,7 +17,7 @@ from loghook.capture.plan import Plan, parse_size
 from loghook.capture.select import FUSED_EXPERTS, HEAD, Watch, require_reduction
 from loghook.capture.session import Session, pack
 from loghook.capture.whole import Covariance
-from loghook.errors import CheckpointWarning, LoghookError, MismatchError, StateError, user_line
+from loghook.errors import CheckpointWarning, LoghookError, MismatchError, StateError, warn
 from loghook.factors import FactorStore
 from loghook.log.disk import writing
 from loghook.log.files import Sides, load_sides, save_sides
@@ -105,10 +104,9 @@ class Run(Blocks, Hooked):
         self._coverage = coverage
         experts = sum(item["parameters"] for item in coverage["not_covered"] if item["reason"] == FUSED_EXPERTS)
         if experts:
-            warnings.warn(
+            warn(
                 f"fused experts with {experts / coverage['total']:.0%} of the parameters are not covered: pass watch("
                 "..., include=['*', '*experts*']) to log a row for every expert.",
-                stacklevel=user_line(),
             )
         if process_rank() == 0:
             print(describe_coverage(len(self.layers), coverage) + describe_trainable(model, self.layers))
@@ -155,8 +153,7 @@ class Run(Blocks, Hooked):
         last = int(fits)  # index of the pass that logs
         if last in self._completed:
             raise StateError(
-                "the passes of this run are over: put the epochs inside `for _ in run.passes():`, or log without "
-                "passes()."
+                "the passes of this run are over: put epochs inside `for _ in run.passes():`, or log without passes()."
             )
         if last in done and process_rank() == 0:
             print(f"{self.path}: an earlier process completed all passes. run.finalize() seals the run.")
@@ -380,12 +377,11 @@ class Run(Blocks, Hooked):
 
     def _warn_of_other_values(self) -> None:
         self._elsewhere = None
-        warnings.warn(
+        warn(
             f"{self.path} was begun with other parameter values (or moments of the optimizer) than it goes on with, "
             "and nothing trains them here: load the checkpoint that the run began with, or start again with "
             "overwrite=True.",
             CheckpointWarning,
-            stacklevel=user_line(),
         )
 
 

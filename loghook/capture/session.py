@@ -5,7 +5,6 @@
 
 import dataclasses
 import uuid
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from loghook.capture.config import Config
 from loghook.capture.rows import Captured
-from loghook.errors import BatchError, CheckpointWarning, ConfigError, MismatchError, StateError, WriteError, user_line
+from loghook.errors import BatchError, CheckpointWarning, ConfigError, MismatchError, StateError, WriteError, warn
 from loghook.log.disk import writing
 from loghook.log.folder import SAME, Committed, check_same, claim, ranks_on_disk, read_back, seal, wait_for_seal
 from loghook.log.format import MANIFEST, Manifest, listed
@@ -107,8 +106,7 @@ class Session:
             (first, done), *others = all_gather((state, self.repeats.committed.done))
             if any(other != first for other, _ in others):
                 raise StateError(
-                    f"ranks found different runs in {self.path}, or only some found one: give all of them one path, on "
-                    "a disk that they see alike."
+                    f"ranks found different runs in {self.path}, or only some did: give all of them one path."
                 )
             self.repeats.committed.done = done
         return self.repeats.committed.done
@@ -138,10 +136,9 @@ class Session:
                         shown = f"ranks {lead} and {rank} watch other layers, or layers of other widths ({odd})"
                     raise MismatchError(f"{shown}: give all ranks of a job, which write one log, the same.")
         if len({manifest.parameters["first"] for _, begun, manifest in proposals if begun} - {None}) > 1:
-            warnings.warn(
+            warn(
                 "the ranks begin with different parameter values: load one checkpoint on all of them.",
                 CheckpointWarning,
-                stacklevel=user_line(),
             )
         return first
 
@@ -248,10 +245,9 @@ class Session:
         faint = largest[(largest > 0) & (largest < FAINT)]
         self._looks = rows.device.type == "cpu" and not len(faint)
         if len(faint):
-            warnings.warn(
+            warn(
                 f"rows underflow in float16: the largest value of one is {float(faint.min()):.1e}. Log with scale=, if "
                 "the loss is divided by samples or tokens, or with dtype='bfloat16'.",
-                stacklevel=user_line(),
             )
 
 

@@ -2,7 +2,6 @@
 
 import copy
 import math
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -11,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from loghook.errors import UnsupportedError, user_line
+from loghook.errors import UnsupportedError, warn
 from loghook.processes import all_gather
 
 IGNORED = -100  # the label that transformers' losses leave out
@@ -174,11 +173,10 @@ def _has_only_terms_of_labels(loss: _Loss, shift: int) -> bool:
     except Exception as error:  # of whatever the model says to a batch that is cut like this
         cause = error
     if not tried:
-        warnings.warn(
+        warn(
             "whether the loss has terms without labels (distillation, an auxiliary loss) could not be tried, since the "
             f"first micro-batch cannot be cut into samples{f' ({type(cause).__name__}: {cause})' if cause else ''}. If "
             "it has none, pass log_training(..., scale=lambda batch, num_items: the batch's number of labels).",
-            stacklevel=user_line(),
         )
     return all(all_gather(adds_up))
 

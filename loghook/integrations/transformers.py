@@ -68,8 +68,7 @@ def log_training(
             loader = load()
         if isinstance(loader, DataLoaderDispatcher):
             raise ConfigError(
-                "batches of an iterable dataset are dispatched from rank 0, without ids: pass "
-                "TrainingArguments(accelerator_config={'dispatch_batches': False})."
+                "ids are not dispatched from rank 0: TrainingArguments(accelerator_config={'dispatch_batches': False})."
             )
         return loader
 
@@ -112,8 +111,7 @@ class _Collate:
         if not isinstance(first, Mapping) or column not in first:
             columns = ", ".join(map(repr, first)) if isinstance(first, Mapping) else type(first).__name__
             raise ConfigError(
-                f"id_column={column!r} is no column of the training set (it has {columns}): add one with an int or str "
-                "for each sample, or name another with id_column=."
+                f"id_column={column!r} is no column of the training set (it has {columns}): add one of int or str."
             )
         batch = self._collate([{k: v for k, v in feature.items() if k != column} for feature in features])
         if not isinstance(batch, MutableMapping):
