@@ -96,7 +96,7 @@ def _require_harmless(model: nn.Module) -> None:
             )
         if any(p.grad is not None for p in module.parameters()):
             raise UnsupportedError(
-                "FSDP1 would drop the gradients that its parameters have: freeze the model after zero_grad()."
+                "FSDP1 drops the gradients that its parameters have: freeze the model after zero_grad()."
             )
 
 

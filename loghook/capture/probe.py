@@ -210,7 +210,7 @@ def _require_no_waiting(model: nn.Module) -> None:
             waits |= p.unsharded_accumulated_grad is not None or getattr(unsharded, "grad", None) is not None
     if waits:
         raise UnsupportedError(
-            "FSDP holds gradients that wait for others or a step: call loghook.check before a step's first micro-batch."
+            "FSDP holds gradients that wait to be reduced, or for a step: check before a step's first micro-batch."
         )
 
 

@@ -90,8 +90,8 @@ class Documents(NamedTuple):
         if ours == (S, B) and B == 1:  # all entries side by side, as patches of several images
             return self.index_DL
         raise BatchError(
-            f"layer {layer!r} has (batch, tokens) = {shape} where segments has {ours}: exclude the layer, or pass "
-            "segments for the tokens it sees; (batch, 1) where a document is whole entries of the batch (pairs)."
+            f"layer {layer!r} has (batch, tokens) = {shape} where segments has {ours}, and they cannot be told apart: "
+            "exclude it, or pass segments for what it sees, or (batch, 1) where documents are whole entries (pairs)."
         )
 
 
