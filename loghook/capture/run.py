@@ -287,7 +287,7 @@ class Run(Blocks, Hooked):
     def _require_open(self) -> None:
         if self._session.sealed:
             raise StateError(
-                f"{self.path} is finalised: open another run, or append to it (`loghook append`); run.query(...) asks it."
+                f"{self.path} is finalised: open another run, or append to it (loghook append); run.query asks it."
             )
         if self._closed:
             raise StateError(f"this run was closed: go on with loghook.init({str(self.path)!r}, resume=True).")
