@@ -230,8 +230,7 @@ def _document(mine_BS: Tensor, t: Tensor) -> Tensor:
     row = mine_BS.any(1).nonzero().flatten()
     if len(row) > 1:
         raise BatchError(
-            f"a document has tokens in rows {row.tolist()} of the batch, and not one to be compared in: "
-            "number documents that end with their row."
+            f"a document has tokens in rows {row.tolist()} of the batch: number documents that end with their row."
         )
     row, tokens = (place.to(t.device) for place in (row, mine_BS[row[0]].nonzero().flatten()))
     if t.shape[:2] == (B, S):

@@ -154,14 +154,13 @@ def _is_known(layer: Layer, x: Tensor) -> bool:
 
 
 def _project_once(layer: Layer, slots: Slots, module: nn.Module, x: Tensor) -> Tensor:
-    """Project an input, or take what another layer made of it: `source` keeps it alive, and so its address its own."""
+    """Project an input, or take what another layer made of it, which is kept alive, so that its address is its own."""
     place, side, x = slots.place, slots.input_side, _batch_first(layer, slots, x)
     precision = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
     key = (x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, x.is_neg(), precision, layer.adapter, side)
-    if place.key != key:
-        place.key, place.source, place.projected = key, x, layer.adapter.project(module, x, side, layer.spec.bias)
-    assert place.projected is not None
-    return place.projected
+    if place.shared is None or place.shared[0] != key:
+        place.shared = key, x, layer.adapter.project(module, x, side, layer.spec.bias)
+    return place.shared[2]
 
 
 def _is_part_of(t: Tensor, other: Tensor) -> bool:

@@ -52,10 +52,8 @@ class Place:
     _moved: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _waiting: dict[Hashable, list[tuple[Slots, Call]]] = field(default_factory=dict)
     _bytes: int = 0  # how many wait
-    # The last input that was projected, so that layers which read the same tensor project it once:
-    source: Tensor | None = None
-    key: tuple[Any, ...] | None = None  # which tensor that was, and by which side it was projected
-    projected: Tensor | None = None  # the result
+    # The last input that layers may share: which tensor it was and by what it was projected, it itself, and the result.
+    shared: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
 
     def __post_init__(self) -> None:
         self.zero = torch.zeros((), device=self.device, dtype=self.dtype)
@@ -91,7 +89,7 @@ class Place:
     def close(self) -> None:
         """Let go of tensors, as ``Slots.close`` does."""
         self._moved, self._waiting = {}, {}
-        self.source = self.key = self.projected = None
+        self.shared = None
 
     def form(self) -> None:
         """Make what is to be made of all calls that wait."""

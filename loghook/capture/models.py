@@ -108,8 +108,7 @@ def refuse(model: nn.Module, *, watched: bool = False) -> None:
     for module in model.modules():
         if isinstance(module, nn.DataParallel):
             raise UnsupportedError(
-                "nn.DataParallel shows hooks pieces of a batch in no fixed order: use DistributedDataParallel (one "
-                "process per device), or pass model.module."
+                "nn.DataParallel shows hooks pieces of a batch: use DistributedDataParallel, or pass model.module."
             )
         offload = getattr(getattr(module, "cpu_offload", None), "offload_params", False)
         if offload and getattr(module, "compute_device", torch.device("cpu")).type != "cpu":

@@ -180,16 +180,12 @@ def decompose(layers: Sequence[Layer], sums: Gathering) -> dict[str, tuple[Facto
             decomposed = inputs.setdefault((w_in, flat_in.device), [])
             factor = next((factor for flat, factor in decomposed if torch.equal(flat, flat_in)), None)
             if factor is None:
-                factor = _on_cpu(Factor.of(blocks_of(flat_in, w_in)))
+                factor = Factor.of(blocks_of(flat_in, w_in))
                 decomposed[:] = [*decomposed, (flat_in, factor)][-2:]  # siblings come one after the other
-            mine[layer.name] = factor, _on_cpu(Factor.of(blocks_of(flat_out, w_out)))
+            mine[layer.name] = factor, Factor.of(blocks_of(flat_out, w_out))
         for share in all_gather(mine):
             factors.update(share)
     return factors
-
-
-def _on_cpu(factor: Factor) -> Factor:
-    return Factor(factor.values.cpu(), [v.cpu() for v in factor.vectors])
 
 
 def fit_sides(

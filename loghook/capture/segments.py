@@ -153,8 +153,7 @@ class Tokens:
             )
         if total % rows:
             raise BatchError(
-                f"layer {layer!r} got {total} tokens for {rows} entries of the batch, no whole number for each: pass "
-                "one id for each sample, or segments= for packed documents."
+                f"layer {layer!r} got {total} tokens for {rows} entries of the batch: pass one id each, or segments=."
             )
         row_N = token_N // (total // rows)
         if documents is None:

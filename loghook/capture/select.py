@@ -107,8 +107,7 @@ def _require_found(modules: Mapping[str, nn.Module], watch: Watch) -> None:
         if named and pattern != "*" and not any(find_adapter(module) for module in named):
             types = ", ".join(sorted({type(module).__name__ for module in named})[:4])
             raise ConfigError(
-                f"pattern {pattern!r} matches only modules of types without an adapter ({types}): register one with "
-                "@loghook.adapter, or take it out."
+                f"pattern {pattern!r} matches only modules without an adapter ({types}): write an @loghook.adapter."
             )
         if not named:
             watchable = [(name, adapter) for name, m in modules.items() if (adapter := find_adapter(m))]

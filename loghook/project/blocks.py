@@ -70,13 +70,13 @@ class Factor:
 
     @classmethod
     def of(cls, blocks: Sequence[Tensor]) -> "Factor":
-        """Decompose the diagonal blocks of a mean second moment, in float64."""
+        """Decompose the diagonal blocks of a mean second moment, in float64; what is made of them lies on the CPU."""
         values, vectors = [], []
         for block in map(in_float64, blocks):
             w, v = torch.linalg.eigh((block + block.T) / 2)
             # Eigenvectors are free in sign; this choice survives other rounding, as of another number of processes.
-            values.append(w.clamp(min=0))
-            vectors.append(v * v.gather(0, v.abs().argmax(0, keepdim=True)).sign())
+            values.append(w.clamp(min=0).cpu())
+            vectors.append((v * v.gather(0, v.abs().argmax(0, keepdim=True)).sign()).cpu())
         return cls(torch.cat(values), vectors)
 
     @property
