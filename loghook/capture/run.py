@@ -181,7 +181,7 @@ class Run(Blocks, Hooked):
             yield logging
             if second and not logging._largest and not committed.ids and self._id_type:
                 raise StateError(
-                    "the first pass saw batches and this one none: make a loader that can be gone through only once anew."
+                    "the first pass saw batches and this one none: can the loader be gone through only once?"
                 )
             logging._warn_of_places()
             if self._session.manifest is None:
