@@ -66,13 +66,12 @@ class Rows(Job[Captured]):
         """
         (p_out_kO,), leaves = slots.held, slots.leaves
         copied = p_out_kO is not None and slots.input_side.matrix is not None
-        plain = (
-            call.documents_DL is None and call.x.dim() == 3 and leaves.activations is None and leaves.outputs is None
-        )
-        if not copied or not plain:
+        alone = leaves.activations is None and leaves.outputs is None
+        if not copied or not alone or call.documents_DL is not None or call.x.dim() != 3:
             return None
         g_BSk = project_output(call.g_BSO, p_out_kO)
-        return (call.x.shape, g_BSk.shape, call.x.dtype, g_BSk.dtype), Call(g_BSk, call.x, call.weight_BS)
+        key = call.x.shape, g_BSk.shape, call.x.dtype, g_BSk.dtype, call.weight_BS is None
+        return key, Call(g_BSk, call.x, call.weight_BS)
 
     def form(self, group: Sequence[tuple[Slots, Call]]) -> None:
         wide = group[0][0].place.dtype
@@ -80,11 +79,8 @@ class Rows(Job[Captured]):
         g_nBSk = torch.stack([call.g_BSO for _, call in group]).to(wide)
         sums: Sequence[Tensor | None] = [None] * len(group)
         if self._moments:
-            weights, weight_nN = [call.weight_BS for _, call in group], None
-            if any(weight is not None for weight in weights):
-                ones = x_nBSk.new_ones(x_nBSk.shape[1:3])
-                weight_nN = torch.stack([ones if w is None else w.to(ones.dtype).expand_as(ones) for w in weights])
-                weight_nN = weight_nN.flatten(1)
+            weights = [call.weight_BS for _, call in group if call.weight_BS is not None]  # of all, or of none
+            weight_nN = torch.stack(weights).to(wide).flatten(1) if weights else None
             inputs = second_moment(x_nBSk.flatten(1, 2), weight_nN).flatten(1)
             outputs = second_moment(g_nBSk.flatten(1, 2), weight_nN).flatten(1)
             n, B, S, _ = x_nBSk.shape
