@@ -223,8 +223,7 @@ class EmbeddingAdapter(Adapter):
         assert isinstance(module, nn.Embedding)
         if module.scale_grad_by_freq:
             raise UnsupportedError(
-                "nn.Embedding(scale_grad_by_freq=True) divides by counts over the whole batch: set it to False, or "
-                "exclude the embedding."
+                "scale_grad_by_freq=True: a gradient per sample does not exist; unset it, or exclude the embedding."
             )
         return Geometry(in_features=module.num_embeddings, out_features=module.embedding_dim, channels=0)
 

@@ -116,7 +116,7 @@ class Hooked:
         self._require_outside()
         if self._names and not self._handles:
             raise StateError(
-                "this run was closed: go on with init(path, resume=True), or ask loghook.load(path).attach(model)."
+                "this run was closed: go on with loghook.init(path, resume=True), or ask with log.attach(model)."
             )
         self._require_watched()
         if self._mixing is None:
