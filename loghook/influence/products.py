@@ -80,8 +80,8 @@ def _floats(reader: Source, matrix: Tensor, chosen: Sequence[LayerSpec]) -> Prod
 def _codes(codec: LowBitCodec, matrix: Tensor, numbers: Sequence[int], layers: int, *, exact: bool) -> Product:
     """Products with whole numbers, layer by layer: of integers where they are ``exact``, or else in float32.
 
-    Float32 is for processors without quick and exact integer products, and for layers too wide for them. Rows are not decoded,
-    which for one bit would be to rotate them back: the questions are rotated instead.
+    Float32 is for processors without quick and exact integer products, and for layers too wide for them. Rows are not
+    decoded, which for one bit would be to rotate them back: the questions are rotated instead.
     """
     slope, shift = AFFINE[codec.bits]
     queries, single = len(matrix), len(matrix) == 1
