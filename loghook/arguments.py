@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from loghook.errors import ConfigError
 
@@ -39,5 +40,5 @@ def positive(name: str, value: Any, *, hint: str = "") -> float:
 
 
 def plain(number: Any) -> Any:
-    """A number of numpy's as Python's own: JSON knows no others. Anything else is as it was."""
-    return number.item() if isinstance(number, np.generic) else number
+    """A number of numpy's or torch's as Python's own: JSON knows no others. Anything else is as it was."""
+    return number.item() if isinstance(number, np.generic | Tensor) and number.ndim == 0 else number

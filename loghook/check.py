@@ -101,7 +101,7 @@ def check(  # noqa: D417 - five arguments share a line
         alone: each sample as a batch of its own, where that is not the batch cut along the first axes of its tensors
             (images of several sizes). Then ``segments`` is a function, which is called for these as well.
         scale: where the loss is a mean, ``scale(batch)`` returns what you pass as ``run(..., scale=...)``: the number
-            of items that the mean runs over.
+            of items that the mean runs over, or one for each row, (B,).
         rank: of the projection that rows are compared in.
 
     Returns:
@@ -113,13 +113,12 @@ def check(  # noqa: D417 - five arguments share a line
     """
     if scale is not None and not callable(scale):
         raise ConfigError(f"scale={scale!r} must be a function here, batch -> number of items, for samples alone.")
-    summed = loss_fn if scale is None else lambda model, batch: loss_fn(model, batch) * scale(batch)
     watch = Watch(include, exclude, may_sleep="*", flattened=flattened, batch_dim=batch_dim, activations="sum")
     if segments is not None and not callable(segments) and (alone is not None or isinstance(segments, Mapping)):
         raise ConfigError(
             "segments by layer, or beside alone=, must be a function here, batch -> segments, for samples alone."
         )
-    probe = Probe(model, watch, rank, summed, batch, segments, alone)
+    probe = Probe(model, watch, rank, loss_fn, batch, segments, alone, scale)
     report = CheckReport(tolerance=TOLERANCE[torch.float32], coverage=probe.coverage, watched=len(probe.layers))
     try:
         with left_alone(model):

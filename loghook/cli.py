@@ -274,7 +274,7 @@ def delete(
 
 def _parse_id(id_type: str, text: str) -> int | str:
     if id_type == "int" and not re.fullmatch(r"[+-]?[0-9]+", text):  # int() would take 1_20 for 120
-        raise ConfigError(f"data_id {text!r} is no whole number, and the ids of this log are: check --ids.")
+        raise ConfigError(f"data_id {text!r} is no whole number, and the ids of this log are: give each its own --ids.")
     return int(text) if id_type == "int" else text
 
 

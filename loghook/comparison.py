@@ -73,6 +73,12 @@ def _scaled(comparison: Comparison) -> str | None:
             f"It is a mean over the {size} {unit}s: sum the loss, or pass run(..., scale={size}) and "
             f"check(..., scale=lambda batch: {size})."
         )
+    elif factors.min() <= 0 or (comparison.probe.scale is None and abs(float(factors.sum()) - 1) > 1e-2):
+        remedy = (  # parts of a mean are positive and add up to 1
+            f"No number of items explains that: the loss weighs a {unit} by what else is in its batch, as where (B, 1) "
+            f"meets (B,), in a root or a ratio of sums, or of the hardest {unit}s alone. Make it a sum in which each "
+            f"{unit} has a loss of its own."
+        )
     else:
         remedy = (
             "Each sample's factor differs, as in a mean over tokens: sum the loss over tokens (reduction='sum'), or "
@@ -92,6 +98,13 @@ def _other_layers(comparison: Comparison) -> str | None:
     wrong_alone = [name for name in comparison.wrong if not (hooked[name] <= comparison.limits[name]).all()]
     if not wrong_alone:
         return None
+    missing = {name: comparison.alone[name] - comparison.hooked[name] for name in wrong_alone}
+    alike = {name: rows[:1].expand_as(rows) for name, rows in missing.items()}
+    if comparison.chosen.all() and all(float(e.max()) <= 1e-2 for e in relative_errors(alike, missing).values()):
+        return (
+            f"the gradients of {in_words(wrong_alone)} have a part that is equal for all {comparison.probe.unit}s, as "
+            "of a penalty on the weights: no row holds it. Leave it out of the loss that is logged."
+        )
     return (
         f"the rows of {in_words(wrong_alone)} are not their gradients for a {comparison.probe.unit} alone either: they "
         "compute something else than their adapter says (a forward replaced on the object, a hook that changes what "

@@ -224,6 +224,34 @@ def test_a_mean_over_tokens_is_named():
     assert "mean over tokens" in problem and "scale=n" in problem
 
 
+def regression(reduce):
+    """A loss of one output; `reduce` makes it of the predictions (B, 1) and targets (B,)."""
+    return lambda m, b: reduce(m(b[0])[:, :1], b[1].double())
+
+
+@pytest.mark.parametrize(
+    ("reduce", "scale"),
+    [
+        (lambda p, y: F.mse_loss(p, y.expand(len(y), -1)), None),  # each prediction meets all targets
+        (lambda p, y: F.mse_loss(p, y.expand(len(y), -1)), lambda b: len(b[0]) ** 2),
+        (lambda p, y: F.mse_loss(p[:, 0], y).sqrt(), None),
+        (lambda p, y: (p[:, 0] - y).square().topk(min(3, len(y))).values.sum(), None),
+    ],
+    ids=["broadcast", "broadcast, scaled", "root", "hardest"],
+)
+def test_losses_that_no_number_of_items_explains_are_named_so(batch, reduce, scale):
+    model, batch = mlp().double(), (batch[0].double(), batch[1])
+    problem = only_problem(loghook.check(model, regression(reduce), batch, scale=scale))
+    assert "No number of items explains that" in problem and "scale=n" not in problem
+
+
+def test_a_penalty_on_the_weights_is_named(batch):
+    model = mlp()
+    penalised = lambda m, b: classes(m, b) + 0.1 * sum(p.square().sum() for p in m.parameters())  # noqa: E731
+    problem = only_problem(loghook.check(model, penalised, batch))
+    assert "penalty on the weights" in problem and "adapter" not in problem
+
+
 class Centre(nn.Module):
     def forward(self, h):
         return h - h.mean(0)
@@ -312,6 +340,13 @@ def test_a_mean_with_its_scale_is_exact():
     loss = lambda m, b: F.cross_entropy(m(b[0]).transpose(1, 2), b[1])  # noqa: E731
     assert loghook.check(mlp(), loss, (x, y), scale=lambda b: (b[1] != -100).sum())
     assert not loghook.check(mlp(), loss, (x, y), scale=lambda b: b[1].numel())
+
+    def of_each(b):  # as Adam's update of a sample's own mean needs it
+        counted = (b[1] != -100).sum(1)
+        return counted.sum() / counted
+
+    assert loghook.check(mlp(), loss, (x, y), scale=of_each)
+    assert not loghook.check(mlp(), loss, (x, y), scale=lambda b: of_each(b).flip(0))
 
 
 def test_parametrized_weights_are_covered_and_not_compared(batch, recwarn):

@@ -86,9 +86,9 @@ def test_what_cannot_be_matched_is_refused(tmp_path):
     for other, says in (
         (made(np.zeros((2, 3)), rows=(1, 2, 4)), "data_id 3"),
         (made(np.zeros((2, 4)), rows=(1, 2, 3, 9)), "data_id 9"),
-        (made(np.zeros((2, 4)), rows=(1, 2, 3, 3)), "data_id 3 is there more than once"),
+        (made(np.zeros((2, 4)), rows=(1, 2, 3, 3)), r"data_id 3 is there more than once.*log each"),
         (made(np.zeros((2, 3)), queries=("a", "c")), "query_id 'b'"),
-        (made(np.zeros((2, 3)), queries=("a", "a")), "query_id 'a' is there more"),
+        (made(np.zeros((2, 3)), queries=("a", "a")), r"query_id 'a' is there more than once.*ask each"),
     ):
         with pytest.raises(MismatchError, match=says):
             Scores.combine([one, other])

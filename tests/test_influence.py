@@ -1,6 +1,7 @@
 """Scores against dense references, and what must not change them: repetition, batch, shard and block size."""
 
 import contextlib
+import copy
 import gc
 import warnings
 
@@ -297,6 +298,9 @@ def test_scores_in_another_order(logged, tmp_path):
     assert best.align(query_ids=["b"]).top(4) == [best.top(4)[1]]
     with pytest.raises(ConfigError, match="without top"):
         best.align(log.data_ids)
+    mixed = scores.align([np.int64(3), torch.tensor(1), 2])
+    assert mixed.data_ids == [3, 1, 2] and {type(i) for i in mixed.data_ids} == {int}
+    mixed.save(tmp_path / "mixed")
     for ids, says in (([0, "0"], "'0' was not scored"), ([1, 1], "1 is asked for more than once")):
         with pytest.raises(MismatchError, match=says):
             scores.align(ids)
@@ -411,7 +415,7 @@ def test_queries_of_a_loader_concatenate_save_and_load(logged, tmp_path):
             loss_fn(model, data(3, seed=2)[i : i + 1]).backward()
         parts.append(part)
     asker.close()
-    joined = loghook.Query.concat(parts)
+    joined = loghook.Query.concat(part for part in (*parts, parts[1]))  # a sampler fills its last batch with repeats
     assert joined.data_ids == (parts[0] + parts[1] + parts[2]).data_ids == whole_query.data_ids
     torch.testing.assert_close(joined.matrix, whole_query.matrix)
     joined.save(tmp_path / "q.safetensors")
@@ -430,7 +434,8 @@ def test_query_from_another_checkpoint_warns(logged):
         loss_fn(other, data(1)).backward()
     with pytest.warns(UserWarning, match="other parameter values"):
         log.influence(moved)
-    four = loghook.Query.concat([moved] * 4)
+    four = copy.copy(moved)
+    four.fill(moved.matrix.repeat(4, 1), moved.made, moved.parameters).data_ids = ["q", "r", "s", "t"]
     members, losses = np.random.default_rng(0).random((3, 40)) < 0.5, np.zeros((3, 4))
     for ask in (
         lambda: log.index(6, "Flat").search(moved),

@@ -174,6 +174,7 @@ def test_outputs_that_cannot_be_used(train: object, says: str, tmp_path: Path) -
     [
         (SUBSETS.astype(int), [0], 0, "of bool"),
         (SUBSETS, [], 0, "at least one"),
+        (SUBSETS, 3, 0, "seeds=3 must be a list"),
         (SUBSETS, [1, 1], 0, "different"),
         (SUBSETS, [1], -1, "workers=-1"),
     ],

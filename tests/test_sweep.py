@@ -1,14 +1,23 @@
 """Choosing a damping: against a truth made to favour one, and by held-out likelihood against a dense reference."""
 
+import copy
+
 import numpy as np
 import pytest
 
-import loghook
 from loghook.errors import ConfigError
 from loghook.evaluate import sweep
-from loghook.evaluate.lds import random_subsets
+from loghook.evaluate.judges import without_top
+from loghook.evaluate.lds import lds, random_subsets
 from loghook.evaluate.sweep import held_out_likelihood
 from tests.test_influence import data, loss_fn, make_log
+
+
+def twice(query):
+    """The same questions again, under other names."""
+    again = copy.copy(query)
+    again.data_ids = [f"{name} again" for name in query.data_ids]
+    return query + again
 
 
 def test_the_setting_that_made_the_truth_wins(tmp_path):
@@ -25,7 +34,7 @@ def test_the_setting_that_made_the_truth_wins(tmp_path):
 
 def test_the_choice_sees_half_of_the_queries_only(tmp_path):
     log, query, _ = make_log(tmp_path)
-    query = loghook.Query.concat([query, query])
+    query = twice(query)
     members, rng = random_subsets(40, 20), np.random.default_rng(0)
     losses = rng.normal(size=(20, 6))
     one = sweep(log, query, members=members, losses=losses, dampings=(0.1,), methods=("dot",))
@@ -69,9 +78,28 @@ def test_one_method_by_name_and_an_array_of_dampings(tmp_path):
 @pytest.mark.parametrize("columns", [3, 9])
 def test_losses_of_other_questions_are_refused(tmp_path, columns):
     log, query, _ = make_log(tmp_path)
-    query = loghook.Query.concat([query, query])
+    query = twice(query)
     with pytest.raises(ConfigError, match=rf"losses \(20, {columns}\) must be .*\(20, 6\)"):
         sweep(log, query, members=random_subsets(40, 20), losses=np.zeros((20, columns)))
+
+
+def test_a_truth_in_the_order_of_the_data_is_not_that_of_a_shuffled_log(tmp_path):
+    """Which of the two is meant nobody can tell from the shapes."""
+    log, query, _ = make_log(tmp_path, ids=list(range(39, -1, -1)))
+    query, members = twice(query), random_subsets(40, 60)
+    scores = log.influence(query, "ekfac", damping=0.3)
+    losses = -(members @ scores.align(range(40)).values.T)
+    given = {"members": members, "losses": losses, "dampings": (0.3,), "methods": "ekfac"}
+    assert sweep(log, query, ids=range(40), **given).best.criterion == pytest.approx(1.0)
+    assert sweep(log, query, ids=log.data_ids, **given).best.criterion < 0.9
+    shuffled = r"order of the log \(data_id 39, 38, 37, \.\.\.\).*"
+    with pytest.raises(ConfigError, match=shuffled + r"ids=range\(40\)"):
+        sweep(log, query, **given)
+    assert lds(scores.align(range(40)), members, losses).mean == pytest.approx(1.0)
+    for judge in (lambda: lds(scores, members, losses), lambda: without_top(scores, 3)):
+        with pytest.raises(ConfigError, match=shuffled + r"scores\.align\(range\(40\)\), or scores\.values"):
+            judge()
+    assert lds(scores.values, members, losses).mean < 0.9
 
 
 def test_layers_that_fit_in_memory_share_a_scan(tmp_path, monkeypatch):

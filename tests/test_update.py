@@ -399,7 +399,7 @@ def test_methods_that_need_statistics_refuse_and_the_others_work(tmp_path, kind)
     log, query = logged(tmp_path / "run", kind, model, optimizer, x, rank=3)
     assert log.unmeasured == 0 and not log.verify()
     for method in ("kfac", "ekfac"):
-        with pytest.raises(StateError, match=f"gradient='{kind}'.*'dot' or 'cosine'"):
+        with pytest.raises(StateError, match=rf"gradient='{kind}'.*'dot' or 'cosine'\.$"):
             log.influence(query, method)
     scores = log.influence(query, "cosine")
     assert scores.method == f"cosine ({kind})"
@@ -413,7 +413,7 @@ def test_methods_that_need_statistics_refuse_and_the_others_work(tmp_path, kind)
     for method in ("dot", "fisher", "shampoo"):
         assert np.isfinite(log.influence(query, method, normalize="unit").values).all()
     wide = logged(tmp_path / "wide", kind, model, optimizer, x, rank=8)
-    assert trust(*wide, "fisher").how == "parts of the log's coordinates"
+    assert trust(*wide, "fisher").how.startswith("parts of the log's coordinates")
     assert f"gradient {kind}" in CliRunner().invoke(app, ["info", str(tmp_path / "run")]).output
     plain, other = logged(tmp_path / "plain", "plain", model, None, x, rank=3)
     with pytest.raises(MismatchError, match="kind of gradient"):
@@ -423,8 +423,8 @@ def test_methods_that_need_statistics_refuse_and_the_others_work(tmp_path, kind)
     kinds = [json.loads((source.path / "loghook.json").read_text()).get("gradient") for source in (log, plain)]
     assert kinds == [kind, None]
     query.save(tmp_path / "query.safetensors")
-    again = loghook.Query.load(tmp_path / "query.safetensors") + query
-    assert log.influence(again, "dot").values.shape == (6, 40)
+    again = loghook.Query.load(tmp_path / "query.safetensors") + query  # the same questions, kept once
+    assert np.array_equal(log.influence(again, "dot").values, log.influence(query, "dot").values)
 
 
 @pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
@@ -520,7 +520,7 @@ def test_attached_models(tmp_path):
         asker.close()
         torch.testing.assert_close(again.matrix, query.matrix)
         assert log.influence(again, "dot").values.shape == (3, 6)
-    with pytest.raises(MismatchError, match=r"'normalized'.*optimizer="):
+    with pytest.raises(MismatchError, match=r"'normalized'.*log\.attach\(model, optimizer\)"):
         loghook.load(tmp_path / "normalized").attach(model)
     with pytest.raises(MismatchError, match="leave it out"):
         loghook.load(tmp_path / "adam").attach(model, optimizer)
@@ -558,12 +558,17 @@ def refused(tmp_path, error, match, model, optimizer, kind="adam", **watch):
 
 def test_optimizers_without_adams_moments_are_refused(tmp_path):
     model, x = make(), data()
-    refused(tmp_path, ConfigError, r"optimizer=NoneType.*watch\(\.\.\., optimizer=\)", model, None)
+    refused(tmp_path, ConfigError, r"optimizer=NoneType.*watch\(\.\.\., optimizer=optimizer\)", model, None)
     refused(tmp_path, ConfigError, "optimizer=SGD", model, torch.optim.SGD(model.parameters(), 0.1))
     refused(tmp_path, ConfigError, "minimising", model, torch.optim.Adam(model.parameters(), maximize=True))
     part = torch.optim.Adam(model[0].parameters())
-    refused(tmp_path, ConfigError, "does not train the weight of layer '2'", model, part)
+    refused(tmp_path, ConfigError, "does not hold the weight of layer '2'.*this very model", model, part)
     refused(tmp_path, ConfigError, "leave it out", model, part, kind="plain")
+    fresh = trained(model, x)
+    for state in fresh.state.values():
+        state["step"] = torch.tensor(0.0)
+    with pytest.raises(StateError, match=r"taken no step.*layer '0'"):
+        logged(tmp_path / "fresh", "normalized", model, fresh, x)
     for optimizer, held in (
         (part, "nothing"),
         (trained(model, x, adam=torch.optim.Adamax), "exp_avg', 'exp_inf', 'step"),

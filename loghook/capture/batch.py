@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from loghook.arguments import plain
 from loghook.capture.segments import Documents, arrange
 from loghook.errors import BatchError
 from loghook.log.format import fits
@@ -85,7 +86,7 @@ def check_ids(data_id: Ids) -> list[int] | list[str]:
     elif isinstance(data_id, Set | Mapping):
         raise BatchError(f"data_id is a {type(data_id).__name__}, which has no order: pass a list, one id a sample.")
     else:
-        values = [v.item() if isinstance(v, np.generic | Tensor) and v.ndim == 0 else v for v in data_id]
+        values = [plain(v) for v in data_id]
     if not values:
         raise BatchError("data_id is empty: pass one id for each sample of the batch.")
     kinds = {type(v) for v in values}

@@ -40,6 +40,13 @@ class Moments:
                     f"the optimizer holds {sorted(state) or 'nothing'} of layer {layer.name!r}, and not step, exp_avg "
                     "and exp_avg_sq: load its state, or take its first step before the first block."
                 )
+            step = state["step"]
+            seen = not isinstance(step, Tensor) or step.device.type == "cpu"  # a device would have to be waited for
+            if self.gradient == "normalized" and seen and not step:
+                raise StateError(
+                    f"the optimizer has taken no step, so that its moments of layer {layer.name!r} are zero: load the "
+                    "state of one that trained, or take the first step before the first block."
+                )
             for key, values in moments.items():
                 if type(state[key]) is not Tensor or state[key].shape != parameter.shape:
                     raise UnsupportedError(
@@ -48,7 +55,7 @@ class Moments:
                     )
                 values.append(state[key].to(device, dtype))
             width = 1 if numbers else layer.spec.in_features  # a bias is the last column
-            numbers.append(self._numbers(group, state["step"], device, dtype)[:, None].expand(-1, width))
+            numbers.append(self._numbers(group, step, device, dtype)[:, None].expand(-1, width))
         arranged = {
             key: layer.adapter.gradient(layer.module, values[0], values[1] if len(values) > 1 else None)
             for key, values in moments.items()
@@ -90,10 +97,11 @@ def bind(model: nn.Module, layers: Sequence[Layer], optimizer: Any, gradient: st
                 )
             group = groups.get(id(parameter), {})
             if not {"betas", "eps"} <= group.keys() or group.get("maximize"):
+                found = "does not hold" if not group else "does not train as Adam does"
                 raise ConfigError(
-                    f"optimizer={type(optimizer).__name__} does not train the {name} of layer {layer.name!r} as Adam "
-                    f"does, whose moments gradient={gradient!r} reads: pass watch(..., optimizer=) the Adam or AdamW "
-                    "(minimising) that trains it, and leave out what it does not train."
+                    f"gradient={gradient!r} reads Adam's moments, and optimizer={type(optimizer).__name__} {found} the "
+                    f"{name} of layer {layer.name!r}: pass watch(..., optimizer=optimizer), or log.attach(model, "
+                    "optimizer), the Adam or AdamW (minimising) that trains this very model, and exclude other layers."
                 )
             if gradient == "adam" and uses[id(parameter)] > 1:
                 raise UnsupportedError(

@@ -52,9 +52,10 @@ class Probe(Hooked):
         batch: Any,
         segments: Segments | Callable[[Any], Segments] | None = None,
         alone: Sequence[Any] | None = None,
+        scale: Callable[[Any], float | Tensor] | None = None,
     ) -> None:
         super().__init__(Recipe(rank=rank))
-        self.model, self._loss_fn, self._batch = model, loss_fn, batch
+        self.model, self._loss_fn, self._batch, self.scale = model, loss_fn, batch, scale
         of_batch = segments if callable(segments) else lambda _: segments
         self._segments, self.unit = of_batch(batch), "sample"
         # Each sample or document as a batch of its own, and its segments there.
@@ -127,9 +128,14 @@ class Probe(Hooked):
                 handle.remove()
 
     def _run(self, batch: Any, size: int, segments: Any) -> Found:
-        capture = self._capture(size, Given(segments=segments), self._rows(logs=False))
-        with _same_buffers(self.model), capture as captured:
-            loss = self._loss_fn(self.model, batch)
+        scale, given = 1.0 if self.scale is None else self.scale(batch), Given(segments=segments)
+        if isinstance(scale, Tensor) and scale.numel() == 1:
+            scale = scale.reshape(())
+        elif isinstance(scale, Tensor):  # one for each row, which a batch of one never has
+            scale, given = 1.0, Given(segments=segments, scale=scale)
+        with _same_buffers(self.model), self._capture(size, given, self._rows(logs=False)) as captured:
+            # Of the loss, so that it is in the gradients of parameters too.
+            loss = self._loss_fn(self.model, batch) * scale
             loss.backward()
         rows, kinds = captured[0].rows.cpu().double(), self._layout.kinds
         shapes = {spec.name: (spec.k_out, spec.k_in) for spec in self.specs}

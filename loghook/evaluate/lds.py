@@ -5,6 +5,7 @@ Ilyas et al. 2022, "Datamodels" (the idea); Park et al. 2023, "TRAK", section 2 
 Shapes: Q queries, N training samples, m subsets of them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -12,6 +13,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from loghook.errors import ConfigError
 from loghook.influence.fidelity import correlations
+from loghook.influence.scores import Scores
 
 
 @dataclass(frozen=True)
@@ -63,7 +65,7 @@ def lds(
     subset's members and *minus* the loss measured after training on it: a positive score promises a lower loss.
 
     Args:
-        scores: (Q, N), positive for proponents, as ``Scores.values``.
+        scores: (Q, N), positive for proponents, with samples in the order of ``members``; see ``Scores.align``.
         members: (m, N) bool, which samples each subset holds.
         losses: (m, Q), each query's loss after training on each subset, best averaged over several seeds. Hand over
             the negative of an output that is better when larger (a margin, a log-probability).
@@ -75,7 +77,8 @@ def lds(
         The mean over queries with its interval; ``per_query`` is 0 where predictions or losses are all equal.
 
     Raises:
-        ConfigError: shapes that do not fit, fewer than two subsets, or values that are not finite.
+        ConfigError: shapes that do not fit, fewer than two subsets, values that are not finite, or Scores whose ids
+            are the numbers 0 to N - 1 in another order.
     """
     scores_QN, losses_mQ, members_mN = floats("scores", scores, 2), floats("losses", losses, 2), np.asarray(members)
     shapes = f"scores {scores_QN.shape}, members {members_mN.shape}, losses {losses_mQ.shape}"
@@ -113,12 +116,26 @@ def estimate(per_query: ArrayLike, *, confidence: float = 0.95, resamples: int =
 
 def floats(name: str, values: ArrayLike, ndim: int) -> NDArray[np.float64]:
     """An argument as float64, if it has so many axes, none of them empty, and is finite."""
+    if isinstance(values, Scores):
+        n = len(values.data_ids)
+        require_order(
+            values.data_ids, f"pass scores.align(range({n})), or scores.values if all has the order of the log"
+        )
     array = np.asarray(values, dtype=np.float64)
     if array.ndim != ndim or not array.size:
         raise ConfigError(f"{name} has shape {array.shape} and must have {ndim} axes, none of them empty.")
     if not np.isfinite(array).all():
         raise ConfigError(f"{name} holds values that are not finite and have no rank or mean: leave those out.")
     return array
+
+
+def require_order(ids: Sequence[int | str], remedy: str) -> None:
+    """Raise where ids are places in a data set, 0 to n - 1, and rows are not in its order."""
+    if isinstance(ids[0], int) and list(ids) != (places := list(range(len(ids)))) and sorted(ids) == places:
+        raise ConfigError(
+            f"rows are in the order of the log (data_id {', '.join(map(str, ids[:3]))}, ...), and what is known of the "
+            f"samples is probably in that of the data: {remedy}."
+        )
 
 
 def _ranks(values_Qm: NDArray[np.float64], rounding_Q: NDArray[np.float64]) -> NDArray[np.float64]:

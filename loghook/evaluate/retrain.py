@@ -68,8 +68,8 @@ def retrain(
     subsets_mN = np.asarray(subsets)
     if subsets_mN.ndim != 2 or subsets_mN.dtype != bool or not subsets_mN.size:
         raise ConfigError(f"subsets {subsets_mN.shape} {subsets_mN.dtype} must be (subsets, samples) of bool.")
-    if not len(seeds) or len(set(seeds)) != len(seeds):
-        raise ConfigError(f"seeds={list(seeds)} must be different and at least one: equal ones measure the same.")
+    if not hasattr(seeds, "__len__") or not len(seeds) or len(set(seeds)) != len(seeds):
+        raise ConfigError(f"seeds={seeds!r} must be a list of at least one, all different: equal ones measure alike.")
     workers = whole("workers", workers, 0, hint=": of processes, or 0 for this one")
     folder = absolute(path)
     folder.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loghook.arguments import positive
 from loghook.errors import ConfigError
-from loghook.evaluate.lds import Estimate, floats, lds
+from loghook.evaluate.lds import Estimate, floats, lds, require_order
 from loghook.influence import engine
 from loghook.influence.precondition import Metric, in_memory
 from loghook.log.format import LayerSpec
@@ -76,6 +76,7 @@ def sweep(
     dampings: ArrayLike = DAMPINGS,
     members: ArrayLike | None = None,
     losses: ArrayLike | None = None,
+    ids: Sequence[int | str] | None = None,
     normalize: str | None = None,
     seed: int = 0,
 ) -> Sweep:
@@ -90,8 +91,9 @@ def sweep(
         query: at least four questions; not needed without ground truth.
         methods: "fisher" and "ekfac" by default; without ground truth "fisher" alone.
         dampings: relative to the mean eigenvalue: one or several.
-        members: (m, rows) bool, which rows each retraining used.
+        members: (m, N) bool, which samples each retraining used.
         losses: (m, queries) of each question after each retraining.
+        ids: of the N samples in the order of ``members``; None: the log's rows in their own.
         normalize: as for ``Log.influence``; with ground truth only.
         seed: of the split in halves.
 
@@ -121,13 +123,16 @@ def sweep(
             f"losses {losses.shape} must be (retrainings, queries), here {expected}: a row for each row of "
             "members, a column for each question."
         )
+    if ids is None:
+        remedy = f"pass ids=range({len(log)}), or ids=log.data_ids if members= has the order of the log"
+        require_order(log.data_ids, remedy)
     order = np.random.default_rng(seed).permutation(len(query))
     choose, report = order[: len(order) // 2], order[len(order) // 2 :]
     settings = []
     for method in methods or ("fisher", "ekfac"):
         for damping in tried:
             metric = Metric(method=method, damping=damping, normalize=normalize)
-            values = engine.influence(log, query, metric).values
+            values = engine.influence(log, query, metric).align(ids).values
             mean = lds(values[choose], members, losses[:, choose], resamples=1).mean
             settings.append(Setting(method, damping, mean, lds(values[report], members, losses[:, report])))
     return Sweep(tuple(settings), f"LDS on {len(choose)} queries")

@@ -138,6 +138,8 @@ def trust(  # noqa: D417 - four arguments share a line
         how, correlation, overlap = "a second log", correlations(*pair), shared_top(*pair, k)
     elif _rank_shares(log):
         how = "parts of the log's coordinates"
+        if not metric.plain:
+            how += " (optimistic at small ranks, as curvature is fitted anew with each seed: other= measures it)"
         correlation, pair = _estimated_agreement(log, query, metric, seed)
     else:
         how, correlation = "no random projection", np.ones(len(values_QN))

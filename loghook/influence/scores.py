@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from loghook.arguments import whole
+from loghook.arguments import plain, whole
 from loghook.errors import ConfigError, MismatchError
 from loghook.log.files import loading, save_checked, write_file
 
@@ -304,7 +304,7 @@ def _order(kind: str, scored: Sequence[Any], wanted: Any) -> tuple[Any, np.ndarr
     """The wanted ids as a list and their places; None: all that are scored, as they are."""
     if wanted is None:
         return scored, slice(None)
-    ids = wanted.tolist() if hasattr(wanted, "tolist") else list(wanted)
+    ids = wanted.tolist() if hasattr(wanted, "tolist") else [plain(name) for name in wanted]
     return ids, _places(kind, scored, ids)
 
 
@@ -320,8 +320,12 @@ def _places(
             raise MismatchError(f"{kind} {name!r} is asked for more than once: name each id once.")
         if max(n, counts[name]) > 1:
             raise MismatchError(
-                f"{kind} {name!r} is there more than once, so that its scores cannot be matched: log each id once "
-                "(inside run.passes(), or with on_repeat='first')."
+                f"{kind} {name!r} is there more than once, so that its scores cannot be matched: "
+                + (
+                    "log each id once (inside run.passes(), or with on_repeat='first')."
+                    if kind == "data_id"
+                    else "ask each question once, or join its batches with Query.concat, which keeps the first."
+                )
             )
         if name not in counts:
             raise MismatchError(f"{kind} {name!r} was not scored: these scores have no such id (of this type).")

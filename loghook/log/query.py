@@ -1,7 +1,7 @@
 """Rows held in memory: what questions are made of."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -97,12 +97,15 @@ class Query:
         return Query.concat([self, other])
 
     @staticmethod
-    def concat(queries: Sequence["Query"]) -> "Query":
-        """Join queries, for instance those of a loader's batches.
+    def concat(queries: Iterable["Query"]) -> "Query":
+        """Join queries, for instance those of a loader's batches, or of several processes.
+
+        Of an id that comes again, as where a sampler fills up a batch, the first question is kept.
 
         Raises:
             MismatchError: if they were made with different layers or projections, or ids of different types.
         """
+        queries = list(queries)
         if not queries:
             raise ConfigError("Query.concat got no queries: pass at least one.")
         first = queries[0]
@@ -113,8 +116,11 @@ class Query:
                 raise MismatchError("some of these queries are preconditioned and some are not: join equal ones.")
             if type(query.data_ids[0]) is not type(first.data_ids[0]):
                 raise MismatchError("these queries have ids of different types: use int or str throughout.")
-        ids: list[Any] = [i for query in queries for i in query.data_ids]
+        places: dict[Any, int] = {}
+        for place, data_id in enumerate(i for query in queries for i in query.data_ids):
+            places.setdefault(data_id, place)
         rows = torch.cat([query.matrix for query in queries])
+        rows = rows if len(places) == len(rows) else rows[list(places.values())]
         same = all(query.parameters == first.parameters for query in queries)
         if not same:
             warnings.warn(
@@ -122,7 +128,7 @@ class Query:
                 CheckpointWarning,
                 stacklevel=user_line(),
             )
-        return Query(ids, rows, first.made, first.parameters if same else None, first.direction)
+        return Query(list(places), rows, first.made, first.parameters if same else None, first.direction)
 
     def with_rows(self, rows: Tensor, direction: str) -> "Query":
         """The same questions with other rows (Q, width): what ``direction`` says was made of them."""

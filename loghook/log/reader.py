@@ -108,7 +108,8 @@ class Reader(Source):
         if self.manifest.no_statistics is not None:
             raise StateError(
                 f"{self.path} has no statistics for kfac and ekfac ({self.manifest.no_statistics}): use "
-                "method='shampoo', 'fisher', 'dot' or 'cosine', or log the data again."
+                "method='shampoo', 'fisher', 'dot' or 'cosine'"
+                + (", or log the data again." if self.manifest.gradient == "plain" else ".")
             )
         return self._read_moments() if self._moments is None else self._moments.copy()
 
