@@ -1,6 +1,5 @@
 """The door: ``init``, ``load`` and the ``Log`` that they lead to. The only place where capture and influence meet."""
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from torch import nn
 from loghook.capture.config import Config
 from loghook.capture.hooked import Asker
 from loghook.capture.run import Run
-from loghook.errors import CheckpointWarning, StateError, user_line
+from loghook.errors import CheckpointWarning, StateError, warn
 from loghook.influence import engine
 from loghook.influence import index as indexes
 from loghook.influence.fidelity import Fidelity, check_sample, compare
@@ -266,10 +265,9 @@ class Log(Reader):
         """
         asker = Asker(model, self.manifest, self.path, optimizer)
         if differ(asker.digest(), self.manifest.values):
-            warnings.warn(
+            warn(
                 "the model's parameter values, or the optimizer's moments, are not those that the log ended with: load "
                 "that checkpoint first.",
                 CheckpointWarning,
-                stacklevel=user_line(),
             )
         return asker

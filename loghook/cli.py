@@ -1,7 +1,6 @@
 """The command line: ``loghook info``, ``score``, ``report`` and so on; ``loghook --help`` lists all."""
 
 import json
-import os
 import re
 import warnings
 from collections.abc import Callable, Iterator
@@ -17,6 +16,7 @@ from loghook.capture.models import by_reason
 from loghook.errors import ConfigError, LoghookError
 from loghook.log import maintain
 from loghook.log.files import place_of
+from loghook.processes import process_rank, world_size
 from loghook.project.projection import describe_projection
 
 app = typer.Typer(
@@ -40,20 +40,20 @@ _LINES = 'a JSON object with "id" and "text"'
 @contextmanager
 def _processes() -> Iterator[bool]:
     """Join the processes of a launcher for the length of a command; yields whether this one prints."""
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if world_size() == 1:
         yield True
         return
     import torch
 
     torch.distributed.init_process_group("gloo")
     try:
-        yield torch.distributed.get_rank() == 0
+        yield process_rank() == 0
     finally:
         torch.distributed.destroy_process_group()
 
 
 def _show_warning(message: Warning | str, *_: Any, **__: Any) -> None:
-    if int(os.environ.get("RANK", 0)) == 0:
+    if process_rank() == 0:
         typer.secho(f"warning: {message}", fg="yellow", err=True)
 
 

@@ -19,7 +19,7 @@ def user_line() -> int:
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn at the line that called loghook."""
+    """Warn of the line that called loghook."""
     warnings.warn(message, category, stacklevel=user_line())
 
 

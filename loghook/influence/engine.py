@@ -1,7 +1,6 @@
 """The scan: preconditioned queries against every row of the log, in blocks, with flat memory."""
 
 import json
-import warnings
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -9,7 +8,7 @@ import torch
 from torch import Tensor
 
 from loghook.arguments import choose, whole
-from loghook.errors import ConfigError, UnfinishedWarning, user_line
+from loghook.errors import ConfigError, UnfinishedWarning, warn
 from loghook.influence.precondition import Metric, progress, solvers, working_dtype
 from loghook.influence.products import Product, products
 from loghook.influence.scores import Scores
@@ -140,11 +139,10 @@ def require_rows(reader: Source) -> None:
     if reader.finished or reader.warned:
         return
     reader.warned = True
-    warnings.warn(
-        f"{reader.path} is not finished: its {len(reader):,} rows so far are scored. For all, finalize() it, with "
-        "resume=True if it was interrupted, and load it again.",
+    warn(
+        f"{reader.path} is not finished: only the {len(reader):,} rows so far are scored. To have all, let its run "
+        "come to finalize(), with resume=True if it was interrupted, and load it again.",
         UnfinishedWarning,
-        stacklevel=user_line(),
     )
 
 

@@ -57,7 +57,7 @@ def no_log(path: Path) -> str:
         return f"{factors}: they are no log."
     no_run = f"{path} holds no loghook.json, so it is no loghook run"
     if path.is_dir() and all(file.match("lock-*") for file in path.iterdir()):
-        return f"{no_run} yet: check the path, or start a run that was killed here early again with resume=True."
+        return f"{no_run} yet: check the path. If a run was killed here, start its script again with resume=True."
     return f"{no_run}: check the path."
 
 

@@ -5,7 +5,6 @@ A kill may come at any point, also while a folder is being recovered.
 
 import os
 import time
-import warnings
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
@@ -21,7 +20,7 @@ from loghook.errors import (
     LogLockedError,
     MismatchError,
     StateError,
-    user_line,
+    warn,
 )
 from loghook.log.disk import lock, lock_name, sync_folder, writing
 from loghook.log.files import KEPT, PROJECTION, holds_factors
@@ -107,9 +106,7 @@ def seal(path: Path, manifest: Manifest, session: str, active: int) -> dict[str,
             return sum_up(logs)
         if time.monotonic() - begun > TELLING and not warned:
             warned = True
-            warnings.warn(
-                f"waiting for ranks {missing}: every rank has to call run.finalize().", stacklevel=user_line()
-            )
+            warn(f"waiting for ranks {missing}: every rank has to call run.finalize().")
         if time.monotonic() - begun > SEAL_TIMEOUT:
             raise StateError(
                 f"ranks {missing} did not call finalize() within {SEAL_TIMEOUT:.0f} s: start again with resume=True."
@@ -144,11 +141,10 @@ def _warn_of_parts(logs: Sequence[Commits]) -> None:
         met.update(list(dict.fromkeys(row for row in mine if row[:2] != mine[-1][:2])))
     shared = [row for row, ranks in met.items() if ranks > 1]
     if 2 * len(shared) > len(met):
-        warnings.warn(
+        warn(
             f"ranks logged the same samples in the same steps, such as {shared[0][2]!r}. If each has a part of them or "
             "of the layers (sequence, context or tensor parallelism), their rows are wrong: log whole samples. If each "
-            "goes through all of the data, give each a share.",
-            stacklevel=user_line(),
+            "goes through all of the data, give each a share."
         )
 
 

@@ -288,8 +288,10 @@ def _copy_log(
     old_codec, codec = old.codec, new.codec
     statistics = _copy_statistics(log, out, new, rank) if log.rows else None
     taken = [int(file.stem.rpartition("-")[2]) for file in out.glob(f"rows-{rank:05d}-*.safetensors")]
-    number, shard = max(taken, default=-1), None
-    full = max(log.shard_ends.values(), default=0) * old_codec.row_bytes  # where rows get smaller, shards do not
+    free = max(taken, default=-1) + 1
+    # {number of an old shard: that of the new one}. Where rows get smaller, several become one of about the same size.
+    new_numbers = {n: free + i * codec.row_bytes // old_codec.row_bytes for i, n in enumerate(log.shard_ends)}
+    shard, number = None, -1
     lines: list[bytes] = []
     dropped: list[int | str] = []
     for record in log.records:
@@ -306,10 +308,10 @@ def _copy_log(
                     f"{log.file.parent}: rows do not match their checksum: run `loghook repair` first."
                 )
             facts, stored = _kept_rows(record, data, kept, old_codec, codec)
-            if shard is None or shard.rows * codec.row_bytes >= full:
+            if shard is None or number != new_numbers[record["shard"]]:
                 if shard is not None:
                     shard.close()
-                number += 1
+                number = new_numbers[record["shard"]]
                 shard = ShardFile(out / shard_name(rank, number), codec, new.run_id)
             start = shard.append(stored, facts["rows"])
             new_record |= facts | {"shard": number, "start": start, "statistics": statistics}

@@ -1,6 +1,5 @@
 """Rows held in memory: what questions are made of."""
 
-import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loghook.errors import CheckpointWarning, ConfigError, MismatchError, StateError, user_line
+from loghook.errors import CheckpointWarning, ConfigError, MismatchError, StateError, warn
 from loghook.log.files import loading, save_checked
 from loghook.log.format import LayerSpec, Layout, Made, differ
 from loghook.processes import all_gather
@@ -123,10 +122,9 @@ class Query:
         rows = rows if len(places) == len(rows) else rows[list(places.values())]
         same = all(query.parameters == first.parameters for query in queries)
         if not same:
-            warnings.warn(
+            warn(
                 "these queries were made with different parameter values: scoring cannot tell whether they fit a log.",
                 CheckpointWarning,
-                stacklevel=user_line(),
             )
         return Query(list(places), rows, first.made, first.parameters if same else None, first.direction)
 
@@ -186,11 +184,10 @@ def require_match(query: Any, made: Made, values: str | None, whose: str, asked_
             f"the query was made with {difference} than {whose}: make it with {asked_of}.query(...), on the same model."
         )
     if differ(values, query.parameters):
-        warnings.warn(
+        warn(
             f"the query was made with other parameter values, or moments of the optimizer, than {whose}: gradients at "
             "different points would be compared. Load that checkpoint first.",
             CheckpointWarning,
-            stacklevel=user_line(),
         )
 
 
