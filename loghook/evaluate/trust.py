@@ -104,8 +104,11 @@ def trust(  # noqa: D417 - four arguments share a line
     Args:
         log: an open log.
         query: its questions.
-        method, damping, damping_abs, normalize: as for ``Log.influence``.
+        method: as for ``Log.influence``, as are damping, damping_abs and normalize.
         other: (log, query) with another seed.
+        damping: relative.
+        damping_abs: absolute, instead.
+        normalize: None, "unit" or "relatif".
         k: how many top records of each query.
         nulls: chance questions for the p-values; 0 leaves them out.
         seed: of everything drawn here.
