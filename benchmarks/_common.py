@@ -96,8 +96,8 @@ class Peak:
         Path("/proc/self/clear_refs").write_text("5")
 
     @staticmethod
-    def bytes() -> int:
-        return 1024 * int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0])
+    def bytes(what: str = "VmHWM") -> int:
+        return 1024 * int(Path("/proc/self/status").read_text().split(f"{what}:")[1].split()[0])
 
     @property
     def mb(self) -> float:

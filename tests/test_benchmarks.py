@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ from tests.harness import benchmarks
 
 pytest.importorskip("transformers")
 Load = Callable[[str], ModuleType]
+Run = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
@@ -27,14 +29,22 @@ def load() -> Iterator[Load]:
         yield load
 
 
-def test_slice_of_a_large_model_takes_what_was_planned(
-    load: Load, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    module = load("slice")
-    kept: dict = {}
-    monkeypatch.setattr(module, "write", lambda name, result: kept.update(result))
-    monkeypatch.setattr(sys, "argv", ["slice", "--tiny", "--samples", "6", "--threads", "1", "--save"])
-    module.main()
+@pytest.fixture
+def run(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    """Run a script, and read what it wrote."""
+
+    def run(script: str, *arguments: str, name: str = "") -> dict[str, Any]:
+        module = load(script)
+        monkeypatch.setattr(load("_common"), "RESULTS", tmp_path)
+        monkeypatch.setattr(sys, "argv", [script, "--threads", "1", "--save", *arguments])
+        module.main()
+        return json.loads((tmp_path / f"{name or script}.json").read_text())
+
+    return run
+
+
+def test_slice_of_a_large_model_takes_what_was_planned(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    kept = run("slice", "--tiny", "--samples", "6")
     # Of so few rows headers and records are a large part.
     assert kept["planned_bytes"] <= kept["measured_bytes"] < 3 * kept["planned_bytes"]
     assert 0 < kept["row_bytes"] - 512 / 6 < kept["row_bytes"]
@@ -49,16 +59,8 @@ def test_gpu_benchmark_measures_every_part_on_every_architecture(
     models = json.loads(out.read_text())["models"]
     assert set(models) == {"llama-3-8b", "qwen2.5-1.5b", "gpt2"}
     for place in models.values():
-        parts = {
-            "log, batch 1",
-            "log, batch 2",
-            "profile, batch 1",
-            "profile, batch 2",
-            "train",
-            "to the disk",
-            "score",
-        }
-        assert parts | {"train", "to the disk", "score"} <= set(place)
+        batches = {f"{part}, batch {size}" for part in ("log", "profile") for size in (1, 2)}
+        assert batches | {"train", "to the disk", "score"} <= set(place)
         assert not [name for name in place if isinstance(place[name], dict) and "left_out" in place[name]]
         for name, over in (("log, batch 1", "log"), ("log, batch 2", "log"), ("train", "train and log")):
             assert place[name][over]["tokens/s"] > 0 and math.isfinite(place[name]["overhead"]["median"])
@@ -78,17 +80,13 @@ def test_gpu_benchmark_ends_in_time_and_says_what_it_left_out(load: Load, tmp_pa
 
 @pytest.mark.parametrize("clock", ["wall", "cpu"])
 def test_capture_benchmark_states_every_ratio(
-    load: Load, clock: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    load: Load, run: Run, clock: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    common, capture = load("_common"), load("capture")
-    monkeypatch.setattr(common, "RESULTS", tmp_path)
+    capture = load("capture")
     monkeypatch.setattr(capture, "NARROW", 64)
     monkeypatch.setattr(capture, "WIDE", 128)
-    arguments = "--threads 1 --repeats 2 --layers 1 --tokens 8 --no-memory --compile eager --save --clock"
-    monkeypatch.setattr("sys.argv", ["capture", *arguments.split(), clock])
-    capture.main()
-    (file,) = tmp_path.iterdir()
-    result = json.loads(file.read_text())
+    arguments = ("--repeats 2 --layers 1 --tokens 8 --no-memory --compile eager --clock " + clock).split()
+    result = run("capture", *arguments, name="capture_32_tokens" + "_cpu" * (clock == "cpu"))
     assert set(result["ratios"]) == {*capture.RATIOS, capture.COMPILED}
     assert all(value["low"] <= value["median"] <= value["high"] for value in result["ratios"].values())
     assert result["operations"]["train"] > result["operations"]["frozen"]
@@ -157,17 +155,9 @@ def test_source_carries_queries_from_the_last_segment_to_the_first(load: Load, t
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), models[2].parameters(), strict=True))
 
 
-def test_index_benchmark_compares_searches_with_scans(
-    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    common, index = load("_common"), load("index")
-    monkeypatch.setattr(common, "RESULTS", tmp_path)
-    arguments = (
-        "--threads 1 --repeats 2 --rows 60 90 --layers 2 --side 4 --topics 9 --dimensions 8 --candidates 12 --save"
-    )
-    monkeypatch.setattr("sys.argv", ["index", *arguments.split()])
-    index.main()
-    result = json.loads((tmp_path / "index.json").read_text())
+def test_index_benchmark_compares_searches_with_scans(run: Run) -> None:
+    arguments = "--repeats 2 --rows 60 90 --layers 2 --side 4 --topics 9 --dimensions 8 --candidates 12"
+    result = run("index", *arguments.split())
     assert [(one["rows"], one["factory"]) for one in result["measured"]] == [
         (60, "Flat"), (60, "HNSW32"), (90, "Flat"), (90, "HNSW32"),
     ]  # fmt: skip
@@ -176,37 +166,26 @@ def test_index_benchmark_compares_searches_with_scans(
         assert set(one["seconds"]) == {"scan 1", "scan 64", "search 1", "search 64"}
 
 
-def test_low_rank_benchmark_judges_every_dtype(load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_low_rank_benchmark_judges_every_dtype(load: Load, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     lowrank, _ = load("lowrank"), load("digits_mlp")  # which finds its truth in RESULTS
-    monkeypatch.setattr(load("_common"), "RESULTS", tmp_path)
     monkeypatch.setattr(lowrank, "LOGS", {"digits_mlp": ({"projection": "random", "rank": 64},)})
     monkeypatch.setattr(lowrank, "whole", lambda *_: ())  # the reference takes longer than all the rest
-    arguments = "--tasks digits_mlp --dtypes float32 lowrank1 --save"
-    monkeypatch.setattr("sys.argv", ["lowrank", *arguments.split()])
-    lowrank.main()
-    rows = json.loads((tmp_path / "lowrank.json").read_text())["tasks"]["digits_mlp"]
+    arguments = "--tasks digits_mlp --dtypes float32 lowrank1"
+    rows = run("lowrank", *arguments.split())["tasks"]["digits_mlp"]
     found = {row["method"]: row for row in rows}
     exact, small = found["random 64 float32, dot"], found["random 64 lowrank1, dot"]
     assert small["bytes"] < exact["bytes"] / 40 and abs(small["lds"] - exact["lds"]) < 0.005  # one token a sample
 
 
 def test_replay_benchmark_answers_both_questions(
-    load: Load, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    load: Load, run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     pytest.importorskip("sklearn")
-    module = load("replay")
     monkeypatch.setattr(load("digits_mlp"), "RECIPE", load("digits").Recipe(epochs=1))
-    monkeypatch.setattr(load("_common"), "RESULTS", tmp_path)
-    arguments = "--threads 1 --roots 1e-3 1e-16 --subsets 6 --queries 3 --save"
-    monkeypatch.setattr("sys.argv", ["replay", *arguments.split()])
-    module.main()
-    rows = json.loads((tmp_path / "replay.json").read_text())["rows"]
+    rows = run("replay", *["--roots", "1e-3", "1e-16", "--subsets", "6", "--queries", "3"])["rows"]
     assert [row["eps_root"] for row in rows] == [1e-3, 1e-16] and "3 queries" in capsys.readouterr().out
     assert all(-1 <= value <= 1 for row in rows for value in (*row["itself"].values(), row["truth"]))
     assert rows[0]["itself"]["0.95"] > 0.5  # one epoch with a smooth optimiser is as good as linear
-
-
-TINY = "--threads 1 --repeats 2 --save --layers 2 --width 64"
 
 
 @pytest.mark.parametrize(
@@ -217,21 +196,18 @@ TINY = "--threads 1 --repeats 2 --save --layers 2 --width 64"
     ],
 )
 def test_scan_benchmarks_state_their_ratios(
-    load: Load, script: str, options: str, name: str, ratio: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, script: str, options: str, name: str, ratio: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(load("_common"), "RESULTS", tmp_path)
-    monkeypatch.setattr("sys.argv", [script, *TINY.split(), *options.split()])
     here = SimpleNamespace(apply=lambda function, given: function(*given))  # and not in a process of its own
     context = SimpleNamespace(Pool=lambda _: contextlib.nullcontext(here))
     monkeypatch.setattr("multiprocessing.get_context", lambda _: context)
-    load(script).main()
-    result = json.loads((tmp_path / f"{name}.json").read_text())
+    result = run(script, *["--repeats", "2", "--layers", "2", "--width", "64"], *options.split(), name=name)
     assert ratio in result["ratios"] and all(value["median"] > 0 for value in result["ratios"].values())
 
 
 @pytest.mark.parametrize("name", ["facts", "labels"])
 def test_leaderboard_judges_what_is_not_retrained(
-    load: Load, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+    load: Load, run: Run, name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     board = load("leaderboard")
     module = load(name)
@@ -245,13 +221,9 @@ def test_leaderboard_judges_what_is_not_retrained(
     small = dataclasses.replace(task, **few)
     monkeypatch.setattr(board, "truth", lambda name: small)
     monkeypatch.setattr(type(small), "models", lambda self, count: [module.build()])
-    monkeypatch.setattr(load("_common"), "RESULTS", tmp_path)
-    chosen = ["random 16", "whitened 0.01 84 (down_proj)"]
-    monkeypatch.setattr(
-        sys, "argv", ["leaderboard", "--task", name, "--rows", *chosen, "--tune", "--no-refine", "--fast", "--save"]
-    )
-    board.main()
-    rows = {row["method"]: row for row in json.loads((tmp_path / f"leaderboard_{name}.json").read_text())["rows"]}
+    options = ["--rows", "random 16", "whitened 0.01 84 (down_proj)", "--tune", "--no-refine", "--fast"]
+    result = run("leaderboard", "--task", name, *options, name=f"leaderboard_{name}")
+    rows = {row["method"]: row for row in result["rows"]}
     assert ("whitened 0.01 84 (down_proj), dot" in rows) == (name == "facts")
     assert ("random 16, dot, on itself" in rows) == ("control: loss" in rows) == (name == "labels")
     assert all(0 <= row["low"] <= row["lds"] <= row["high"] <= 1 for row in rows.values())

@@ -20,7 +20,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
 import sys
 import tempfile
 import time
@@ -30,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from _common import Peak
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -173,9 +173,9 @@ def main(work: Work) -> None:
         torch.manual_seed(options.seed)
         exchange, costs = read(folder), Costs()
         with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
-            before = _memory("VmRSS", forget_peak=True)
+            peak, before = Peak(), Peak.bytes("VmRSS") / 2**20
             scores = work(exchange, options, costs, Path(scratch))
-        costs.facts |= {"peak_mb": _memory("VmHWM"), "before_mb": before}
+        costs.facts |= {"peak_mb": peak.mb, "before_mb": before}
         if turn or not options.repeats:
             turns.append(costs)
     stages = {name: [turn.seconds[name] for turn in turns] for name in turns[0].seconds}
@@ -184,11 +184,3 @@ def main(work: Work) -> None:
     cpu = {name: [turn.cpu[name] for turn in turns] for name in turns[0].cpu}
     about = {"options": dataclasses.asdict(options), "seconds": stages, "cpu_seconds": cpu} | turns[-1].facts
     out.with_suffix(".json").write_text(json.dumps(about))
-
-
-def _memory(field: str, forget_peak: bool = False) -> float:
-    """Return VmRSS or VmHWM of this process in MB (Linux)."""
-    if forget_peak:
-        Path("/proc/self/clear_refs").write_text("5")
-    lines = Path(f"/proc/{os.getpid()}/status").read_text().splitlines()
-    return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
