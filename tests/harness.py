@@ -80,6 +80,20 @@ def log_and_ask(
     return loghook.load(path), query
 
 
+def fitted(
+    model: nn.Module, x: Any, loss_fn: Loss, folder: Any = None, size: int | None = None, fisher: str = "empirical",
+    **block: Any,
+) -> Any:  # fmt: skip
+    """Factors of whole gradients, in one block or in blocks of a size; what is not named is an argument of a block."""
+    fit = loghook.fit(folder or tempfile.mkdtemp(prefix="loghook-test-"), fisher=fisher)
+    fit.watch(model)
+    for _ in fit.passes():
+        for ids in torch.arange(batch_size(x)).split(size or batch_size(x)):
+            with fit(data_id=ids, **block):
+                loss_fn(model, x[ids] if size else x).backward()
+    return fit
+
+
 def log_batch(
     model: nn.Module, loss_fn: Loss, batch: Any, *, frozen: bool = False, rank: Any = 4, projection: str = "random",
     seed: int = 0, dtype: str = "float64", scale: Any = 1.0, mask: Tensor | None = None, **watch: Any,

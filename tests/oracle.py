@@ -9,12 +9,13 @@ randomness (eval mode, or dropout at zero), no reentrant activation checkpointin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 def one_sample_gradients(
@@ -114,7 +115,7 @@ def relative_error(a: Tensor, b: Tensor, tiny: float = 1e-6, sizes: Tensor | Non
 
 def batch_size(batch: Any) -> int:
     """The length of the first axis that all tensors in `batch` (of one axis or more) share."""
-    sizes = {len(tensor) for tensor in _tensors(batch) if tensor.dim() > 0}
+    sizes = {len(leaf) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor) and leaf.dim() > 0}
     if len(sizes) != 1:
         raise ValueError(f"the tensors of a batch must share one first axis; found lengths {sorted(sizes)}")
     return sizes.pop()
@@ -122,26 +123,7 @@ def batch_size(batch: Any) -> int:
 
 def one_sample(batch: Any, i: int) -> Any:
     """`batch` with every tensor cut to its sample `i`, first axis kept (length 1); the rest unchanged."""
-    if isinstance(batch, Tensor):
-        return batch[i : i + 1] if batch.dim() > 0 else batch
-    if isinstance(batch, Mapping):
-        return {key: one_sample(value, i) for key, value in batch.items()}
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(one_sample(value, i) for value in batch))
-    if isinstance(batch, (tuple, list)):
-        return type(batch)(one_sample(value, i) for value in batch)
-    return batch
-
-
-def _tensors(batch: Any) -> Iterator[Tensor]:
-    if isinstance(batch, Tensor):
-        yield batch
-    elif isinstance(batch, Mapping):
-        for value in batch.values():
-            yield from _tensors(value)
-    elif isinstance(batch, (tuple, list)):
-        for value in batch:
-            yield from _tensors(value)
+    return tree_map(lambda leaf: leaf[i : i + 1] if isinstance(leaf, Tensor) and leaf.dim() > 0 else leaf, batch)
 
 
 def _is_transposed_linear(module: nn.Module) -> bool:

@@ -21,7 +21,7 @@ from loghook.log.files import load_sides
 from loghook.project import blocks
 from loghook.project.blocks import Factor, cut, second_moment_blocks, take_blocks
 from loghook.project.projection import draw_side, shared_input_name
-from tests.harness import log_and_ask, squares
+from tests.harness import fitted, log_and_ask, squares
 from tests.oracle import one_sample_gradients, project, relative_error
 
 
@@ -201,11 +201,7 @@ def test_inside_training_an_unfitted_projection_is_refused_and_a_fitted_one_take
 
 def test_taken_from_whole_factors():
     model, x = make(), data()
-    fit = loghook.fit(tempfile.mkdtemp())
-    fit.watch(model)
-    for _ in fit.passes():
-        with fit(data_id=list(range(len(x)))):
-            loss_fn(model, x).backward()
+    fit = fitted(model, x, loss_fn)
     fit.close()
     own, _, _ = fit_and_log(model, x, projection="whitened")
     taken, _, kinds = fit_and_log(model, x, projection="whitened", fitted=fit.path)

@@ -23,7 +23,7 @@ from loghook.errors import CheckpointWarning, CorruptLogError, LogLockedError, M
 from loghook.evaluate.retrain import retrain
 from loghook.log import maintain, reader
 from loghook.log.writer import Writer
-from tests.harness import log_and_ask, squares
+from tests.harness import fitted, log_and_ask, squares
 from tests.test_influence import data, loss_fn, make_log, make_model
 
 
@@ -334,11 +334,7 @@ def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):
     loghook.Scores.load("~/scores").report("~/page.html")
     log.index(2, "Flat").save("~/index")
     log.load_index("~/index")
-    fit = loghook.fit("~/factors")
-    fit.watch(model)
-    for _ in fit.passes():
-        with fit(data_id=range(16)):
-            model(x).square().sum().backward()
+    fitted(model, x, squares, "~/factors")
     run = loghook.init("~/fitted", rank=2, projection="pca", fitted="~/factors")
     run.watch(model)
     retrain(lambda members, seed: [1.0], np.ones((1, 4), bool), [0], "~/results", workers=0)

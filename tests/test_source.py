@@ -9,7 +9,7 @@ from torch import nn
 
 import loghook
 from loghook.errors import ConfigError, MismatchError
-from tests import dense
+from tests import dense, harness
 from tests.oracle import one_sample_gradients
 from tests.test_fitted import data, loss_fn, make, raw_moments
 from tests.test_whole import ask, close, fit_names, fitted
@@ -53,11 +53,7 @@ def test_unrolled_scores_are_the_derivative_of_training():
         return (model(x)[:, 0] - y).square().sum() / 2
 
     # The curvature of squared errors: output gradients of one. It is the same at each step, so that one fit serves all.
-    fit = loghook.fit(tempfile.mkdtemp())
-    fit.watch(model)
-    for _ in fit.passes():
-        with fit(data_id=list(range(N))):
-            model(x).sum().backward()
+    fit = harness.fitted(model, x, lambda m, x: m(x).sum())
     load(path[-1])
     with fit.query(data_id=["a", "b"]) as carried:
         loss(asked_x, asked_y).backward()

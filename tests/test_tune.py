@@ -1,7 +1,5 @@
 """Choosing projection, rank, dtype and scoring by fidelity to whole-gradient EK-FAC."""
 
-import tempfile
-
 import numpy as np
 import pytest
 import torch
@@ -9,6 +7,7 @@ from torch import nn
 
 import loghook
 from loghook.errors import ConfigError
+from tests.harness import fitted
 
 
 class Attention(nn.Module):
@@ -25,11 +24,7 @@ class Attention(nn.Module):
 def setting():
     torch.manual_seed(0)
     model, x = Attention(), torch.randn(80, 4, 12) * torch.linspace(0.2, 2, 12)
-    fit = loghook.fit(tempfile.mkdtemp())
-    fit.watch(model)
-    for _ in fit.passes():
-        with fit(data_id=list(range(80))):
-            loss(model, x).backward()
+    fit = fitted(model, x, loss)
 
     def samples():
         for part in torch.arange(60).split(20):

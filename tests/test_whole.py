@@ -22,21 +22,15 @@ from loghook.errors import (
 )
 from loghook.project import outer
 from loghook.whole.scoring import low_rank
-from tests import dense
+from tests import dense, harness
 from tests.harness import log_batch
 from tests.oracle import one_sample_gradients
 from tests.test_capture import Sees
 from tests.test_fitted import data, loss_fn, make, raw_moments
 
 
-def fitted(model, x, loss=loss_fn, folder=None, size=16, fisher="empirical", **arguments):
-    fit = loghook.fit(folder or tempfile.mkdtemp(prefix="loghook-test-"), fisher=fisher)
-    fit.watch(model)
-    for _ in fit.passes():
-        for ids in torch.arange(len(x)).split(size):
-            with fit(data_id=ids, **arguments):
-                loss(model, x[ids]).backward()
-    return fit
+def fitted(model, x, loss=loss_fn, folder=None, size=16, **options):
+    return harness.fitted(model, x, loss, folder, size, **options)
 
 
 def ask(fit, model, x, loss=loss_fn, count=2):
