@@ -82,7 +82,7 @@ class Trust:
 
 
 @on_cpu
-def trust(  # noqa: D417 - four arguments share a line
+def trust(
     log: Reader,
     query: Query,
     method: str = "ekfac",
