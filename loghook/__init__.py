@@ -3,9 +3,8 @@
 The public names are the ones below; everything else is private or a submodule's own.
 """
 
-from loghook import evaluate
+from loghook import evaluate, segments
 from loghook.api import Log, fit, init, load
-from loghook.capture import segments
 from loghook.capture.adapters import Adapter, Geometry, adapter
 from loghook.capture.frozen import frozen
 from loghook.capture.passes import Pass

@@ -8,9 +8,9 @@ from accelerate.data_loader import DataLoaderDispatcher
 from torch import Tensor
 
 from loghook.capture.run import Run
-from loghook.capture.segments import from_cu_seqlens, from_position_ids
 from loghook.errors import BatchError, ConfigError, UnsupportedError
 from loghook.integrations.loss_scale import Count, find_count, replaced, trainer_divisor
+from loghook.segments import from_cu_seqlens, from_position_ids
 
 
 @contextmanager
