@@ -144,7 +144,9 @@ def build(reader: Reader, dimensions: int, factory: str, sample: int, seed: int)
     recall = index.recall(min(QUESTIONS, len(reader)), top, method) if top else 1.0
     if rank_and_size()[0] == 0:
         print(f"index of {len(reader):,} rows in {len(basis):,} of {columns.stop:,} dimensions")
-        print(f"  finds {recall:.0%} of the {top} best rows by {method} among {min(CANDIDATES, len(reader))} candidates")
+        print(
+            f"  finds {recall:.0%} of the {top} best rows by {method} among {min(CANDIDATES, len(reader))} candidates"
+        )
     return index
 
 
