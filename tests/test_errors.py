@@ -525,7 +525,7 @@ def test_mask_with_a_number_of_tokens_that_no_layer_has_is_refused(run: loghook.
         log(run, model, [1, 2], mask=torch.ones(2, TOKENS + 1))
     with refused(BatchError, (2, TOKENS + 1), "fits no layer that it is for"):
         log(run, model, [1, 2], mask={"first": torch.ones(2, TOKENS), "second": torch.ones(2, TOKENS + 1)})
-    with refused(BatchError, "mask={'second': ...} serves no watched layer", "the first that fits"):
+    with refused(BatchError, "mask={'second': ...} serves no layer", "the first that fits"):
         log(run, model, [1, 2], mask={"*": torch.ones(2, TOKENS), "second": torch.ones(2, TOKENS)})
     assert_goes_on(run, model, before=[0])
 

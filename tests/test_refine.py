@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import loghook
-from loghook.errors import ConfigError, MismatchError
+from loghook.errors import ConfigError, MismatchError, UnsupportedError
 from loghook.whole import refine
 from loghook.whole.refine import GaussNewton, conjugate_gradients
 from tests.harness import log_and_ask, log_batch
@@ -326,3 +326,119 @@ def test_rounding_of_a_narrow_loss_is_no_mean():
         return model(batch[0]).bfloat16().double() if torch.is_grad_enabled() else model(batch[0]).bfloat16()
 
     assert fit.refine(query, [(x, y)], outputs, narrow, iterations=1).direction
+
+
+class Shared(nn.Module):
+    """Two layers with one weight, or with two of the same values; `excluded` or not, each has its own share."""
+
+    def __init__(self, tied):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.second, self.out = nn.Linear(5, 5), nn.Linear(5, 5), nn.Linear(5, 3)
+        if tied:
+            self.second.weight = self.first.weight
+        else:
+            self.second.weight.data.copy_(self.first.weight)
+
+    def forward(self, x):
+        return self.out(torch.tanh(self.second(torch.tanh(self.first(x)))))
+
+
+@pytest.mark.parametrize("exclude", [(), "first"], ids=["both watched", "one watched"])
+def test_layers_that_share_a_weight_have_their_own_shares(exclude):
+    (x, y), found = data(), []
+    for tied in (True, False):
+        model = Shared(tied).double()
+        before = [id(p) for p in model.parameters()]
+        fit = loghook.fit(tempfile.mkdtemp())
+        fit.watch(model, exclude=exclude)
+        for _ in fit.passes():
+            with fit(data_id=list(range(len(x)))):
+                loss_of(model(x), (x, y)).backward()
+        with fit.query(data_id=["a", "b"]) as query:
+            loss_of(model(x[:2]), (x[:2], y[:2])).backward()
+        found.append(fit.refine(query, [(x, y)], outputs_of(model), loss_of, damping_abs=0.05, iterations=50).matrix)
+        assert [id(p) for p in model.parameters()] == before
+    assert torch.allclose(*found, rtol=1e-8, atol=1e-10)
+
+
+class Once(torch.autograd.Function):
+    """A tanh whose backward autograd cannot follow, as a kernel's."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.y = torch.tanh(x)
+        return ctx.y
+
+    @staticmethod
+    def backward(ctx, g):
+        return (g.detach() * (1 - ctx.y.detach().square())).clone()
+
+
+class Kernel(nn.Module):
+    def forward(self, x):
+        return Once.apply(x)
+
+
+def test_what_cannot_be_refined_is_refused_before_it_is_wrong():
+    model, (x, y) = make(), data()
+    fit, query = fitted(model, x, y)
+    one = fit.refine(query, [(x, y)], outputs_of(model), loss_of)
+
+    def refused(match, outputs=None, loss=loss_of, kind=ConfigError, asked=None, **options):
+        with pytest.raises(kind, match=match):
+            fit.refine(asked or query, [(x, y)], outputs or outputs_of(model), loss, **options)
+
+    refused("negative along a question", loss=lambda y, b: -y.square().sum())
+    refused("depends on no watched layer", outputs=outputs_of(make()))
+    refused("a dict", outputs=lambda b: {"logits": model(b[0])})
+    refused("without a graph", outputs=lambda b: model(b[0]).detach())
+    refused("second derivative", loss=lambda y, b: y.sum())
+    refused("one number", loss=lambda y, b: y.square())
+    refused("refined already", asked=one)
+    for options in ({"tolerance": -1}, {"step": 0.0}, {"momentum": 1.0}):
+        refused(next(iter(options)), **options)
+    with pytest.raises(ConfigError, match="preconditioned"):
+        fit.unroll(one, 1.0)
+    with pytest.raises(ConfigError, match="are carried"):
+        fit.score(fit.unroll(query, 1.0)[1])
+    assert fit.unroll(fit.unroll(query, 1.0)[1], 1.0)
+
+    noisy = nn.Sequential(*model[:2], nn.Dropout(0.5), *model[2:])
+    refused("call model.eval", outputs=outputs_of(noisy))
+    model[1] = Kernel()
+    refused("cannot be differentiated twice", kind=UnsupportedError)
+    alone = nn.Sequential(nn.Linear(5, 4), Kernel(), nn.Linear(4, 3)).double()
+    fit, query = fitted(alone, x, y)
+    refused("cannot be differentiated twice", outputs=outputs_of(alone), kind=UnsupportedError)
+
+
+def test_refining_leaves_batch_statistics_alone():
+    model, (x, y) = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(2), nn.Linear(4, 3)).double().eval(), data()
+    fit, query = fitted(model, x, y)
+    model.train()
+    before = model[1].running_mean.clone()
+    with pytest.raises(UnsupportedError, match="mixes the samples"):
+        fit.refine(query, [(x, y)], outputs_of(model), loss_of)
+    assert torch.equal(model[1].running_mean, before)
+
+
+def test_samples_are_counted_by_hand_where_tensors_do_not_say():
+    model, (x, y) = make(), data()
+    fit, query = fitted(model, x, y)
+    expected = fit.refine(query, [(x, y)], outputs_of(model), loss_of).matrix
+    packed = x.reshape(12, 4, 5), y.reshape(12, 4)
+    with fit.query(data_id=["a", "b"], segments=torch.tensor([[0, 0, 1, 1]])) as query:
+        loss_of(model(packed[0][:1]), (packed[0][:1], packed[1][:1])).backward()
+    with pytest.raises(ConfigError, match=r"samples=.*segments="):
+        fit.refine(query, [packed], outputs_of(model), loss_of)
+    again = fit.refine(query, [packed], outputs_of(model), loss_of, samples=lambda batch: 2 * len(batch[0])).matrix
+    assert torch.allclose(again, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_compiled_models_are_refined_as_they_are():
+    model, (x, y) = make(), data()
+    fit, query = fitted(model, x, y)
+    expected = fit.refine(query, [(x, y)], outputs_of(model), loss_of).matrix
+    compiled = torch.compile(model, backend="aot_eager")
+    assert torch.equal(fit.refine(query, [(x, y)], outputs_of(compiled), loss_of).matrix, expected)

@@ -147,3 +147,7 @@ def test_wrong_use_is_refused():
     for wrong in ({"every": 0}, {"every": -1}, {"chunk": 0}):
         with pytest.raises(ConfigError, match="at least 1"):
             replay(training, queries, **wrong)
+    with pytest.raises(ConfigError, match=r"shape \(4,\).*as many query_ids"):
+        replay(training, queries, ["a", "b"])
+    with pytest.raises(ConfigError, match="has '1', which no batch holds"):
+        training.run({"1": 0.0})

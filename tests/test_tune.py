@@ -221,6 +221,12 @@ def test_what_cannot_work_is_refused_before_anything_is_computed():
     refused("is a function here", walk=list(samples()), ranks=(4,))
     refused("yields {'x': 1}, where", walk=lambda: [{"x": 1}], ranks=(4,), outputs=model, output_loss=loss)
     refused("mask, scale and segments", lambda b: loss(model, b), walk=lambda: [([0], 1, {"ids": 1})], ranks=(4,))
+    refused("choose one of 'float64'", ranks=(4,), dtypes=("int3",))
+    refused("ranks=0", ranks=0)
+    refused("bytes_per_sample='50 Kilo'", ranks=(4,), bytes_per_sample="50 Kilo")
+    by_loss = {"loss_of": lambda b: loss(model, b), "ranks": 4, "dtypes": ("float32",), "methods": ("dot",)}
+    refused("yields 3 samples", walk=queries, **by_loss)
+    refused("judge.* returns nan", judge=lambda scores: float("nan"), **by_loss)
     used_up = iter(samples())
     list(used_up)
     refused("samples\\(\\) yields nothing", lambda b: loss(model, b), walk=lambda: used_up, ranks=(4,))

@@ -11,6 +11,7 @@ from torch import nn
 import loghook
 from loghook.capture import whole
 from loghook.errors import (
+    BatchError,
     CheckpointWarning,
     ConfigError,
     CorruptLogError,
@@ -278,6 +279,54 @@ def test_true_fisher_draws_labels_from_the_model():
     assert torch.allclose(shares, logits[0].softmax(-1), atol=0.03)
     assert torch.equal(loghook.Pass(0, "covariance", "true").labels(logits, labels), drawn)
     assert loghook.Pass(0, "covariance").labels(logits, labels) is labels
+    for wrong in (labels[:5], labels.float(), labels[:, None]):
+        with pytest.raises(BatchError, match="one class for each vector of logits"):
+            sampling.labels(logits, wrong)
+
+
+def test_processes_draw_labels_of_their_own(monkeypatch):
+    logits, labels = torch.zeros(200, 10), torch.zeros(200, dtype=torch.long)
+    drawn = []
+    for rank in range(3):
+        monkeypatch.setenv("RANK", str(rank))
+        drawn.append(loghook.Pass(0, "covariance", "true").labels(logits, labels))
+    assert all((drawn[a] == drawn[b]).float().mean() < 0.3 for a, b in ((0, 1), (0, 2), (1, 2)))
+
+
+def test_a_true_fisher_without_drawn_labels_and_ids_of_places_warn(tmp_path):
+    model, x = make(), data()
+    for fisher, ids, says in (
+        ("true", range(len(x)), "no labels were drawn"),
+        ("empirical", (0, 1, 2, 3), "not its place"),
+    ):
+        fit = loghook.fit(tmp_path / fisher, fisher=fisher)
+        fit.watch(model)
+        with pytest.warns(UserWarning, match=says):
+            for _ in fit.passes():
+                for part in torch.tensor(range(len(x))).split(len(ids)):
+                    with fit(data_id=list(ids)):
+                        loss_fn(model, x[part]).backward()
+
+
+def test_samples_at_other_parameter_values_than_the_questions_warn(tmp_path):
+    model, x = make(), data()
+    fit = fitted(model, x)
+    query = ask(fit, model, x)
+    with torch.no_grad():
+        for p in model.parameters():
+            p.mul_(1.5)
+    for scoring in (fit.score(query), fit.self_influence()):
+        with pytest.warns(CheckpointWarning, match="other parameter values than the questions"):
+            with scoring(data_id=list(range(len(x)))):
+                loss_fn(model, x).backward()
+
+
+def test_factors_can_be_read_by_whom_the_umask_lets(tmp_path):
+    model, x = make(), data()
+    fit = fitted(model, x, folder=tmp_path / "f")
+    (tmp_path / "plain").touch()
+    wanted = (tmp_path / "plain").stat().st_mode
+    assert {file.stat().st_mode for file in fit.path.glob("*.safetensors")} == {wanted}
 
 
 def test_stopped_fits_go_on_and_finished_ones_are_used(tmp_path):

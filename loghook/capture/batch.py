@@ -96,14 +96,20 @@ def check_ids(data_id: Ids) -> list[int] | list[str]:
     return values
 
 
-def check_segments(segments: Segments | None, size: int, layers: Sequence[str]) -> dict[str, Documents]:
+def check_segments(
+    segments: Segments | None, size: int, layers: Sequence[str], modules: Callable[[], Sequence[str]]
+) -> dict[str, Documents]:
     """Return {layer: which of its tokens make which of ``size`` rows}, for layers that do not see a sample an entry."""
     some = isinstance(segments, Mapping)  # layers see other entries than samples, of which a sample may have none
-    return _by_layer("segments", segments, layers, lambda value: arrange(value, size, all_present=not some))
+    return _by_layer("segments", segments, layers, modules, lambda value: arrange(value, size, all_present=not some))
 
 
 def check_masks(
-    mask: Mask | None, size: int, layers: Sequence[str], documents: Mapping[str, Documents]
+    mask: Mask | None,
+    size: int,
+    layers: Sequence[str],
+    modules: Callable[[], Sequence[str]],
+    documents: Mapping[str, Documents],
 ) -> dict[str, Tensor]:
     """Return {layer: its mask, (B,) or (B, S)}, for layers that have one, whose first axis is that of what it sees."""
 
@@ -113,7 +119,7 @@ def check_masks(
             raise BatchError("mask holds negative numbers or nan: it says how much each token counts, mostly 0 or 1.")
         return value
 
-    masks = _by_layer("mask", mask, layers, checked)
+    masks = _by_layer("mask", mask, layers, modules, checked)
     entries = {name: documents[name].entries if name in documents else size for name in masks}
     wrong = [name for name, value in masks.items() if value.dim() not in (1, 2) or len(value) != entries[name]]
     if wrong and (isinstance(mask, Mapping) or len(wrong) == len(masks)):
@@ -124,18 +130,24 @@ def check_masks(
     return {name: value for name, value in masks.items() if name not in wrong}
 
 
-def _by_layer(argument: str, given: Any, layers: Sequence[str], check: Callable[[Any], T]) -> dict[str, T]:
-    """{layer: what was given for it, checked}: one for all, or one for each pattern, of which the first that fits."""
+def _by_layer(
+    argument: str, given: Any, layers: Sequence[str], modules: Callable[[], Sequence[str]], check: Callable[[Any], T]
+) -> dict[str, T]:
+    """{layer: what was given for it, checked}: one for all, or one for each pattern, of which the first that fits.
+
+    A pattern may fit nothing but modules that are not watched, as after ``tune`` has chosen among layers.
+    """
     if given is None:
         return {}
     values = given if isinstance(given, Mapping) else {"*": given}
     fitting = {name: [pattern for pattern in values if fits(name, pattern)] for name in layers}
-    unused = values.keys() - {patterns[0] for patterns in fitting.values() if patterns}
-    if unused:
-        raise BatchError(
-            f"{argument}={{{min(unused)!r}: ...}} serves no watched layer: the first that fits a name is used."
-        )
-    checked = {pattern: check(value) for pattern, value in values.items()}
+    used = {patterns[0] for patterns in fitting.values() if patterns}
+    for pattern in sorted(values.keys() - used):
+        if any(pattern in patterns for patterns in fitting.values()):
+            raise BatchError(f"{argument}={{{pattern!r}: ...}} serves no layer: the first that fits a name is used.")
+        if not any(fits(name, pattern) for name in modules()):
+            raise BatchError(f"{argument}={{{pattern!r}: ...}} fits no layer of the model: look at the pattern.")
+    checked = {pattern: check(values[pattern]) for pattern in values if pattern in used}
     return {name: checked[patterns[0]] for name, patterns in fitting.items() if patterns}
 
 

@@ -20,7 +20,7 @@ from loghook.capture.experts import ExpertProjection, watched
 from loghook.capture.hook import Hook, make_early_hook, make_hook
 from loghook.capture.jobs import Block, Job, Result
 from loghook.capture.layers import Layer
-from loghook.capture.models import mixing_modules, parameters_digest, refuse, unwrap, values_digest
+from loghook.capture.models import mixing_modules, named_modules, parameters_digest, refuse, unwrap, values_digest
 from loghook.capture.optimizer import bind
 from loghook.capture.rows import Rows, Updates
 from loghook.capture.select import Watch, find_logged, fits_record, select
@@ -46,6 +46,7 @@ class Hooked:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self._names: tuple[str, ...] = ()
         self._open = False
+        self._segmented = False  # whether a block had segments
 
     @property
     def layers(self) -> tuple[str, ...]:
@@ -129,9 +130,10 @@ class Hooked:
                         f"{layer.adapter.geometry(layer.module)}. Watch the model again with a new run."
                     )
             self._mixing = [] if self._model is None else mixing_modules(self._model)
-        _require_apart(self._mixing)
-        documents = check_segments(given.segments, size, self._names)
-        masks = check_masks(given.mask, size, self._names, documents)
+        require_apart(self._mixing)
+        self._segmented |= given.segments is not None
+        documents = check_segments(given.segments, size, self._names, self._module_names)
+        masks = check_masks(given.mask, size, self._names, self._module_names, documents)
         factor = unscaled(given.scale, given.scaler, None if job.sums else size)
         if job.projects:
             self._require_projection()
@@ -148,6 +150,9 @@ class Hooked:
             raise
         finally:
             self._open = False
+
+    def _module_names(self) -> Sequence[str]:
+        return () if self._model is None else [name for name, _ in named_modules(self._model)]
 
     def _rows(self, *, logs: bool) -> Rows:
         """The job of a block that logs, or asks."""
@@ -225,18 +230,18 @@ def _kept_apart(mixing: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
     def look(module: nn.Module, _: Any) -> None:
         # A shallow copy has the same hooks.
         if module in names and torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            _require_apart([(names[module], module)])
+            require_apart([(names[module], module)])
 
     names = {module: name for name, module in mixing}
     handles = [module.register_forward_pre_hook(Hook(look)) for module in names]
     try:
         yield
-        _require_apart(mixing)
+        require_apart(mixing)
     finally:
         _remove(handles)
 
 
-def _require_apart(mixing: Iterable[tuple[str, nn.Module]]) -> None:
+def require_apart(mixing: Iterable[tuple[str, nn.Module]]) -> None:
     """Raise where a module mixes the samples of a batch."""
     for name, module in mixing:
         if module.training or module.running_mean is None:

@@ -15,7 +15,7 @@ from loghook.capture.hooked import Hooked
 from loghook.capture.layers import Layer
 from loghook.capture.session import Repeats
 from loghook.capture.whole import Whole
-from loghook.errors import MismatchError, NotFiniteError, StateError, warn
+from loghook.errors import BatchError, MismatchError, NotFiniteError, StateError, warn
 from loghook.processes import all_gather, all_reduce, process_rank, rank_and_size
 from loghook.project.blocks import Factor, blocks_of, square_size
 from loghook.project.projection import Side, fit_side, shared_input_name
@@ -30,11 +30,11 @@ class Gathering:
         self.samples, self.repeats = 0, Repeats()
 
     @contextmanager
-    def block(self, ids: list[int] | list[str], given: Given) -> Iterator[None]:
-        """Capture one batch and add it; under a GradScaler one that overflowed is left out."""
-        keep, _ = self.repeats.keep(ids, self._rule)
+    def block(self, ids: list[int] | list[str], given: Given) -> Iterator[int]:
+        """Capture one batch and add it; under a GradScaler one that overflowed is left out. Yields how many repeat."""
+        keep, repeats = self.repeats.keep(ids, self._rule)
         with self._hooked._capture(len(ids), given, self._job, keep) as captured:
-            yield
+            yield repeats
         results = captured[0]
         if not _finite(results):
             if given.scaler is not None:
@@ -107,6 +107,7 @@ class Pass:
     _kept: int = 0  # samples that were logged
     _repeated: int = 0  # samples that were left out, as their ids came before
     _largest: int = 0  # samples of the largest block; 0 before any
+    _drew: bool = False  # whether ``labels`` was asked
 
     @property
     def error(self) -> float:
@@ -117,13 +118,23 @@ class Pass:
         """
         return self._gathering.error() if self._gathering and self.kind == "covariance" else 0.0
 
+    @contextmanager
+    def _gather(self, ids: list[int] | list[str], given: Given) -> Iterator[None]:
+        """Add a batch to what the pass gathers."""
+        assert self._gathering is not None
+        with self._gathering.block(ids, given) as repeats:
+            yield
+        self._count(len(ids), repeats)
+
     def _count(self, size: int, repeats: int) -> None:
         """Note a block of so many samples."""
         self._kept, self._repeated = self._kept + size - repeats, self._repeated + repeats
         self._largest = max(self._largest, size)
 
-    def _warn_of_places(self) -> None:
-        """Notice at the end of a pass ids that name the place in a batch and not the sample."""
+    def _warn_at_end(self) -> None:
+        """Notice ids that name the place in a batch and not the sample, and a true Fisher without drawn labels."""
+        if self.fisher == "true" and self._largest and not self._drew:
+            warn("fisher='true', and no labels were drawn: the loss of a pass takes this_pass.labels(logits, labels).")
         if self._repeated > self._kept and self._kept <= self._largest:  # no more than one batch: no second epoch
             warn(
                 f"{self._repeated:,} samples of this pass had ids that came before, and only {self._kept:,} were kept: "
@@ -144,9 +155,15 @@ class Pass:
         """
         if self.fisher != "true":
             return labels
-        device = logits.device
+        if logits.shape[:-1] != labels.shape or labels.is_floating_point():
+            raise BatchError(
+                f"labels {tuple(labels.shape)} of {labels.dtype} must be one class for each vector of logits "
+                f"{tuple(logits.shape)}, whose last axis are the classes; other losses have fisher='empirical'."
+            )
+        self._drew, device = True, logits.device
         if device not in self._generators:
-            self._generators[device] = torch.Generator(device).manual_seed(self.index + process_rank() * 2**32)
+            seed = (self.index + process_rank() * 0x9E3779B1) % 2**32  # of a processor's generator more bits are lost
+            self._generators[device] = torch.Generator(device).manual_seed(seed)
         chances = logits.detach().float().softmax(-1).flatten(0, -2)
         drawn = torch.multinomial(chances, 1, generator=self._generators[device]).view(labels.shape)
         return torch.where(labels < 0, labels, drawn.to(labels.dtype))

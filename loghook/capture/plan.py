@@ -164,7 +164,7 @@ class Plan:
         return "\n".join(lines)
 
 
-def parse_size(text: str | float) -> float:
+def parse_size(text: str | float, name: str = "disk") -> float:
     """Read "500 GB" (10^9), "1.5 TiB" (2^40) or a number of bytes."""
     match = re.fullmatch(r"(\d{1,3}(?:,\d{3})+(?:\.\d*)?|[\d_.]+(?:e[+-]?\d+)?)\s*([kKMGT]?i?)B?", str(text).strip())
     try:
@@ -172,7 +172,7 @@ def parse_size(text: str | float) -> float:
             return size
     except (ValueError, KeyError):
         pass
-    raise ConfigError(f"disk={text!r} is no size: write a number of bytes, '500 GB' or '2 TiB'.")
+    raise ConfigError(f"{name}={text!r} is no size: write a number of bytes, '500 GB' or '2 TiB'.")
 
 
 def _size(n: float) -> str:

@@ -168,6 +168,7 @@ class Run(Blocks, Hooked):
         with self._under_way(Pass(0, "covariance")) as fitting:
             fitting._gathering = Gathering(self, Covariance(), self._rule)
             yield fitting
+            fitting._warn_at_end()
             factors = decompose(self._layers, fitting._gathering.reduce())
             self._settle_projection(fit_sides(self._layers, factors, self._config))
 
@@ -183,7 +184,7 @@ class Run(Blocks, Hooked):
                 raise StateError(
                     "the first pass saw batches and this one none: can the loader be gone through only once?"
                 )
-            logging._warn_of_places()
+            logging._warn_at_end()
             if self._session.manifest is None:
                 self._ready(self._id_type)  # with the others, on a rank that had no block
             if self._session.writer is not None:
@@ -220,7 +221,7 @@ class Run(Blocks, Hooked):
         self._id_type = type(ids[0]).__name__
         self._session.require_id_type(self._id_type)
         if self._pass is not None and self._pass._gathering is not None:
-            with self._pass._gathering.block(ids, given):
+            with self._pass._gather(ids, given):
                 yield
             return
         keep, repeats = self._session.repeats.keep(ids, self._rule)

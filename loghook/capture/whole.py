@@ -132,14 +132,10 @@ class Products(Whole):
             halves = outputs * inputs if right is None else r * (outputs + inputs)
             if inverse is None and S * Q * halves <= (S + Q) * outputs * inputs:
                 # <sum_s g_s x_s^T, L R> = sum_s (g_s L) . (R x_s): where it is less arithmetic, no gradient is formed.
-                left_OQr = left.transpose(0, 1).flatten(1)
-                step = at_a_time(S * Q * r, x)
+                step = at_a_time(S * Q * (outputs if right is None else r), x)
                 for g_bSO, x_bSI, part in zip(g_BSO.split(step), x.split(step), scores.split(step), strict=True):
-                    gl_bSQr = linear(g_bSO, left_OQr.T).unflatten(2, (Q, r))
-                    rx_bSQr = (
-                        x_bSI[:, :, None] if right is None else linear(x_bSI, right.flatten(0, 1)).unflatten(2, (Q, r))
-                    )
-                    part.copy_((gl_bSQr * rx_bSQr).sum((1, 3)))
+                    by_token_QN = _by_token(left, right, g_bSO.flatten(0, 1), x_bSI.flatten(0, 1))
+                    part.copy_(by_token_QN.unflatten(1, (-1, S)).sum(2).T)
                 return scores, None
         queries = (left if right is None else left @ right).flatten(1)
         for place, rows in gradients(g_BSO, x, p_out):
@@ -167,3 +163,12 @@ class Products(Whole):
     def finish(self, layer: Layer, delivered: Tensor, scale: float | Tensor) -> Tensor:
         delivered[:, self.count :].mul_(scale)  # a sample's own is of its gradient twice
         return delivered.mul_(scale)
+
+
+def _by_token(left: Tensor, right: Tensor | None, g_NO: Tensor, x_NI: Tensor) -> Tensor:
+    """``g^T L R x`` for each query and token: (Q, N); whole queries, which may be large, are not copied."""
+    if right is None:
+        rx_QON = torch.bmm(left, x_NI.T.expand(len(left), -1, -1))
+        return (rx_QON * g_NO.T).sum(1)
+    gl_NQr, rx_NQr = linear(g_NO, left.transpose(1, 2).flatten(0, 1)), linear(x_NI, right.flatten(0, 1))
+    return (gl_NQr * rx_NQr).unflatten(1, (len(left), -1)).sum(2).T

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from loghook.arguments import whole
-from loghook.errors import ConfigError
+from loghook.errors import ConfigError, some
 from loghook.influence.scores import Scores
 from loghook.progress import bar
 
@@ -123,6 +123,11 @@ class Training:
 
     def run(self, weights: Mapping[Any, float] | None = None) -> Tensors:
         """Train, perhaps with other weights for some ids, and return the last parameters."""
+        unknown = set(weights or ()) - {i for ids, _ in self.batches for i in ids}
+        if unknown:
+            raise ConfigError(
+                f"weights has {some(list(unknown))}, which no batch holds (of this type): look at its keys."
+            )
         parameters, state = self.parameters, self.optimizer.start(self.parameters)
         for t in range(len(self.batches)):
             parameters, state = self.advance(t, parameters, state, self.weights(t, weights or {}))
@@ -164,6 +169,11 @@ def replay(
             checkpoints.append(point)
         point = training.advance(t, *point, ones[t])
     losses_Q, pull = torch.func.vjp(lambda parameters, _: queries(parameters), *point)[:2]
+    if losses_Q.dim() != 1 or (query_ids is not None and len(query_ids) != len(losses_Q)):
+        raise ConfigError(
+            f"queries(parameters) has shape {tuple(losses_Q.shape)}: return one loss for each query, (Q,), and pass as "
+            "many query_ids, or none."
+        )
     adjoint = torch.vmap(pull, chunk_size=chunk)(torch.eye(len(losses_Q)).to(losses_Q))
     column = {i: n for n, i in enumerate(dict.fromkeys(i for ids, _ in training.batches for i in ids))}
     slopes_QN = losses_Q.new_zeros(len(losses_Q), len(column))

@@ -3,6 +3,7 @@
 Each solver takes rows ``(n, k_out * k_in)``, flat, and offers ``apply`` (H^-1 G) and ``quadratic`` (<G, H^-1 G>).
 """
 
+import copy
 from typing import Protocol
 
 import torch
@@ -43,6 +44,9 @@ class Solver(Protocol):
 class Identity:
     """No curvature: plain inner products."""
 
+    def to(self, like: Tensor) -> "Identity":
+        return self
+
     def apply(self, rows: Tensor) -> Tensor:
         return rows
 
@@ -79,6 +83,13 @@ class Diagonal:
         # A layer that never got a gradient has no curvature and no gradients either: it contributes nothing.
         self.inverse = torch.where(damped > 0, 1 / damped, torch.zeros_like(damped))
         self._inverse_seen = self.inverse if unseen is None else self.inverse.masked_fill(unseen, 0)
+
+    def to(self, like: Tensor) -> "Diagonal":
+        """A copy with the device and dtype of a tensor."""
+        moved = copy.copy(self)
+        moved.basis, moved.inverse = self.basis.to(like), self.inverse.to(like)
+        moved._inverse_seen = self._inverse_seen.to(like)
+        return moved
 
     def rotated(self, rows: Tensor) -> Tensor:
         """H^-1 G in the eigenbasis, for each row: (n, k_out, k_in)."""

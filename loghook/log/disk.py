@@ -75,7 +75,10 @@ def replacing(file: Path) -> Iterator[Path]:
     rank = process_rank()  # all processes may save the same scores to one place
     temporary = file.with_name(f"{file.name}.{rank}.tmp" if rank else f"{file.name}.tmp")
     try:
+        temporary.touch()
+        mode = temporary.stat().st_mode  # as the user's umask has it; safetensors lets nobody else read its files
         yield temporary
+        temporary.chmod(mode)
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, file)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from loghook.arguments import choose, positive, whole
 from loghook.capture.batch import Blocks, Given, Ids, batch_size, check_ids
 from loghook.capture.config import Recipe
-from loghook.capture.hooked import Hooked
-from loghook.capture.models import describe_coverage
+from loghook.capture.hooked import Hooked, require_apart
+from loghook.capture.models import describe_coverage, mixing_modules
 from loghook.capture.passes import Gathering, Pass, decompose
 from loghook.capture.select import HEAD, Watch
 from loghook.capture.whole import Covariance, Eigenvalues
@@ -33,6 +33,7 @@ from loghook.whole.scoring import Scoring, Walk, rotations, walked
 
 FISHERS = ("empirical", "true")
 PASSES = ("covariance", "eigenvalues")
+CARRIED = "carried over time"  # what ``unroll`` calls questions for the segment before
 WHOLE_METHODS = ("ekfac", "kfac", *PLAIN)
 
 
@@ -57,7 +58,7 @@ class Fit(Blocks, Hooked):
             if overwrite and process_rank() == 0:
                 with lock(path / lock_name(0)):  # nobody may be fitting what goes away
                     (path / FACTORS).unlink(missing_ok=True)  # or a later resume would take the old ones for these
-        self._gathering: Gathering | None = None  # of the pass that is under way
+        self._pass: Pass | None = None  # that is under way
         self._began_with: str | None = None  # digest of sampled parameter values when the pass began
         self._solvers: dict[Metric, dict[str, Diagonal]] = {}
         self.watched: dict[str, Any] = {}  # the arguments of watch(), for other runs that shall see the same layers
@@ -114,12 +115,13 @@ class Fit(Blocks, Hooked):
                     if broadcast(store.done(kind)):
                         continue
                     job = Covariance() if kind == "covariance" else Eigenvalues(rotations(store.bases))
-                    self._gathering = Gathering(self, job)
-                    self._mixing = None  # BatchNorms are looked for in each pass anew
-                    yield Pass(index, kind, self.fisher, self._gathering)
-                    self._commit(kind, store, self._gathering)
+                    self._mixing, gathering = None, Gathering(self, job)  # BatchNorms are looked for in each pass anew
+                    self._pass = Pass(index, kind, self.fisher, gathering)
+                    yield self._pass
+                    self._pass._warn_at_end()
+                    self._commit(kind, store, gathering)
             finally:
-                self._gathering = None
+                self._pass = None
 
     def _commit(self, kind: str, store: FactorStore, gathering: Gathering) -> None:
         sums = gathering.reduce()
@@ -139,12 +141,12 @@ class Fit(Blocks, Hooked):
 
     @contextmanager
     def _block(self, data_id: Ids, given: Given) -> Iterator[None]:
-        if self._gathering is None:
+        if self._pass is None or self._pass._gathering is None:
             raise StateError(
                 "no pass is under way: put the loop inside `for _ in this.passes():`, or open blocks of "
                 "this.score(query)."
             )
-        if not self._gathering.samples:
+        if not self._pass._gathering.samples:
             self._began_with = self.digest()
             of_covariances = self._require_store().parameters
             if of_covariances and self._began_with and of_covariances != self._began_with:
@@ -154,7 +156,7 @@ class Fit(Blocks, Hooked):
                     CheckpointWarning,
                     stacklevel=user_line(),
                 )
-        with self._gathering.block(check_ids(data_id), given):
+        with self._pass._gather(check_ids(data_id), given):
             yield
 
     def __repr__(self) -> str:
@@ -199,6 +201,8 @@ class Fit(Blocks, Hooked):
             ConfigError: an argument that cannot work, as curvature or norms of questions that have theirs already.
         """
         self._require_match(query)
+        if query.direction is not None and query.direction.startswith(CARRIED):
+            raise ConfigError(f"these questions are carried ({query.direction}): score the direction beside them.")
         method = method or ("ekfac" if query.direction is None else "dot")
         metric = Metric(method=method, damping=damping, damping_abs=damping_abs, normalize=normalize)
         metric.require_fit_for(query.direction)
@@ -223,7 +227,7 @@ class Fit(Blocks, Hooked):
         outputs: Outputs,
         loss: OutputLoss,
         *,
-        samples: Callable[[Any], int] = batch_size,
+        samples: Callable[[Any], int] | None = None,
         solver: str = "cg",
         iterations: int | None = None,
         damping: float = 3.0,
@@ -258,11 +262,16 @@ class Fit(Blocks, Hooked):
         """
         self._require_match(query)
         require_one_query(query, "the curvature")
+        if query.direction is not None:
+            raise ConfigError(f"these questions are refined already ({query.direction}): pass those that were asked.")
+        if samples is None and (self._segmented or self.watched["batch_dim"]):
+            raise ConfigError("pass samples=, batch -> how many samples it has: segments= or batch_dim= hide it.")
+        require_apart(mixing_modules(self.model))
         amount = Metric(method="ekfac", damping=damping, damping_abs=damping_abs).amount(self.mean_eigenvalue)
         g = query.matrix.to(self._layers[0].device_and_dtype()[0])
         bases = {name: basis.to(g) for name, basis in self._require_store().bases.items()}
         preconditioner = self._inverses(bases, Metric(method="ekfac", damping_abs=amount))
-        matrix = GaussNewton(self._layers, self._layout, require_batches(batches), outputs, loss, samples)
+        matrix = GaussNewton(self._layers, self._layout, require_batches(batches), outputs, loss, samples or batch_size)
         require_sum(matrix)
         u, taken, residual = solve(
             Damped(matrix, amount, preconditioner), g, solver=solver, iterations=iterations, tolerance=tolerance,
@@ -298,9 +307,11 @@ class Fit(Blocks, Hooked):
         """
         time = positive("time", time, hint=": the sum of the segment's learning rates")
         self._require_match(query, at_any_values=True)
+        if query.direction is not None and not query.direction.startswith(CARRIED):
+            raise ConfigError(f"these questions are preconditioned ({query.direction}): pass those that were carried.")
         directions, remaining = unrolled(query.matrix, self._require_store(), self._layout.columns, time)
         direction = query.with_rows(directions, f"source, time {time:.3g}")
-        carried = query.with_rows(remaining, f"carried over time {time:.3g}")
+        carried = query.with_rows(remaining, f"{CARRIED} {time:.3g}")
         direction.parameters = carried.parameters = None  # they are meant for other checkpoints than the questions'
         return direction, carried
 

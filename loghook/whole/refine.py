@@ -10,7 +10,8 @@ EK-FAC is the preconditioner: block conjugate gradients (O'Leary 1980), or stoch
 
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,9 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from loghook.arguments import choose, whole
+from loghook.arguments import choose, positive, whole
 from loghook.capture.batch import batch_size, samples
-from loghook.capture.frozen import requiring_grad
 from loghook.capture.layers import Layer
 from loghook.errors import ConfigError, UnsupportedError
 from loghook.factors import FactorStore
@@ -49,15 +49,17 @@ class GaussNewton:
     size: Callable[[Any], int] = batch_size  # batch -> how many samples it has
 
     def __post_init__(self) -> None:
-        self._parameters: list[tuple[Layer, list[nn.Parameter]]] = []
+        self._parameters: list[tuple[Layer, list[Tensor]]] = []
+        self._proven = False  # whether the outputs can be differentiated twice
         for layer in self.layers:
-            parameters = [layer.module.weight, *([layer.module.bias] if layer.spec.bias else [])]
+            parameters = [layer.module._parameters.get(name) for name in _names(layer)]
             if not all(type(p) is nn.Parameter and p.is_floating_point() and not p.is_meta for p in parameters):
                 raise UnsupportedError(
-                    f"layer {layer.name!r} holds no plain weight (quantised or sharded) for Gauss-Newton products to "
-                    "differentiate by: refine on one process with an unquantised model."
+                    f"layer {layer.name!r} holds no plain weight (quantised, sharded, parametrised, a fused expert's) "
+                    "for Gauss-Newton products to differentiate by: exclude it, or refine a model of plain weights on "
+                    "one process."
                 )
-            self._parameters.append((layer, parameters))  # type: ignore[arg-type]
+            self._parameters.append((layer, [p for p in parameters if p is not None]))
 
     @functools.cached_property
     def samples(self) -> float:
@@ -75,12 +77,27 @@ class GaussNewton:
 
     def _sum(self, vectors: Tensor, batches: Iterable[Any]) -> Tensor:
         """Add up ``J^T H J v`` of the batches' samples."""
-        parameters, out = [p for _, group in self._parameters for p in group], torch.zeros_like(vectors)
-        # Fused attention kernels have no second derivative.
-        with requiring_grad(parameters, True), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
-            for batch in batches:
-                self._add(vectors, batch, parameters, out)
+        out = torch.zeros_like(vectors)
+        # Fused attention kernels have no second derivative, and compiled code frees what it would need.
+        with torch.compiler.set_stance("force_eager"), sdpa_kernel(SDPBackend.MATH), torch.enable_grad():
+            with self._own_leaves() as parameters:
+                for batch in batches:
+                    self._add(vectors, batch, parameters, out)
         return out
+
+    @contextmanager
+    def _own_leaves(self) -> Iterator[list[Tensor]]:
+        """Let each layer have parameters of its own: of tied weights its row is its own share of the gradient."""
+        places = [(layer.module._parameters, name) for layer in self.layers for name in _names(layer)]
+        before = [table[name] for table, name in places]
+        leaves = [nn.Parameter(p.detach()) for p in before if p is not None]
+        try:
+            for (table, name), leaf in zip(places, leaves, strict=True):
+                table[name] = leaf
+            yield list(leaves)
+        finally:
+            for (table, name), parameter in zip(places, before, strict=True):
+                table[name] = parameter
 
     def _add(self, vectors: Tensor, batch: Any, parameters: Sequence[Tensor], out: Tensor) -> None:
         """Add ``J^T H J v`` of a batch's samples."""
@@ -88,8 +105,17 @@ class GaussNewton:
         dummy = torch.zeros_like(y, requires_grad=True)
         # J^T dummy is linear in the dummy, so that going back through it multiplies with J.
         gradients = torch.autograd.grad(y, parameters, dummy, create_graph=True, allow_unused=True)
+        if not self._proven:
+            _require_two_derivatives(y, parameters, gradients, dummy)
+            self._proven = True
         leaf = y.detach().requires_grad_()
-        slope = torch.autograd.grad(self.loss(leaf, batch), leaf, create_graph=True)[0]
+        loss = self.loss(leaf, batch)
+        slope = torch.autograd.grad(loss, leaf, create_graph=True)[0] if loss.requires_grad and not loss.dim() else None
+        if slope is None or not slope.requires_grad:
+            raise ConfigError(
+                "loss(outputs, batch) must be one number with a second derivative by the outputs: the batch's summed "
+                "cross-entropy, squared error or the like, of the outputs that it is given."
+            )
         step = max(1, GRAPH_BYTES // max(1, saved))
         for some_vectors, total in zip(vectors.split(step), out.split(step), strict=True):
             pairs = zip(gradients, self._split(some_vectors), strict=True)
@@ -116,6 +142,37 @@ class GaussNewton:
             out[:, self.layout.columns[layer.name]] += rows.flatten(1).to(out)
 
 
+def _names(layer: Layer) -> tuple[str, ...]:
+    return ("weight", "bias")[: 1 + layer.spec.bias]
+
+
+def _require_two_derivatives(
+    y: Tensor, parameters: Sequence[Tensor], gradients: Sequence[Tensor | None], dummy: Tensor
+) -> None:
+    """Raise where going backwards twice does not multiply with J: ``<J J^T w, w>`` is ``|J^T w|^2`` for any w.
+
+    Backwards passes of custom functions may be no functions of autograd's, which then takes them for constants.
+    """
+    w = torch.randn(y.shape, generator=torch.Generator("cpu").manual_seed(0), device="cpu").to(y)
+    pulled = torch.autograd.grad(y, parameters, w, retain_graph=True, allow_unused=True)
+    used = [(gradient, v) for gradient, v in zip(gradients, pulled, strict=True) if gradient is not None]
+    if not used:
+        raise ConfigError("outputs(batch) depends on no watched layer: return the outputs of the watched model itself.")
+    wanted = sum(float(v.float().square().sum()) for _, v in used if v is not None)
+    try:
+        graphs = [gradient for gradient, _ in used]
+        (jv,) = torch.autograd.grad(graphs, dummy, [v for _, v in used], retain_graph=True, allow_unused=True)
+    except RuntimeError:
+        jv = None
+    found = 0.0 if jv is None else float((jv * w).float().sum())
+    if not abs(found - wanted) <= max(1e-3, 16 * torch.finfo(y.dtype).eps) * wanted:
+        raise UnsupportedError(
+            "the model cannot be differentiated twice, which Gauss-Newton products need: a custom autograd function or "
+            "a fused kernel whose backward is not differentiable (once_differentiable, Triton, reentrant checkpoints). "
+            "Refine with the plain modules in their place."
+        )
+
+
 def _arrange(layer: Layer, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return layer.adapter.gradient(layer.module, weight, bias)
 
@@ -131,6 +188,11 @@ def _with_size(outputs: Outputs, batch: Any) -> tuple[Tensor, int]:
 
     with torch.autograd.graph.saved_tensors_hooks(count, lambda t: t):
         y = outputs(batch)
+    if not isinstance(y, Tensor) or not y.requires_grad:
+        what = f"{y.dtype} without a graph" if isinstance(y, Tensor) else f"a {type(y).__name__}"
+        raise ConfigError(
+            f"outputs(batch) is {what}: return one tensor, as logits, of the watched model's forward with gradients."
+        )
     return y, saved
 
 
@@ -196,6 +258,11 @@ def conjugate_gradients(system: Damped, g: Tensor, iterations: int, tolerance: f
 def _conjugate(p: Tensor, ap: Tensor) -> tuple[Tensor, Tensor]:
     """Directions (Q, width) and their products, combined to k <= Q that are orthonormal in the matrix."""
     gram = in_float64(p @ ap.T)
+    if bool((gram.diagonal() < -1e-3 * (p.norm(dim=1) * ap.norm(dim=1)).to(gram)).any()):
+        raise ConfigError(
+            "the damped curvature is negative along a question: loss(outputs, batch) must be convex in the outputs "
+            "(cross-entropy of logits, squared error), or the damping larger."
+        )
     scale = 1 / nonzero(gram.diagonal().clamp(min=0).sqrt())
     # Directions that are left out depend on the others, up to rounding.
     _, mix = gram_basis((gram + gram.T) / 2 * scale * scale[:, None], 100 * torch.finfo(p.dtype).eps)
@@ -233,8 +300,10 @@ def solve(
 ) -> tuple[Tensor, int, float]:
     """Solve for each row of g (Q, width): the solutions, the iterations that were taken, and the residual."""
     choose("solver", solver, tuple(SOLVERS))
-    iterations = SOLVERS[solver] if iterations is None else iterations
-    iterations = whole("iterations", iterations)
+    iterations = whole("iterations", SOLVERS[solver] if iterations is None else iterations)
+    step, tolerance = positive("step", step), positive("tolerance", tolerance)
+    if not 0 <= momentum < 1:
+        raise ConfigError(f"momentum={momentum} must be at least 0 and less than 1.")
     if solver == "cg":
         u, residuals = conjugate_gradients(system, g, iterations, tolerance)
         return u, len(residuals) - 1, residuals[-1]
@@ -245,8 +314,10 @@ def solve(
 def require_sum(matrix: GaussNewton) -> None:
     """Raise if the loss of a batch is not the sum of its samples' losses, where samples can be told apart."""
     batch = matrix.batches[0]
-    with torch.no_grad():
-        y = matrix.outputs(batch)
+    with torch.no_grad(), torch.compiler.set_stance("force_eager"):
+        y, again = matrix.outputs(batch), matrix.outputs(batch)
+        if isinstance(y, Tensor) and not torch.allclose(y, again, rtol=1e-2, atol=1e-2 * float(y.float().std() or 1)):
+            raise ConfigError("outputs(batch) differ from call to call: call model.eval(), so that dropout is off.")
         try:
             alone = samples(batch)
             whole = float(matrix.loss(y, batch))

@@ -11,11 +11,12 @@ from torch import Tensor
 from loghook.capture.batch import Blocks, Given, Ids, check_ids
 from loghook.capture.session import Repeats
 from loghook.capture.whole import Products
-from loghook.errors import ConfigError, NotFiniteError, StateError
+from loghook.errors import CheckpointWarning, ConfigError, NotFiniteError, StateError, warn
 from loghook.factors import Eigenbasis
 from loghook.influence.precondition import Metric
 from loghook.influence.scores import Scores
 from loghook.influence.solvers import Diagonal, Identity, nonzero
+from loghook.log.format import differ
 from loghook.log.query import Query, require_one_query
 from loghook.processes import all_gather
 from loghook.project.projection import Side
@@ -64,16 +65,24 @@ class Scoring(Blocks):
         self._fit, self._query, self._metric, self._per_layer = fit, query, metric, per_layer
         self._normalize = None if query is None else metric.normalize
         self._repeats = Repeats()
+        # What the samples should be scored at; None for directions of SOURCE, which belong to other checkpoints.
+        self._parameters = fit._require_store().parameters if query is None else query.parameters
         self._ids: list[int | str] = []
         self._batches: list[Tensor] = []  # (layers or 1, samples, questions), each sample's own last where it is wanted
         solvers = fit.solvers(metric)
         self._job, self.lost = _job(fit, query, solvers, rank, own=query is None or self._normalize is not None)
-        self._norms = None if query is None or self._normalize != "unit" else _norms(query, solvers)
+        self._norms = None if query is None or self._normalize != "unit" else _norms(fit, query, solvers)
 
     @contextmanager
     def _block(self, data_id: Ids, given: Given) -> Iterator[None]:
         """Score the samples of one batch; an id that comes again is scored once."""
         ids = check_ids(data_id)
+        if not self._batches and self._parameters and differ(self._fit.digest(), self._parameters):
+            warn(
+                "samples are scored with other parameter values than the questions (or factors) were made with: load "
+                "that checkpoint first.",
+                CheckpointWarning,
+            )
         keep, _ = self._repeats.keep(ids, "first")
         with self._fit._capture(len(ids), given, self._job) as captured:
             yield
@@ -135,9 +144,9 @@ def _job(
     lost: list[float] = []
     columns = fit._layout.columns
     for layer in fit._layers:
-        solver, shape = solvers[layer.name], (layer.spec.k_out, layer.spec.k_in)
+        shape, (device, dtype) = (layer.spec.k_out, layer.spec.k_in), layer.device_and_dtype()
         rows = torch.empty(0, layer.spec.width, device="cpu") if query is None else query.matrix[:, columns[layer.name]]
-        device, dtype = layer.device_and_dtype()
+        solver, rows = _on(device, solvers[layer.name], rows)
         if own and isinstance(solver, Diagonal):  # gradients are squared in the eigenbasis: questions go there too
             matrices, inverse[layer.name] = solver.rotated(rows), solver.inverse.to(device, dtype)
         else:
@@ -153,6 +162,14 @@ def _job(
     return job, None if rank is None else max(lost)
 
 
+def _on(device: torch.device, solver: Diagonal | Identity, rows: Tensor) -> tuple[Diagonal | Identity, Tensor]:
+    """A solver and questions where a layer computes: to rotate wide ones takes longer than a pass on a processor."""
+    if device.type == "cpu":
+        return solver, rows
+    rows = rows.to(device)
+    return solver.to(rows), rows
+
+
 def rotations(bases: Mapping[str, Eigenbasis]) -> dict[str, tuple[Side, Side]]:
     """Sides that rotate inputs and output gradients into the eigenbases; layers of one input share theirs."""
     sides: dict[str, tuple[Side, Side]] = {}
@@ -166,17 +183,20 @@ def rotations(bases: Mapping[str, Eigenbasis]) -> dict[str, tuple[Side, Side]]:
     return sides
 
 
-def _norms(query: Query, solvers: Mapping[str, Diagonal | Identity]) -> Tensor:
+def _norms(fit: "Fit", query: Query, solvers: Mapping[str, Diagonal | Identity]) -> Tensor:
     """Roots of <q, H^-1 q>: (Q,) float32."""
     columns = query.layout.columns
     squares = query.matrix.new_zeros(len(query), dtype=torch.float64)
-    for name, solver in solvers.items():
-        squares += solver.quadratic(query.matrix[:, columns[name]])
+    for layer in fit._layers:
+        solver, rows = _on(layer.device_and_dtype()[0], solvers[layer.name], query.matrix[:, columns[layer.name]])
+        squares += solver.quadratic(rows).cpu()
     return squares.clamp(min=0).sqrt().float()
 
 
 def low_rank(matrices_QOI: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
     """Best approximation of a rank: left (Q, O, r), right (Q, r, I), and the largest share of a squared norm lost."""
+    if matrices_QOI.device.type not in ("cpu", "cuda"):  # Apple's have no decompositions
+        matrices_QOI = matrices_QOI.cpu()
     u, s, v = torch.linalg.svd(matrices_QOI, full_matrices=False)
     total = s.square().sum(1)
     lost = s[:, rank:].square().sum(1) / nonzero(total)

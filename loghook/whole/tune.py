@@ -20,7 +20,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from loghook.arguments import choose, whole
 from loghook.capture.config import Config
+from loghook.capture.plan import parse_size
 from loghook.capture.run import Run
 from loghook.errors import ConfigError
 from loghook.influence.engine import influence
@@ -28,6 +30,7 @@ from loghook.influence.fidelity import likeness
 from loghook.influence.precondition import Metric
 from loghook.influence.scores import Scores
 from loghook.log import maintain
+from loghook.log.codec import DTYPES
 from loghook.log.format import Layout, grouped
 from loghook.log.query import Query
 from loghook.log.reader import Reader
@@ -39,6 +42,7 @@ from loghook.whole.fit import Fit
 from loghook.whole.refine import OutputLoss, Outputs
 from loghook.whole.scoring import Scoring, Walk, walked
 
+LEAST = 10  # samples
 SLACK = 0.005  # fidelities that differ by less are taken for equal, and the smaller row wins
 # Of the refined reference. Of 0.1, 1, 3 and 10 the one by which no choice was clearly worse on any shipped truth.
 DAMPING = 1.0
@@ -109,12 +113,12 @@ def tune(
     outputs: Outputs | None = None,
     output_loss: OutputLoss | None = None,
     judge: Judge | None = None,
-    bytes_per_sample: float | None = None,
+    bytes_per_sample: float | str | None = None,
     subsets: bool = True,
     projections: Sequence[dict[str, Any]] = PROJECTIONS,
     ranks: Sequence[int] = (16, 32, 64),
     dtypes: Sequence[str] = ("float32", "int8", "int1"),
-    methods: Sequence[dict[str, Any]] = SCORINGS,
+    methods: Sequence[dict[str, Any] | str] = SCORINGS,
     damping: float | None = None,
 ) -> Tuned:
     """Measure how well small logs reproduce whole-gradient scores, and choose the best within a budget.
@@ -133,13 +137,13 @@ def tune(
         judge: what is known of the answers: scores (Q, N), in the order of the walks, -> a number, more is better, like
             ``lambda scores: judges.mrr(scores, relevant).mean``. The reference is then made of the groups of layers
             (see ``subsets``) whose EK-FAC scores it likes best. Report on other queries than it saw.
-        bytes_per_sample: the most that a stored row may take; None for no limit.
+        bytes_per_sample: the most that a stored row may take, a number or as "50 kB"; None for no limit.
         subsets: whether groups of layers may be left out. A group is what differs in numbers only, such as
             ``model.layers.*.mlp.down_proj``; they are added one by one, the one that helps most first.
         projections: arguments of ``loghook.init`` to try.
         ranks: ranks to try with each.
         dtypes: dtypes to try with each; "int1" is tried on whitened rows only.
-        methods: arguments of ``Log.influence`` to try with each.
+        methods: arguments of ``Log.influence``, or names of methods, to try with each.
         damping: of the reference; by default that of ``Fit.score`` or, for refined questions, 1.
 
     Returns:
@@ -152,7 +156,10 @@ def tune(
         if not callable(walk):
             raise ConfigError(f"{name}= is a function here, called several times, that yields (ids, batch).")
     _ = fit.model  # raises where none is watched
-    limit = math.inf if bytes_per_sample is None else bytes_per_sample
+    limit = math.inf if bytes_per_sample is None else parse_size(bytes_per_sample, "bytes_per_sample")
+    ranks = [whole("ranks", rank) for rank in np.atleast_1d(np.asarray(ranks, dtype=object))]
+    for dtype in dtypes:
+        choose("dtypes", dtype, DTYPES)
     tried = list(plans(fit.specs, projections, ranks, dtypes, limit, subsets))
     damped: dict[str, Any] = {} if damping is None else {"damping": damping}
     refining = None if outputs is None or output_loss is None else (outputs, output_loss)
@@ -172,18 +179,26 @@ def tune(
     if refining:
         questions = _refined(fit, questions, samples, *refining, **{"damping": DAMPING} | damped)
     scoring = fit.score(questions, per_layer=judge is not None, **({} if refining else damped))
+    scorings = [{"method": one} if isinstance(one, str) else one for one in methods]
     candidates: list[Candidate] = []
     with tempfile.TemporaryDirectory(prefix="loghook-tune-") as folder:
         folder = broadcast(folder)  # one for all processes
         logs = _small_logs(fit, scoring, [init for init, _ in tried], Path(folder), samples, queries, loss)
         reference = scoring.scores()
+        if reference.values.shape[1] < LEAST:
+            raise ConfigError(
+                f"samples() yields {reference.values.shape[1]} samples, of which no correlation is known: yield a few "
+                "hundred, each with an id of its own."
+            )
         wanted, judged = (reference.values, "") if judge is None else _best_liked(judge, reference)
         for (path, query), (init, fitting) in zip(bar(logs, "tuning", "logs"), tried, strict=True):
             for dtype in fitting:
                 stored = path if dtype == "float32" else path.with_name(f"{path.name}-{dtype}")
                 if stored != path:
                     on_first(partial(maintain.compress, path, stored, dtype))
-                candidates += _measured(Reader(stored), query, init | {"dtype": dtype}, methods, wanted, subsets, limit)
+                candidates += _measured(
+                    Reader(stored), query, init | {"dtype": dtype}, scorings, wanted, subsets, limit
+                )
         all_gather(None)  # nobody reads there any more
     candidates.sort(key=lambda candidate: (candidate.bytes, -candidate.fidelity))
     if not candidates:
@@ -334,6 +349,8 @@ def _grown(
     total: Any = 0
     while rest := [pattern for pattern in by_group if pattern not in chosen and fits([*chosen, pattern])]:
         judgements = {pattern: float(judge(total + by_group[pattern])) for pattern in rest}
+        if not all(map(math.isfinite, judgements.values())):
+            raise ConfigError(f"judge(scores) returns {min(judgements.values())!r}, which says nothing: look at it.")
         best = max(rest, key=judgements.__getitem__)
         chosen, total = [*chosen, best], total + by_group[best]
         yield chosen, total, judgements[best]
