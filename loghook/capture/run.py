@@ -153,7 +153,7 @@ class Run(Blocks, Hooked):
         last = int(fits)  # index of the pass that logs
         if last in self._completed:
             raise StateError(
-                "the passes of this run are over: put epochs inside `for _ in run.passes():`, or log without passes()."
+                "the passes of this run are over: put the epochs inside `for _ in run.passes():`, or log without it."
             )
         if last in done and process_rank() == 0:
             print(f"{self.path}: an earlier process completed all passes. run.finalize() seals the run.")
@@ -378,7 +378,7 @@ class Run(Blocks, Hooked):
     def _warn_of_other_values(self) -> None:
         self._elsewhere = None
         warn(
-            f"{self.path} was begun with other parameter values (or moments of the optimizer) than it goes on with, "
+            f"{self.path} was begun with other parameter values than it goes on with (or moments of the optimizer), "
             "and nothing trains them here: load the checkpoint that the run began with, or start again with "
             "overwrite=True.",
             CheckpointWarning,
