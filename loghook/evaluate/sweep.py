@@ -154,8 +154,8 @@ def held_out_likelihood(log: Reader, dampings: Sequence[float], seed: int = 0) -
     totals = np.zeros(len(dampings))
     with bar(None, "held-out rows", "layers", len(log.layers)) as progress:
         for group in in_memory(log.layout.layers, len(log)):
-            for width, held_out, fitted in _second_moments(log, group, torch.from_numpy(fit)):
-                totals += _log_likelihood(width, held_out, fitted, dampings)
+            for width, (held_out, fitted), outside in _second_moments(log, group, torch.from_numpy(fit)):
+                totals += _log_likelihood(width, held_out, fitted, outside, dampings)
                 progress.update()
     yield from zip(dampings, (totals / log.layout.gradient_width).tolist(), strict=True)
 
@@ -163,11 +163,13 @@ def held_out_likelihood(log: Reader, dampings: Sequence[float], seed: int = 0) -
 def _second_moments(log: Reader, group: Sequence[LayerSpec], fit: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """The width of some layers, and means of ``vec(G) vec(G)^T`` over held-out and over fitted rows, in one scan.
 
-    Of a layer with fewer rows than values they are in coordinates of what the rows span: outside they are 0.
+    Of a layer with fewer fitted rows than values they are in coordinates of what these span. Last comes the mean square
+    of held-out rows outside.
     """
-    counts, columns = torch.stack([(~fit).sum(), fit.sum()]), log.layout.columns
-    few: dict[str, list[Tensor]] = {spec.name: [] for spec in group if len(log) < spec.width}
-    sums = {spec.name: torch.zeros(2, *2 * (min(len(log), spec.width),), dtype=torch.float64) for spec in group}
+    n, columns = int(fit.sum()), log.layout.columns
+    counts = torch.tensor([len(fit) - n, n])[:, None, None]
+    few: dict[str, list[Tensor]] = {spec.name: [] for spec in group if n < spec.width}
+    sums = {spec.name: torch.zeros(2, *2 * (min(n, spec.width),), dtype=torch.float64) for spec in group}
 
     def add(name: str, rows: Tensor, fitted: Tensor) -> None:
         for total, half in zip(sums[name], (rows[~fitted], rows[fitted]), strict=True):
@@ -181,20 +183,25 @@ def _second_moments(log: Reader, group: Sequence[LayerSpec], fit: Tensor) -> Ite
             else:
                 add(spec.name, rows, fit[place])
     for spec in group:
+        outside = torch.zeros((), dtype=torch.float64)
         if spec.name in few:
-            add(spec.name, torch.linalg.qr(torch.cat(few.pop(spec.name)).T, mode="r").R.T, fit)
-        held_out, fitted = sums.pop(spec.name) / counts[:, None, None]
-        yield spec.width, held_out, fitted
+            rows = torch.cat(few.pop(spec.name))
+            inside = rows @ torch.linalg.qr(rows[fit].T).Q
+            add(spec.name, inside, fit)
+            outside = (rows[~fit].square().sum() - inside[~fit].square().sum()).clamp(min=0) / counts[0, 0, 0]
+        yield spec.width, sums.pop(spec.name) / counts, outside
 
 
-def _log_likelihood(width: int, held_out: Tensor, fitted: Tensor, dampings: Sequence[float]) -> np.ndarray:
+def _log_likelihood(
+    width: int, held_out: Tensor, fitted: Tensor, outside: Tensor, dampings: Sequence[float]
+) -> np.ndarray:
     """Mean log-likelihood of held-out rows under the Gaussian of fitted ones, for each damping: (dampings,) float64."""
     values, vectors = torch.linalg.eigh(fitted)
     values, energy = values.clamp(min=0), (vectors * (held_out @ vectors)).sum(0)
     mean = values.sum() / width
     if mean == 0:  # a layer that slept: nothing to tell dampings apart by
         return np.zeros(len(dampings))
-    rest = width - len(values)  # directions in which no row has anything
+    rest = width - len(values)  # eigenvalues that are 0
     d = mean * torch.tensor(dampings, dtype=torch.float64)[:, None]
     logs = (2 * np.pi * (values + d)).log().sum(1) + rest * (2 * np.pi * d[:, 0]).log()
-    return -0.5 * (logs + (energy / (values + d)).sum(1)).numpy()
+    return -0.5 * (logs + (energy / (values + d)).sum(1) + outside / d[:, 0]).numpy()
