@@ -130,7 +130,7 @@ class FactorStore:
         """A pass's file, once its checksum is verified."""
         file = self.path / f"{kind}.safetensors"
         if not self.done(kind):
-            raise StateError(f"{self.path} has no {kind} yet: go through run.passes() first.")
+            raise StateError(f"{self.path} has no {kind} yet: go through its passes() to their end.")
         if not file.is_file() or checksum_of(file) != self.files[file.name]:
             raise CorruptLogError(f"{file} does not match its checksum: restore it from a copy, or fit again.")
         return file
