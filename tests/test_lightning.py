@@ -1,6 +1,8 @@
 """The callback of docs/trainer.md, in Lightning's own trainer."""
 
 import contextlib
+import os
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -14,6 +16,13 @@ from tests.oracle import one_sample_gradients, project, relative_error
 from tests.test_docs import ROOT, blocks
 
 lightning = pytest.importorskip("lightning")
+
+
+@pytest.fixture(autouse=True)
+def environment():
+    """Lightning leaves addresses and ranks behind, with which the next Trainer would join a group of processes."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 class Module(lightning.LightningModule):
