@@ -149,5 +149,5 @@ def test_wrong_use_is_refused():
             replay(training, queries, **wrong)
     with pytest.raises(ConfigError, match=r"shape \(4,\).*as many query_ids"):
         replay(training, queries, ["a", "b"])
-    with pytest.raises(ConfigError, match="has '1', which no batch holds"):
+    with pytest.raises(ConfigError, match="ids of type str, and the batches of int"):
         training.run({"1": 0.0})

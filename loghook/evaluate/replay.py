@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from loghook.arguments import whole
-from loghook.errors import ConfigError, some
+from loghook.errors import ConfigError
 from loghook.influence.scores import Scores
 from loghook.progress import bar
 
@@ -123,11 +123,10 @@ class Training:
 
     def run(self, weights: Mapping[Any, float] | None = None) -> Tensors:
         """Train, perhaps with other weights for some ids, and return the last parameters."""
-        unknown = set(weights or ()) - {i for ids, _ in self.batches for i in ids}
-        if unknown:
-            raise ConfigError(
-                f"weights has {some(list(unknown))}, which no batch holds (of this type): look at its keys."
-            )
+        kinds = [{type(i) for i in ids} for ids in (weights or (), (i for ids, _ in self.batches for i in ids))]
+        if not kinds[0] <= kinds[1]:
+            names = [" and ".join(sorted(kind.__name__ for kind in found)) for found in kinds]
+            raise ConfigError(f"weights has ids of type {names[0]}, and the batches of {names[1]}: make them alike.")
         parameters, state = self.parameters, self.optimizer.start(self.parameters)
         for t in range(len(self.batches)):
             parameters, state = self.advance(t, parameters, state, self.weights(t, weights or {}))

@@ -99,7 +99,7 @@ class Query:
     def concat(queries: Iterable["Query"]) -> "Query":
         """Join queries, for instance those of a loader's batches, or of several processes.
 
-        Of an id that comes again, as where a sampler fills up a batch, the first question is kept.
+        Of an id that comes again at the same parameter values, as samplers fill up batches, the first one is kept.
 
         Raises:
             MismatchError: if they were made with different layers or projections, or ids of different types.
@@ -116,17 +116,18 @@ class Query:
             if type(query.data_ids[0]) is not type(first.data_ids[0]):
                 raise MismatchError("these queries have ids of different types: use int or str throughout.")
         places: dict[Any, int] = {}
-        for place, data_id in enumerate(i for query in queries for i in query.data_ids):
-            places.setdefault(data_id, place)
+        for place, key in enumerate((i, query.parameters) for query in queries for i in query.data_ids):
+            places.setdefault(key, place)
+        ids: list[Any] = [data_id for data_id, _ in places]
         rows = torch.cat([query.matrix for query in queries])
-        rows = rows if len(places) == len(rows) else rows[list(places.values())]
+        rows = rows if len(ids) == len(rows) else rows[list(places.values())]
         same = all(query.parameters == first.parameters for query in queries)
         if not same:
             warn(
                 "these queries were made with different parameter values: scoring cannot tell whether they fit a log.",
                 CheckpointWarning,
             )
-        return Query(list(places), rows, first.made, first.parameters if same else None, first.direction)
+        return Query(ids, rows, first.made, first.parameters if same else None, first.direction)
 
     def with_rows(self, rows: Tensor, direction: str) -> "Query":
         """The same questions with other rows (Q, width): what ``direction`` says was made of them."""
