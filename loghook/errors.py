@@ -10,17 +10,12 @@ from collections.abc import Sequence
 _OURS = (os.path.join(os.path.dirname(__file__), ""), contextlib.__file__)
 
 
-def user_line() -> int:
-    """The stacklevel, for the function that calls this, at which a warning shows the line that called loghook."""
-    level, frame = 1, sys._getframe(1)
+def warn(message: str, category: type[Warning] = UserWarning) -> None:
+    """Warn at the line that called loghook."""
+    level, frame = 1, sys._getframe()
     while frame.f_code.co_filename.startswith(_OURS) and frame.f_back is not None:
         level, frame = level + 1, frame.f_back
-    return level
-
-
-def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn of the line that called loghook."""
-    warnings.warn(message, category, stacklevel=user_line())
+    warnings.warn(message, category, stacklevel=level)
 
 
 def some(values: Sequence[object], most: int = 4) -> str:

@@ -7,14 +7,13 @@ import os
 import platform
 import reprlib
 import time
-import warnings
 from collections.abc import Callable
 from typing import Any, NamedTuple, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor
 
-from loghook.errors import StateError, user_line
+from loghook.errors import StateError, warn
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -60,9 +59,8 @@ def all_gather(value: Any, *, together: bool = False) -> list[Any]:
     """
     values = [value] * rank_and_size()[1]
     if together and world_size() > len(values):
-        warnings.warn(
+        warn(
             "several processes without torch.distributed: initialise it before the first block.",
-            stacklevel=user_line(),
         )
     if len(values) == 1:
         return values

@@ -32,9 +32,7 @@ class Block:
 
     job: "Job[Any]"
     scale: float | Tensor  # what gradients are multiplied by: a number, or (B,)
-    kept: (
-        Tensor | None
-    )  # (B,) bool, which samples (or documents) count in sums over them (repeats do not), or None: all
+    kept: Tensor | None  # (B,) bool, which samples count in sums over them (repeats do not), or None: all
     passes: set[int] = field(default_factory=set)  # autograd's numbers of outermost backward passes that delivered
     outermost: dict[int, int] = field(default_factory=dict)  # {a backward pass in which layers ran: the one around it}
     restarted: bool = False  # whether a layer ran forward after a delivery, outside of backward passes

@@ -1,6 +1,5 @@
 """``Fit``: EK-FAC on whole gradients (George et al. 2018; Grosse et al. 2023), fitted through a user's own loop."""
 
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -18,7 +17,7 @@ from loghook.capture.models import describe_coverage, mixing_modules
 from loghook.capture.passes import Gathering, Pass, decompose
 from loghook.capture.select import HEAD, Watch
 from loghook.capture.whole import Covariance, Eigenvalues
-from loghook.errors import CheckpointWarning, ConfigError, LogExistsError, MismatchError, StateError, user_line
+from loghook.errors import CheckpointWarning, ConfigError, LogExistsError, MismatchError, StateError, warn
 from loghook.factors import Eigenbasis, FactorStore, pack_factors
 from loghook.influence.precondition import PLAIN, Metric
 from loghook.influence.scores import Scores
@@ -150,11 +149,10 @@ class Fit(Blocks, Hooked):
             self._began_with = self.digest()
             of_covariances = self._require_store().parameters
             if of_covariances and self._began_with and of_covariances != self._began_with:
-                warnings.warn(
+                warn(
                     f"{self.path} has covariances of other parameter values than eigenvalues are now gathered with: "
                     "load those first, or fit again with overwrite=True.",
                     CheckpointWarning,
-                    stacklevel=user_line(),
                 )
         with self._pass._gather(check_ids(data_id), given):
             yield
