@@ -29,7 +29,7 @@ test: lint ## set up, then check format, lint, types, and run the tests (WORKERS
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal $(ARGS)
 
 test-gpu: ## run the tests that need a CUDA device, with PYTHON as it is; installs nothing
-	$(PYTHON) -m pytest -m gpu $(ARGS)
+	$(PYTHON) -m pytest -m gpu $(shell grep -l "mark\.gpu" tests/test_*.py) $(ARGS)
 
 test-long: $(DEV) ## run the tests that take minutes
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --dist worksteal -m "long and not gpu" $(ARGS)

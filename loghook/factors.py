@@ -135,11 +135,13 @@ class FactorStore:
             raise CorruptLogError(f"{file} does not match its checksum: restore it from a copy, or fit again.")
         return file
 
-    def factors(self) -> dict[str, tuple[Factor, Factor]]:
-        """Eigendecompositions of each layer's (input, output) second moments."""
+    def factors(self, *, wide: bool = True) -> dict[str, tuple[Factor, Factor]]:
+        """Eigendecompositions of each layer's (input, output) second moments; vectors as on disk unless ``wide``."""
         with safetensors.safe_open(os.fspath(self.check("covariance")), framework="pt") as file:
             owners = json.loads(file.metadata()["loghook_same"])
-            tensors = {name: file.get_tensor(name).double() for name in file.keys()}  # noqa: SIM118
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        if wide:
+            tensors = {name: tensor.double() for name, tensor in tensors.items()}
 
         def factor(name: str) -> Factor:
             values = tensors[owners[name]]
@@ -150,7 +152,7 @@ class FactorStore:
     @cached_property
     def bases(self) -> dict[str, Eigenbasis]:
         """Each layer's eigenbasis; a pass that is complete is never changed."""
-        return {name: Eigenbasis.of(*pair) for name, pair in self.factors().items()}
+        return {name: Eigenbasis.of(*pair) for name, pair in self.factors(wide=False).items()}
 
     def eigenvalues(self) -> dict[str, Tensor]:
         """EK-FAC's corrected eigenvalues of each layer, means over samples: (O, I) float32."""

@@ -11,8 +11,10 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import loghook
 from loghook.project.projection import Side, draw_side, shared_input_name
@@ -140,3 +142,27 @@ def check_against_oracle(
     log = log_batch(model, loss_fn, batch, **options)
     assert_rows_exact(log, model, loss_fn, batch, TOLERANCE[dtype])
     return log
+
+
+def tiny_llama(**changes):
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=60, hidden_size=32, intermediate_size=48, num_attention_heads=4,
+        num_key_value_heads=2, **({"num_hidden_layers": 2} | changes),
+    )  # fmt: skip
+    return LlamaForCausalLM(config)
+
+
+def causal_loss(model, batch):
+    ids, mask = batch
+    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
+    losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
+    return (losses * mask[:, 1:]).sum()
+
+
+def text_batch(batch=4, tokens=9):
+    torch.manual_seed(1)
+    mask = torch.ones(batch, tokens, dtype=torch.long)
+    for i in range(batch):
+        mask[i, tokens - i :] = 0
+    return torch.randint(0, 60, (batch, tokens)), mask

@@ -22,8 +22,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     GPT2Config,
     GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
     T5Config,
     T5ForConditionalGeneration,
 )
@@ -34,7 +32,17 @@ from loghook.capture import adapters
 from loghook.capture.rows import Rows
 from loghook.errors import BatchError, ConfigError, DeliveryError, StateError, UnsupportedError
 from loghook.project import outer
-from tests.harness import TOLERANCE, assert_rows_exact, check_against_oracle, log_and_ask, log_batch, squares
+from tests.harness import (
+    TOLERANCE,
+    assert_rows_exact,
+    causal_loss,
+    check_against_oracle,
+    log_and_ask,
+    log_batch,
+    squares,
+    text_batch,
+    tiny_llama,
+)
 
 DTYPES = st.sampled_from([torch.float64, torch.float32])
 SETTINGS = settings(max_examples=25, deadline=None)
@@ -122,30 +130,6 @@ def test_embedding(lead, batch, rank, padding, dtype):
 def test_transformers_conv1d(tokens, rank, dtype):
     torch.manual_seed(0)
     run_case(nn.Sequential(Conv1D(6, 4), nn.GELU(), Conv1D(3, 6)), torch.randn(3, tokens, 4), dtype, rank=rank)
-
-
-def tiny_llama(**changes):
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=60, hidden_size=32, intermediate_size=48, num_attention_heads=4,
-        num_key_value_heads=2, **({"num_hidden_layers": 2} | changes),
-    )  # fmt: skip
-    return LlamaForCausalLM(config)
-
-
-def causal_loss(model, batch):
-    ids, mask = batch
-    logits = model(input_ids=ids, attention_mask=mask).logits[:, :-1]
-    losses = F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none")
-    return (losses * mask[:, 1:]).sum()
-
-
-def text_batch(batch=4, tokens=9):
-    torch.manual_seed(1)
-    mask = torch.ones(batch, tokens, dtype=torch.long)
-    for i in range(batch):
-        mask[i, tokens - i :] = 0
-    return torch.randint(0, 60, (batch, tokens)), mask
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)

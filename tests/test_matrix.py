@@ -608,6 +608,7 @@ def test_siblings_with_inputs_of_their_own(other):
 
 def everything(model, data, folder):
     """Results of all that is computed where the model is, and of what a log then answers."""
+    pytest.importorskip("faiss")
     rows, whole_scores = fitted(model, data)
     proven(model, data=data[:3])
     log, wide = logged(model, loss_of, data), logged(model, loss_of, data, dtype="float64")
@@ -628,10 +629,15 @@ def everything(model, data, folder):
             loss_of(model, data).backward()
     with fit.query(data_id=[0, 1]) as whole:
         loss_of(model, data[:2]).backward()
-    own = fit.self_influence()
-    with own(data_id=range(SAMPLES)):
-        loss_of(model, data).backward()
-    found.append(own.scores().values)
+    for scoring in (
+        fit.self_influence(),
+        fit.score(whole, "cosine"),
+        fit.score(whole, "dot", normalize="unit"),
+        fit.score(whole, normalize="relatif", rank=2),
+    ):
+        with scoring(data_id=range(SAMPLES)):
+            loss_of(model, data).backward()
+        found.append(scoring.scores().values)
     for dtype in ("int8", "int1", "lowrank1"):
         log.compress(folder / dtype, dtype)
         small = loghook.load(folder / dtype)

@@ -9,8 +9,7 @@ from torch import nn
 
 import loghook
 from loghook.errors import DeliveryError
-from tests.harness import assert_rows_exact
-from tests.test_capture import causal_loss, text_batch, tiny_llama
+from tests.harness import assert_rows_exact, causal_loss, text_batch, tiny_llama
 from tests.test_matrix import EXACT, assert_same, by_id, finished, new_run, proven, relative_error
 
 # Imported inside the tests: each of the three takes seconds.

@@ -122,9 +122,10 @@ def _require_one_call(opened: Sequence[Slots]) -> None:
     """Raise where a gradient came in parts, and what is asked for is no sum of what would be made of the parts."""
     counted = [(s, s.leaves.calls.grad) for s in opened if s.leaves.calls is not None]
     counts = {s: count.to(opened[0].leaves.main.device) for s, count in counted if count is not None}
-    numbers = torch.cat(list(counts.values())).cpu().tolist() if counts else []
-    for s, n in zip(counts, numbers, strict=True):
-        if n + s.waited > 1:
+    numbers = dict(zip(counts, torch.cat(list(counts.values())).cpu().tolist() if counts else [], strict=True))
+    for s, _ in counted:
+        at_once = numbers.get(s, 0) + s.delivered_calls
+        if at_once and at_once + s.waited > 1:
             adam = isinstance(s.place.block.job, Updates)
             remedy = "log gradient='normalized' or 'plain'" if adam else "use the model without torch.compile here"
             raise UnsupportedError(

@@ -57,10 +57,14 @@ class Place:
         self.zero = torch.zeros((), device=self.device, dtype=self.dtype)
 
     def to(self, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-        """A tensor on the device; to bring it there may wait for the device."""
+        """A tensor on the device; from another one than the CPU that may wait."""
         key = id(t), dtype or t.dtype
         if key not in self._moved:
-            self._moved[key] = t, t.to(self.device, dtype)  # the tensor as well, so that its id stays its own
+            source = t
+            if t.device.type == "cpu" and self.device.type == "cuda":
+                source = t.to(dtype or t.dtype).pin_memory()
+            # The tensor as well, so that its id stays its own.
+            self._moved[key] = t, source.to(self.device, dtype, non_blocking=source is not t)
         return self._moved[key][1]
 
     def leaf(self, *shape: int) -> Tensor:

@@ -140,6 +140,7 @@ class Slots:
     ran_in: int = -1  # the outermost backward pass in which it last ran with a graph, or -1
     passes: set[int] = field(default_factory=set)  # outermost backward passes that delivered
     waited: int = 0  # calls that waited for others
+    delivered_calls: int = 0  # calls that delivered at once, where nothing is compiled
     closed: bool = False  # whether the block is over
     stale: bool = False  # whether a backward pass in this block delivered to the layer in an earlier one
 

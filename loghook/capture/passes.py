@@ -20,6 +20,8 @@ from loghook.processes import all_gather, all_reduce, process_rank, rank_and_siz
 from loghook.project.blocks import Factor, blocks_of, square_size
 from loghook.project.projection import Side, fit_side, shared_input_name
 
+DRAWN = 2**26  # logits that labels are drawn from at a time: of a large vocabulary they fill a device
+
 
 class Gathering:
     """What a job delivers, by layer, summed over the blocks of a pass; ``rule`` says what ids do that come again."""
@@ -164,8 +166,9 @@ class Pass:
         if device not in self._generators:
             seed = (self.index + process_rank() * 0x9E3779B1) % 2**32  # of a processor's generator more bits are lost
             self._generators[device] = torch.Generator(device).manual_seed(seed)
-        chances = logits.detach().float().softmax(-1).flatten(0, -2)
-        drawn = torch.multinomial(chances, 1, generator=self._generators[device]).view(labels.shape)
+        parts = logits.detach().flatten(0, -2).split(max(1, DRAWN // logits.shape[-1]))
+        draw = partial(torch.multinomial, num_samples=1, generator=self._generators[device])
+        drawn = torch.cat([draw(part.float().softmax(-1)) for part in parts]).view(labels.shape)
         return torch.where(labels < 0, labels, drawn.to(labels.dtype))
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from loghook.errors import ConfigError
 from loghook.factors import Eigenbasis
+from loghook.project.blocks import in_float64
 from loghook.project.linear import linear
 
 WIDENED = 2**16  # float32 values that are squared in float64 at a time: they stay in the cache
@@ -53,7 +54,7 @@ class Identity:
     def quadratic(self, rows: Tensor) -> Tensor:
         # In float32 the squares of 1e-23 are 0.
         step = max(1, WIDENED // rows.shape[1])
-        return torch.cat([few.double().square().sum(1) for few in rows.split(step)])
+        return torch.cat([in_float64(few).square().sum(1) for few in rows.split(step)])
 
 
 def unseen_directions(peaks: Tensor) -> Tensor:

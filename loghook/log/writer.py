@@ -268,7 +268,8 @@ class Writer:
 
     def _write(self, batch: Batch) -> None:
         if batch.ready is not None:
-            batch.ready.synchronize()
+            with torch.cuda.device(batch.ready.device):  # else the thread would take up memory on the first device
+                batch.ready.synchronize()
         if not batch.checked and not bool(finite_rows(batch.rows).all()):
             raise not_finite(batch.ids, batch.rows, late=True)
         n = len(batch.ids)

@@ -57,7 +57,7 @@ def in_float64(t: Tensor) -> Tensor:
     """A tensor in float64, on the CPU where its own device has none, as Apple's."""
     try:
         return t.double()
-    except TypeError:
+    except (TypeError, RuntimeError):  # Apple's raise the one, Intel's without fp64 (and a full device) the other
         return t.cpu().double()
 
 
@@ -73,7 +73,11 @@ class Factor:
         """Decompose the diagonal blocks of a mean second moment, in float64; what is made of them lies on the CPU."""
         values, vectors = [], []
         for block in map(in_float64, blocks):
-            w, v = torch.linalg.eigh((block + block.T) / 2)
+            symmetric = (block + block.T) / 2
+            try:
+                w, v = torch.linalg.eigh(symmetric)
+            except RuntimeError:  # a device without memory or solver for it must not cost the pass
+                w, v = torch.linalg.eigh(symmetric.cpu())
             # Eigenvectors are free in sign; this choice survives other rounding, as of another number of processes.
             values.append(w.clamp(min=0).cpu())
             vectors.append((v * v.gather(0, v.abs().argmax(0, keepdim=True)).sign()).cpu())
