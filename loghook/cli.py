@@ -16,6 +16,7 @@ from loghook.capture.models import by_reason
 from loghook.errors import ConfigError, LoghookError
 from loghook.log import maintain
 from loghook.log.files import place_of
+from loghook.log.format import SEVERAL
 from loghook.processes import process_rank, world_size
 from loghook.project.projection import describe_projection
 
@@ -139,7 +140,9 @@ def _describe(log: loghook.Log, size: int) -> Iterator[str]:
         yield f"  not covered: {items[0]['name'] or '(model)'}{more}, {parameters:,} parameters ({reason})"
     yield f"{log.repeats:,} repeats left out, {len(log.flagged):,} samples flagged as not finite"
     first, last = m.parameters.get("first"), m.parameters.get("last")
-    if first and last:
+    if last == SEVERAL:
+        yield "rows of several parameter values: of merged runs, or of one that went on with another checkpoint"
+    elif first and last:
         yield f"parameters {'unchanged while logging' if first == last else 'changed while logging (as in training)'}"
     if m.no_statistics is not None:
         yield f"no statistics, so that kfac and ekfac cannot score it: {m.no_statistics}"

@@ -73,8 +73,8 @@ def _scaled(comparison: Comparison) -> str | None:
             f"It is a mean over the {size} {unit}s: sum the loss, or pass run(..., scale={size}) and "
             f"check(..., scale=lambda batch: {size})."
         )
-    elif factors.min() <= 0 or (comparison.probe.scale is None and abs(float(factors.sum()) - 1) > 1e-2):
-        remedy = (  # parts of a mean are positive and add up to 1
+    elif factors.min() <= 0 or (comparison.probe.scale is None and float(factors.sum()) > 1.01):
+        remedy = (  # parts of a mean are positive and add up to 1 at most
             f"No number of items explains that: the loss weighs a {unit} by what else is in its batch, as where (B, 1) "
             f"meets (B,), in a root or a ratio of sums, or of the hardest {unit}s alone. Make it a sum in which each "
             f"{unit} has a loss of its own."
@@ -83,7 +83,8 @@ def _scaled(comparison: Comparison) -> str | None:
         remedy = (
             "Each sample's factor differs, as in a mean over tokens: sum the loss over tokens (reduction='sum'), or "
             "pass run(..., scale=n), and check(..., scale=lambda batch: n), with the number n of items that the mean "
-            "runs over. If check was given a scale=, it is not this n."
+            "runs over. If check was given a scale=, it is not this n; where no n helps, the loss weighs a sample by "
+            "the others of its batch (a root, a ratio)."
         )
     return (
         f"the loss is no sum over {unit}s: rows in the batch are {factors.min():.6g} to {factors.max():.6g} times "

@@ -415,6 +415,9 @@ def test_queries_of_a_loader_concatenate_save_and_load(logged, tmp_path):
             loss_fn(model, data(3, seed=2)[i : i + 1]).backward()
         parts.append(part)
     asker.close()
+    other = copy.copy(parts[1])  # another question of the same name
+    other.fill(parts[2].matrix, other.made, other.parameters)
+    assert loghook.Query.concat([parts[1], other]).data_ids == ["b", "b"]
     joined = loghook.Query.concat(part for part in (*parts, parts[1]))  # a sampler fills its last batch with repeats
     assert joined.data_ids == (parts[0] + parts[1] + parts[2]).data_ids == whole_query.data_ids
     torch.testing.assert_close(joined.matrix, whole_query.matrix)

@@ -310,7 +310,10 @@ def test_a_pass_that_goes_on_with_other_parameters_warns_unless_it_trains(tmp_pa
     assert len(told) == (moved and not trained)
     assert all("other parameter values than it goes on with" in str(w.message) for w in told)
     shown = CliRunner().invoke(app, ["info", str(tmp_path)]).output
-    assert f"parameters {'changed' if moved or trained else 'unchanged'} while logging" in shown
+    if told:  # and it is not forgotten
+        assert "rows of several parameter values" in shown
+    else:
+        assert f"parameters {'changed' if moved or trained else 'unchanged'} while logging" in shown
 
 
 def test_a_tilde_is_the_home_folder_in_every_path(tmp_path, monkeypatch):

@@ -442,3 +442,38 @@ def test_compiled_models_are_refined_as_they_are():
     expected = fit.refine(query, [(x, y)], outputs_of(model), loss_of).matrix
     compiled = torch.compile(model, backend="aot_eager")
     assert torch.equal(fit.refine(query, [(x, y)], outputs_of(compiled), loss_of).matrix, expected)
+
+
+def test_outputs_without_spread_masked_ones_and_half_precision_are_refined():
+    model, (x, y) = make(), data()
+    fit, query = fitted(model, x, y)
+    expected = fit.refine(query, [(x, y)], outputs_of(model), loss_of).matrix
+    closed = torch.tensor([0.0, 0.0, 0.0, -torch.inf], dtype=torch.float64)
+
+    def masked(batch):  # a class that no sample has
+        logits = model(batch[0])
+        return torch.cat([logits, logits[..., :1]], -1) + closed
+
+    assert torch.allclose(fit.refine(query, [(x, y)], masked, loss_of).matrix, expected)
+    summed = fit.refine(query, [(x, y)], outputs_of(model), lambda o, b: loss_of(o, b).view(1)).matrix
+    assert torch.allclose(summed, expected)
+
+    torch.manual_seed(0)
+    narrow = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 1))
+    values = torch.randn(24, 1)
+    fit, squared = loghook.fit(tempfile.mkdtemp()), lambda o, b: (o - b[1]).square().sum()
+    fit.watch(narrow)
+    x = x[:, 0].float()
+    for _ in fit.passes():
+        with fit(data_id=list(range(24))):
+            squared(narrow(x), (x, values)).backward()
+    with fit.query(data_id=["a"]) as query:
+        squared(narrow(x[:1]), (x[:1], values[:1])).backward()
+    wide = fit.refine(query, [(x[:1], values[:1]), (x[1:], values[1:])], outputs_of(narrow), squared).matrix
+
+    def half(batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            return narrow(batch[0]).float()
+
+    rounded = fit.refine(query, [(x, values)], half, squared).matrix
+    assert (rounded - wide).norm() < 0.05 * wide.norm()

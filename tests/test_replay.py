@@ -151,3 +151,5 @@ def test_wrong_use_is_refused():
         replay(training, queries, ["a", "b"])
     with pytest.raises(ConfigError, match="ids of type str, and the batches of int"):
         training.run({"1": 0.0})
+    named = training.run({1: 0.0})
+    assert all(torch.equal(named[name], p) for name, p in training.run({np.int64(1): 0.0}).items())

@@ -142,10 +142,15 @@ def _by_layer(
     values = given if isinstance(given, Mapping) else {"*": given}
     fitting = {name: [pattern for pattern in values if fits(name, pattern)] for name in layers}
     used = {patterns[0] for patterns in fitting.values() if patterns}
-    for pattern in sorted(values.keys() - used):
-        if any(pattern in patterns for patterns in fitting.values()):
-            raise BatchError(f"{argument}={{{pattern!r}: ...}} serves no layer: the first that fits a name is used.")
-        if not any(fits(name, pattern) for name in modules()):
+    if unused := sorted(values.keys() - used):
+        first = {name: next((p for p in values if fits(name, p)), None) for name in modules()}
+        for pattern in unused:
+            if pattern in first.values():  # it is for modules that are not watched
+                continue
+            if any(fits(name, pattern) for name in (*first, *fitting)):
+                raise BatchError(
+                    f"{argument}={{{pattern!r}: ...}} serves no layer: the first that fits a name is used."
+                )
             raise BatchError(f"{argument}={{{pattern!r}: ...}} fits no layer of the model: look at the pattern.")
     checked = {pattern: check(values[pattern]) for pattern in values if pattern in used}
     return {name: checked[patterns[0]] for name, patterns in fitting.items() if patterns}

@@ -96,7 +96,8 @@ def _check(opened: Sequence[Slots], masks: Mapping[str, Tensor]) -> None:
         raise DeliveryError(nothing_delivered([s.layer for s in opened]))
     if awake:
         quiet = {s.layer.name for s in awake if s.quiet}
-        raise DeliveryError(partly_delivered([s.layer for s in awake], [s.layer.name for s in opened], quiet))
+        why = partly_delivered([s.layer for s in awake], [s.layer.name for s in opened], quiet)
+        raise DeliveryError(f"{why} Nothing of this batch was written.")
     if stale := [s.layer.name for s in opened if s.stale]:
         raise DeliveryError(
             f"backward went through layer {stale[0]!r} as it ran in an earlier block, whose rows are written already: "
@@ -168,7 +169,7 @@ def partly_delivered(missing: Sequence[Layer], opened: Sequence[str], quiet: Col
     said = "; ".join(f"{listed(names)} {cause}" for cause, names in causes.items())
     exclude = [HEAD, *patterns([layer.name for layer in missing], opened)]
     return (
-        f"{len(missing)} of {len(opened)} watched layers delivered no rows: {said}. Nothing of this batch was written. "
+        f"{len(missing)} of {len(opened)} watched layers delivered no rows: {said}. "
         f"Exclude such layers, {exclude=} (in place of the default, {HEAD!r}), or name those in watch(..., may_sleep=) "
         "that may rightly stay silent."
     )

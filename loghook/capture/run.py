@@ -22,7 +22,7 @@ from loghook.factors import FactorStore
 from loghook.log.disk import writing
 from loghook.log.files import Sides, load_sides, save_sides
 from loghook.log.folder import ARGUMENTS, check_same
-from loghook.log.format import MANIFEST, Manifest, differ
+from loghook.log.format import MANIFEST, SEVERAL, Manifest, differ
 from loghook.log.writer import Writer
 from loghook.processes import broadcast, process_rank, provenance, world_size
 from loghook.project.projection import FITTED
@@ -376,11 +376,17 @@ class Run(Blocks, Hooked):
         return writer
 
     def _warn_of_other_values(self) -> None:
-        self._elsewhere = None
+        """Say that rows of a pass are gradients at several points, and let the log remember it."""
+        self._elsewhere, manifest = None, self._session.manifest
+        assert manifest is not None
+        manifest.parameters["last"] = SEVERAL
+        if process_rank() == 0:
+            with writing(self.path):
+                manifest.save(self.path)
         warn(
             f"{self.path} was begun with other parameter values than it goes on with (or moments of the optimizer), "
-            "and nothing trains them here: load the checkpoint that the run began with, or start again with "
-            "overwrite=True.",
+            "and nothing trains them here. Rows from here on are of these values, and stay: stop, and start again with "
+            "overwrite=True, or load the checkpoint that the run began with before it logs any.",
             CheckpointWarning,
         )
 

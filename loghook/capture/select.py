@@ -112,7 +112,9 @@ def _require_found(modules: Mapping[str, nn.Module], watch: Watch) -> None:
         if not named:
             watchable = [(name, adapter) for name, m in modules.items() if (adapter := find_adapter(m))]
             likely = listed(name for name, adapter in sorted(watchable, key=lambda item: not item[1].default))
-            raise ConfigError(f"pattern {pattern!r} matches no module: fnmatch patterns are of whole names: {likely}.")
+            raise ConfigError(
+                f"pattern {pattern!r} matches no module: it must fit a whole name (fnmatch), such as {likely}."
+            )
 
 
 def _why_not(name: str, module: nn.Module, adapter: Adapter | None, watch: Watch) -> str | None:
@@ -202,8 +204,11 @@ def find_logged(model: nn.Module, manifest: Manifest, origin: Path) -> list[Laye
         if module is None or adapter is None:
             raise MismatchError(f"the model has no layer {spec.name!r} as in {origin}: attach the one that was logged.")
         if not fits_record(spec, module, adapter):
+            now = adapter.geometry(module)
             raise MismatchError(
-                f"{origin} has {spec}, the model {adapter.geometry(module)}: attach the model that was logged."
+                f"layer {spec.name!r} takes {spec.in_features} to {spec.out_features} features (bias: {spec.bias}) in "
+                f"{origin}, and {now.in_features} to {now.out_features} (bias: {now.bias}) here: attach the model that "
+                "was logged."
             )
         layers.append(Layer(spec, module, adapter, *sides[spec.name]))
     return layers

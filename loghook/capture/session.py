@@ -17,7 +17,7 @@ from loghook.capture.rows import Captured
 from loghook.errors import BatchError, CheckpointWarning, ConfigError, MismatchError, StateError, WriteError, warn
 from loghook.log.disk import writing
 from loghook.log.folder import SAME, Committed, check_same, claim, ranks_on_disk, read_back, seal, wait_for_seal
-from loghook.log.format import MANIFEST, Manifest, listed
+from loghook.log.format import MANIFEST, SEVERAL, Manifest, listed
 from loghook.log.writer import Batch, Writer, finite_rows, not_finite
 from loghook.processes import all_gather, broadcast, process_rank, rank_and_size, world_size
 
@@ -225,7 +225,7 @@ class Session:
                 if process_rank() != 0:
                     self.manifest = wait_for_seal(self.path, manifest.run_id)
                 else:
-                    if digest is not None:
+                    if digest is not None and manifest.parameters.get("last") != SEVERAL:
                         manifest.parameters["last"] = digest()
                     manifest.sealed = seal(self.path, manifest, session, world_size())
                     manifest.save(self.path)

@@ -17,6 +17,7 @@ from loghook.project.linear import linear
 from loghook.project.outer import at_a_time, gradients, project_output
 from loghook.project.projection import Side
 
+FEW = 4  # queries that are quicker one by one than as a batch of small products
 CACHE_BYTES = 2**20  # of gradients at a time on a processor that are read once: they are squared where they were made
 
 
@@ -167,6 +168,8 @@ class Products(Whole):
 
 def _by_token(left: Tensor, right: Tensor | None, g_NO: Tensor, x_NI: Tensor) -> Tensor:
     """``g^T L R x`` for each query and token: (Q, N); whole queries, which may be large, are not copied."""
+    if right is None and len(left) <= FEW:
+        return torch.stack([(linear(x_NI, matrix) * g_NO).sum(1) for matrix in left])
     if right is None:
         rx_QON = torch.bmm(left, x_NI.T.expand(len(left), -1, -1))
         return (rx_QON * g_NO.T).sum(1)

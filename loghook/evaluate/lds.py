@@ -131,7 +131,8 @@ def floats(name: str, values: ArrayLike, ndim: int) -> NDArray[np.float64]:
 
 def require_order(ids: Sequence[int | str], remedy: str) -> None:
     """Raise where ids are places in a data set, 0 to n - 1, and rows are not in its order."""
-    if isinstance(ids[0], int) and list(ids) != (places := list(range(len(ids)))) and sorted(ids) == places:
+    ids, places = list(ids), list(range(len(ids)))
+    if ids and isinstance(ids[0], int) and ids != places and sorted(ids) == places:
         raise ConfigError(
             f"rows are in the order of the log (data_id {', '.join(map(str, ids[:3]))}, ...), and what is known of the "
             f"samples is probably in that of the data: {remedy}."

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from loghook.arguments import whole
+from loghook.arguments import plain, whole
 from loghook.errors import ConfigError
 from loghook.influence.scores import Scores
 from loghook.progress import bar
@@ -123,7 +123,7 @@ class Training:
 
     def run(self, weights: Mapping[Any, float] | None = None) -> Tensors:
         """Train, perhaps with other weights for some ids, and return the last parameters."""
-        kinds = [{type(i) for i in ids} for ids in (weights or (), (i for ids, _ in self.batches for i in ids))]
+        kinds = [{type(plain(i)) for i in ids} for ids in (weights or (), (i for ids, _ in self.batches for i in ids))]
         if not kinds[0] <= kinds[1]:
             names = [" and ".join(sorted(kind.__name__ for kind in found)) for found in kinds]
             raise ConfigError(f"weights has ids of type {names[0]}, and the batches of {names[1]}: make them alike.")

@@ -135,7 +135,8 @@ def self_influence(reader: Source, metric: Metric, layers: Sequence[str] | None)
 def require_rows(reader: Source) -> None:
     """Raise if a log is empty, and warn, once for each open one, if it is not finished."""
     if not len(reader):
-        raise ConfigError(f"{reader.path} holds no rows yet: log some first.")
+        hint = "log some first" if reader.finished else "let its run come to finalize(), or commit, and load it again"
+        raise ConfigError(f"{reader.path} holds no rows yet: {hint}.")
     if reader.finished or reader.warned:
         return
     reader.warned = True

@@ -136,6 +136,10 @@ class Scores:
         Raises:
             ConfigError: if one of them was not scored.
         """
+        if len(candidates) != len(self.query_ids):
+            raise ConfigError(
+                f"{len(candidates)} lists of candidates for {len(self.query_ids)} questions: pass one each."
+            )
         row_of = {data_id: row for row, data_id in enumerate(self.data_ids)}
         if missing := [i for ids in candidates for i in ids if i not in row_of]:
             raise ConfigError(f"{missing[0]!r} was not scored for every question: score all of them.")
@@ -315,17 +319,15 @@ def _places(
     if list(scored) == list(wanted) and len(set(wanted)) == len(wanted):
         return slice(None)  # of a long log the dictionaries below would take longer than all that is added up
     counts, asked = Counter(scored), Counter(wanted)
+    remedy = "ask each question once, or give each an id of its own"
+    if kind == "data_id":
+        remedy = "log each id once (inside run.passes(), or with on_repeat='first'), or take one epoch's by log.keys"
     for name, n in asked.items():
         if n > 1 and not all_of_them:
             raise MismatchError(f"{kind} {name!r} is asked for more than once: name each id once.")
         if max(n, counts[name]) > 1:
             raise MismatchError(
-                f"{kind} {name!r} is there more than once, so that its scores cannot be matched: "
-                + (
-                    "log each id once (inside run.passes(), or with on_repeat='first')."
-                    if kind == "data_id"
-                    else "ask each question once, or join its batches with Query.concat, which keeps the first."
-                )
+                f"{kind} {name!r} is there more than once, so that its scores cannot be matched: {remedy}."
             )
         if name not in counts:
             raise MismatchError(f"{kind} {name!r} was not scored: these scores have no such id (of this type).")

@@ -78,7 +78,9 @@ def replacing(file: Path) -> Iterator[Path]:
         temporary.touch()
         mode = temporary.stat().st_mode  # as the user's umask has it; safetensors lets nobody else read its files
         yield temporary
-        temporary.chmod(mode)
+        if temporary.stat().st_mode != mode:
+            with suppress(OSError):  # some network file systems know no modes
+                temporary.chmod(mode)
         with open(temporary, "rb") as handle:
             os.fsync(handle.fileno())
         os.replace(temporary, file)

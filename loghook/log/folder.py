@@ -47,7 +47,10 @@ def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
         raise LogExistsError(f"{factors}: choose another path for the run.")
     present = [file for file in path.glob("*") if any(file.match(k) or file.match(f"{k}.tmp") for k in _OURS)]
     if present and not resume and not overwrite:
-        raise LogExistsError(f"{path} holds a run already: pass resume=True, overwrite=True or another path.")
+        raise LogExistsError(
+            f"{path} holds a run already: pass resume=True to go on with it (if it is finished, after loghook append; "
+            "loghook.load asks it), overwrite=True or another path."
+        )
     # Rank 0 commits nothing before it has written the manifest; other ranks may.
     committed = any(file.match("commits-00000*.jsonl") and file.stat().st_size for file in present)
     begun = (path / MANIFEST).exists()

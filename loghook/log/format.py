@@ -172,6 +172,9 @@ class Made:
         return checksum(json.dumps(body).encode())
 
 
+SEVERAL = "several"  # in place of a digest: rows of several parameter values, as of merged runs
+
+
 def differ(one: str | None, other: str | None) -> bool:
     """Whether two digests are known to be of other parameter values, or of other moments where both name those."""
     return any(a != b for a, b in zip((one or "").split("-"), (other or "").split("-"), strict=False) if a and b)

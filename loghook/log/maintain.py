@@ -28,14 +28,13 @@ from loghook.errors import ConfigError, CorruptLogError, LogExistsError, Loghook
 from loghook.log.codec import DTYPES, Codec
 from loghook.log.disk import absolute, checksum, lock, lock_name, sync_folder, write_atomically, write_flushed, writing
 from loghook.log.files import KEPT, PROJECTION, load_moments, load_sides, save_moments
-from loghook.log.format import Layout, Manifest, commits_name, run_files, shard_name, statistics_name
+from loghook.log.format import SEVERAL, Layout, Manifest, commits_name, run_files, shard_name, statistics_name
 from loghook.log.reader import Reader
 from loghook.log.records import Commits, all_commits, encode_record, ids_of, read_commits, sum_up, unnamed
 from loghook.log.shard import SHARD_HEADER, ShardFile, close_shard
 from loghook.log.writer import finite_rows, not_finite
 from loghook.processes import on_cpu, time_of_now
 
-SEVERAL = "several"  # in place of a digest of parameter values, where rows are gradients at different ones
 RECODED = 2**22  # values of rows that are written in another dtype at a time
 AS_IT_WAS = "The log is as it was. Make room, or a folder that can be written, and call this again."
 GENERATION_STEP = 10**10  # snapshots of maintenance are numbered from here, out of the way of every writer's

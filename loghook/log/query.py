@@ -99,7 +99,7 @@ class Query:
     def concat(queries: Iterable["Query"]) -> "Query":
         """Join queries, for instance those of a loader's batches, or of several processes.
 
-        Of an id that comes again at the same parameter values, as samplers fill up batches, the first one is kept.
+        Of an id that comes again with the same row, as where samplers fill up batches, the first one is kept.
 
         Raises:
             MismatchError: if they were made with different layers or projections, or ids of different types.
@@ -115,19 +115,23 @@ class Query:
                 raise MismatchError("some of these queries are preconditioned and some are not: join equal ones.")
             if type(query.data_ids[0]) is not type(first.data_ids[0]):
                 raise MismatchError("these queries have ids of different types: use int or str throughout.")
-        places: dict[Any, int] = {}
-        for place, key in enumerate((i, query.parameters) for query in queries for i in query.data_ids):
-            places.setdefault(key, place)
-        ids: list[Any] = [data_id for data_id, _ in places]
+        ids: list[Any] = [i for query in queries for i in query.data_ids]
         rows = torch.cat([query.matrix for query in queries])
-        rows = rows if len(ids) == len(rows) else rows[list(places.values())]
-        same = all(query.parameters == first.parameters for query in queries)
-        if not same:
+        met: dict[Any, list[int]] = {}
+        for place, data_id in enumerate(ids):
+            same = met.setdefault(data_id, [])
+            if not any((rows[place] - rows[other]).norm() <= 1e-2 * rows[other].norm() for other in same):
+                same.append(place)
+        kept = sorted(place for same in met.values() for place in same)
+        if len(kept) < len(ids):
+            ids, rows = [ids[place] for place in kept], rows[kept]
+        alike = all(query.parameters == first.parameters for query in queries)
+        if not alike:
             warn(
                 "these queries were made with different parameter values: scoring cannot tell whether they fit a log.",
                 CheckpointWarning,
             )
-        return Query(ids, rows, first.made, first.parameters if same else None, first.direction)
+        return Query(ids, rows, first.made, first.parameters if alike else None, first.direction)
 
     def with_rows(self, rows: Tensor, direction: str) -> "Query":
         """The same questions with other rows (Q, width): what ``direction`` says was made of them."""

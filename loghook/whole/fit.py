@@ -240,7 +240,7 @@ class Fit(Blocks, Hooked):
             query: whole gradients of the questions.
             batches: training data that the curvature is taken from, a few hundred samples or more; gone through once
                 for each iteration of "cg", one batch for each of "astra". On several processes each has its own.
-            outputs: batch -> the watched model's outputs, in eval mode.
+            outputs: batch -> the outputs of the watched modules, called as usual, in eval mode.
             loss: (outputs, batch) -> the batch's summed loss, convex in the outputs (cross-entropy, squared error).
             samples: batch -> how many samples it has, where that is not the common length of its tensors (packed
                 documents, images).
@@ -344,7 +344,7 @@ class Fit(Blocks, Hooked):
         candidates = scores.distinct(top)
         wanted = list(dict.fromkeys(i for ids in candidates for i in ids))
         scoring = self.score(query, **options)
-        for ids, batch, given in walked("batches", batches(wanted)):
+        for ids, batch, given in walked("batches", batches(wanted), may_be_empty=True):
             with scoring(data_id=ids, **given):
                 loss(batch).backward()
         return scoring.scores().among(candidates)
@@ -374,7 +374,7 @@ class Fit(Blocks, Hooked):
 
     def _require_match(self, query: Query, *, at_any_values: bool = False) -> None:
         values = None if at_any_values else self._require_store().parameters
-        require_match(query, self._made, values, f"the whole gradients of {self.path}", "this object")
+        require_match(query, self._made, values, f"the whole gradients of {self.path}", "the fit")
 
     def _require_store(self) -> FactorStore:
         if self._store is None or not self._layers:

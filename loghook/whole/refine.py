@@ -110,7 +110,8 @@ class GaussNewton:
             self._proven = True
         leaf = y.detach().requires_grad_()
         loss = self.loss(leaf, batch)
-        slope = torch.autograd.grad(loss, leaf, create_graph=True)[0] if loss.requires_grad and not loss.dim() else None
+        one = loss.requires_grad and loss.numel() == 1
+        slope = torch.autograd.grad(loss, leaf, create_graph=True)[0] if one else None
         if slope is None or not slope.requires_grad:
             raise ConfigError(
                 "loss(outputs, batch) must be one number with a second derivative by the outputs: the batch's summed "
@@ -158,14 +159,15 @@ def _require_two_derivatives(
     used = [(gradient, v) for gradient, v in zip(gradients, pulled, strict=True) if gradient is not None]
     if not used:
         raise ConfigError("outputs(batch) depends on no watched layer: return the outputs of the watched model itself.")
-    wanted = sum(float(v.float().square().sum()) for _, v in used if v is not None)
+    wanted = sum(float(v.float().square().sum()) for _, v in used if v is not None) ** 0.5
     try:
-        graphs = [gradient for gradient, _ in used]
-        (jv,) = torch.autograd.grad(graphs, dummy, [v for _, v in used], retain_graph=True, allow_unused=True)
+        graphs, unit = [gradient for gradient, _ in used], [v / (wanted or 1.0) for _, v in used]  # float16 overflows
+        (jv,) = torch.autograd.grad(graphs, dummy, unit, retain_graph=True, allow_unused=True)
     except RuntimeError:
         jv = None
-    found = 0.0 if jv is None else float((jv * w).float().sum())
-    if not abs(found - wanted) <= max(1e-3, 16 * torch.finfo(y.dtype).eps) * wanted:
+    found = 0.0 if jv is None else float((jv.float() * w.float()).sum())
+    # The model may compute in half precision whatever its outputs are in; what is constant to autograd misses more.
+    if not abs(found - wanted) <= 3e-2 * wanted:
         raise UnsupportedError(
             "the model cannot be differentiated twice, which Gauss-Newton products need: a custom autograd function or "
             "a fused kernel whose backward is not differentiable (once_differentiable, Triton, reentrant checkpoints). "
@@ -316,7 +318,7 @@ def require_sum(matrix: GaussNewton) -> None:
     batch = matrix.batches[0]
     with torch.no_grad(), torch.compiler.set_stance("force_eager"):
         y, again = matrix.outputs(batch), matrix.outputs(batch)
-        if isinstance(y, Tensor) and not torch.allclose(y, again, rtol=1e-2, atol=1e-2 * float(y.float().std() or 1)):
+        if isinstance(y, Tensor) and not _alike(y, again):
             raise ConfigError("outputs(batch) differ from call to call: call model.eval(), so that dropout is off.")
         try:
             alone = samples(batch)
@@ -332,6 +334,14 @@ def require_sum(matrix: GaussNewton) -> None:
             f"the loss of a batch is {whole:.6g}, and that of its samples together {summed:.6g}: loss(outputs, batch) "
             "must be a sum over the batch."
         )
+
+
+def _alike(y: Tensor, again: Tensor) -> bool:
+    """Whether outputs are the same but for rounding; some may be infinite, as masked logits are."""
+    finite = y.isfinite() & again.isfinite()
+    y, again = y[finite].float(), again[finite].float()
+    size = 1e-2 * y.std(correction=0) + 1e-3 * y.abs().mean()
+    return not len(y) or bool((y - again).square().mean().sqrt() <= size)
 
 
 def require_batches(batches: Iterable[Any]) -> list[Any]:

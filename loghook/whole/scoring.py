@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 Walk = Iterable[tuple[Ids, Any] | tuple[Ids, Any, Mapping[str, Any]]]
 
 
-def walked(name: str, walk: Walk) -> Iterator[tuple[Ids, Any, dict[str, Any]]]:
+def walked(name: str, walk: Walk, *, may_be_empty: bool = False) -> Iterator[tuple[Ids, Any, dict[str, Any]]]:
     """Yield ids, batch and arguments of a block of each batch; ``name`` is that of the function, for errors."""
     empty = True
     for item in walk:
@@ -40,7 +40,7 @@ def walked(name: str, walk: Walk) -> Iterator[tuple[Ids, Any, dict[str, Any]]]:
             )
         yield ids, batch, dict(given)
         empty = False
-    if empty:
+    if empty and not may_be_empty:
         raise ConfigError(f"{name}() yields nothing: it is called several times, so make the loader anew in it.")
 
 
@@ -66,7 +66,8 @@ class Scoring(Blocks):
         self._normalize = None if query is None else metric.normalize
         self._repeats = Repeats()
         # What the samples should be scored at; None for directions of SOURCE, which belong to other checkpoints.
-        self._parameters = fit._require_store().parameters if query is None else query.parameters
+        of_factors = None if metric.plain else fit._require_store().parameters
+        self._parameters = of_factors if query is None else query.parameters
         self._ids: list[int | str] = []
         self._batches: list[Tensor] = []  # (layers or 1, samples, questions), each sample's own last where it is wanted
         solvers = fit.solvers(metric)
@@ -164,7 +165,7 @@ def _job(
 
 def _on(device: torch.device, solver: Diagonal | Identity, rows: Tensor) -> tuple[Diagonal | Identity, Tensor]:
     """A solver and questions where a layer computes: to rotate wide ones takes longer than a pass on a processor."""
-    if device.type == "cpu":
+    if device.type == "cpu" or isinstance(solver, Identity):  # which has nothing to rotate
         return solver, rows
     rows = rows.to(device)
     return solver.to(rows), rows

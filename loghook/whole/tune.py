@@ -156,7 +156,7 @@ def tune(
         if not callable(walk):
             raise ConfigError(f"{name}= is a function here, called several times, that yields (ids, batch).")
     _ = fit.model  # raises where none is watched
-    limit = math.inf if bytes_per_sample is None else parse_size(bytes_per_sample, "bytes_per_sample")
+    limit = math.inf if bytes_per_sample in (None, math.inf) else parse_size(bytes_per_sample, "bytes_per_sample")
     ranks = [whole("ranks", rank) for rank in np.atleast_1d(np.asarray(ranks, dtype=object))]
     for dtype in dtypes:
         choose("dtypes", dtype, DTYPES)
