@@ -2053,3 +2053,21 @@ def test_a_save_that_fails_leaves_nothing_behind(
                 save(path.parent / "saved")
         loghook.load(path).self_influence("dot")  # which would be kept, and is not
     assert sorted(path.parent.rglob("*")) == before
+
+
+def test_dropout_where_nothing_is_trained_is_told_once(path: Path) -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Dropout(0.5), nn.Linear(4, 2), nn.Dropout(0.0))
+    with loghook.init(path, rank=2) as run:
+        run.watch(model)
+        for frozen, training, told in ((True, True, 1), (True, False, 0), (False, True, 0)):
+            model.train(training)
+            with (
+                warnings.catch_warnings(record=True) as met,
+                loghook.frozen(model) if frozen else contextlib.nullcontext(),
+            ):
+                warnings.simplefilter("always")
+                for _ in run.passes() if told else (0,):
+                    for i in range(2):
+                        with run(data_id=[f"{frozen}{training}{i}"]):
+                            model(torch.randn(1, 4)).sum().backward()
+            assert ["dropout is on ('1')" in str(w.message) for w in met] == [True] * told

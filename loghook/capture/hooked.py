@@ -20,11 +20,19 @@ from loghook.capture.experts import ExpertProjection, watched
 from loghook.capture.hook import Hook, make_early_hook, make_hook
 from loghook.capture.jobs import Block, Job, Result
 from loghook.capture.layers import Layer
-from loghook.capture.models import mixing_modules, named_modules, parameters_digest, refuse, unwrap, values_digest
+from loghook.capture.models import (
+    drawn_masks,
+    mixing_modules,
+    named_modules,
+    parameters_digest,
+    refuse,
+    unwrap,
+    values_digest,
+)
 from loghook.capture.optimizer import bind
 from loghook.capture.rows import Rows, Updates
 from loghook.capture.select import Watch, find_logged, fits_record, select
-from loghook.errors import ConfigError, DeliveryError, MismatchError, StateError, UnsupportedError
+from loghook.errors import ConfigError, DeliveryError, MismatchError, StateError, UnsupportedError, some, warn
 from loghook.log.files import Sides, load_sides
 from loghook.log.format import LayerSpec, Layout, Made, Manifest
 from loghook.log.query import Query
@@ -123,6 +131,11 @@ class Hooked:
         if self._mixing is None:
             if self._model is not None:
                 refuse(self._model, watched=True)
+                if dropouts := drawn_masks(self._model):
+                    warn(
+                        f"dropout is on ({some(dropouts)}) although nothing is trained, and rows are of the masks that "
+                        "are drawn: call model.eval() first."
+                    )
             for layer in self._layers:
                 if not fits_record(layer.spec, layer.module, layer.adapter):
                     raise StateError(

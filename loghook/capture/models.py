@@ -146,6 +146,14 @@ def _splitting(mesh: Any) -> tuple[str, ...]:
     return tuple(name for name, size in sizes.items() if size > 1 and name in _SPLITTING)
 
 
+def drawn_masks(model: nn.Module) -> list[str]:
+    """Names of dropouts that are on although nothing is trained, as where ``model.eval()`` was forgotten."""
+    if any(p.requires_grad for p in model.parameters()):
+        return []
+    dropouts = (item for item in named_modules(model) if isinstance(item[1], nn.modules.dropout._DropoutNd))
+    return [name for name, module in dropouts if module.training and module.p > 0]
+
+
 def mixing_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """Modules that mix the samples of a batch while they are in training mode."""
     return [(name, m) for name, m in named_modules(model) if isinstance(m, nn.modules.batchnorm._BatchNorm)]
