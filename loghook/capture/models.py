@@ -150,8 +150,8 @@ def drawn_masks(model: nn.Module) -> list[str]:
     """Names of dropouts that are on although nothing is trained, as where ``model.eval()`` was forgotten."""
     if any(p.requires_grad for p in model.parameters()):
         return []
-    dropouts = (item for item in named_modules(model) if isinstance(item[1], nn.modules.dropout._DropoutNd))
-    return [name for name, module in dropouts if module.training and module.p > 0]
+    dropouts = nn.modules.dropout._DropoutNd
+    return [name for name, m in named_modules(model) if isinstance(m, dropouts) and m.training and m.p > 0]
 
 
 def mixing_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
