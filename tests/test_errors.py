@@ -350,7 +350,7 @@ def test_layers_in_a_message_are_those_that_are_watched_first_and_few(path: Path
     deep = nn.ModuleDict({"wte": nn.Embedding(3, 2), "h": nn.ModuleList(blocks), "head": nn.Linear(2, 3)})
     with pytest.raises(ConfigError) as error:
         watched(path, deep, watch={"include": "*o_proj"})
-    assert str(error.value).endswith("whole names: h.*.attn, head, wte.")
+    assert str(error.value).endswith("such as h.*.attn, head, wte.")
 
 
 def test_include_and_exclude_that_leave_nothing_are_refused(path: Path, model: Net) -> None:
@@ -1943,7 +1943,7 @@ def test_opponents_of_scores_that_keep_only_the_best_are_refused(path: Path, fin
 def test_log_without_rows_yet_is_refused_for_scoring(path: Path, run: loghook.Run, model: Net) -> None:
     with pytest.raises(NotFiniteError):
         log(run, model, [1], x=samples([1]) * float("nan"))
-    with refused(ConfigError, path, "holds no rows yet", "log some first"):
+    with refused(ConfigError, path, "holds no rows yet", "come to finalize()"):
         loghook.load(path).influence(ask(run, model), "dot")
 
 
