@@ -20,7 +20,7 @@ from loghook.influence.scores import Scores
 from loghook.log import maintain
 from loghook.log.disk import absolute
 from loghook.log.files import load_sides
-from loghook.log.format import differ, draw_sides
+from loghook.log.format import SEVERAL, differ, draw_sides
 from loghook.log.query import Query
 from loghook.log.reader import Reader
 from loghook.processes import on_cpu, on_first
@@ -264,7 +264,9 @@ class Log(Reader):
             MismatchError: if the model's layers are not those of the log.
         """
         asker = Asker(model, self.manifest, self.path, optimizer)
-        if differ(asker.digest(), self.manifest.values):
+        if self.manifest.values == SEVERAL:
+            warn("the log holds rows of several parameter values, and no model fits all of them.", CheckpointWarning)
+        elif differ(asker.digest(), self.manifest.values):
             warn(
                 "the model's parameter values, or the optimizer's moments, are not those that the log ended with: load "
                 "that checkpoint first.",
