@@ -558,3 +558,15 @@ def test_layers_that_see_images_have_scores_of_their_samples():
         scores[len(batches)] = scoring.scores()
     assert scores[1].data_ids == scores[4].data_ids
     assert close(scores[1].values, scores[4].values)
+
+
+@pytest.mark.parametrize("count", [1, 3, 9])
+@pytest.mark.parametrize("rank", [None, 3])
+def test_samples_of_a_single_token(count, rank):
+    """Where no gradient is formed: few questions one by one, many together, and in low rank."""
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(20, 6)
+    fit = fitted(model, x, lambda m, b: m(b).logsumexp(-1).sum())
+    query, everything = (ask(fit, model, x, lambda m, b: m(b).logsumexp(-1).sum(), count=n) for n in (count, 20))
+    scores = scored(fit, query, model, x, lambda m, b: m(b).logsumexp(-1).sum(), size=5, method="dot", rank=rank)
+    assert close(scores.values, (query.matrix @ everything.matrix.T).numpy())
