@@ -22,7 +22,7 @@ from loghook.cli import app
 from loghook.errors import CheckpointWarning, CorruptLogError, LogLockedError, MismatchError, StateError, WriteError
 from loghook.evaluate.retrain import retrain
 from loghook.log import maintain, reader
-from loghook.log.writer import Writer
+from loghook.log.writer import QUEUE, Writer
 from tests.harness import fitted, log_and_ask, squares
 from tests.test_influence import data, loss_fn, make_log, make_model
 
@@ -602,3 +602,21 @@ def test_rows_that_are_looked_at_hold_one_descriptor_a_shard(tmp_path):
     assert len(kept) == 2048
     del kept
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize("waiting", [2**30, 1])
+def test_of_large_blocks_none_waits_for_another(tmp_path, monkeypatch, waiting):
+    """Or a slow disk would fill the memory; small ones may run ahead of it."""
+    taking, behind = Writer._take, []
+
+    def slow(self, batch):
+        time.sleep(0.05)
+        behind.append(self._inbox.qsize())
+        taking(self, batch)
+
+    monkeypatch.setattr("loghook.log.writer.WAITING", waiting)
+    monkeypatch.setattr(Writer, "_take", slow)
+    model, x = make_model(), data(24)
+    log, _ = log_and_ask(tmp_path, model, loss_fn, x, size=2, rank=4)
+    most = max(behind[:-1])  # behind the last block comes the end of the pass
+    assert log.data_ids == list(range(24)) and (most == 0 if waiting == 1 else 2 < most <= QUEUE), behind

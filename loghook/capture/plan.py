@@ -19,7 +19,7 @@ from loghook.capture.select import HEAD, Watch, require_reduction, select
 from loghook.errors import ConfigError
 from loghook.log.codec import DTYPES
 from loghook.log.format import Layout
-from loghook.log.writer import QUEUE
+from loghook.log.writer import QUEUE, WAITING
 from loghook.processes import world_size
 from loghook.project.blocks import square_size
 from loghook.project.outer import CHUNK_BYTES
@@ -79,13 +79,15 @@ class Plan:
         for x in self.layers:
             itemsize = next((p.element_size() for p in x.module.parameters()), 4)
             inputs += tokens * itemsize * x.spec.groups * (x.input_side.width if self._updates else x.spec.k_in)
+        waiting = QUEUE * self.batch * row
         largest = max(4 * x.spec.out_features * x.input_side.width for x in self.layers)
         return {
             "projections": sum(4 * s.k * s.width for s in sides.values() if s.matrix is not None),
             "whole inputs" if self._updates else "projected inputs": inputs,
             "gradients of a few samples": 3 * max(CHUNK_BYTES, largest) * self._updates,
             "rows of a block": 2 * self.batch * 4 * layout.width,  # as delivered, and packed
-            "waiting for the writer": QUEUE * (self.batch * row + 4 * layout.moments_width),
+            "waiting for the writer": (waiting if waiting <= WAITING else self.batch * row)
+            + QUEUE * 4 * layout.moments_width,
             # As delivered, packed, and the writer's sums.
             "statistics": (4 + 4 + 8) * layout.moments_width * (not self._updates),
             "second moments, in the fitting pass": (4 + 8) * moments,  # as delivered, and their sums

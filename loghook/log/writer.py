@@ -33,6 +33,7 @@ from loghook.log.shard import ShardFile
 from loghook.log.signals import guard, release
 
 QUEUE = 8  # blocks under way between the loop and the disk
+WAITING = 2**30  # bytes that they may have; of larger blocks none waits for another
 GRACE = 30.0  # seconds that a process which was told to end waits for the commit
 # OpenMP keeps a team of threads for each that asks, and once teams have more threads than there are cores, none waits
 # for work awake any more: every operation of a training loop would first have to wake its own. Writers ask for none.
@@ -140,6 +141,15 @@ class Writer:
 
     def put(self, batch: Batch) -> None:
         """Queue a block's rows; raise what went wrong before."""
+        if QUEUE * batch.rows.nbytes > WAITING:
+            tickets = 0
+            try:
+                for _ in range(QUEUE):
+                    self._room.get()
+                    tickets += 1
+            finally:
+                for _ in range(tickets):
+                    self._room.put(None)
         self._queue(partial(self._take, batch))
 
     def record(self, facts: dict[str, Any]) -> None:
