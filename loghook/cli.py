@@ -176,8 +176,8 @@ def repair(run: Run) -> None:
     repaired = maintain.repair(run)
     for note in repaired.notes:
         typer.secho(note, fg="red", err=True)
-    if not repaired.notes:
-        typer.echo(f"{run}: {repaired.rows:,} rows, nothing to repair")
+    if not repaired.rewritten:
+        typer.echo(f"{run}: {repaired.rows:,} rows, {'all good now' if repaired.notes else 'nothing to repair'}")
         return
     typer.secho(
         f"{run}: {repaired.rows:,} rows are good; to log again: {len(repaired.ids):,} ids\n"

@@ -371,6 +371,10 @@ def test_commands(path, tmp_path):
     for command in ("repair", "append", "merge", "delete"):
         assert "Usage" in call(command, "--help")
     assert "nothing to repair" in call("repair", path)
+    flip(path / "rows-00000-00001.safetensors", 100)  # its header, which costs neither rows nor statistics
+    mended = call("repair", path)
+    assert "header" in mended and "40 rows, all good now" in mended and "given up" not in mended
+    assert loghook.load(path).manifest.no_statistics is None
     assert "2 rows deleted, 38 left" in call("delete", path, "--ids", 3, "--ids", 4)
     assert "no whole number" in call("delete", path, "--ids", "x", status=1)
     (tmp_path / "ids").write_text("5\n6\n\n")

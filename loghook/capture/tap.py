@@ -79,7 +79,7 @@ class Tap(torch.autograd.Function):
                 main, moments = KINDS[kind].work(call, held, ctx.wide, need_moments)
                 outputs = sum_tokens(call.g_BSO.to(ctx.wide), weight_BS, documents_DL) if need_outputs else None
                 delivered = main, moments, activations, outputs, x.new_ones(1) if need_calls and slots is None else None
-                if slots is not None and torch._C._will_engine_execute_node(ctx.next_functions[-1][0]):
+                if need_calls and slots is not None and torch._C._will_engine_execute_node(ctx.next_functions[-1][0]):
                     slots.delivered_calls += 1  # here, so that nobody waits for a device to know
             # Not in autograd.grad, nor in backward(inputs=...); the last tensor that forward got is a leaf.
             elif torch._C._will_engine_execute_node(ctx.next_functions[-1][0]):

@@ -48,6 +48,7 @@ class Changed:
     dropped: int  # rows that were left out
     ids: list[int | str]  # their data_ids, as far as they are known, once each: after ``repair`` the ones to log again
     notes: list[str]  # what was found, a line each
+    rewritten: bool = False  # whether the log is another generation now
 
 
 def repair(path: str | Path) -> Changed:
@@ -267,7 +268,7 @@ def _rewrite(
     _clean(path, written)
     remaining = set(ids_of(written))
     gone = [i for i in dict.fromkeys(dropped) if i not in remaining]
-    return Changed(seal["rows"], len(dropped), gone, list(notes))
+    return Changed(seal["rows"], len(dropped), gone, list(notes), rewritten=True)
 
 
 def _copy_all(

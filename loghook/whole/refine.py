@@ -159,7 +159,7 @@ def _require_two_derivatives(
     used = [(gradient, v) for gradient, v in zip(gradients, pulled, strict=True) if gradient is not None]
     if not used:
         raise ConfigError("outputs(batch) depends on no watched layer: return the outputs of the watched model itself.")
-    wanted = sum(float(v.float().square().sum()) for _, v in used if v is not None) ** 0.5
+    wanted = sum(float(v.float().square().sum()) for _, v in used) ** 0.5
     try:
         graphs, unit = [gradient for gradient, _ in used], [v / (wanted or 1.0) for _, v in used]  # float16 overflows
         (jv,) = torch.autograd.grad(graphs, dummy, unit, retain_graph=True, allow_unused=True)
