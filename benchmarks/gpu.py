@@ -15,6 +15,7 @@ import json
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,24 @@ def peak(case: Callable[[], None]) -> float | None:
     case()
     finish()
     return torch.cuda.max_memory_allocated() / 1e9
+
+
+def waits(case: Callable[[], None]) -> int | None:
+    """How often one call waits for the GPU, of the operations that torch knows to wait; None on the CPU."""
+    if not CUDA:
+        return None
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            case()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    return sum("synchronizing" in str(w.message) for w in caught)
+
+
+def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
+    return list(model.transformer.h if hasattr(model, "transformer") else model.model.layers)
 
 
 class Bench:
@@ -162,6 +181,7 @@ def compare(cases: dict[str, Callable[[], None]], over: str, under: str, tokens:
             "tflop/s": counter.get_total_flops() / median / 1e12,
             "operations": counter.get_total_flops(),
             "peak_gb": peak(case),
+            "waits": waits(case),
         }
     found["arithmetic"] = found[over]["operations"] / found[under]["operations"]
     return found
@@ -196,6 +216,48 @@ def top_operators(floor: Callable[[], None], log: Callable[[], None], count: int
         "by host": {key: added[key] for key in by_host},
         "total device ms": [device_before, device_after],
     }
+
+
+def whole(
+    model: torch.nn.Module, bench: Bench, batch: int, batches: int, questions: int, folder: Path
+) -> dict[str, Any]:
+    """Whole-gradient EK-FAC: seconds of each pass over some batches, of decompositions and of the questions."""
+    ids, seconds = itertools.count(), {}
+    data = bench.data(batch)
+
+    def through(name: str, opened: Callable[[list[int]], Any]) -> None:
+        start = time.perf_counter()
+        for _ in range(batches):
+            with opened(list(itertools.islice(ids, batch))):
+                summed_loss(model, data).backward()
+        finish()
+        seconds[name] = time.perf_counter() - start
+
+    with loghook.frozen(model):
+        fit = loghook.fit(folder)
+        with silent():
+            fit.watch(model)
+        handle = model.get_input_embeddings().register_forward_hook(lambda module, args, y: y.requires_grad_())
+        through("warm up", lambda ids: contextlib.nullcontext())
+        through("floor", lambda ids: contextlib.nullcontext())
+        handle.remove()
+        begun = time.perf_counter()
+        for stage in fit.passes():
+            seconds[f"between, before {stage.kind}"] = time.perf_counter() - begun
+            through(stage.kind, lambda ids: fit(data_id=ids))
+            begun = time.perf_counter()
+        start = time.perf_counter()
+        with fit.query(data_id=list(range(questions))) as query:
+            summed_loss(model, data[:1].expand(questions, -1)).backward()
+        scoring = fit.score(query)
+        finish()
+        seconds["questions"] = time.perf_counter() - start
+        through("score", lambda ids: scoring(data_id=ids))
+        scoring.scores()
+        found = {"tokens": batch * batches * bench.tokens, "questions": questions, "seconds": seconds}
+        found["peak_gb"] = peak(lambda: through("again", lambda ids: scoring(data_id=ids)))
+    fit.close()
+    return found
 
 
 def score(path: Path, query: loghook.Query, repeats: int) -> dict[str, Any]:
@@ -290,6 +352,16 @@ def bench_model(work: Work, name: str, config: Any, a: argparse.Namespace, folde
         with work.part(place, f"profile, batch {batch}") as go:
             if go:
                 place[f"profile, batch {batch}"] = top_operators(bench.floor(batch), bench.log(batch))
+    if name in a.compile:
+        for layer in decoder_layers(model):
+            layer.compile()
+        for batch in a.batches:
+            with work.part(place, f"log compiled, batch {batch}") as go:
+                if go:
+                    cases = {"frozen": bench.floor(batch), "log": bench.log(batch)}
+                    place[f"log compiled, batch {batch}"] = compare(cases, "log", "frozen", batch * a.tokens, repeats)
+        for layer in decoder_layers(model):
+            layer._compiled_call_impl = None
     with work.part(place, "train") as go:
         if go:
             batch = a.train_batch
@@ -318,6 +390,13 @@ def bench_model(work: Work, name: str, config: Any, a: argparse.Namespace, folde
                 "finalize_seconds": ended,
             }
     bench.run.close()
+    if name in a.whole:
+        with work.part(place, "whole gradients") as go:
+            if go:
+                count = 1 if a.tiny else 8
+                place["whole gradients"] = whole(
+                    model, bench, a.train_batch, count, 2 if a.tiny else 16, folder / "fit"
+                )
     with work.part(place, "score") as go:
         if go and "left_out" not in place["to the disk"]:
             place["score"] = score(folder, query, 3)
@@ -346,7 +425,8 @@ def show(result: dict[str, Any], tokens: int) -> None:
                         spread = f"{over['median']:.3f} ({over['low']:.3f} to {over['high']:.3f})" if logs else ""
                         arithmetic = f"{found['arithmetic']:.3f}" if logs else ""
                         gb = "" if one["peak_gb"] is None else f"{one['peak_gb']:.1f}"
-                        label = f"  {name}, {case}, {found['tokens'] // tokens}"
+                        how = " compiled" * ("compiled" in part)
+                        label = f"  {name}, {case}{how}, {found['tokens'] // tokens}"
                         print(
                             f"{label:<34}{one['tokens/s']:>12,.0f}{spread:>24}{arithmetic:>12}{gb:>9}"
                             f"{one['tflop/s']:>9.1f}"
@@ -358,6 +438,9 @@ def show(result: dict[str, Any], tokens: int) -> None:
             elif part == "score":
                 pairs = ", ".join(f"{key} {value:,.0f}" for key, value in found.items() if "CPU" in key or "pro" in key)
                 print(f"  {name}, pairs/s at {found['operations_per_pair']:,} operations a pair: {pairs}")
+            elif part == "whole gradients":
+                times = ", ".join(f"{key} {value:.2f}" for key, value in found["seconds"].items())
+                print(f"  {name}, whole gradients, seconds for {found['tokens']:,} tokens: {times}")
             elif part.startswith("profile"):
                 column = "by device" if found["by device"] else "by host"
                 index = 0 if found["by device"] else 1
@@ -373,6 +456,8 @@ def main(argv: list[str] | None = None) -> None:
     made.add_argument("--models", nargs="+", default=["llama-3-8b", "qwen2.5-1.5b", "gpt2"])
     made.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     made.add_argument("--train-batch", type=int, default=8)
+    made.add_argument("--compile", nargs="*", default=["qwen2.5-1.5b"], help="models also run with compiled layers")
+    made.add_argument("--whole", nargs="*", default=["gpt2"], help="models also run with whole-gradient EK-FAC")
     made.add_argument("--tokens", type=int, default=512)
     made.add_argument("--rank", type=int, default=64)
     made.add_argument("--dtype", default="bfloat16", help="of the rows on disk")

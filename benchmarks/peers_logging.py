@@ -29,6 +29,9 @@ def main() -> None:
     made.add_argument("--tokens", type=int, default=128)
     made.add_argument("--batch", type=int, default=8)
     made.add_argument("--rank", type=int, default=32)
+    made.add_argument("--device", default="cpu")
+    made.add_argument("--dtype", default="float32", help="of the model that is logged; EK-FAC is in float32")
+    made.add_argument("--ekfac-hidden", type=int, help="width of the model for EK-FAC, if it is another")
     made.add_argument("--turns", type=int, default=3, help="processes for each program; --repeats is within one")
     made.add_argument("--no-ekfac", action="store_true", help="time the logging alone")
     made.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time of all threads")
@@ -36,21 +39,22 @@ def main() -> None:
     a = made.start()
     if a.keep_memory:
         keep_memory()
-    log = Options(method="log", rank=a.rank, batch=a.batch, threads=a.threads, repeats=a.repeats)
+    common = Options(method="log", batch=a.batch, query_batch=a.batch, threads=a.threads, device=a.device)
+    log = dataclasses.replace(common, rank=a.rank, repeats=a.repeats, dtype=a.dtype)
     floor = dataclasses.replace(log, method="floor")
-    whole = Options(method="ekfac", batch=a.batch, query_batch=a.batch, threads=a.threads, repeats=1)
-    together = [[(driver.OURS, log), *((peer, log) for peer in LOGGERS), (driver.OURS, floor)]]
+    whole = dataclasses.replace(common, method="ekfac", repeats=1)
+    together = {a.hidden: [(driver.OURS, log), *((peer, log) for peer in LOGGERS), (driver.OURS, floor)]}
     if not a.no_ekfac:
-        together.append([(driver.OURS, whole), ("kronfluence", whole)])
+        together.setdefault(a.ekfac_hidden or a.hidden, []).extend([(driver.OURS, whole), ("kronfluence", whole)])
     times: dict[str, list[float]] = {}
     facts, reasons = {}, {}
     with tempfile.TemporaryDirectory() as scratch:
-        folder = llama_folder(
-            Path(scratch) / "llama", hidden=a.hidden, layers=a.layers, samples=a.samples, queries=a.queries,
-            tokens=a.tokens, vocabulary=4096, sampled=False,
-        )  # fmt: skip
         scores = {}
-        for cases in together:
+        for hidden, cases in together.items():
+            folder = llama_folder(
+                Path(scratch) / f"llama{hidden}", hidden=hidden, layers=a.layers, samples=a.samples, queries=a.queries,
+                tokens=a.tokens, vocabulary=4096, sampled=False,
+            )  # fmt: skip
             for (peer, options), outcomes in zip(cases, driver.alternate(cases, folder, a.turns), strict=True):
                 name = f"{peer} {options.method}"
                 if outcomes[-1].reason:
@@ -73,18 +77,22 @@ def main() -> None:
         print(f"  {name}: could not run: {reason}")
     for name, values in times.items():
         about = facts[name][-1]
+        gpu = f", {about['gpu_peak_mb']:,.0f} MB of the GPU" if "gpu_peak_mb" in about else ""
         print(
             f"  {name:<22} {min(values):8.2f} to {max(values):.2f} s, {about['peak_mb'] - about['before_mb']:,.0f} MB"
-            f" more at the peak, {about['bytes_per_sample']:,.0f} bytes a sample"
+            f" more at the peak{gpu}, {about['bytes_per_sample']:,.0f} bytes a sample"
         )
     pair = [scores.get(f"{peer} ekfac") for peer in (driver.OURS, "kronfluence")]
     agreement = math.nan
     if pair[0] is not None and pair[1] is not None:
         agreement = float(torch.corrcoef(torch.stack([torch.from_numpy(s).flatten() for s in pair]))[0, 1])
         print(f"  EK-FAC scores, ours and Kronfluence's: correlation {agreement:.6f}")
-    about = setting(a, "hidden", "layers", "samples", "queries", "tokens", "batch", "rank", "turns", "clock", "repeats")
+    about = setting(
+        a, "hidden", "layers", "samples", "queries", "tokens", "batch", "rank", "turns", "clock", "repeats", "device",
+        "dtype", "ekfac_hidden",
+    )  # fmt: skip
     report(
-        f"peers_logging_{a.batch * a.tokens}_tokens" + "_kept" * a.keep_memory,
+        f"peers_logging_{a.batch * a.tokens}_tokens" + "_kept" * a.keep_memory + f"_{a.device}" * (a.device != "cpu"),
         {
             "setting": about | {"cores": os.cpu_count(), "keep_memory": a.keep_memory},
             "seconds": times,

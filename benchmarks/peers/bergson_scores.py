@@ -137,7 +137,7 @@ def work(exchange: Exchange, options: Options, costs: Costs, scratch: Path) -> T
             data["train"],
             ScoreConfig(query_path=str(query)),
             preprocess,
-            torch.device("cpu"),
+            torch.device(options.device),
             torch.float32,
         )
         rows = batches(data["train"], options.batch)

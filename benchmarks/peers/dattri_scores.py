@@ -44,7 +44,7 @@ def work(exchange: Exchange, options: Options, costs: Costs, scratch: Path) -> T
         output_dir=str(scratch),
         per_device_train_batch_size=options.batch,
         per_device_eval_batch_size=options.query_batch,
-        use_cpu=True,
+        use_cpu=options.device == "cpu",
     )
     task = AttributionTask(exchange.loss, model)
     plain = TracInAttributor(arguments, task=task)  # collects gradients; the others collect covariances with them

@@ -59,6 +59,7 @@ class Options:
     damping: relative to the mean eigenvalue of each layer, or absolute.
     rank: of the projection on each side; 0 for whole gradients.
     repeats: 0 runs once. Otherwise the work is done once to warm up and then so many times, each timed.
+    device, dtype: where the model computes, and in what; data stay on the CPU and are brought batch by batch.
     """
 
     method: str
@@ -70,6 +71,8 @@ class Options:
     threads: int = 1
     repeats: int = 0
     seed: int = 0
+    device: str = "cpu"
+    dtype: str = "float32"
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,8 @@ class Exchange:
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """Return the cross-entropies of a batch, summed."""
+        device = next(model.parameters()).device
+        batch = {name: values.to(device) for name, values in batch.items()}
         if self.kind == "mlp":
             return F.cross_entropy(model(batch["x"]), batch["y"], reduction="sum")
         logits = model(input_ids=batch["input_ids"]).logits[:, :-1]
@@ -106,8 +111,10 @@ class Costs:
 
     @contextlib.contextmanager
     def stage(self, name: str) -> Iterator[None]:
+        finish()
         start, cpu = time.perf_counter(), time.process_time()
         yield
+        finish()
         self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         self.cpu[name] = self.cpu.get(name, 0.0) + time.process_time() - cpu
 
@@ -132,7 +139,12 @@ def write(folder: Path, model: nn.Module, train: Batch, query: Batch, fisher: Te
     save_file({key: value.contiguous() for key, value in data.items()}, folder / "data.safetensors")
 
 
-def read(folder: Path) -> Exchange:
+def finish() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def read(folder: Path, device: str = "cpu", dtype: str = "float32") -> Exchange:
     about = json.loads((folder / "model.json").read_text())
     model: nn.Module
     if about["kind"] == "mlp":
@@ -144,8 +156,10 @@ def read(folder: Path) -> Exchange:
     else:
         from transformers import LlamaConfig, LlamaForCausalLM
 
-        model = LlamaForCausalLM(LlamaConfig(**about["config"]))
-    load_model(model, str(folder / "model.safetensors"))
+        with torch.device(device):
+            model = LlamaForCausalLM(LlamaConfig(**about["config"]))
+    model.to(device, getattr(torch, dtype))
+    load_model(model, str(folder / "model.safetensors"), device=device)
     data = load_file(folder / "data.safetensors")
     sides: dict[str, Batch] = {"train": {}, "query": {}}
     for name in data.keys() - {"fisher"}:
@@ -171,11 +185,15 @@ def main(work: Work) -> None:
     scores, turns = None, []
     for turn in range(options.repeats + 1):
         torch.manual_seed(options.seed)
-        exchange, costs = read(folder), Costs()
+        exchange, costs = read(folder, options.device, options.dtype), Costs()
         with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
             peak, before = Peak(), Peak.bytes("VmRSS") / 2**20
+            if torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
             scores = work(exchange, options, costs, Path(scratch))
         costs.facts |= {"peak_mb": peak.mb, "before_mb": before}
+        if options.device != "cpu":
+            costs.facts["gpu_peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
         if turn or not options.repeats:
             turns.append(costs)
     stages = {name: [turn.seconds[name] for turn in turns] for name in turns[0].seconds}

@@ -42,7 +42,7 @@ def work(exchange: Exchange, options: Options, costs: Costs, scratch: Path) -> T
     model = prepare_model(exchange.model, task)
     sampled = {} if exchange.fisher is None else {"fisher": exchange.fisher}
     train, query = Rows(exchange.train | sampled), Rows(exchange.query)
-    analyzer = Analyzer("run", model, task, cpu=True, disable_tqdm=True, output_dir=str(scratch))
+    analyzer = Analyzer("run", model, task, cpu=options.device == "cpu", disable_tqdm=True, output_dir=str(scratch))
     factors = FactorArguments(strategy=STRATEGIES[options.method], use_empirical_fisher=not sampled)
     with costs.stage("fit"):
         analyzer.fit_all_factors("factors", train, per_device_batch_size=options.batch, factor_args=factors)
