@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import os
 import shutil
 import tempfile
 import time
@@ -61,6 +62,7 @@ def build(config: Any) -> torch.nn.Module:
     torch.manual_seed(0)
     with DEVICE:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.config.use_cache = False
     return model.to(DEVICE).eval()
 
 
@@ -98,8 +100,38 @@ def decoder_layers(model: torch.nn.Module) -> list[torch.nn.Module]:
     return list(model.transformer.h if hasattr(model, "transformer") else model.model.layers)
 
 
+def attention(q: Any, k: Any, v: Any, *args: Any, **others: Any) -> int:
+    """Operations of an attention's two products, whose queries may have more heads than keys."""
+    return 2 * q[0] * q[1] * q[2] * k[2] * (q[3] + v[3])
+
+
+def attention_backward(grad: Any, q: Any, k: Any, v: Any, *args: Any, **others: Any) -> int:
+    return 2 * q[0] * q[1] * q[2] * k[2] * (3 * q[3] + 2 * v[3])
+
+
+KERNELS = ("flash", "efficient", "cudnn")
+ATTENTION = {getattr(torch.ops.aten, f"_scaled_dot_product_{kind}_attention"): attention for kind in KERNELS}
+ATTENTION |= {
+    getattr(torch.ops.aten, f"_scaled_dot_product_{kind}_attention_backward"): attention_backward for kind in KERNELS
+}
+
+
+def disk_rate(folder: Path) -> float:
+    """MB a second that the folder's disk takes of 1 GB, synchronised at its end."""
+    data, file = bytes(2**26), folder / "rate"
+    start = time.perf_counter()
+    with open(file, "wb") as f:
+        for _ in range(16):
+            f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    took = time.perf_counter() - start
+    file.unlink()
+    return 2**10 / took
+
+
 class Bench:
-    """One model and its cases; every case is one batch, forward and backward."""
+    """One model and its cases; every case is one batch, forward and backward. The first two are for a frozen model."""
 
     def __init__(self, model: torch.nn.Module, rank: int, tokens: int, folder: Path, dtype: str) -> None:
         self.model, self.tokens = model, tokens
@@ -118,8 +150,7 @@ class Bench:
 
         def case() -> None:
             handle = embeddings.register_forward_hook(lambda module, args, y: y.requires_grad_())
-            with loghook.frozen(self.model):
-                summed_loss(self.model, data).backward()
+            summed_loss(self.model, data).backward()
             handle.remove()
 
         return case
@@ -128,7 +159,7 @@ class Bench:
         data = self.data(batch)
 
         def case() -> None:
-            with loghook.frozen(self.model), self.run(data_id=list(itertools.islice(self.ids, batch))):
+            with self.run(data_id=list(itertools.islice(self.ids, batch))):
                 summed_loss(self.model, data).backward()
 
         return case
@@ -167,7 +198,7 @@ def compare(cases: dict[str, Callable[[], None]], over: str, under: str, tokens:
     found["overhead"] = ratio(times, over, under)
     for name, case in cases.items():
         median = medians(times)[name] / count
-        with FlopCounterMode(display=False) as counter:
+        with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
             case()
         finish()
         start = time.perf_counter()
@@ -344,24 +375,27 @@ def bench_model(work: Work, name: str, config: Any, a: argparse.Namespace, folde
         place["layers"] = len(bench.run.layers)
     if "left_out" in place.get("build", {}):
         return
-    for batch in a.batches:
-        with work.part(place, f"log, batch {batch}") as go:
-            if go:
-                cases = {"frozen": bench.floor(batch), "log": bench.log(batch)}
-                place[f"log, batch {batch}"] = compare(cases, "log", "frozen", batch * a.tokens, repeats)
-        with work.part(place, f"profile, batch {batch}") as go:
-            if go:
-                place[f"profile, batch {batch}"] = top_operators(bench.floor(batch), bench.log(batch))
-    if name in a.compile:
-        for layer in decoder_layers(model):
-            layer.compile()
+    with loghook.frozen(model):
         for batch in a.batches:
-            with work.part(place, f"log compiled, batch {batch}") as go:
+            with work.part(place, f"log, batch {batch}") as go:
                 if go:
                     cases = {"frozen": bench.floor(batch), "log": bench.log(batch)}
-                    place[f"log compiled, batch {batch}"] = compare(cases, "log", "frozen", batch * a.tokens, repeats)
-        for layer in decoder_layers(model):
-            layer._compiled_call_impl = None
+                    place[f"log, batch {batch}"] = compare(cases, "log", "frozen", batch * a.tokens, repeats)
+            with work.part(place, f"profile, batch {batch}") as go:
+                if go:
+                    place[f"profile, batch {batch}"] = top_operators(bench.floor(batch), bench.log(batch))
+        if name in a.compile:
+            for layer in decoder_layers(model):
+                layer.compile()
+            for batch in a.batches:
+                with work.part(place, f"log compiled, batch {batch}") as go:
+                    if go:
+                        cases = {"frozen": bench.floor(batch), "log": bench.log(batch)}
+                        place[f"log compiled, batch {batch}"] = compare(
+                            cases, "log", "frozen", batch * a.tokens, repeats
+                        )
+            for layer in decoder_layers(model):
+                layer._compiled_call_impl = None
     with work.part(place, "train") as go:
         if go:
             batch = a.train_batch
@@ -370,13 +404,14 @@ def bench_model(work: Work, name: str, config: Any, a: argparse.Namespace, folde
     with work.part(place, "to the disk") as go:
         if go:
             batch, count = a.batches[-1], 2 if a.tiny else 12
-            case, start = bench.log(batch), time.perf_counter()
-            for _ in range(count):
-                case()
-            finish()
-            looped = time.perf_counter() - start
-            with bench.run.query(data_id=list(range(batch))) as query:
-                with loghook.frozen(model):
+            place["disk MB/s"] = disk_rate(folder)
+            with loghook.frozen(model):
+                case, start = bench.log(batch), time.perf_counter()
+                for _ in range(count):
+                    case()
+                finish()
+                looped = time.perf_counter() - start
+                with bench.run.query(data_id=list(range(batch))) as query:
                     summed_loss(model, bench.data(batch)).backward()
             start = time.perf_counter()
             bench.run.finalize()
@@ -432,8 +467,10 @@ def show(result: dict[str, Any], tokens: int) -> None:
                             f"{one['tflop/s']:>9.1f}"
                         )
             elif part == "to the disk":
+                rate = found["tokens/s"] / tokens * place["row_bytes"] / 1e6
                 print(
-                    f"  {name}, to the disk: {found['tokens/s']:,.0f} tokens/s, {place['row_bytes']:,.0f} bytes a row"
+                    f"  {name}, to the disk: {found['tokens/s']:,.0f} tokens/s, {place['row_bytes']:,.0f} bytes a row: "
+                    f"{rate:,.0f} MB/s of {place['disk MB/s']:,.0f}"
                 )
             elif part == "score":
                 pairs = ", ".join(f"{key} {value:,.0f}" for key, value in found.items() if "CPU" in key or "pro" in key)

@@ -31,7 +31,7 @@ import loghook
 from loghook.capture import adapters
 from loghook.capture.rows import Rows
 from loghook.errors import BatchError, ConfigError, DeliveryError, StateError, UnsupportedError
-from loghook.project import outer
+from loghook.project.projection import Side
 from tests.harness import (
     TOLERANCE,
     assert_rows_exact,
@@ -451,11 +451,11 @@ def test_half_precision_layers_keep_their_projections_in_it_and_rows_stay_the_sa
     run.watch(model)
     seen: list[torch.dtype | None] = []
 
-    def project(x, matrix, bias):
-        seen.append(None if matrix is None else matrix.dtype)
-        return outer.project_input(x, matrix, bias)
+    def project(side, x, bias, project=Side.project):
+        seen.append(None if side.matrix is None else side.matrix.dtype)
+        return project(side, x, bias)
 
-    monkeypatch.setattr(adapters, "project_input", project)
+    monkeypatch.setattr(Side, "project", project)
     for current in run.passes():
         for _ in range(3 if current.kind == "log" else 1):
             with run(data_id=[0, 1, 2]):

@@ -21,6 +21,10 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 import loghook
 from loghook.errors import DeliveryError
+from loghook.influence.precondition import Metric
+from loghook.project.blocks import second_moment_blocks
+from loghook.project.linear import widened
+from loghook.project.outer import outer, second_moment
 from tests.harness import assert_rows_exact
 from tests.oracle import relative_error
 
@@ -233,6 +237,21 @@ def test_regions_compiled_one_by_one(device, fresh_compiler):
     proven(model, data=data[:2])
 
 
+def test_equal_regions_share_what_is_compiled(device, fresh_compiler):
+    """Otherwise the compiler would give up at its eighth block, in training without logging too."""
+    model, data = Net(blocks=12).to(device), make_data(device)
+    run = new_run(model)
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    loss_of(model, data).backward()
+    assert compiles() == 1
+    for frozen in (True, False):
+        log = logged(model, loss_of, data, frozen=frozen)
+        assert_same(log, reference(12, device))
+    assert compiles() <= 5  # with and without a gradient for their inputs, and again for batches of other sizes
+    run.close()
+
+
 def test_rows_are_right_past_the_compilers_limit(device, fresh_compiler):
     """The compiler gives up on a region and runs it as it is."""
     model = Net().to(device)
@@ -329,6 +348,40 @@ def test_whole_model_in_bfloat16(device):
     assert_same(logged(model, loss_of, data), reference(device=device), 5e-2)
     assert_sums_exactly(model, loss_of, data)
     proven(model, data=data[:3])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("width", [7, 64])
+def test_sums_of_half_precision_are_as_exact_as_float32(device, dtype, width):
+    g, x = (torch.randn(2, 3, 50, k, device=device).to(dtype) for k in (5, width))
+    (wide_g, wide_x), whole = widened(torch.float32, g, x), (g.double(), x.double())
+    assert (wide_g.dtype == dtype) == (device == "cuda")
+    found = outer(wide_g, wide_x), outer(wide_g[0, :1], wide_x[0, :1]), second_moment(wide_x)
+    expected = outer(*whole), outer(*(t[0, :1] for t in whole)), second_moment(whole[1])
+    flat = wide_x.flatten(0, 2)
+    found += (second_moment_blocks(flat, None)[None],)
+    expected += (second_moment_blocks(flat.double(), None)[None],)
+    for a, b in zip(found, expected, strict=True):
+        assert a.dtype == torch.float32 and relative_error(a.cpu(), b.cpu()) <= EXACT
+
+
+def test_whole_gradients_of_a_model_in_bfloat16(device, tmp_path):
+    """All in one batch, since products of bfloat16 round otherwise in batches of other sizes."""
+    model, data = Net().to(device, torch.bfloat16), make_data(device).bfloat16()
+    fit, ids = loghook.fit(tmp_path / "factors"), list(range(SAMPLES))
+    with contextlib.redirect_stdout(None):
+        fit.watch(model)
+    for _ in fit.passes():
+        with fit(data_id=ids):
+            loss_of(model, data).backward()
+    with fit.query(data_id=ids) as query:
+        loss_of(model, data).backward()
+    scoring = fit.score(query, "dot")
+    with scoring(data_id=ids):
+        loss_of(model, data).backward()
+    gradients = torch.cat([G.flatten(1) for G in outer_products(model, loss_of, data).values()], 1)
+    assert relative_error(torch.from_numpy(scoring.scores().values), (gradients @ gradients.T).cpu()) <= EXACT
+    assert fit.solvers(Metric(method="ekfac"))  # the factors are there
 
 
 def test_float16_with_a_scaler_that_overflows(device):

@@ -19,7 +19,6 @@ from transformers.pytorch_utils import Conv1D
 from typer.testing import CliRunner
 
 import loghook
-from loghook.capture.layers import OPEN
 from loghook.cli import app
 from loghook.errors import BatchError, CheckpointWarning, ConfigError, MismatchError, StateError, UnsupportedError
 from loghook.evaluate import trust
@@ -626,7 +625,8 @@ def test_copies_of_moments_go_with_their_block(tmp_path):
     kept, losses = [], []
     for step in range(2):
         with run(data_id=[2 * step, 2 * step + 1]):
-            kept += [weakref.ref(t) for s in OPEN.values() for t in s.held if t is not None and t.numel() > 30]
+            slots = (layer.slots for layer in run._layers)
+            kept += [weakref.ref(t) for s in slots for t in s.held if t is not None and t.numel() > 30]
             losses.append(model(torch.randn(2, 6)).square().sum())
             losses[-1].backward()
         with pytest.raises(RuntimeError, match="in the middle"), run(data_id=[8, 9]):

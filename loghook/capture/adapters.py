@@ -13,7 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from loghook.errors import UnsupportedError
-from loghook.project.outer import project_input
 from loghook.project.projection import Side
 
 
@@ -67,7 +66,7 @@ class Adapter:
 
         ``side`` is the projection of the input side, ``bias`` says whether the run logs this module's bias.
         """
-        return project_input(self.tokens(x), side.matrix, bias)
+        return side.project(self.tokens(x), bias)
 
     def tokens(self, x: Tensor) -> Tensor:
         """Arrange a batch-first tensor with features along ``channel_dim`` as (B, S, features)."""

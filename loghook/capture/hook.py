@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from loghook.capture.experts import ExpertProjection
-from loghook.capture.layers import OPEN, Layer, Slots
+from loghook.capture.layers import BLOCKS, Layer, Slots
 from loghook.capture.tap import Misfit, Tap
 from loghook.capture.work import sum_tokens
 from loghook.errors import BatchError, UnsupportedError
@@ -19,11 +19,11 @@ from loghook.errors import BatchError, UnsupportedError
 class Hook:
     """A hook of ours; copies and pickles of a model get one that does nothing."""
 
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self._call = call
+    def __init__(self, call: Callable[..., Any], *bound: Any) -> None:
+        self._call, self._bound = call, bound
 
     def __call__(self, *args: Any) -> Any:
-        return self._call(*args)
+        return self._call(*self._bound, *args)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _inert, (RemovableHandle.next_id,)
@@ -37,54 +37,57 @@ def _inert(taken: int) -> Hook:
 
 def make_hook(layer: Layer) -> Hook:
     """Return the forward hook of a layer, which puts a tap into its output while a block is open."""
-    key = layer.key
     first = list(inspect.signature(type(layer.module).forward).parameters)[1]  # after self
+    return Hook(_put_tap, layer, first)
 
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor) -> Tensor | None:
-        slots = OPEN.get(key)
-        if slots is None or module is not layer.module:  # a shallow copy has the same hooks
-            return None
-        compiling = torch.compiler.is_compiling()
-        if not torch.is_grad_enabled():
-            # A reentrant checkpoint's first forward has no graph; its recomputation comes here again with one.
-            if not compiling:
-                slots.run(graph=False)
-            return None
-        _require_backward(layer)
-        x = args[0] if args else kwargs.get(first)
-        if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-            raise UnsupportedError(
-                f"layer {layer.name!r} takes {type(x).__name__} and returns {type(y).__name__}, no tensors: exclude it."
-            )
-        _require_whole(layer, x, y)
-        try:
-            projected = _projected(layer, slots, module, x)
-            documents, weight = _tokens(layer, slots, projected)
-        except BatchError as error:
-            if compiling:
-                raise
-            # A call on something else than the batch does no harm where the loss does not depend on it: DoRA multiplies
-            # an adapter's matrices by calling them on an identity, and detaches the product.
-            slots.misfit = error.with_traceback(None)  # whose frames would hold the activations of all that called
-            return Misfit.apply(y, slots.leaves.main, slots.misfit)
-        activations = None
-        if slots.leaves.activations is not None:
-            activations = _sum_inputs(layer, slots, x, projected, documents, weight)
-        how = slots.place.block.job.kind, layer.adapter.channel_dim, layer.batch_dim
-        call = y, projected, weight, documents, activations, how
+
+def _put_tap(
+    layer: Layer, first: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
+) -> Tensor | None:
+    slots = layer.slots if BLOCKS.any_open else None
+    if slots is None or module is not layer.module:  # a shallow copy has the same hooks
+        return None
+    compiling = torch.compiler.is_compiling()
+    if not torch.is_grad_enabled():
+        # A reentrant checkpoint's first forward has no graph; its recomputation comes here again with one.
+        if not compiling:
+            slots.run(graph=False)
+        return None
+    _require_backward(layer)
+    x = args[0] if args else kwargs.get(first)
+    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
+        raise UnsupportedError(
+            f"layer {layer.name!r} takes {type(x).__name__} and returns {type(y).__name__}, no tensors: exclude it."
+        )
+    _require_whole(layer, x, y)
+    try:
+        projected = _projected(layer, slots, module, x)
+        documents, weight = _tokens(layer, slots, projected)
+    except BatchError as error:
         if compiling:
-            return Tap.apply(*call, None, *slots.leaves, *slots.held)
-        layer.fired, layer.computes_in, slots.early = True, y.dtype, None
-        slots.run(graph=True)
-        return Tap.apply(*call, slots, *slots.leaves)
-
-    return Hook(hook)
+            raise
+        # A call on something else than the batch does no harm where the loss does not depend on it: DoRA multiplies
+        # an adapter's matrices by calling them on an identity, and detaches the product.
+        slots.misfit = error.with_traceback(None)  # whose frames would hold the activations of all that called
+        return Misfit.apply(y, slots.leaves.main, slots.misfit)
+    activations = None
+    if slots.leaves.activations is not None:
+        activations = _sum_inputs(layer, slots, x, projected, documents, weight)
+    how = slots.place.block.job.kind, layer.adapter.channel_dim, layer.batch_dim
+    call = y, projected, weight, documents, activations, how
+    if compiling:
+        return Tap.apply(*call, None, *slots.leaves, *slots.held)
+    layer.fired, layer.computes_in, slots.early = True, y.dtype, None
+    slots.run(graph=True)
+    return Tap.apply(*call, slots, *slots.leaves)
 
 
 def _projected(layer: Layer, slots: Slots, module: nn.Module, x: Tensor) -> Tensor:
     """The layer's input in projected space, (B, S, k_in) or, in groups, (B, S, G, k_in)."""
     if slots.early is not None and slots.early[0] is x and slots.early[1] == x._version:
         return slots.early[2]
+    if slots.place.device.type != "cpu" and not torch.compiler.is_compiling() and _may_share(layer, slots, x):
+        return _regrouped(layer, slots, _project_once(layer, slots, module, x))
     with torch.no_grad():  # an adapter may read the module's parameters
         projected = layer.adapter.project(module, _batch_first(layer, slots, x), slots.input_side, layer.spec.bias)
     projected = _regrouped(layer, slots, projected)
@@ -116,34 +119,35 @@ def _sum_inputs(
 
 
 def make_early_hook(layer: Layer) -> Hook:
-    """Return the forward pre-hook of a layer: it projects an input while a processor still has it in its cache.
+    """Return the forward pre-hook of a layer: on a processor it projects an input that the cache still holds.
 
-    Layers that read the same tensor share the product; under torch.compile the compiler itself merges such products.
-    The hook after the layer's forward takes it if its input is still the same, and projects by itself otherwise.
+    The hook after the layer's forward takes the product if its input is still the same.
     """
-    key = layer.key
-
-    def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-        slots = None if torch.compiler.is_compiling() else OPEN.get(key)
-        if slots is None or module is not layer.module or not args or not torch.is_grad_enabled():
-            return
-        _require_backward(layer)
-        x = args[0]
-        _require_whole(layer, x)
-        if slots.input_side.matrix is not None and isinstance(x, Tensor) and _is_known(layer, x):
-            with suppress(BatchError):  # which the other hook raises
-                slots.early = x, x._version, _regrouped(layer, slots, _project_once(layer, slots, module, x))
-
-    return Hook(hook)
+    return Hook(_project_early, layer)
 
 
-def _is_known(layer: Layer, x: Tensor) -> bool:
-    """Whether address and version tell an input from others.
+def _project_early(layer: Layer, module: nn.Module, args: tuple[Any, ...]) -> None:
+    slots = None if torch.compiler.is_compiling() else layer.slots
+    if slots is None or slots.place.device.type != "cpu":
+        return
+    if module is not layer.module or not args or not torch.is_grad_enabled():
+        return
+    _require_backward(layer)
+    x = args[0]
+    _require_whole(layer, x)
+    if isinstance(x, Tensor) and _may_share(layer, slots, x):
+        with suppress(BatchError):  # which the other hook raises
+            slots.early = x, x._version, _regrouped(layer, slots, _project_once(layer, slots, module, x))
 
-    Not of what needs no gradient: the program may write its next batch there, which torch does not count if numpy does
-    it. Tensors of inference mode have no version, and subclasses that wrap others all have the address 0.
+
+def _may_share(layer: Layer, slots: Slots, x: Tensor) -> bool:
+    """Whether layers that read the same input share its projection; in compiled code the compiler merges such products.
+
+    They do where address and version tell an input from others. Not where it needs no gradient: the program may write
+    its next batch there, which torch does not count if numpy does it. Tensors of inference mode have no version, and
+    subclasses that wrap others all have the address 0.
     """
-    if x.is_nested or x.is_inference():
+    if slots.input_side.matrix is None or not layer.adapter.shares_input or x.is_nested or x.is_inference():
         return False
     try:
         return x.data_ptr() != 0 and x.requires_grad

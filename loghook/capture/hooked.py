@@ -84,8 +84,10 @@ class Hooked:
         """Hook layers of a model, with the moments of ``optimizer`` for rows of this ``gradient``."""
         bind(model, layers, optimizer, gradient)
         for layer in layers:
-            # prepend: taps run inside FSDP2's own post-forward hook, whatever the order of wrapping.
-            handle = layer.module.register_forward_hook(make_hook(layer), prepend=True, with_kwargs=True)
+            # Taps run inside FSDP2's own post-forward hook, whatever the order of wrapping. Among taps it is free, and
+            # torch 2.11's compiler takes hooks that changed places for one another.
+            others = any(not isinstance(hook, Hook) for hook in layer.module._forward_hooks.values())
+            handle = layer.module.register_forward_hook(make_hook(layer), prepend=others, with_kwargs=True)
             self._handles.append(handle)
             if layer.adapter.shares_input:
                 self._handles.append(layer.module.register_forward_pre_hook(make_early_hook(layer)))

@@ -85,7 +85,7 @@ class Place:
         slots.waited += 1
         self._waiting.setdefault(alike, []).append((slots, call))
         self._bytes += call.x.nbytes + call.g_BSO.nbytes
-        if self._bytes >= self.block.job.limit:
+        if self._bytes >= self.block.job.limit * (1 if self.device.type == "cpu" else LARGER):
             self.form()
 
     def close(self) -> None:
@@ -100,6 +100,8 @@ class Place:
             with torch.no_grad(), wide_context(self.device.type):
                 self.block.job.form(group)
 
+
+LARGER = 8  # times as much may wait on a GPU, which has the memory, and where each launch costs the loop's time
 
 KINDS: "dict[str, type[Job[Any]]]" = {}  # by name, since a compiled backward can hold names and tensors only
 

@@ -1,6 +1,5 @@
 """A watched layer, and the leaves that wait for its rows while a block is open."""
 
-import itertools
 import re
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -21,9 +20,19 @@ if TYPE_CHECKING:
     from loghook.capture.optimizer import Moments
 
 
-# The slots of open blocks by layer. They lie in a global of their own, because the compiler takes whatever it reaches
-# through a module's hooks for fixed in size, and would compile the model anew for every batch size.
-OPEN: "dict[int, Slots]" = {}
+@dataclass(eq=False)
+class Blocks:
+    """Whether any block is open, told apart from the layers: compiled code does not always look at what these hold."""
+
+    any_open: bool = False
+    count: int = 0
+
+    def change(self, by: int) -> None:
+        self.count += by
+        self.any_open = self.count > 0
+
+
+BLOCKS = Blocks()
 
 
 @dataclass(eq=False)
@@ -36,7 +45,7 @@ class Layer:
     input_side: Side
     output_side: Side
     moments: "Moments | None" = None  # where its optimiser's moments are, if rows are of an update
-    key: int = field(default_factory=itertools.count().__next__)  # its place in the table of open leaves
+    slots: "Slots | None" = None  # what waits for its rows while a block is open
     fired: bool = False  # its forward ran in this block
     computes_in: torch.dtype | None = None  # dtype of its last output
 
@@ -162,8 +171,8 @@ class Slots:
 
     def count(self) -> None:
         """Note that the backward pass that is under way delivers."""
-        if self.closed and self.layer.key in OPEN:
-            OPEN[self.layer.key].stale = True
+        if self.closed and self.layer.slots is not None:
+            self.layer.slots.stale = True
         backward = torch._C._current_graph_task_id()
         outermost = self.place.block.outermost.get(backward, backward)
         self.passes.add(outermost)

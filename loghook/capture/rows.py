@@ -12,6 +12,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from loghook.capture.jobs import Job, Place, scale_for
 from loghook.capture.layers import Layer, Leaves, Slots, arrived, deliver
 from loghook.capture.work import Call, Held, by_document, by_row, sum_moments
+from loghook.project.linear import widened
 from loghook.project.outer import outer, outer_grouped, project_output, second_moment, update_rows
 from loghook.project.projection import Side
 
@@ -47,6 +48,8 @@ class Rows(Job[Captured]):
 
     def open(self, layer: Layer, place: Place) -> tuple[Side, Held]:
         inputs, outputs = (side.to(place.device, _narrow(layer)) for side in layer.sides)
+        if layer.spec.bias:
+            inputs.part()
         return inputs, (outputs.matrix,)
 
     def leaves(self, layer: Layer, size: int, leaf: Callable[..., Tensor]) -> Leaves:
@@ -75,17 +78,21 @@ class Rows(Job[Captured]):
 
     def form(self, group: Sequence[tuple[Slots, Call]]) -> None:
         wide = group[0][0].place.dtype
-        x_nBSk = torch.stack([call.x for _, call in group]).to(wide)
-        g_nBSk = torch.stack([call.g_BSO for _, call in group]).to(wide)
+        x_nBSk, g_nBSk = torch.stack([call.x for _, call in group]), torch.stack([call.g_BSO for _, call in group])
+        x_nBSk, g_nBSk = widened(wide, x_nBSk, g_nBSk)
         sums: Sequence[Tensor | None] = [None] * len(group)
         if self._moments:
             weights = [call.weight_BS for _, call in group if call.weight_BS is not None]  # of all, or of none
             weight_nN = torch.stack(weights).to(wide).flatten(1) if weights else None
-            inputs = second_moment(x_nBSk.flatten(1, 2), weight_nN).flatten(1)
-            outputs = second_moment(g_nBSk.flatten(1, 2), weight_nN).flatten(1)
             n, B, S, _ = x_nBSk.shape
-            tokens = x_nBSk.new_full((n, 1), B * S) if weight_nN is None else weight_nN.sum(1, keepdim=True)
-            sums = torch.cat([inputs, outputs, tokens], 1).unbind()
+            if x_nBSk.device.type == "cpu":
+                inputs, outputs = (second_moment(z.flatten(1, 2), weight_nN) for z in (x_nBSk, g_nBSk))
+            else:  # a sample at a time, since a few small products of long operands keep few of a GPU's units busy
+                weight_nBS = None if weight_nN is None else weight_nN.view(n, B, S)
+                alike = (x_nBSk, g_nBSk) if weight_nN is None else (x_nBSk.to(wide), g_nBSk.to(wide))
+                inputs, outputs = (second_moment(z, weight_nBS).sum(1) for z in alike)
+            tokens = inputs.new_full((n, 1), B * S) if weight_nN is None else weight_nN.sum(1, keepdim=True)
+            sums = torch.cat([inputs.flatten(1), outputs.flatten(1), tokens], 1).unbind()
         for (slots, _), rows, summed in zip(group, outer(g_nBSk, x_nBSk), sums, strict=True):
             deliver(slots.leaves.main, rows)
             if summed is not None and slots.leaves.moments is not None:

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from loghook.capture.jobs import Job, Place, scale_for
 from loghook.capture.layers import Layer, Leaves, Slots, arrived, deliver
-from loghook.capture.work import Call, Held, by_row, sum_moments
+from loghook.capture.work import Call, Held, by_document, by_row, sum_moments
 from loghook.project.blocks import second_moment_blocks, square_size, take_blocks
-from loghook.project.linear import linear
+from loghook.project.linear import linear, widened
 from loghook.project.outer import at_a_time, gradients, project_output
 from loghook.project.projection import Side
 
@@ -63,7 +63,11 @@ class Covariance(Whole):
 
     @staticmethod
     def work(call: Call, held: Held, wide: torch.dtype, moments: bool) -> tuple[Tensor, None]:
-        g_BSO, x = call.g_BSO.to(wide), call.x.to(wide)
+        g_BSO, x = call.g_BSO, call.x
+        if x.dim() == 3 and call.weight_BS is None:
+            (g_BSO,), (x,) = widened(wide, g_BSO), widened(wide, x)
+        else:
+            g_BSO, x = g_BSO.to(wide), x.to(wide)
         return sum_moments(g_BSO, x, call.weight_BS, None, take_blocks, second_moment_blocks), None
 
     def shape(self, layer: Layer, size: int) -> tuple[int, ...]:
@@ -124,10 +128,11 @@ class Products(Whole):
         and queries are rotated already); inverse: None, or (O, I), with which a sample's own weights its gradient's
         squares; left and right: queries (Q, O, I) and None, or their halves (Q, O, r) and (Q, r, I).
         """
-        (g_BSO, x), (p_out, inverse, left, right) = by_row(call, wide), held
+        (g_BSO, x), (p_out, inverse, left, right) = by_document(call.documents_DL, call.g_BSO, call.x), held
         assert left is not None
         S, (Q, outputs, r), inputs = x.shape[1], left.shape, x.shape[-1]
-        scores = x.new_empty(len(x), Q + (inverse is not None))
+        scores = x.new_empty(len(x), Q + (inverse is not None), dtype=wide)
+        g_BSO, x = widened(wide, g_BSO, x) if x.dim() == 3 and p_out is None else (g_BSO.to(wide), x.to(wide))
         if x.dim() == 3:
             g_BSO, p_out = project_output(g_BSO, p_out), None
             halves = outputs * inputs if right is None else r * (outputs + inputs)
@@ -135,7 +140,8 @@ class Products(Whole):
                 # <sum_s g_s x_s^T, L R> = sum_s (g_s L) . (R x_s): where it is less arithmetic, no gradient is formed.
                 step = at_a_time(S * Q * (outputs if right is None else r), x)
                 for g_bSO, x_bSI, part in zip(g_BSO.split(step), x.split(step), scores.split(step), strict=True):
-                    by_token_QN = _by_token(left, right, g_bSO.flatten(0, 1), x_bSI.flatten(0, 1))
+                    g_NO, x_NI = g_bSO.flatten(0, 1).to(wide), x_bSI.flatten(0, 1).to(wide)
+                    by_token_QN = _by_token(left, right, g_NO, x_NI)
                     part.copy_(by_token_QN.unflatten(1, (-1, S)).sum(2).T)
                 return scores, None
         queries = (left if right is None else left @ right).flatten(1)

@@ -44,8 +44,9 @@ def sum_moments(
         x = x.transpose(1, 2)  # (B, G, S, k) is how patches lie in memory, so that they are not copied
         weight = None if weight_BS is None else weight_BS.to(x.dtype)[:, None].expand(x.shape[:3]).flatten()
     x_Nk = x.flatten(0, -2)
-    tokens = x.new_full((1,), x_Nk.shape[0]) if weight is None else weight.sum().reshape(1)
-    return torch.cat([second(x_Nk, weight), out, tokens])
+    inputs = second(x_Nk, weight)
+    tokens = inputs.new_full((1,), x_Nk.shape[0]) if weight is None else weight.sum().reshape(1)
+    return torch.cat([inputs, out, tokens])
 
 
 def sum_tokens(t_BSC: Tensor, weight_BS: Tensor | None, documents_DL: Tensor | None) -> Tensor:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from loghook.project.linear import linear
+from loghook.project.linear import linear, products
 
 BLOCK = 4096
 
@@ -34,6 +34,8 @@ def blocks_of(flat: Tensor, width: int) -> list[Tensor]:
 
 def second_moment_blocks(z_Nk: Tensor, weight_N: Tensor | None) -> Tensor:
     """Sum over tokens of ``z z^T``, its diagonal blocks flattened one after the other."""
+    if z_Nk.dtype in (torch.bfloat16, torch.float16):  # see ``widened``
+        return torch.cat([products(z[None].mT, z[None]).flatten() for z in (z_Nk[:, p] for p in cut(z_Nk.shape[1]))])
     z_kN = z_Nk.T.contiguous()  # quick products want their strips as rows
     weighted_kN = z_kN if weight_N is None else z_kN * weight_N
     return torch.cat([_symmetric(z_kN[part], weighted_kN[part]).flatten() for part in cut(len(z_kN))])
@@ -43,7 +45,7 @@ def _symmetric(z_kN: Tensor, weighted_kN: Tensor) -> Tensor:
     """``z (w z)^T`` in strips that end at the diagonal, and mirrored: little more than half of the arithmetic."""
     width = len(z_kN)
     lower = z_kN.new_zeros(width, width)
-    for strip in cut(width, max(64, width // 8)):
+    for strip in cut(width, max(64 if z_kN.device.type == "cpu" else 1024, width // 8)):
         lower[strip, : strip.stop] = linear(z_kN[strip], weighted_kN[: strip.stop])
     lower = lower.tril()
     return lower + lower.tril(-1).T

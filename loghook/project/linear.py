@@ -1,7 +1,10 @@
-"""Matrix products on a processor, by the quicker of the two libraries that PyTorch carries.
+"""Matrix products by the quickest way that is as exact as the plain one.
 
-It gives products of float32 to MKL, which takes AVX-512 on Intel's processors alone. oneDNN takes it on AMD's too,
-where it needs half the time (``benchmarks/products.py``); autocast and torch.compile choose for themselves.
+On a processor by the quicker of the two libraries that PyTorch carries: it gives products of float32 to MKL, which
+takes AVX-512 on Intel's processors alone. oneDNN takes it on AMD's too, where it needs half the time
+(``benchmarks/products.py``). On NVIDIA's GPUs half-precision numbers are multiplied as they are and summed in float32:
+their products are exact in it, and the units for matrices need a tenth of the time that float32 takes elsewhere.
+Autocast and torch.compile choose for themselves.
 """
 
 from collections.abc import Callable
@@ -28,6 +31,23 @@ def linear(x: Tensor, weight_kI: Tensor, bias_k: Tensor | None = None) -> Tensor
 def gram(x_Nk: Tensor, y_Nm: Tensor) -> Tensor:
     """``x^T y``: (k, m)."""
     return linear(x_Nk.T, y_Nm.T)
+
+
+def widened(wide: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
+    """Tensors in ``wide``, or as they are where ``products`` sums in it all the same."""
+    kinds = {(t.device.type, t.dtype) for t in tensors}
+    halves = kinds in ({("cuda", torch.bfloat16)}, {("cuda", torch.float16)}) and torch.version.hip is None
+    if halves and wide == torch.float32 and not torch.compiler.is_compiling():
+        return tensors
+    return tuple(t.to(wide) for t in tensors)
+
+
+def products(x: Tensor, y: Tensor) -> Tensor:
+    """``x @ y`` of matrices (..., k, N) and (..., N, m), those in half precision summed in float32."""
+    if x.dtype not in (torch.bfloat16, torch.float16):
+        return x @ y
+    flat = torch.bmm(x.flatten(0, -3), y.flatten(0, -3), out_dtype=torch.float32)
+    return flat.unflatten(0, x.shape[:-2])
 
 
 def _is_ours(x: Tensor, weight: Tensor) -> bool:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from loghook.project.linear import gram, linear
+from loghook.project.linear import gram, linear, products
 
 GRADIENTS = ("plain", "normalized", "adam")  # what rows can be of
 CHUNK_BYTES = 64 * 2**20  # what the gradients of some samples of one layer may take at a time
@@ -38,10 +38,13 @@ def gather_tokens(t: Tensor, index_DL: Tensor) -> Tensor:
 
 
 def outer(g_BSk: Tensor, x_BSk: Tensor) -> Tensor:
-    """Sum over tokens of the outer products of projected gradients and inputs: (..., B, k_out, k_in)."""
-    if g_BSk.dim() == 3 and len(g_BSk) == 1:  # a plain product, for which there is a quicker way
+    """Sum over tokens of the outer products of projected gradients and inputs: (..., B, k_out, k_in).
+
+    In the dtype that they are in, or in float32 where that is half of it (see ``widened``).
+    """
+    if g_BSk.dim() == 3 and len(g_BSk) == 1 and g_BSk.device.type == "cpu":  # for which there is a quicker way
         return gram(g_BSk[0], x_BSk[0])[None]
-    return g_BSk.mT @ x_BSk
+    return products(g_BSk.mT, x_BSk)
 
 
 def outer_grouped(g_BSO: Tensor, x_BSGk: Tensor, matrix_kO: Tensor | None) -> Tensor:
@@ -74,12 +77,12 @@ def gradients(
 
 def at_a_time(values: int, like: Tensor, limit: int | None = None) -> int:
     """How many samples with so many values each, in the dtype of ``like``, take no more than ``limit`` bytes."""
-    return max(1, (limit or CHUNK_BYTES) // (values * like.element_size()))
+    return max(1, (limit or CHUNK_BYTES) // (values * max(4, like.element_size())))
 
 
 def second_moment(z_Nk: Tensor, weight_N: Tensor | None = None) -> Tensor:
     """Sum over tokens of ``z z^T``, each token counted with its weight: (..., k, k)."""
-    return z_Nk.mT @ (z_Nk if weight_N is None else z_Nk * weight_N[..., None])
+    return products(z_Nk.mT, z_Nk if weight_N is None else z_Nk * weight_N[..., None])
 
 
 def second_moment_grouped(g_BSO: Tensor, groups: int, matrix_kO: Tensor | None, weight_N: Tensor | None) -> Tensor:

@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from loghook.project.blocks import Factor
+from loghook.project.linear import linear
+from loghook.project.outer import project_input
 
 FITTED = ("pca", "whitened")  # kinds that depend on the data
 
@@ -34,6 +36,8 @@ class Side:
     # what rows are multiplied by afterwards, so that ``gain * matrix`` preserves inner products on average
     gain: float = 1.0
     _moved: "dict[tuple[torch.device, torch.dtype], Side]" = field(default_factory=dict)
+    # The matrix without its last column, and that, each in one piece, which products read quickest.
+    _parts: "tuple[Tensor, Tensor] | None" = None
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> "Side":
         """The side on a device, and in a dtype; made once, so that layers which share it share the copy."""
@@ -45,6 +49,17 @@ class Side:
         if target not in self._moved:
             self._moved[target] = Side(self.width, self.matrix.to(*target), self.gain)
         return self._moved[target]
+
+    def part(self) -> None:
+        """Keep the bias's column apart from now on."""
+        if self.matrix is not None and self._parts is None:
+            self._parts = self.matrix[:, :-1].contiguous(), self.matrix[:, -1].contiguous()
+
+    def project(self, x: Tensor, bias: bool) -> Tensor:
+        """Project inputs (..., I) to (..., k), as ``project_input``."""
+        if not bias or self._parts is None:
+            return project_input(x, self.matrix, bias)
+        return linear(x, *(part.to(x.dtype) for part in self._parts))
 
     @property
     def k(self) -> int:  # values a token after the projection
