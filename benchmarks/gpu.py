@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -109,11 +110,26 @@ def attention_backward(grad: Any, q: Any, k: Any, v: Any, *args: Any, **others: 
     return 2 * q[0] * q[1] * q[2] * k[2] * (3 * q[3] + 2 * v[3])
 
 
-KERNELS = ("flash", "efficient", "cudnn")
-ATTENTION = {getattr(torch.ops.aten, f"_scaled_dot_product_{kind}_attention"): attention for kind in KERNELS}
-ATTENTION |= {
-    getattr(torch.ops.aten, f"_scaled_dot_product_{kind}_attention_backward"): attention_backward for kind in KERNELS
-}
+def matrix_product(a: Any, b: Any, *args: Any, **others: Any) -> int:
+    """Operations of mm and bmm, which may be told the dtype to sum in."""
+    return 2 * math.prod(a) * b[-1]
+
+
+FORMULAS = {torch.ops.aten.mm: matrix_product, torch.ops.aten.bmm: matrix_product}
+for kernel in ("flash", "efficient", "cudnn"):
+    name = f"_scaled_dot_product_{kernel}_attention"
+    FORMULAS[getattr(torch.ops.aten, name)] = attention
+    FORMULAS[getattr(torch.ops.aten, f"{name}_backward")] = attention_backward
+
+
+def operations(case: Callable[[], None]) -> int | None:
+    """What one call computes, or None where torch cannot count it."""
+    try:
+        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as counter:
+            case()
+    except (AssertionError, TypeError, ValueError):
+        return None
+    return counter.get_total_flops()
 
 
 def disk_rate(folder: Path) -> float:
@@ -198,8 +214,7 @@ def compare(cases: dict[str, Callable[[], None]], over: str, under: str, tokens:
     found["overhead"] = ratio(times, over, under)
     for name, case in cases.items():
         median = medians(times)[name] / count
-        with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
-            case()
+        counted = operations(case)
         finish()
         start = time.perf_counter()
         case()
@@ -209,12 +224,13 @@ def compare(cases: dict[str, Callable[[], None]], over: str, under: str, tokens:
             "tokens/s": tokens / median,
             "seconds": median,
             "host_seconds": host,  # until the batch was issued: near "seconds", the GPU waits for Python
-            "tflop/s": counter.get_total_flops() / median / 1e12,
-            "operations": counter.get_total_flops(),
+            "tflop/s": None if counted is None else counted / median / 1e12,
+            "operations": counted,
             "peak_gb": peak(case),
             "waits": waits(case),
         }
-    found["arithmetic"] = found[over]["operations"] / found[under]["operations"]
+    counts = found[over]["operations"], found[under]["operations"]
+    found["arithmetic"] = counts[0] / counts[1] if all(counts) else None
     return found
 
 
@@ -458,13 +474,13 @@ def show(result: dict[str, Any], tokens: int) -> None:
                         one = found[case]
                         logs = "log" in case
                         spread = f"{over['median']:.3f} ({over['low']:.3f} to {over['high']:.3f})" if logs else ""
-                        arithmetic = f"{found['arithmetic']:.3f}" if logs else ""
+                        arithmetic = f"{found['arithmetic']:.3f}" if logs and found["arithmetic"] else ""
                         gb = "" if one["peak_gb"] is None else f"{one['peak_gb']:.1f}"
                         how = " compiled" * ("compiled" in part)
                         label = f"  {name}, {case}{how}, {found['tokens'] // tokens}"
                         print(
                             f"{label:<34}{one['tokens/s']:>12,.0f}{spread:>24}{arithmetic:>12}{gb:>9}"
-                            f"{one['tflop/s']:>9.1f}"
+                            f"{one['tflop/s'] or 0:>9.1f}"
                         )
             elif part == "to the disk":
                 rate = found["tokens/s"] / tokens * place["row_bytes"] / 1e6
