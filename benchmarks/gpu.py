@@ -15,6 +15,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import tempfile
 import time
 import warnings
@@ -132,6 +133,17 @@ def operations(case: Callable[[], None]) -> int | None:
     return counter.get_total_flops()
 
 
+def launch_seconds(count: int = 2000) -> float | None:
+    """What it takes this host to start a kernel that has next to nothing to do; None on the CPU."""
+    if not CUDA:
+        return None
+    t = torch.zeros(1, device=DEVICE)
+    several(lambda: t.add_(1), 100)()
+    start = time.perf_counter()
+    several(lambda: t.add_(1), count)()
+    return (time.perf_counter() - start) / count
+
+
 def disk_rate(folder: Path) -> float:
     """MB a second that the folder's disk takes of 1 GB, synchronised at its end."""
     data, file = bytes(2**26), folder / "rate"
@@ -216,14 +228,18 @@ def compare(cases: dict[str, Callable[[], None]], over: str, under: str, tokens:
         median = medians(times)[name] / count
         counted = operations(case)
         finish()
-        start = time.perf_counter()
-        case()
-        host = time.perf_counter() - start
-        finish()
+        hosts = []
+        for _ in range(3):
+            start = time.perf_counter()
+            case()
+            hosts.append(time.perf_counter() - start)
+            finish()
         found[name] = {
             "tokens/s": tokens / median,
             "seconds": median,
-            "host_seconds": host,  # until the batch was issued: near "seconds", the GPU waits for Python
+            "host_seconds": statistics.median(
+                hosts
+            ),  # until the batch was issued: near "seconds", the GPU waits for Python
             "tflop/s": None if counted is None else counted / median / 1e12,
             "operations": counted,
             "peak_gb": peak(case),
@@ -397,21 +413,19 @@ def bench_model(work: Work, name: str, config: Any, a: argparse.Namespace, folde
                 if go:
                     cases = {"frozen": bench.floor(batch), "log": bench.log(batch)}
                     place[f"log, batch {batch}"] = compare(cases, "log", "frozen", batch * a.tokens, repeats)
-            with work.part(place, f"profile, batch {batch}") as go:
-                if go:
-                    place[f"profile, batch {batch}"] = top_operators(bench.floor(batch), bench.log(batch))
-        if name in a.compile:
+        with work.part(place, f"profile, batch {batch}") as go:
+            if go:
+                place[f"profile, batch {batch}"] = top_operators(bench.floor(batch), bench.log(batch))
+        for batch in a.batches if name in a.compile else ():
             for layer in decoder_layers(model):
                 layer.compile()
-            for batch in a.batches:
-                with work.part(place, f"log compiled, batch {batch}") as go:
-                    if go:
-                        cases = {"frozen": bench.floor(batch), "log": bench.log(batch)}
-                        place[f"log compiled, batch {batch}"] = compare(
-                            cases, "log", "frozen", batch * a.tokens, repeats
-                        )
+            with work.part(place, f"log compiled, batch {batch}") as go:
+                if go:
+                    cases = {"frozen": bench.floor(batch), "log": bench.log(batch)}
+                    place[f"log compiled, batch {batch}"] = compare(cases, "log", "frozen", batch * a.tokens, repeats)
             for layer in decoder_layers(model):
                 layer._compiled_call_impl = None
+            torch._dynamo.reset()  # else the next size would be compiled for all sizes
     with work.part(place, "train") as go:
         if go:
             batch = a.train_batch
@@ -459,6 +473,8 @@ def bench_model(work: Work, name: str, config: Any, a: argparse.Namespace, folde
 def show(result: dict[str, Any], tokens: int) -> None:
     about = result["machine"]
     print(f"\n{about['gpu'] or about['cpu']}, torch {about['torch']}, sequences of {tokens} tokens, bfloat16")
+    if result["launch_seconds"]:
+        print(f"{result['launch_seconds'] * 1e6:.1f} us of the host for a kernel")
     print(f"{'':<34}{'tokens/s':>12}{'overhead':>24}{'operations':>12}{'peak GB':>9}{'TFLOP/s':>9}")
     for name, place in result["models"].items():
         for part in place:
@@ -509,7 +525,9 @@ def main(argv: list[str] | None = None) -> None:
     made.add_argument("--models", nargs="+", default=["llama-3-8b", "qwen2.5-1.5b", "gpt2"])
     made.add_argument("--batches", nargs="+", type=int, default=[1, 16])
     made.add_argument("--train-batch", type=int, default=8)
-    made.add_argument("--compile", nargs="*", default=["qwen2.5-1.5b"], help="models also run with compiled layers")
+    made.add_argument(
+        "--compile", nargs="*", default=["llama-3-8b", "gpt2"], help="models whose layers are compiled too"
+    )
     made.add_argument("--whole", nargs="*", default=["gpt2"], help="models also run with whole-gradient EK-FAC")
     made.add_argument("--tokens", type=int, default=512)
     made.add_argument("--rank", type=int, default=64)
@@ -523,7 +541,8 @@ def main(argv: list[str] | None = None) -> None:
     if a.tiny:
         a.batches, a.train_batch, a.tokens, a.rank = [1, 2], 2, 8, 4
     work = Work(a.seconds, a.out)
-    work.result["setting"] = setting(a, "batches", "train_batch", "tokens", "rank", "dtype")
+    work.result["setting"] = setting(a, "batches", "train_batch", "tokens", "rank", "dtype", "repeats")
+    work.result["launch_seconds"] = launch_seconds()
     for name in a.models:
         folder = Path(tempfile.mkdtemp(dir=a.scratch))
         try:

@@ -33,6 +33,7 @@ def main() -> None:
     made.add_argument("--dtype", default="float32", help="of the model that is logged; EK-FAC is in float32")
     made.add_argument("--ekfac-hidden", type=int, help="width of the model for EK-FAC, if it is another")
     made.add_argument("--turns", type=int, default=3, help="processes for each program; --repeats is within one")
+    made.add_argument("--peers", nargs="*", default=LOGGERS, choices=LOGGERS, help="whose logging is timed")
     made.add_argument("--no-ekfac", action="store_true", help="time the logging alone")
     made.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="cpu: processor time of all threads")
     made.add_argument("--keep-memory", action="store_true", help="let glibc keep what is freed, in all processes")
@@ -43,7 +44,7 @@ def main() -> None:
     log = dataclasses.replace(common, rank=a.rank, repeats=a.repeats, dtype=a.dtype)
     floor = dataclasses.replace(log, method="floor")
     whole = dataclasses.replace(common, method="ekfac", repeats=1)
-    together = {a.hidden: [(driver.OURS, log), *((peer, log) for peer in LOGGERS), (driver.OURS, floor)]}
+    together = {a.hidden: [(driver.OURS, log), *((peer, log) for peer in a.peers), (driver.OURS, floor)]}
     if not a.no_ekfac:
         together.setdefault(a.ekfac_hidden or a.hidden, []).extend([(driver.OURS, whole), ("kronfluence", whole)])
     times: dict[str, list[float]] = {}

@@ -226,6 +226,15 @@ def test_compiled_by_inductor(device, fresh_compiler):
     proven(call, data=data[:2])
 
 
+@pytest.mark.gpu
+def test_compiled_by_inductor_in_bfloat16(fresh_compiler):
+    """The compiler is handed the sums in float32 of half-precision operands."""
+    model, data = Net().to("cuda", torch.bfloat16), make_data("cuda").bfloat16()
+    log, expected = logged(model, loss_of, data, call=torch.compile(model, dynamic=True)), reference(device="cuda")
+    assert_same(log, expected, 5e-2)
+    assert np.linalg.norm(log.moments() - expected.moments()) <= 5e-2 * np.linalg.norm(expected.moments())
+
+
 def test_regions_compiled_one_by_one(device, fresh_compiler):
     model = Net().to(device)
     for block in model.blocks:

@@ -90,4 +90,6 @@ def alternate(cases: Sequence[tuple[str, Options]], folder: Path, turns: int = 1
         for i in order:
             if not (outcomes[i] and outcomes[i][-1].reason):
                 outcomes[i].append(run(cases[i][0], folder, cases[i][1]))
+                said = outcomes[i][-1].reason or f"{outcomes[i][-1].seconds:.3f} s"
+                print(f"  {cases[i][0]}, {cases[i][1].method}: {said}", file=sys.stderr, flush=True)
     return outcomes

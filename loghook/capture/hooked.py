@@ -36,7 +36,7 @@ from loghook.errors import ConfigError, DeliveryError, MismatchError, StateError
 from loghook.log.files import Sides, load_sides
 from loghook.log.format import LayerSpec, Layout, Made, Manifest
 from loghook.log.query import Query
-from loghook.log.writer import not_finite
+from loghook.log.writer import finite_rows, not_finite
 from loghook.project.projection import FITTED
 
 
@@ -205,9 +205,10 @@ class Hooked:
         query = Query(ids)
         with self._capture(len(ids), Given(mask, scale, None, segments), self._rows(logs=False)) as captured:
             yield query
-        rows = captured[0].rows.cpu()
-        if not bool(torch.isfinite(rows).all()):
+        rows = captured[0].rows
+        if not bool(finite_rows(rows).all()) and not bool(torch.isfinite(rows).all()):
             raise not_finite(ids, rows)
+        rows = rows.cpu()
         query.fill(rows, self._made, self.digest())
 
 

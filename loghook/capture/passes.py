@@ -178,7 +178,9 @@ def split(layer: Layer, total: Tensor) -> tuple[Tensor, Tensor, float]:
     return inputs, outputs, float(tokens)
 
 
-def decompose(layers: Sequence[Layer], sums: Gathering) -> dict[str, tuple[Factor, Factor]]:
+def decompose(
+    layers: Sequence[Layer], sums: Gathering, kept: torch.dtype = torch.float64
+) -> dict[str, tuple[Factor, Factor]]:
     """Eigendecompose every layer's mean second moments; each process takes its share of the layers.
 
     Layers that read the same input, and so have equal sums, share the decomposition. A layer of which no token was
@@ -200,9 +202,9 @@ def decompose(layers: Sequence[Layer], sums: Gathering) -> dict[str, tuple[Facto
             decomposed = inputs.setdefault((w_in, flat_in.device), [])
             factor = next((factor for flat, factor in decomposed if torch.equal(flat, flat_in)), None)
             if factor is None:
-                factor = Factor.of(blocks_of(flat_in, w_in))
+                factor = Factor.of(blocks_of(flat_in, w_in), kept)
                 decomposed[:] = [*decomposed, (flat_in, factor)][-2:]  # siblings come one after the other
-            mine[layer.name] = factor, Factor.of(blocks_of(flat_out, w_out))
+            mine[layer.name] = factor, Factor.of(blocks_of(flat_out, w_out), kept)
         for share in all_gather(mine):
             factors.update(share)
     return factors

@@ -13,7 +13,7 @@ from loghook.capture.jobs import Job, Place, scale_for
 from loghook.capture.layers import Layer, Leaves, Slots, arrived, deliver
 from loghook.capture.work import Call, Held, by_document, by_row, sum_moments
 from loghook.project.linear import widened
-from loghook.project.outer import outer, outer_grouped, project_output, second_moment, update_rows
+from loghook.project.outer import outer, outer_grouped, project_output, sum_of_squares, update_rows
 from loghook.project.projection import Side
 
 
@@ -33,15 +33,15 @@ class Rows(Job[Captured]):
     @staticmethod
     def work(call: Call, held: Held, wide: torch.dtype, moments: bool) -> tuple[Tensor, Tensor | None]:
         (p_out_kO,) = held
-        x = call.x.to(wide)
+        x = call.x
         if x.dim() == 3:
-            g = project_output(call.g_BSO, p_out_kO).to(wide)
+            g, x = widened(wide, project_output(call.g_BSO, p_out_kO), x)
             rows = outer(*by_document(call.documents_DL, g, x))
         else:
-            g = call.g_BSO.to(wide)
+            g, x = call.g_BSO.to(wide), x.to(wide)
             g_DLO, x_DLGk = by_document(call.documents_DL, g, x)
             rows = outer_grouped(g_DLO, x_DLGk, p_out_kO)
-        return rows, sum_moments(g, x, call.weight_BS, p_out_kO) if moments else None
+        return rows, sum_moments(g, x, call.weight_BS, p_out_kO, wide) if moments else None
 
     def __init__(self, *, moments: bool) -> None:
         self._moments = self.sums = moments
@@ -83,16 +83,12 @@ class Rows(Job[Captured]):
         sums: Sequence[Tensor | None] = [None] * len(group)
         if self._moments:
             weights = [call.weight_BS for _, call in group if call.weight_BS is not None]  # of all, or of none
-            weight_nN = torch.stack(weights).to(wide).flatten(1) if weights else None
+            weight_nBS = torch.stack(weights).to(wide) if weights else None
             n, B, S, _ = x_nBSk.shape
-            if x_nBSk.device.type == "cpu":
-                inputs, outputs = (second_moment(z.flatten(1, 2), weight_nN) for z in (x_nBSk, g_nBSk))
-            else:  # a sample at a time, since a few small products of long operands keep few of a GPU's units busy
-                weight_nBS = None if weight_nN is None else weight_nN.view(n, B, S)
-                alike = (x_nBSk, g_nBSk) if weight_nN is None else (x_nBSk.to(wide), g_nBSk.to(wide))
-                inputs, outputs = (second_moment(z, weight_nBS).sum(1) for z in alike)
-            tokens = inputs.new_full((n, 1), B * S) if weight_nN is None else weight_nN.sum(1, keepdim=True)
-            sums = torch.cat([inputs.flatten(1), outputs.flatten(1), tokens], 1).unbind()
+            counted = (x_nBSk, g_nBSk) if weight_nBS is None else (x_nBSk.to(wide), g_nBSk.to(wide))
+            inputs, outputs = (sum_of_squares(z, weight_nBS).flatten(1) for z in counted)
+            tokens = inputs.new_full((n, 1), B * S) if weight_nBS is None else weight_nBS.sum((1, 2))[:, None]
+            sums = torch.cat([inputs, outputs, tokens], 1).unbind()
         for (slots, _), rows, summed in zip(group, outer(g_nBSk, x_nBSk), sums, strict=True):
             deliver(slots.leaves.main, rows)
             if summed is not None and slots.leaves.moments is not None:

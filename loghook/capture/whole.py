@@ -63,12 +63,10 @@ class Covariance(Whole):
 
     @staticmethod
     def work(call: Call, held: Held, wide: torch.dtype, moments: bool) -> tuple[Tensor, None]:
-        g_BSO, x = call.g_BSO, call.x
-        if x.dim() == 3 and call.weight_BS is None:
-            (g_BSO,), (x,) = widened(wide, g_BSO), widened(wide, x)
-        else:
+        (g_BSO,), (x,) = widened(wide, call.g_BSO), widened(wide, call.x)
+        if x.dim() > 3:
             g_BSO, x = g_BSO.to(wide), x.to(wide)
-        return sum_moments(g_BSO, x, call.weight_BS, None, take_blocks, second_moment_blocks), None
+        return sum_moments(g_BSO, x, call.weight_BS, None, wide, take_blocks, second_moment_blocks), None
 
     def shape(self, layer: Layer, size: int) -> tuple[int, ...]:
         return (sum(square_size(side.width) for side in layer.sides) + 1,)  # blocks of both, and the number of tokens

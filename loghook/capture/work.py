@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from loghook.project.outer import gather_tokens, second_moment, second_moment_grouped
+from loghook.project.outer import gather_tokens, second_moment_grouped, sum_of_squares
 
 Held = Sequence[Tensor | None]  # what a job takes of a layer besides its calls
 
@@ -31,21 +31,26 @@ def sum_moments(
     g_BSk: Tensor,
     x: Tensor,
     weight_BS: Tensor | None,
-    p_out_kO: Tensor | None = None,
+    p_out_kO: Tensor | None,
+    wide: torch.dtype,
     entries: Callable[[Tensor], Tensor] = torch.flatten,
-    second: Callable[[Tensor, Tensor | None], Tensor] = lambda t_Nk, weight: second_moment(t_Nk, weight).flatten(),
+    second: Callable[[Tensor, Tensor | None], Tensor] = sum_of_squares,
 ) -> Tensor:
-    """Return [sum of x x^T, sum of g g^T, tokens], flat; in groups, outputs (B, S, O) are projected here."""
-    weight = None if weight_BS is None else weight_BS.reshape(-1).to(x.dtype)
+    """Return [sum of x x^T, sum of g g^T, tokens], flat; in groups, outputs (B, S, O) are projected here.
+
+    Of inputs and output gradients in half precision (see ``widened``) the sums are in ``wide`` all the same.
+    """
+    if weight_BS is not None:  # what tokens count need not be exact in half precision
+        g_BSk, x, weight_BS = g_BSk.to(wide), x.to(wide), weight_BS.to(wide)
     if x.dim() == 3:
-        out = second(g_BSk.flatten(0, 1), weight)
+        out = second(g_BSk, weight_BS).flatten()
     else:
-        out = entries(second_moment_grouped(g_BSk, x.shape[2], p_out_kO, weight))
-        x = x.transpose(1, 2)  # (B, G, S, k) is how patches lie in memory, so that they are not copied
-        weight = None if weight_BS is None else weight_BS.to(x.dtype)[:, None].expand(x.shape[:3]).flatten()
-    x_Nk = x.flatten(0, -2)
-    inputs = second(x_Nk, weight)
-    tokens = inputs.new_full((1,), x_Nk.shape[0]) if weight is None else weight.sum().reshape(1)
+        out = entries(second_moment_grouped(g_BSk, x.shape[2], p_out_kO, weight_BS)).flatten()
+        x = x.transpose(1, 2).flatten(0, 1)  # (B, G, S, k) is how patches lie in memory, so that they are not copied
+        groups = len(x) // len(g_BSk)
+        weight_BS = None if weight_BS is None else weight_BS.repeat_interleave(groups, 0)
+    inputs = second(x, weight_BS).flatten()
+    tokens = inputs.new_full((1,), x.shape[0] * x.shape[1]) if weight_BS is None else weight_BS.sum().reshape(1)
     return torch.cat([inputs, out, tokens])
 
 

@@ -32,8 +32,9 @@ def blocks_of(flat: Tensor, width: int) -> list[Tensor]:
     return [block.view(n, n) for n, block in zip(sizes, flat.split([n * n for n in sizes]), strict=True)]
 
 
-def second_moment_blocks(z_Nk: Tensor, weight_N: Tensor | None) -> Tensor:
+def second_moment_blocks(z_BSk: Tensor, weight_BS: Tensor | None) -> Tensor:
     """Sum over tokens of ``z z^T``, its diagonal blocks flattened one after the other."""
+    z_Nk, weight_N = z_BSk.flatten(0, -2), None if weight_BS is None else weight_BS.flatten()
     if z_Nk.dtype in (torch.bfloat16, torch.float16):  # see ``widened``
         return torch.cat([products(z[None].mT, z[None]).flatten() for z in (z_Nk[:, p] for p in cut(z_Nk.shape[1]))])
     z_kN = z_Nk.T.contiguous()  # quick products want their strips as rows
@@ -71,8 +72,8 @@ class Factor:
     vectors: Sequence[Tensor]  # for each block its eigenvectors as columns
 
     @classmethod
-    def of(cls, blocks: Sequence[Tensor]) -> "Factor":
-        """Decompose the diagonal blocks of a mean second moment, in float64; what is made of them lies on the CPU."""
+    def of(cls, blocks: Sequence[Tensor], kept: torch.dtype = torch.float64) -> "Factor":
+        """Decompose the diagonal blocks of a mean second moment, in float64; eigenvectors are ``kept`` on the CPU."""
         values, vectors = [], []
         for block in map(in_float64, blocks):
             symmetric = (block + block.T) / 2
@@ -82,7 +83,7 @@ class Factor:
                 w, v = torch.linalg.eigh(symmetric.cpu())
             # Eigenvectors are free in sign; this choice survives other rounding, as of another number of processes.
             values.append(w.clamp(min=0).cpu())
-            vectors.append((v * v.gather(0, v.abs().argmax(0, keepdim=True)).sign()).cpu())
+            vectors.append((v * v.gather(0, v.abs().argmax(0, keepdim=True)).sign()).to(kept).cpu())
         return cls(torch.cat(values), vectors)
 
     @property

@@ -35,9 +35,10 @@ def gram(x_Nk: Tensor, y_Nm: Tensor) -> Tensor:
 
 def widened(wide: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors in ``wide``, or as they are where ``products`` sums in it all the same."""
-    kinds = {(t.device.type, t.dtype) for t in tensors}
-    halves = kinds in ({("cuda", torch.bfloat16)}, {("cuda", torch.float16)}) and torch.version.hip is None
-    if halves and wide == torch.float32 and not torch.compiler.is_compiling():
+    first = tensors[0]
+    alike = first.device.type == "cuda" and torch.version.hip is None and all(t.dtype == first.dtype for t in tensors)
+    halves = alike and first.dtype in (torch.bfloat16, torch.float16)
+    if halves and wide == torch.float32:
         return tensors
     return tuple(t.to(wide) for t in tensors)
 

@@ -85,10 +85,18 @@ def second_moment(z_Nk: Tensor, weight_N: Tensor | None = None) -> Tensor:
     return products(z_Nk.mT, z_Nk if weight_N is None else z_Nk * weight_N[..., None])
 
 
-def second_moment_grouped(g_BSO: Tensor, groups: int, matrix_kO: Tensor | None, weight_N: Tensor | None) -> Tensor:
+def sum_of_squares(z_BSk: Tensor, weight_BS: Tensor | None = None) -> Tensor:
+    """``second_moment`` of all samples' tokens together: (..., k, k) of (..., B, S, k)."""
+    if z_BSk.device.type == "cpu":
+        return second_moment(z_BSk.flatten(-3, -2), None if weight_BS is None else weight_BS.flatten(-2))
+    # A sample at a time, since a few small products of long operands would keep few of a GPU's units busy.
+    return second_moment(z_BSk, weight_BS).sum(-3)
+
+
+def second_moment_grouped(g_BSO: Tensor, groups: int, matrix_kO: Tensor | None, weight_BS: Tensor | None) -> Tensor:
     """Sum over tokens and groups of ``(P g)(P g)^T`` where a token of one group has no other outputs: (k, k)."""
     g_GNo = g_BSO.reshape(-1, groups, g_BSO.shape[-1] // groups).movedim(1, 0)
-    weighted = g_GNo if weight_N is None else g_GNo * weight_N[:, None]
+    weighted = g_GNo if weight_BS is None else g_GNo * weight_BS.reshape(-1, 1)
     blocks_Goo = g_GNo.transpose(1, 2) @ weighted
     if matrix_kO is None:
         return torch.block_diag(*blocks_Goo)

@@ -125,7 +125,7 @@ class Fit(Blocks, Hooked):
     def _commit(self, kind: str, store: FactorStore, gathering: Gathering) -> None:
         sums = gathering.reduce()
         if kind == "covariance":
-            tensors = pack_factors(decompose(self._layers, sums))
+            tensors = pack_factors(decompose(self._layers, sums, torch.float32))
         else:
             tensors = {}
             for layer in self._layers:
