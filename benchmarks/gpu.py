@@ -237,9 +237,8 @@ def compare(cases: dict[str, Callable[[], None]], over: str, under: str, tokens:
         found[name] = {
             "tokens/s": tokens / median,
             "seconds": median,
-            "host_seconds": statistics.median(
-                hosts
-            ),  # until the batch was issued: near "seconds", the GPU waits for Python
+            # until the batch was issued: near "seconds", the GPU waits for Python
+            "host_seconds": statistics.median(hosts),
             "tflop/s": None if counted is None else counted / median / 1e12,
             "operations": counted,
             "peak_gb": peak(case),
