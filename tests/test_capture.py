@@ -467,6 +467,32 @@ def test_half_precision_layers_keep_their_projections_in_it_and_rows_stay_the_sa
     assert all(side.matrix.dtype == torch.float32 for layer in run._layers for side in layer.sides)
 
 
+def test_the_compiler_is_left_as_it_was(tmp_path):
+    """By blocks of two runs that overlap, and by one that fails."""
+    import torch._dynamo.config as config
+
+    def flags():
+        return config.force_nn_module_property_static_shapes, config.use_recursive_dict_tags_for_guards
+
+    before, runs = flags(), []
+    for i in range(2):
+        model = nn.Linear(4, 3)
+        runs.append((loghook.init(tmp_path / str(i), rank=2), model))
+        runs[-1][0].watch(model)
+    first, second = (run(data_id=[0]) for run, _ in runs)
+    first.__enter__()
+    assert flags() == (False, False)
+    second.__enter__()
+    for block, (_, model) in ((first, runs[0]), (second, runs[1])):
+        assert flags() == (False, False)
+        model(torch.randn(1, 4)).sum().backward()
+        block.__exit__(None, None, None)
+    assert flags() == before
+    with pytest.raises(DeliveryError), runs[0][0](data_id=[1]):
+        pass
+    assert flags() == before
+
+
 def test_projected_inner_products_are_unbiased():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 20)).double()

@@ -1,6 +1,5 @@
 """One ``with run(...)`` block: leaves in, hooks live, one delivery of every watched layer checked on the way out."""
 
-import sys
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -8,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from loghook.capture.compiling import BLOCKS
 from loghook.capture.jobs import Block, Place
-from loghook.capture.layers import BLOCKS, Layer, Slots
+from loghook.capture.layers import Layer, Slots
 from loghook.capture.rows import Updates
 from loghook.capture.segments import Documents, Tokens, count
 from loghook.capture.select import HEAD
@@ -48,7 +48,7 @@ def prepare(
             input_side=input_side,
             held=held,
             tokens=Tokens(
-                samples=place.zero.expand(size),
+                samples=place.samples(size),
                 documents=None if mine is None else Documents(*(place.to(t) for t in mine)),
                 mask=None if weight is None else place.to(weight, place.dtype),
                 keep=None if keep is None or mine is not None else place.to(keep, place.dtype),
@@ -66,10 +66,9 @@ def block(opened: Sequence[Slots], masks: Mapping[str, Tensor]) -> Iterator[list
     common, places = opened[0].place.block, dict.fromkeys(s.place for s in opened)
     for s in opened:
         s.layer.slots = s
-    BLOCKS.change(+1)
+    BLOCKS.open()
     try:
-        with _compiler_that_looks():
-            yield result
+        yield result
         _check(opened, masks)
         _require_one_call(opened)
         for place in places:
@@ -82,36 +81,12 @@ def block(opened: Sequence[Slots], masks: Mapping[str, Tensor]) -> Iterator[list
             raise BatchError(f"{error} There are {len(misfits)} such layers: {such}.") from None
         raise
     finally:
-        BLOCKS.change(-1)
+        BLOCKS.close()
         for s in opened:
             s.layer.slots = None
             s.close()
         for place in places:
             place.close()
-
-
-# What the compiler takes for granted of tensors that it reaches through modules of torch's own, as through their hooks:
-# that they are of fixed size, for which it would compile anew for each size of a batch, and that what hooks hold does
-# not change, which some of its versions do not look at again.
-_ASSUMPTIONS = ("force_nn_module_property_static_shapes", "use_recursive_dict_tags_for_guards")
-
-
-@contextmanager
-def _compiler_that_looks() -> Iterator[None]:
-    """Let the compiler assume nothing of leaves while it may compile for a block.
-
-    Of a table of ours it assumes nothing anyway. But layers would find theirs in it by a number, and equal parts of a
-    model that are compiled one by one, as the blocks of a transformer, could then not share their code.
-    """
-    config: Any = sys.modules.get("torch._dynamo.config")  # there once something is compiled; importing takes seconds
-    before = {name: getattr(config, name) for name in _ASSUMPTIONS if hasattr(config, name)}
-    try:
-        for name in before:
-            setattr(config, name, False)
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(config, name, value)
 
 
 def _check(opened: Sequence[Slots], masks: Mapping[str, Tensor]) -> None:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from loghook.capture.compiling import BLOCKS
 from loghook.capture.experts import ExpertProjection
-from loghook.capture.layers import BLOCKS, Layer, Slots
+from loghook.capture.layers import Layer, Slots
 from loghook.capture.tap import Misfit, Tap
 from loghook.capture.work import sum_tokens
 from loghook.errors import BatchError, UnsupportedError
@@ -44,7 +45,7 @@ def make_hook(layer: Layer) -> Hook:
 def _put_tap(
     layer: Layer, first: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], y: Tensor
 ) -> Tensor | None:
-    slots = layer.slots if BLOCKS.any_open else None
+    slots = layer.slots if BLOCKS.any else None
     if slots is None or module is not layer.module:  # a shallow copy has the same hooks
         return None
     compiling = torch.compiler.is_compiling()

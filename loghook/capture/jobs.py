@@ -50,6 +50,7 @@ class Place:
     _moved: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _waiting: dict[Hashable, list[tuple[Slots, Call]]] = field(default_factory=dict)
     _bytes: int = 0  # how many wait
+    _samples: Tensor | None = None
     # The last input that layers may share: which tensor it was and by what it was projected, it itself, and the result.
     shared: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
 
@@ -66,6 +67,12 @@ class Place:
             # The tensor as well, so that its id stays its own.
             self._moved[key] = t, source.to(self.device, dtype, non_blocking=source is not t)
         return self._moved[key][1]
+
+    def samples(self, size: int) -> Tensor:
+        """A tensor of as many values as there are rows, (size,)."""
+        if self._samples is None or len(self._samples) != size:
+            self._samples = self.zero.expand(size)
+        return self._samples
 
     def leaf(self, *shape: int) -> Tensor:
         """A leaf. Nobody reads it, so that one stored value serves for all of them."""

@@ -21,21 +21,6 @@ if TYPE_CHECKING:
 
 
 @dataclass(eq=False)
-class Blocks:
-    """Whether any block is open, told apart from the layers: compiled code does not always look at what these hold."""
-
-    any_open: bool = False
-    count: int = 0
-
-    def change(self, by: int) -> None:
-        self.count += by
-        self.any_open = self.count > 0
-
-
-BLOCKS = Blocks()
-
-
-@dataclass(eq=False)
 class Layer:
     """A watched layer: its module, and how it is read."""
 
@@ -75,7 +60,9 @@ class Layer:
 
     def device_and_dtype(self) -> tuple[torch.device, torch.dtype]:
         """Where the layer computes, and the dtype in which its rows are summed: float32, or float64."""
-        tensor: Tensor | None = next(self.module.parameters(), None)
+        tensor = self.module._parameters.get("weight")  # for most layers, and quicker
+        if tensor is None:
+            tensor = next(self.module.parameters(), None)
         if tensor is None:
             # FSDP1 may leave a layer its weight as a plain attribute, a view into the flat parameter. Others' are not
             # read: a parametrized weight is made anew each time, and spectral_norm then changes.

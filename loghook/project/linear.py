@@ -52,7 +52,7 @@ def products(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _is_ours(x: Tensor, weight: Tensor) -> bool:
-    if torch.compiler.is_compiling() or x.numel() * len(weight) < LEAST:
+    if not x.is_cpu or torch.compiler.is_compiling() or x.numel() * len(weight) < LEAST:
         return False
     rows, columns = x.numel() // x.shape[-1], len(weight)
     return (
@@ -61,7 +61,6 @@ def _is_ours(x: Tensor, weight: Tensor) -> bool:
         and (_is_dense(weight) or rows >= WORTH_MOVING)
         and type(x) is type(weight) is Tensor
         and x.dtype is weight.dtype is torch.float32
-        and x.device.type == "cpu"
         and not torch.is_autocast_enabled("cpu")
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
         and bool(torch.backends.mkldnn.enabled)

@@ -1,0 +1,49 @@
+"""What torch.compile has to know of open blocks.
+
+Hooks find what waits for their rows at their layer, and not in a table by a number: layers of equal parts of a model
+that are compiled one by one, as the blocks of a transformer, then share their code. But of what the compiler reaches
+through the hooks of torch's own modules it takes some things for granted, which do not hold here.
+"""
+
+import sys
+import threading
+from typing import Any
+
+# That tensors there are of fixed size, for which it would compile anew for each size of a batch; and that what hooks
+# hold does not change, so that versions before torch 2.13 do not look at it again.
+_ASSUMPTIONS = ("force_nn_module_property_static_shapes", "use_recursive_dict_tags_for_guards")
+
+
+class OpenBlocks:
+    """How many blocks are open; while any is, the compiler assumes nothing of what their layers hold.
+
+    Attributes:
+        any: whether any is: in a global, at which compiled code always looks, also if it was compiled without a block.
+    """
+
+    def __init__(self) -> None:
+        self.any = False
+        self._count, self._lock = 0, threading.Lock()
+        self._before: dict[str, bool] = {}  # what the compiler assumed before the first was opened
+
+    def open(self) -> None:
+        with self._lock:
+            self._count += 1
+            self.any = True
+            config: Any = sys.modules.get("torch._dynamo.config")  # there once something is compiled; it takes seconds
+            for name in _ASSUMPTIONS:
+                if name not in self._before and hasattr(config, name):
+                    self._before[name] = getattr(config, name)
+                    setattr(config, name, False)
+
+    def close(self) -> None:
+        with self._lock:
+            self._count -= 1
+            self.any = self._count > 0
+            if not self.any:
+                for name, value in self._before.items():
+                    setattr(sys.modules["torch._dynamo.config"], name, value)
+                self._before = {}
+
+
+BLOCKS = OpenBlocks()
