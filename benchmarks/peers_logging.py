@@ -93,7 +93,9 @@ def main() -> None:
         "dtype", "ekfac_hidden",
     )  # fmt: skip
     report(
-        f"peers_logging_{a.batch * a.tokens}_tokens" + "_kept" * a.keep_memory + f"_{a.device}" * (a.device != "cpu"),
+        f"peers_logging_{a.batch * a.tokens}_tokens"
+        + "_kept" * a.keep_memory
+        + "".join(f"_{how}" for how in (a.device, a.dtype) if how not in ("cpu", "float32")),
         {
             "setting": about | {"cores": os.cpu_count(), "keep_memory": a.keep_memory},
             "seconds": times,

@@ -23,8 +23,8 @@ import loghook
 from loghook.errors import DeliveryError
 from loghook.influence.precondition import Metric
 from loghook.project.blocks import second_moment_blocks
-from loghook.project.linear import widened
-from loghook.project.outer import outer, second_moment
+from loghook.project.linear import MatrixUnits, widened
+from loghook.project.outer import outer, second_moment, sum_of_squares
 from tests.harness import assert_rows_exact
 from tests.oracle import relative_error
 
@@ -39,6 +39,24 @@ def device(request):
     # TF32 and the like would be another rounding than the reference's.
     torch.backends.cuda.matmul.allow_tf32 = False
     return request.param
+
+
+@pytest.fixture(params=["cpu", "as a GPU does", pytest.param("cuda", marks=pytest.mark.gpu)])
+def units(request, monkeypatch):
+    """Where half-precision models compute: the CPU, also with sums as on a GPU's matrix units, and such a GPU."""
+    if request.param != "as a GPU does":
+        return request.param
+    bmm = torch.bmm
+
+    def product(x, y, *, out_dtype=None):
+        assert out_dtype in (None, torch.float32)
+        return bmm(x, y) if out_dtype is None else bmm(x.float(), y.float())
+
+    monkeypatch.setattr(torch, "bmm", product)
+    monkeypatch.setattr(
+        MatrixUnits, "take", lambda _, *tensors: {t.dtype for t in tensors} in ({torch.bfloat16}, {torch.float16})
+    )
+    return "cpu"
 
 
 class Block(nn.Module):
@@ -352,31 +370,44 @@ def test_backward_inside_autocast(device):
         assert relative_error(by_id(log, layer), expected) <= EXACT
 
 
-def test_whole_model_in_bfloat16(device):
-    model, data = Net().to(device, torch.bfloat16), make_data(device).bfloat16()
-    assert_same(logged(model, loss_of, data), reference(device=device), 5e-2)
+def test_whole_model_in_bfloat16(units):
+    model, data = Net().to(units, torch.bfloat16), make_data(units).bfloat16()
+    log, expected = logged(model, loss_of, data), reference(device=units)
+    assert_same(log, expected, 5e-2)
+    run = new_run(model)
+    for ids in batches():
+        with run(data_id=ids, mask=torch.full((len(ids), data.shape[1]), 0.25)):
+            loss_of(model, data[ids]).backward()
+    weighted = finished(run)
+    assert_same(weighted, log, 1e-5)
+    moments = [torch.from_numpy(one.moments())[None] for one in (log, expected, weighted)]
+    assert relative_error(moments[0], moments[1]) <= 5e-2
+    assert relative_error(4 * moments[2], moments[0]) <= EXACT
     assert_sums_exactly(model, loss_of, data)
     proven(model, data=data[:3])
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("width", [7, 64])
-def test_sums_of_half_precision_are_as_exact_as_float32(device, dtype, width):
-    g, x = (torch.randn(2, 3, 50, k, device=device).to(dtype) for k in (5, width))
+@pytest.mark.parametrize("width, tokens", [(7, 50), (64, 50), (64, 20_000)])
+def test_sums_of_half_precision_are_as_exact_as_float32(units, dtype, width, tokens):
+    torch.manual_seed(0)
+    g, x = (torch.randn(2, 3, tokens, k, device=units).to(dtype) for k in (5, width))
     (wide_g, wide_x), whole = widened(torch.float32, g, x), (g.double(), x.double())
-    assert (wide_g.dtype == dtype) == (device == "cuda")
     found = outer(wide_g, wide_x), outer(wide_g[0, :1], wide_x[0, :1]), second_moment(wide_x)
     expected = outer(*whole), outer(*(t[0, :1] for t in whole)), second_moment(whole[1])
+    found += (sum_of_squares(wide_x),)
+    expected += (sum_of_squares(whole[1]),)
     flat = wide_x.flatten(0, 2)
     found += (second_moment_blocks(flat, None)[None],)
     expected += (second_moment_blocks(flat.double(), None)[None],)
     for a, b in zip(found, expected, strict=True):
-        assert a.dtype == torch.float32 and relative_error(a.cpu(), b.cpu()) <= EXACT
+        # A GPU's units cut where they add up long sums.
+        assert a.dtype == torch.float32 and relative_error(a.cpu(), b.cpu()) <= (EXACT if tokens == 50 else 1e-4)
 
 
-def test_whole_gradients_of_a_model_in_bfloat16(device, tmp_path):
+def test_whole_gradients_of_a_model_in_bfloat16(units, tmp_path):
     """All in one batch, since products of bfloat16 round otherwise in batches of other sizes."""
-    model, data = Net().to(device, torch.bfloat16), make_data(device).bfloat16()
+    model, data = Net().to(units, torch.bfloat16), make_data(units).bfloat16()
     fit, ids = loghook.fit(tmp_path / "factors"), list(range(SAMPLES))
     with contextlib.redirect_stdout(None):
         fit.watch(model)

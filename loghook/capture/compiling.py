@@ -15,7 +15,10 @@ _ASSUMPTIONS = ("force_nn_module_property_static_shapes", "use_recursive_dict_ta
 
 
 class OpenBlocks:
-    """How many blocks are open; while any is, the compiler assumes nothing of what their layers hold.
+    """How many blocks are open; in the threads that opened them the compiler assumes nothing of what layers hold.
+
+    From torch 2.13 on its settings are each thread's own. In autograd's threads, which recompute what a reentrant
+    checkpoint on a GPU ran, they stay as they are.
 
     Attributes:
         any: whether any is: in a global, at which compiled code always looks, also if it was compiled without a block.
@@ -23,27 +26,37 @@ class OpenBlocks:
 
     def __init__(self) -> None:
         self.any = False
-        self._count, self._lock = 0, threading.Lock()
-        self._before: dict[str, bool] = {}  # what the compiler assumed before the first was opened
+        self._count, self._lock, self._here = 0, threading.Lock(), _Here()
+        self._assumed: dict[str, bool] = {}  # before the first was opened
 
     def open(self) -> None:
         with self._lock:
-            self._count += 1
+            self._count, self._here.count = self._count + 1, self._here.count + 1
             self.any = True
             config: Any = sys.modules.get("torch._dynamo.config")  # there once something is compiled; it takes seconds
             for name in _ASSUMPTIONS:
-                if name not in self._before and hasattr(config, name):
-                    self._before[name] = getattr(config, name)
+                if name not in self._here.before and hasattr(config, name):
+                    self._here.before[name] = self._assumed.setdefault(name, getattr(config, name))
                     setattr(config, name, False)
 
     def close(self) -> None:
         with self._lock:
-            self._count -= 1
+            self._count, self._here.count = self._count - 1, self._here.count - 1
             self.any = self._count > 0
-            if not self.any:
-                for name, value in self._before.items():
+            if not self._here.count:
+                for name, value in self._here.before.items():
                     setattr(sys.modules["torch._dynamo.config"], name, value)
-                self._before = {}
+                self._here.before.clear()
+            if not self.any:
+                self._assumed.clear()
+
+
+class _Here(threading.local):
+    """Of a thread: how many blocks it has open, and what the compiler assumed in it before."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.before: dict[str, bool] = {}
 
 
 BLOCKS = OpenBlocks()

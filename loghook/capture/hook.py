@@ -87,10 +87,12 @@ def _projected(layer: Layer, slots: Slots, module: nn.Module, x: Tensor) -> Tens
     """The layer's input in projected space, (B, S, k_in) or, in groups, (B, S, G, k_in)."""
     if slots.early is not None and slots.early[0] is x and slots.early[1] == x._version:
         return slots.early[2]
-    if slots.place.device.type != "cpu" and not torch.compiler.is_compiling() and _may_share(layer, slots, x):
-        return _regrouped(layer, slots, _project_once(layer, slots, module, x))
+    shares = slots.place.device.type != "cpu" and not torch.compiler.is_compiling() and _may_share(layer, slots, x)
     with torch.no_grad():  # an adapter may read the module's parameters
-        projected = layer.adapter.project(module, _batch_first(layer, slots, x), slots.input_side, layer.spec.bias)
+        if shares:
+            projected = _project_once(layer, slots, module, x)
+        else:
+            projected = layer.adapter.project(module, _batch_first(layer, slots, x), slots.input_side, layer.spec.bias)
     projected = _regrouped(layer, slots, projected)
     if slots.input_side.matrix is None and not x.requires_grad and _is_part_of(projected, x):
         return projected.clone()  # autograd keeps it not: the program may write its next batch there

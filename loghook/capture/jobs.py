@@ -21,9 +21,13 @@ from torch import Tensor
 
 from loghook.capture.layers import Layer, Leaves, Slots
 from loghook.capture.work import Call, Held, wide_context
+from loghook.project.linear import UNITS
 from loghook.project.projection import Side
 
 Result = TypeVar("Result")
+
+
+LARGER = 8  # times as much may wait on a GPU, which has the memory, and where each launch costs the loop's time
 
 
 @dataclass(eq=False)
@@ -56,6 +60,8 @@ class Place:
 
     def __post_init__(self) -> None:
         self.zero = torch.zeros((), device=self.device, dtype=self.dtype)
+        if self.device.type == "cuda":
+            UNITS.ask()
 
     def to(self, t: Tensor, dtype: torch.dtype | None = None) -> Tensor:
         """A tensor on the device; from another one than the CPU that may wait."""
@@ -107,8 +113,6 @@ class Place:
             with torch.no_grad(), wide_context(self.device.type):
                 self.block.job.form(group)
 
-
-LARGER = 8  # times as much may wait on a GPU, which has the memory, and where each launch costs the loop's time
 
 KINDS: "dict[str, type[Job[Any]]]" = {}  # by name, since a compiled backward can hold names and tensors only
 

@@ -46,8 +46,8 @@ def sum_moments(
         out = second(g_BSk, weight_BS).flatten()
     else:
         out = entries(second_moment_grouped(g_BSk, x.shape[2], p_out_kO, weight_BS)).flatten()
+        groups = x.shape[2]
         x = x.transpose(1, 2).flatten(0, 1)  # (B, G, S, k) is how patches lie in memory, so that they are not copied
-        groups = len(x) // len(g_BSk)
         weight_BS = None if weight_BS is None else weight_BS.repeat_interleave(groups, 0)
     inputs = second(x, weight_BS).flatten()
     tokens = inputs.new_full((1,), x.shape[0] * x.shape[1]) if weight_BS is None else weight_BS.sum().reshape(1)

@@ -35,8 +35,8 @@ def blocks_of(flat: Tensor, width: int) -> list[Tensor]:
 def second_moment_blocks(z_BSk: Tensor, weight_BS: Tensor | None) -> Tensor:
     """Sum over tokens of ``z z^T``, its diagonal blocks flattened one after the other."""
     z_Nk, weight_N = z_BSk.flatten(0, -2), None if weight_BS is None else weight_BS.flatten()
-    if z_Nk.dtype in (torch.bfloat16, torch.float16):  # see ``widened``
-        return torch.cat([products(z[None].mT, z[None]).flatten() for z in (z_Nk[:, p] for p in cut(z_Nk.shape[1]))])
+    if weight_N is None and z_Nk.dtype in (torch.bfloat16, torch.float16):  # see ``widened``
+        return torch.cat([products(z.T, z).flatten() for z in (z_Nk[:, part] for part in cut(z_Nk.shape[1]))])
     z_kN = z_Nk.T.contiguous()  # quick products want their strips as rows
     weighted_kN = z_kN if weight_N is None else z_kN * weight_N
     return torch.cat([_symmetric(z_kN[part], weighted_kN[part]).flatten() for part in cut(len(z_kN))])

@@ -33,20 +33,43 @@ def gram(x_Nk: Tensor, y_Nm: Tensor) -> Tensor:
     return linear(x_Nk.T, y_Nm.T)
 
 
+class MatrixUnits:
+    """Of which half-precision dtypes the GPUs multiply matrices with sums in float32. Asked before what is compiled."""
+
+    def __init__(self) -> None:
+        self.bfloat16 = self.float16 = False
+
+    def ask(self) -> None:
+        """What they can does not change, but what they may: torch has a switch to sum float16 in itself."""
+        nvidia = torch.version.hip is None and torch.cuda.is_available()
+        self.bfloat16 = nvidia and _least_capability() >= (8, 0)
+        self.float16 = nvidia and not getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)
+
+    def take(self, *tensors: Tensor) -> bool:
+        dtype = tensors[0].dtype
+        alike = all(t.device.type == "cuda" and t.dtype == dtype for t in tensors)
+        return alike and ((self.bfloat16 and dtype == torch.bfloat16) or (self.float16 and dtype == torch.float16))
+
+
+UNITS = MatrixUnits()
+
+
+@cache
+def _least_capability() -> tuple[int, int]:
+    return min(torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count()))
+
+
 def widened(wide: torch.dtype, *tensors: Tensor) -> tuple[Tensor, ...]:
     """Tensors in ``wide``, or as they are where ``products`` sums in it all the same."""
-    first = tensors[0]
-    alike = first.device.type == "cuda" and torch.version.hip is None and all(t.dtype == first.dtype for t in tensors)
-    halves = alike and first.dtype in (torch.bfloat16, torch.float16)
-    if halves and wide == torch.float32:
-        return tensors
-    return tuple(t.to(wide) for t in tensors)
+    return tensors if wide == torch.float32 and UNITS.take(*tensors) else tuple(t.to(wide) for t in tensors)
 
 
 def products(x: Tensor, y: Tensor) -> Tensor:
     """``x @ y`` of matrices (..., k, N) and (..., N, m), those in half precision summed in float32."""
     if x.dtype not in (torch.bfloat16, torch.float16):
         return x @ y
+    if x.dim() == 2:
+        return products(x[None], y[None])[0]
     flat = torch.bmm(x.flatten(0, -3), y.flatten(0, -3), out_dtype=torch.float32)
     return flat.unflatten(0, x.shape[:-2])
 

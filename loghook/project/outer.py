@@ -42,7 +42,7 @@ def outer(g_BSk: Tensor, x_BSk: Tensor) -> Tensor:
 
     In the dtype that they are in, or in float32 where that is half of it (see ``widened``).
     """
-    if g_BSk.dim() == 3 and len(g_BSk) == 1 and g_BSk.device.type == "cpu":  # for which there is a quicker way
+    if g_BSk.itemsize > 2 and g_BSk.dim() == 3 and len(g_BSk) == 1:  # for which there is a quicker way
         return gram(g_BSk[0], x_BSk[0])[None]
     return products(g_BSk.mT, x_BSk)
 
@@ -76,7 +76,7 @@ def gradients(
 
 
 def at_a_time(values: int, like: Tensor, limit: int | None = None) -> int:
-    """How many samples with so many values each, in the dtype of ``like``, take no more than ``limit`` bytes."""
+    """How many samples with so many values each take no more than ``limit`` bytes, in ``like``'s dtype or float32."""
     return max(1, (limit or CHUNK_BYTES) // (values * max(4, like.element_size())))
 
 
@@ -87,9 +87,10 @@ def second_moment(z_Nk: Tensor, weight_N: Tensor | None = None) -> Tensor:
 
 def sum_of_squares(z_BSk: Tensor, weight_BS: Tensor | None = None) -> Tensor:
     """``second_moment`` of all samples' tokens together: (..., k, k) of (..., B, S, k)."""
-    if z_BSk.device.type == "cpu":
+    if z_BSk.device.type == "cpu" or z_BSk.shape[-2] < z_BSk.shape[-1]:
         return second_moment(z_BSk.flatten(-3, -2), None if weight_BS is None else weight_BS.flatten(-2))
-    # A sample at a time, since a few small products of long operands would keep few of a GPU's units busy.
+    # A sample at a time, since a few small products of long operands would keep few of a GPU's units busy; not where
+    # these squares would take more memory than the tokens.
     return second_moment(z_BSk, weight_BS).sum(-3)
 
 
