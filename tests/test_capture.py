@@ -7,6 +7,7 @@ import subprocess
 import sys
 import tempfile
 import textwrap
+import threading
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch._dynamo
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -29,6 +31,7 @@ from transformers.pytorch_utils import Conv1D
 
 import loghook
 from loghook.capture import adapters
+from loghook.capture.compiling import OpenBlocks
 from loghook.capture.rows import Rows
 from loghook.errors import BatchError, ConfigError, DeliveryError, StateError, UnsupportedError
 from loghook.project.projection import Side
@@ -467,31 +470,52 @@ def test_half_precision_layers_keep_their_projections_in_it_and_rows_stay_the_sa
     assert all(side.matrix.dtype == torch.float32 for layer in run._layers for side in layer.sides)
 
 
+def assumed():
+    names = ("force_nn_module_property_static_shapes", "use_recursive_dict_tags_for_guards")
+    return [getattr(torch._dynamo.config, name, False) for name in names]
+
+
 def test_the_compiler_is_left_as_it_was(tmp_path):
     """By blocks of two runs that overlap, and by one that fails."""
-    import torch._dynamo.config as config
-
-    def flags():
-        names = ("force_nn_module_property_static_shapes", "use_recursive_dict_tags_for_guards")
-        return [getattr(config, name, False) for name in names]
-
-    before, runs = flags(), []
+    before, runs = assumed(), []
     for i in range(2):
         model = nn.Linear(4, 3)
         runs.append((loghook.init(tmp_path / str(i), rank=2), model))
         runs[-1][0].watch(model)
     first, second = (run(data_id=[0]) for run, _ in runs)
     first.__enter__()
-    assert not any(flags())
+    assert any(before) and not any(assumed())
     second.__enter__()
     for block, (_, model) in ((first, runs[0]), (second, runs[1])):
-        assert not any(flags())
+        assert not any(assumed())
         model(torch.randn(1, 4)).sum().backward()
         block.__exit__(None, None, None)
-    assert flags() == before
+    assert assumed() == before
     with pytest.raises(DeliveryError), runs[0][0](data_id=[1]):
         pass
-    assert flags() == before
+    assert assumed() == before
+
+
+def test_the_compiler_is_left_as_it_was_in_each_thread():
+    blocks, before, seen = OpenBlocks(), assumed(), []
+    opened, closed = threading.Event(), threading.Event()
+
+    def other():
+        blocks.open()
+        opened.set()
+        closed.wait(10)
+        blocks.close()
+        seen.append(assumed())
+
+    thread = threading.Thread(target=other)
+    blocks.open()
+    thread.start()
+    opened.wait(10)
+    blocks.close()
+    assert assumed() == before and blocks.any
+    closed.set()
+    thread.join()
+    assert seen == [before] and assumed() == before and not blocks.any
 
 
 def test_projected_inner_products_are_unbiased():
