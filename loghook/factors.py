@@ -3,7 +3,7 @@
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -26,15 +26,15 @@ _KEYS = ("fisher", "samples", "parameters", "files")  # of a store that are writ
 
 @dataclass(frozen=True)
 class Eigenbasis:
-    """Eigenvectors of a layer's two Kronecker factors, float64 unless moved."""
+    """Eigenvectors of a layer's two Kronecker factors, float64 unless moved; of wide ones a matrix for each block."""
 
-    q_in: Tensor  # (k_in, k_in), columns are eigenvectors of A = mean over tokens of x x^T
-    q_out: Tensor  # (k_out, k_out), columns are eigenvectors of S = mean over tokens of g g^T
+    inputs: Sequence[Tensor]  # columns are eigenvectors of A = mean over tokens of x x^T
+    outputs: Sequence[Tensor]  # and of S = mean over tokens of g g^T
     products: Tensor  # (k_out, k_in) products of eigenvalues, those of S kron A (KFAC)
 
     @classmethod
     def of(cls, inputs: Factor, outputs: Factor) -> "Eigenbasis":
-        return cls(inputs.basis, outputs.basis, outputs.values[:, None] * inputs.values)
+        return cls(inputs.vectors, outputs.vectors, outputs.values[:, None] * inputs.values)
 
     @classmethod
     def of_moments(cls, inputs: Tensor, outputs: Tensor) -> "Eigenbasis":
@@ -43,14 +43,27 @@ class Eigenbasis:
 
     def to(self, like: Tensor) -> "Eigenbasis":
         """A copy with the device and dtype of a tensor, for rows that are there many times."""
-        return Eigenbasis(self.q_in.to(like), self.q_out.to(like), self.products.to(like))
+        inputs, outputs = ([q.to(like) for q in side] for side in (self.inputs, self.outputs))
+        return Eigenbasis(inputs, outputs, self.products.to(like))
 
     def rotate(self, rows: Tensor) -> Tensor:
         """Rows (..., k_out, k_in) in the eigenbasis: ``Q_S^T G Q_A``."""
-        return self.q_out.T.to(rows.dtype) @ rows @ self.q_in.to(rows.dtype)
+        left, right = [q.T for q in self.outputs], self.inputs
+        return _by_block(left, rows, right)
 
     def rotate_back(self, rows: Tensor) -> Tensor:
-        return self.q_out.to(rows.dtype) @ rows @ self.q_in.T.to(rows.dtype)
+        left, right = self.outputs, [q.T for q in self.inputs]
+        return _by_block(left, rows, right)
+
+
+def _by_block(left: Sequence[Tensor], rows: Tensor, right: Sequence[Tensor]) -> Tensor:
+    """``L G R`` of rows (..., k_out, k_in), where L and R are block-diagonal."""
+    for axis, blocks in ((-2, left), (-1, right)):
+        parts = rows.split([len(block) for block in blocks], axis)
+        pairs = [(block.to(rows.dtype), part) for block, part in zip(blocks, parts, strict=True)]
+        products = [part @ block if axis == -1 else block @ part for block, part in pairs]
+        rows = products[0] if len(products) == 1 else torch.cat(products, axis)
+    return rows
 
 
 def eigenbasis(layout: Layout, moments: np.ndarray, layer: str) -> Eigenbasis:

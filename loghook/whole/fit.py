@@ -369,7 +369,7 @@ class Fit(Blocks, Hooked):
         for name, basis in bases.items():
             values = basis.products if corrected is None else corrected[name]
             damping = metric.amount(float(values.double().mean()))
-            solvers[name] = Diagonal(basis, values.to(basis.q_in.device), damping)
+            solvers[name] = Diagonal(basis, values.to(basis.products.device), damping)
         return solvers
 
     def _require_match(self, query: Query, *, at_any_values: bool = False) -> None:

@@ -176,7 +176,8 @@ def rotations(bases: Mapping[str, Eigenbasis]) -> dict[str, tuple[Side, Side]]:
     sides: dict[str, tuple[Side, Side]] = {}
     recent: list[Side] = []
     for name, basis in bases.items():
-        inputs, outputs = (Side(len(q), q.T.float().contiguous()) for q in (basis.q_in, basis.q_out))
+        dense = (side[0] if len(side) == 1 else torch.block_diag(*side) for side in (basis.inputs, basis.outputs))
+        inputs, outputs = (Side(len(q), q.T.float().contiguous()) for q in dense)
         same = (s for s in recent if s.width == inputs.width and torch.equal(s.matrix, inputs.matrix))  # type: ignore[arg-type]
         inputs = next(same, inputs)
         recent = [*recent[-2:], inputs]
