@@ -21,7 +21,7 @@ from loghook.errors import (
     StateError,
     UnsupportedError,
 )
-from loghook.project import outer
+from loghook.project import blocks, outer
 from loghook.whole.scoring import low_rank
 from tests import dense, harness
 from tests.harness import log_batch
@@ -430,11 +430,19 @@ def test_damage_and_wrong_use_are_refused(tmp_path):
 
 @pytest.mark.parametrize("method", ["dot", "kfac", "ekfac"])
 @pytest.mark.parametrize("kind", ["unit", "relatif"])
-def test_normalised_scores_are_those_of_dense_matrices(method, kind):
+@pytest.mark.parametrize("block", [4096, 4], ids=["whole", "wide"])
+def test_normalised_scores_are_those_of_dense_matrices(method, kind, block, monkeypatch):
+    """Also where layers are too wide for whole factors, and what couples two blocks of one is left out."""
+    monkeypatch.setattr(blocks.cut, "__defaults__", (block,))
     model, x = make(), data()
     fit = fitted(model, x)
     damping = {} if method == "dot" else {"damping": 0.2}
     rows = as_dense(model, x)
+    for layer in rows:
+        for side in "AS":
+            parts = [layer[side][part, part] for part in blocks.cut(len(layer[side]))]
+            assert len(parts) > 1 or block == 4096 or len(layer[side]) <= 4
+            layer[side] = np.asarray(torch.block_diag(*map(torch.as_tensor, parts)))
     queries = [layer["G"][:2] for layer in rows]
     own = [dense.self_influence(method, rows, which, **damping) for which in (queries, None)]
     total, layers = dense.influence(method, rows, queries, **damping)

@@ -5,6 +5,7 @@ Shape suffixes as in ``loghook.project.outer``; Q queries, r their rank.
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -14,7 +15,7 @@ from loghook.capture.layers import Layer, Leaves, Slots, arrived, deliver
 from loghook.capture.work import Call, Held, by_document, by_row, sum_moments
 from loghook.project.blocks import second_moment_blocks, square_size, take_blocks
 from loghook.project.linear import linear, widened
-from loghook.project.outer import at_a_time, gradients, project_output
+from loghook.project.outer import at_a_time, gradients
 from loghook.project.projection import Side
 
 FEW = 4  # queries that are quicker one by one than as a batch of small products
@@ -76,20 +77,49 @@ class Covariance(Whole):
         return delivered
 
 
+class Rotation(NamedTuple):
+    """What rotates a layer's inputs and output gradients into its eigenbasis: Q_A^T and Q_S^T, wide ones in blocks."""
+
+    inputs: Side  # Q_A^T where it is of one block; then layers that read the same input share the product
+    blocks: Sequence[Side]  # those of Q_S^T, and of Q_A^T where there are several
+
+    def held(self, device: torch.device) -> list[Tensor | None]:
+        return [side.to(device).matrix for side in self.blocks]
+
+
+def rotated(g_BSO: Tensor, x: Tensor, held: Held) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Rotate tokens by what a ``Rotation`` holds; and Q_S^T where gradients are to be rotated, as in groups."""
+    blocks = [block for block in held if block is not None]
+    count, width = 0, 0
+    while width < g_BSO.shape[-1] and blocks:
+        count, width = count + 1, width + len(blocks[count])
+    outputs, inputs = blocks[:count], blocks[count:]
+    if inputs:
+        x = _by_block(x, inputs)
+    if not outputs:
+        return g_BSO, x, None
+    return (_by_block(g_BSO, outputs), x, None) if x.dim() == 3 else (g_BSO, x, torch.block_diag(*outputs))
+
+
+def _by_block(tokens: Tensor, blocks: Sequence[Tensor]) -> Tensor:
+    parts = tokens.split([len(block) for block in blocks], -1)
+    products = [linear(part, block.to(part.dtype)) for part, block in zip(parts, blocks, strict=True)]
+    return products[0] if len(products) == 1 else torch.cat(products, -1)
+
+
 @dataclass(frozen=True)
 class Eigenvalues(Whole):
     """EK-FAC's corrected eigenvalues: sums over samples of ``(Q_S^T G Q_A)^2`` (George et al. 2018)."""
 
     kind, at_once = "eigenvalues", True
-    bases: Mapping[str, tuple[Side, Side]]  # {layer: (Q_A^T as the input side, Q_S^T as the output side)}
+    bases: Mapping[str, Rotation]
 
     @staticmethod
     def work(call: Call, held: Held, wide: torch.dtype, moments: bool) -> tuple[Tensor, None]:
         """Sum over samples, those that are kept, of the squares of their gradients: (O, I)."""
-        (g_BSO, x), (p_out, keep_B) = by_row(call, wide), held
+        (g_BSO, x), (keep_B, *basis) = by_row(call, wide), held
+        g_BSO, x, p_out = rotated(g_BSO, x, basis)
         small = g_BSO.device.type == "cpu" and not torch.compiler.is_compiling()  # the compiler unrolls the loop
-        if x.dim() == 3:
-            g_BSO, p_out = project_output(g_BSO, p_out), None
         total = None
         for part, rows in gradients(g_BSO, x, p_out, CACHE_BYTES if small else None):
             squares = rows.square_() if keep_B is None else rows.square_() * keep_B[part, None, None].to(rows.dtype)
@@ -98,8 +128,9 @@ class Eigenvalues(Whole):
         return total, None
 
     def open(self, layer: Layer, place: Place) -> tuple[Side, Held]:
-        kept, (inputs, outputs) = place.block.kept, (side.to(place.device) for side in self.bases[layer.name])
-        return inputs, (outputs.matrix, None if kept is None else place.to(kept, place.dtype))
+        kept, rotation = place.block.kept, self.bases[layer.name]
+        keep = None if kept is None else place.to(kept, place.dtype)
+        return rotation.inputs.to(place.device), (keep, *rotation.held(place.device))
 
     def shape(self, layer: Layer, size: int) -> tuple[int, ...]:
         return layer.output_side.width, layer.input_side.width
@@ -116,23 +147,23 @@ class Products(Whole):
     queries: Mapping[str, tuple[Tensor, Tensor | None]]  # {layer: (left, right)}, see the work
     count: int  # how many queries there are, Q
     inverse: Mapping[str, Tensor] | None = None  # {layer: inverse eigenvalues (O, I)}: each sample's own is wanted too
-    bases: Mapping[str, tuple[Side, Side]] | None = None  # rotations into the basis that queries and inverse are in
+    bases: Mapping[str, Rotation] | None = None  # into the basis that queries and inverse are in
 
     @staticmethod
     def work(call: Call, held: Held, wide: torch.dtype, moments: bool) -> tuple[Tensor, None]:
         """Inner products of each sample's gradient with each query: (B, Q), or (B, Q + 1) with the sample's own last.
 
-        Inputs are (B, S, I), or (B, S, G, I) in groups. Held are p_out: None, or what rotates output gradients (inputs
-        and queries are rotated already); inverse: None, or (O, I), with which a sample's own weights its gradient's
-        squares; left and right: queries (Q, O, I) and None, or their halves (Q, O, r) and (Q, r, I).
+        Inputs are (B, S, I), or (B, S, G, I) in groups. Held are inverse: None, or (O, I), with which a sample's own
+        weights its gradient's squares; left and right: queries (Q, O, I) and None, or their halves (Q, O, r) and
+        (Q, r, I); and what rotates tokens where queries are rotated.
         """
-        (g_BSO, x), (p_out, inverse, left, right) = by_document(call.documents_DL, call.g_BSO, call.x), held
+        (g_BSO, x), (inverse, left, right, *basis) = by_document(call.documents_DL, call.g_BSO, call.x), held
         assert left is not None
         S, (Q, outputs, r), inputs = x.shape[1], left.shape, x.shape[-1]
         scores = x.new_empty(len(x), Q + (inverse is not None), dtype=wide)
-        g_BSO, x = widened(wide, g_BSO, x) if x.dim() == 3 and p_out is None else (g_BSO.to(wide), x.to(wide))
+        g_BSO, x = widened(wide, g_BSO, x) if x.dim() == 3 and not basis else (g_BSO.to(wide), x.to(wide))
+        g_BSO, x, p_out = rotated(g_BSO, x, basis)
         if x.dim() == 3:
-            g_BSO, p_out = project_output(g_BSO, p_out), None
             halves = outputs * inputs if right is None else r * (outputs + inputs)
             if inverse is None and S * Q * halves <= (S + Q) * outputs * inputs:
                 # <sum_s g_s x_s^T, L R> = sum_s (g_s L) . (R x_s): where it is less arithmetic, no gradient is formed.
@@ -154,12 +185,11 @@ class Products(Whole):
         return self.inverse is not None  # scores add up over calls; a sample's own does not
 
     def open(self, layer: Layer, place: Place) -> tuple[Side, Held]:
-        name, (inputs, _), outputs = layer.name, super().open(layer, place), None
+        name, (inputs, _) = layer.name, super().open(layer, place)
+        held = [None if self.inverse is None else self.inverse[name], *self.queries[name]]
         if self.bases is not None:
-            inputs, rotation = (side.to(place.device) for side in self.bases[name])
-            outputs = rotation.matrix
-        inverse = None if self.inverse is None else self.inverse[name]
-        held = outputs, inverse, *self.queries[name]
+            inputs = self.bases[name].inputs.to(place.device)
+            held += self.bases[name].held(place.device)
         return inputs, [None if t is None else t.to(place.device, place.dtype) for t in held]
 
     def shape(self, layer: Layer, size: int) -> tuple[int, ...]:

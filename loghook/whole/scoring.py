@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loghook.capture.batch import Blocks, Given, Ids, check_ids
 from loghook.capture.session import Repeats
-from loghook.capture.whole import Products
+from loghook.capture.whole import Products, Rotation
 from loghook.errors import CheckpointWarning, ConfigError, NotFiniteError, StateError, warn
 from loghook.factors import Eigenbasis
 from loghook.influence.precondition import Metric
@@ -171,18 +171,21 @@ def _on(device: torch.device, solver: Diagonal | Identity, rows: Tensor) -> tupl
     return solver.to(rows), rows
 
 
-def rotations(bases: Mapping[str, Eigenbasis]) -> dict[str, tuple[Side, Side]]:
-    """Sides that rotate inputs and output gradients into the eigenbases; layers of one input share theirs."""
-    sides: dict[str, tuple[Side, Side]] = {}
+def rotations(bases: Mapping[str, Eigenbasis]) -> dict[str, Rotation]:
+    """What rotates inputs and output gradients into the eigenbases; layers of one input share theirs."""
+    found: dict[str, Rotation] = {}
     recent: list[Side] = []
     for name, basis in bases.items():
-        dense = (side[0] if len(side) == 1 else torch.block_diag(*side) for side in (basis.inputs, basis.outputs))
-        inputs, outputs = (Side(len(q), q.T.float().contiguous()) for q in dense)
-        same = (s for s in recent if s.width == inputs.width and torch.equal(s.matrix, inputs.matrix))  # type: ignore[arg-type]
-        inputs = next(same, inputs)
-        recent = [*recent[-2:], inputs]
-        sides[name] = inputs, outputs
-    return sides
+        inputs, outputs = ([Side(len(q), q.T.float().contiguous()) for q in qs] for qs in (basis.inputs, basis.outputs))
+        if len(inputs) > 1:
+            found[name] = Rotation(Side(sum(side.width for side in inputs), None), [*outputs, *inputs])
+            continue
+        (own,) = inputs
+        same = (s for s in recent if s.width == own.width and torch.equal(s.matrix, own.matrix))  # type: ignore[arg-type]
+        own = next(same, own)
+        recent = [*recent[-2:], own]
+        found[name] = Rotation(own, outputs)
+    return found
 
 
 def _norms(fit: "Fit", query: Query, solvers: Mapping[str, Diagonal | Identity]) -> Tensor:
