@@ -154,11 +154,11 @@ def read(folder: Path, device: str = "cpu", dtype: str = "float32") -> Exchange:
             layers += [nn.Linear(k_in, k_out), nn.ReLU()]
         model = nn.Sequential(*layers[:-1])
     else:
-        from transformers import LlamaConfig, LlamaForCausalLM
+        from transformers import AutoModelForCausalLM, LlamaConfig
 
-        with torch.device(device):
-            model = LlamaForCausalLM(LlamaConfig(**about["config"]))
-    model.to(device, getattr(torch, dtype))
+        with torch.device(device):  # rotary frequencies stay in float32
+            model = AutoModelForCausalLM.from_config(LlamaConfig(**about["config"]), dtype=getattr(torch, dtype))
+    model.to(device)
     load_model(model, str(folder / "model.safetensors"), device=device)
     data = load_file(folder / "data.safetensors")
     sides: dict[str, Batch] = {"train": {}, "query": {}}
@@ -188,12 +188,12 @@ def main(work: Work) -> None:
         exchange, costs = read(folder, options.device, options.dtype), Costs()
         with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
             peak, before = Peak(), Peak.bytes("VmRSS") / 2**20
-            if torch.cuda.is_available():
-                torch.cuda.reset_peak_memory_stats()
+            if options.device != "cpu":
+                torch.cuda.reset_peak_memory_stats(options.device)
             scores = work(exchange, options, costs, Path(scratch))
         costs.facts |= {"peak_mb": peak.mb, "before_mb": before}
         if options.device != "cpu":
-            costs.facts["gpu_peak_mb"] = torch.cuda.max_memory_allocated() / 2**20
+            costs.facts["gpu_peak_mb"] = torch.cuda.max_memory_allocated(options.device) / 2**20
         if turn or not options.repeats:
             turns.append(costs)
     stages = {name: [turn.seconds[name] for turn in turns] for name in turns[0].seconds}
