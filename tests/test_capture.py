@@ -30,7 +30,7 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 import loghook
-from loghook.capture import adapters
+from loghook.capture import adapters, compiling
 from loghook.capture.compiling import OpenBlocks
 from loghook.capture.rows import Rows
 from loghook.errors import BatchError, ConfigError, DeliveryError, StateError, UnsupportedError
@@ -471,8 +471,7 @@ def test_half_precision_layers_keep_their_projections_in_it_and_rows_stay_the_sa
 
 
 def assumed():
-    names = ("force_nn_module_property_static_shapes", "use_recursive_dict_tags_for_guards")
-    return [getattr(torch._dynamo.config, name, False) for name in names]
+    return [getattr(torch._dynamo.config, name, False) for name in compiling._ASSUMPTIONS]
 
 
 def test_the_compiler_is_left_as_it_was(tmp_path):

@@ -279,6 +279,23 @@ def test_equal_regions_share_what_is_compiled(device, fresh_compiler):
     run.close()
 
 
+@pytest.mark.parametrize("include", [["*.down", "*.1.up"], ["*.up", "*.2.down"], ["*.1.*"]], ids=str)
+@pytest.mark.parametrize("trained", [False, True], ids=["new", "trained"])
+def test_equal_regions_of_which_some_layers_are_watched(device, include, trained, fresh_compiler):
+    """What is compiled for a block without a watched layer must not serve for one with it."""
+    model, data = Net(blocks=4).to(device), make_data(device)
+    run = new_run(model, include)
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    with torch._dynamo.config.patch(recompile_limit=16):  # each in training and in a log, of one size and of any
+        for ids in batches() if trained else ():
+            loss_of(model, data[ids]).backward()
+        for ids in batches():
+            with run(data_id=ids):
+                loss_of(model, data[ids]).backward()
+    assert_same(finished(run), logged(Net(blocks=4).to(device), loss_of, data, include=include))
+
+
 def test_rows_are_right_past_the_compilers_limit(device, fresh_compiler):
     """The compiler gives up on a region and runs it as it is."""
     model = Net().to(device)

@@ -5,13 +5,24 @@ that are compiled one by one, as the blocks of a transformer, then share their c
 through the hooks of torch's own modules it takes some things for granted, which do not hold here.
 """
 
+import re
 import sys
 import threading
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-# That tensors there are of fixed size, for which it would compile anew for each size of a batch; and that what hooks
-# hold does not change, so that versions before torch 2.13 do not look at it again.
-_ASSUMPTIONS = ("force_nn_module_property_static_shapes", "use_recursive_dict_tags_for_guards")
+from torch import nn
+
+from loghook.capture.layers import Layer
+
+_ASSUMPTIONS = (
+    # Tensors there are of fixed size: it would compile anew for each size of a batch.
+    "force_nn_module_property_static_shapes",
+    # What hooks hold does not change: versions before torch 2.13 do not look at it again.
+    "use_recursive_dict_tags_for_guards",
+    # A module without hooks has none: the code of such a layer would serve for an equal one that is watched.
+    "skip_nnmodule_hook_guards",
+)
 
 
 class OpenBlocks:
@@ -60,3 +71,17 @@ class _Here(threading.local):
 
 
 BLOCKS = OpenBlocks()
+
+
+def unwatched_twins(model: nn.Module, layers: Sequence[Layer]) -> Iterator[nn.Module]:
+    """Modules that may have the place in one part of the model which a watched layer has in an equal part.
+
+    Outside of blocks the compiler does not look whether a module without hooks has got some: what it made of a part
+    that is not watched would serve for one that is, unless the unwatched layers have hooks too, which do nothing.
+    """
+
+    def kind(name: str, module: nn.Module) -> tuple[type, str]:
+        return type(module), re.sub(r"\d+", "#", name.rpartition(".")[2])
+
+    watched, kinds = {layer.module for layer in layers}, {kind(layer.name, layer.module) for layer in layers}
+    yield from (m for name, m in model.named_modules() if m not in watched and kind(name, m) in kinds)

@@ -33,7 +33,11 @@ class Hook:
 def _inert(taken: int) -> Hook:
     """Make the hook of a module that nobody watches, in a process that has yet to learn which ids hooks have."""
     RemovableHandle.next_id = max(RemovableHandle.next_id, taken)
-    return Hook(lambda *_: None)
+    return Hook(do_nothing)
+
+
+def do_nothing(*_: Any) -> None:
+    """The hook of an unwatched layer, by which the compiler tells it from a watched one (see ``compiling``)."""
 
 
 def make_hook(layer: Layer) -> Hook:

@@ -15,9 +15,10 @@ from torch import Tensor, nn
 
 from loghook.capture.batch import Given, Ids, Mask, Segments, check_ids, check_masks, check_segments, unscaled
 from loghook.capture.block import block, nothing_delivered, prepare
+from loghook.capture.compiling import unwatched_twins
 from loghook.capture.config import Recipe
 from loghook.capture.experts import ExpertProjection, watched
-from loghook.capture.hook import Hook, make_early_hook, make_hook
+from loghook.capture.hook import Hook, do_nothing, make_early_hook, make_hook
 from loghook.capture.jobs import Block, Job, Result
 from loghook.capture.layers import Layer
 from loghook.capture.models import (
@@ -91,6 +92,8 @@ class Hooked:
             self._handles.append(handle)
             if layer.adapter.shares_input:
                 self._handles.append(layer.module.register_forward_pre_hook(make_early_hook(layer)))
+        for module in unwatched_twins(model, layers):
+            self._handles.append(module.register_forward_hook(Hook(do_nothing)))
         self._model, self._layers = unwrap(model), layers
         self._names = tuple(layer.name for layer in layers)
         self._layout = Layout(self.specs)
