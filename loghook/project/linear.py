@@ -34,14 +34,14 @@ def gram(x_Nk: Tensor, y_Nm: Tensor) -> Tensor:
 
 
 class MatrixUnits:
-    """Of which half-precision dtypes the GPUs multiply matrices with sums in float32. Asked before what is compiled."""
+    """Of which half-precision dtypes GPUs multiply matrices with sums in float32; known before a block is compiled."""
 
     def __init__(self) -> None:
         self.bfloat16 = self.float16 = False
 
     def ask(self) -> None:
-        """What they can does not change, but what they may: torch has a switch to sum float16 in itself."""
-        nvidia = torch.version.hip is None and torch.cuda.is_available()
+        """Asked where there is one. What they can does not change, but what they may: torch can sum float16 in itself."""
+        nvidia = torch.version.hip is None
         self.bfloat16 = nvidia and _least_capability() >= (8, 0)
         self.float16 = nvidia and not getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)
 
