@@ -40,7 +40,7 @@ class MatrixUnits:
         self.bfloat16 = self.float16 = False
 
     def ask(self) -> None:
-        """Asked where there is one. What they can does not change, but what they may: torch can sum float16 in itself."""
+        """To be asked where there is one. What they can does not change, but torch may be told to sum float16 in it."""
         nvidia = torch.version.hip is None
         self.bfloat16 = nvidia and _least_capability() >= (8, 0)
         self.float16 = nvidia and not getattr(torch.backends.cuda.matmul, "allow_fp16_accumulation", False)
