@@ -45,7 +45,8 @@ def test_factors_are_within_one_percent_of_the_svd(x, c):
     norm = np.linalg.norm(x.astype(np.float64), axis=(1, 2))
     assert (error <= 1.01 * optimum(x, c) + 1e-5 * norm + 1e-37).all()  # what is below 1.2e-38 counts as nothing
     sizes = np.linalg.norm(left, axis=2)
-    assert (np.diff(sizes, axis=1) <= 1e-5 * norm[:, None]).all()  # the strongest first
+    # The strongest first; they are told apart by squares in float32, which have 1e-7 of the largest for rounding.
+    assert (np.diff(sizes, axis=1) <= 4e-4 * norm[:, None]).all()
 
 
 def test_factors_of_gradients_are_the_best():
