@@ -160,7 +160,7 @@ class Products(Whole):
         (g_BSO, x), (inverse, left, right, *basis) = by_document(call.documents_DL, call.g_BSO, call.x), held
         assert left is not None
         S, (Q, outputs, r), inputs = x.shape[1], left.shape, x.shape[-1]
-        scores = x.new_empty(len(x), Q + (inverse is not None), dtype=wide)
+        scores = x.new_empty(len(x), Q if inverse is None else Q + 1, dtype=wide)
         g_BSO, x = widened(wide, g_BSO, x) if x.dim() == 3 and not basis else (g_BSO.to(wide), x.to(wide))
         g_BSO, x, p_out = rotated(g_BSO, x, basis)
         if x.dim() == 3:
