@@ -89,6 +89,12 @@ def ratio(times: dict[str, list[float]], over: str, under: str) -> dict[str, flo
     }
 
 
+def finish() -> None:
+    """Wait for what the GPU, if there is one, has to do."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
 class Peak:
     """The most memory that this process has held since it was made; without one, since it began. Linux keeps count."""
 

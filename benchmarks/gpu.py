@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import alternate, machine, medians, ratio, setting, silent, summed_loss
+from _common import alternate, finish, machine, medians, ratio, setting, silent, summed_loss
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
@@ -66,11 +66,6 @@ def build(config: Any) -> torch.nn.Module:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     model.config.use_cache = False
     return model.to(DEVICE).eval()
-
-
-def finish() -> None:
-    if CUDA:
-        torch.cuda.synchronize()
 
 
 def peak(case: Callable[[], None]) -> float | None:
@@ -415,9 +410,9 @@ def bench_model(work: Work, name: str, config: Any, a: argparse.Namespace, folde
                 if go:
                     cases = {"frozen": bench.floor(batch), "log": bench.log(batch)}
                     place[f"log, batch {batch}"] = compare(cases, "log", "frozen", batch * a.tokens, repeats)
-        with work.part(place, f"profile, batch {batch}") as go:
-            if go:
-                place[f"profile, batch {batch}"] = top_operators(bench.floor(batch), bench.log(batch))
+            with work.part(place, f"profile, batch {batch}") as go:
+                if go:
+                    place[f"profile, batch {batch}"] = top_operators(bench.floor(batch), bench.log(batch))
         for batch in a.batches if name in a.compile else ():
             for layer in decoder_layers(model):
                 layer.compile()
@@ -515,7 +510,8 @@ def show(result: dict[str, Any], tokens: int) -> None:
             elif part.startswith("profile"):
                 column = "by device" if found["by device"] else "by host"
                 index = 0 if found["by device"] else 1
-                print(f"  {name}, {part}: what logging adds, ms {column}")
+                kernels = " to ".join(f"{ms:.1f}" for ms in found["total device ms"])
+                print(f"  {name}, {part}: kernels {kernels} ms; what logging adds, ms {column}")
                 for key, values in list(found[column].items())[:8]:
                     print(f"    {key[:60]:<62}{values[index]:>9.3f}  {values[2]:>6} calls")
     published = ", ".join(f"{key} {value:,}" for key, value in LOGIX.items())

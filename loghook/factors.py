@@ -18,7 +18,7 @@ from loghook.errors import CorruptLogError, MismatchError, StateError, VersionEr
 from loghook.log.disk import checksum_of, replacing, write_atomically
 from loghook.log.files import FACTORS
 from loghook.log.format import LayerSpec, Layout, parse_object
-from loghook.project.blocks import Factor, cut
+from loghook.project.blocks import Factor, cut, each_block
 
 FACTORS_VERSION = 1
 _KEYS = ("fisher", "samples", "parameters", "files")  # of a store that are written as they are
@@ -48,22 +48,16 @@ class Eigenbasis:
 
     def rotate(self, rows: Tensor) -> Tensor:
         """Rows (..., k_out, k_in) in the eigenbasis: ``Q_S^T G Q_A``."""
-        left, right = [q.T for q in self.outputs], self.inputs
-        return _by_block(left, rows, right)
+        return _times([q.T for q in self.outputs], rows, self.inputs)
 
     def rotate_back(self, rows: Tensor) -> Tensor:
-        left, right = self.outputs, [q.T for q in self.inputs]
-        return _by_block(left, rows, right)
+        return _times(self.outputs, rows, [q.T for q in self.inputs])
 
 
-def _by_block(left: Sequence[Tensor], rows: Tensor, right: Sequence[Tensor]) -> Tensor:
+def _times(left: Sequence[Tensor], rows: Tensor, right: Sequence[Tensor]) -> Tensor:
     """``L G R`` of rows (..., k_out, k_in), where L and R are block-diagonal."""
-    for axis, blocks in ((-2, left), (-1, right)):
-        parts = rows.split([len(block) for block in blocks], axis)
-        pairs = [(block.to(rows.dtype), part) for block, part in zip(blocks, parts, strict=True)]
-        products = [part @ block if axis == -1 else block @ part for block, part in pairs]
-        rows = products[0] if len(products) == 1 else torch.cat(products, axis)
-    return rows
+    rows = each_block(lambda part, block: block @ part, rows, left, -2)
+    return each_block(torch.matmul, rows, right, -1)
 
 
 def eigenbasis(layout: Layout, moments: np.ndarray, layer: str) -> Eigenbasis:

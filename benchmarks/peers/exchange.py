@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import Peak
+from _common import Peak, finish
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -137,11 +137,6 @@ def write(folder: Path, model: nn.Module, train: Batch, query: Batch, fisher: Te
     if fisher is not None:
         data["fisher"] = fisher
     save_file({key: value.contiguous() for key, value in data.items()}, folder / "data.safetensors")
-
-
-def finish() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def read(folder: Path, device: str = "cpu", dtype: str = "float32") -> Exchange:

@@ -13,7 +13,7 @@ from torch import Tensor
 from loghook.capture.jobs import Job, Place, scale_for
 from loghook.capture.layers import Layer, Leaves, Slots, arrived, deliver
 from loghook.capture.work import Call, Held, by_document, by_row, sum_moments
-from loghook.project.blocks import second_moment_blocks, square_size, take_blocks
+from loghook.project.blocks import each_block, second_moment_blocks, square_size, take_blocks
 from loghook.project.linear import linear, widened
 from loghook.project.outer import at_a_time, gradients
 from loghook.project.projection import Side
@@ -95,16 +95,12 @@ def rotated(g_BSO: Tensor, x: Tensor, held: Held) -> tuple[Tensor, Tensor, Tenso
         count, width = count + 1, width + len(blocks[count])
     outputs, inputs = blocks[:count], blocks[count:]
     if inputs:
-        x = _by_block(x, inputs)
+        x = each_block(linear, x, inputs, -1)
     if not outputs:
         return g_BSO, x, None
-    return (_by_block(g_BSO, outputs), x, None) if x.dim() == 3 else (g_BSO, x, torch.block_diag(*outputs))
-
-
-def _by_block(tokens: Tensor, blocks: Sequence[Tensor]) -> Tensor:
-    parts = tokens.split([len(block) for block in blocks], -1)
-    products = [linear(part, block.to(part.dtype)) for part, block in zip(parts, blocks, strict=True)]
-    return products[0] if len(products) == 1 else torch.cat(products, -1)
+    if x.dim() > 3:
+        return g_BSO, x, torch.block_diag(*outputs)
+    return each_block(linear, g_BSO, outputs, -1), x, None
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ def sum_moments(
     if x.dim() == 3:
         out = second(g_BSk, weight_BS).flatten()
     else:
-        out = entries(second_moment_grouped(g_BSk, x.shape[2], p_out_kO, weight_BS)).flatten()
+        out = entries(second_moment_grouped(g_BSk, x.shape[2], p_out_kO, weight_BS))
         groups = x.shape[2]
         x = x.transpose(1, 2).flatten(0, 1)  # (B, G, S, k) is how patches lie in memory, so that they are not copied
         weight_BS = None if weight_BS is None else weight_BS.repeat_interleave(groups, 0)

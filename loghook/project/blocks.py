@@ -4,7 +4,7 @@ A width is cut into equal contiguous blocks of at most ``BLOCK``; what couples t
 """
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -54,6 +54,13 @@ def _symmetric(z_kN: Tensor, weighted_kN: Tensor) -> Tensor:
 
 def take_blocks(matrix_kk: Tensor) -> Tensor:
     return torch.cat([matrix_kk[part, part].flatten() for part in cut(len(matrix_kk))])
+
+
+def each_block(product: Callable[[Tensor, Tensor], Tensor], t: Tensor, blocks: Sequence[Tensor], axis: int) -> Tensor:
+    """``product`` of each block of a block-diagonal matrix with its part of a tensor, whose axis is as wide."""
+    parts = t.split([len(block) for block in blocks], axis)
+    products = [product(part, block.to(part.dtype)) for part, block in zip(parts, blocks, strict=True)]
+    return products[0] if len(products) == 1 else torch.cat(products, axis)
 
 
 def in_float64(t: Tensor) -> Tensor:

@@ -70,8 +70,12 @@ def best_factors(x: Tensor, c: int) -> tuple[Tensor, Tensor]:
     for _ in range(STEPS):
         basis = torch.linalg.qr(x.mT @ (x @ basis)).Q
     left = x @ basis
-    strongest = torch.linalg.eigh(left.mT @ left).eigenvectors[..., -c:].flip(-1)
-    return (left @ strongest).mT * size, (basis @ strongest).mT
+    strongest = torch.linalg.eigh(left.mT @ left).eigenvectors[..., -c:]
+    sides = left @ strongest, basis @ strongest
+    # Squares in float32 do not tell the weakest terms apart, which are put in order by what they are.
+    order = sides[0].norm(dim=1).argsort(1, descending=True)[:, None]
+    left, right = (side.gather(2, order.expand(-1, side.shape[1], -1)).mT for side in sides)
+    return left * size, right
 
 
 @cache
