@@ -821,6 +821,25 @@ def test_a_layer_called_compiled_and_not_in_one_block(tmp_path):
     assert rows.any() and torch.allclose(rows[:2], rows[2:], rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("options", [{"rank": 2}, {"projection": "none"}])
+@torch._functorch.config.patch(donated_buffer=False)  # for two passes through compiled code
+def test_a_model_is_compiled_between_blocks(tmp_path, options):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)), torch.randn(2, 3, 4)
+    run = loghook.init(tmp_path, on_repeat="all", **options)
+    run.watch(model)
+    for forward in (model, torch.compile(model, backend="aot_eager", fullgraph=True), model):
+        with run(data_id=[0, 1]):
+            forward(x).square().sum().backward()
+        with pytest.raises(DeliveryError, match="two backward passes"), run(data_id=[0, 1]):
+            loss = forward(x).square().sum()
+            loss.backward(retain_graph=True)
+            loss.backward()
+    run.finalize()
+    rows = torch.cat([block for _, block in loghook.load(tmp_path).blocks()])
+    assert rows.any() and torch.allclose(rows[:2], rows[2:4]) and torch.equal(rows[:2], rows[4:])
+
+
 def test_gradients_of_inputs_asked_for_in_a_block_are_no_rows(tmp_path):
     torch.manual_seed(0)
     model, x = nn.Sequential(nn.Linear(4, 3), nn.Tanh()), torch.randn(2, 5, 4, requires_grad=True)

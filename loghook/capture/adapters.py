@@ -82,7 +82,9 @@ def as_tokens(t: Tensor, channel_dim: int) -> Tensor:
     """Arrange (B, ..., C) or, with ``channel_dim=1``, (B, C, ...) as (B, S, C)."""
     if t.dim() == 2:
         return t.unsqueeze(1)
-    return t.flatten(2).transpose(1, 2) if channel_dim == 1 else t.flatten(1, -2)
+    if channel_dim == 1:
+        return t.flatten(2).transpose(1, 2)
+    return t if t.dim() == 3 else t.flatten(1, -2)
 
 
 _REGISTRY: dict[type[nn.Module], Adapter] = {}

@@ -26,35 +26,33 @@ def prepare(
 ) -> list[Slots]:
     """Make fresh leaves for every layer, and what its hook needs besides."""
     job, keep = common.job, common.kept
-    weights: dict[tuple[int, int], Tensor | None] = {}  # layers may share one
+    weights: dict[tuple[int, int], Tensor | None] = {}
     places: dict[tuple[torch.device, torch.dtype], Place] = {}
+    tokens: dict[tuple[int, int, Place], Tokens] = {}
     prepared: list[Slots] = []
     for layer in layers:
-        layer.fired = False
-        mask, mine = masks.get(layer.name), documents.get(layer.name)
-        key = id(mask), id(mine)
-        if key not in weights:
-            weights[key] = count(mask, keep, mine)
-        weight = weights[key]
         where = layer.device_and_dtype()
         if where not in places:
             places[where] = Place(common, *where)
         place = places[where]
-        input_side, held = job.open(layer, place)
-        slots = Slots(
-            layer=layer,
-            place=place,
-            leaves=job.leaves(layer, size, place.leaf),
-            input_side=input_side,
-            held=held,
-            tokens=Tokens(
-                samples=place.samples(size),
+        mask, mine = masks.get(layer.name), documents.get(layer.name)
+        given = id(mask), id(mine)
+        if given not in weights:
+            weights[given] = count(mask, keep, mine)
+        weight = weights[given]
+        key = *given, place
+        if key not in tokens:  # most layers share theirs
+            tokens[key] = Tokens(
+                samples=place.zero.expand(size),
                 documents=None if mine is None else Documents(*(place.to(t) for t in mine)),
                 mask=None if weight is None else place.to(weight, place.dtype),
                 keep=None if keep is None or mine is not None else place.to(keep, place.dtype),
-            ),
-        )
-        slots.leaves.main.register_post_accumulate_grad_hook(lambda _, slots=slots: slots.count())
+            )
+        inputs, held = job.open(layer, place)
+        slots = Slots(layer, place, job.leaves(layer, size, place.leaf), inputs, held, tokens[key])
+        # What register_post_accumulate_grad_hook does, whose handle takes longer than all else of a leaf.
+        slots.leaves.main._post_accumulate_grad_hooks = {0: slots.count}
+        layer.fired = False
         prepared.append(slots)
     return prepared
 

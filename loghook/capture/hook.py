@@ -11,8 +11,9 @@ from torch.utils.hooks import RemovableHandle
 
 from loghook.capture.compiling import BLOCKS
 from loghook.capture.experts import ExpertProjection
+from loghook.capture.jobs import Shared
 from loghook.capture.layers import Layer, Slots
-from loghook.capture.tap import Misfit, Tap
+from loghook.capture.tap import CompiledTap, Misfit, Tap
 from loghook.capture.work import sum_tokens
 from loghook.errors import BatchError, UnsupportedError
 
@@ -58,15 +59,17 @@ def _put_tap(
         if not compiling:
             slots.run(graph=False)
         return None
-    _require_backward(layer)
-    x = args[0] if args else kwargs.get(first)
-    if not isinstance(x, Tensor) or not isinstance(y, Tensor):
-        raise UnsupportedError(
-            f"layer {layer.name!r} takes {type(x).__name__} and returns {type(y).__name__}, no tensors: exclude it."
-        )
-    _require_whole(layer, x, y)
+    if not compiling:
+        _require_backward(layer)
+    x: Any = args[0] if args else kwargs.get(first)
+    if type(x) is not Tensor or type(y) is not Tensor:
+        _require_tensors(layer, x, y)
+    early = None if compiling else slots.early
     try:
-        projected = _projected(layer, slots, module, x)
+        if early is not None and early[0] is x and early[1] == x._version:
+            projected = early[2]
+        else:
+            projected = _projected(layer, slots, module, x)
         documents, weight = _tokens(layer, slots, projected)
     except BatchError as error:
         if compiling:
@@ -74,29 +77,39 @@ def _put_tap(
         # A call on something else than the batch does no harm where the loss does not depend on it: DoRA multiplies
         # an adapter's matrices by calling them on an identity, and detaches the product.
         slots.misfit = error.with_traceback(None)  # whose frames would hold the activations of all that called
-        return Misfit.apply(y, slots.leaves.main, slots.misfit)
-    activations = None
-    if slots.leaves.activations is not None:
-        activations = _sum_inputs(layer, slots, x, projected, documents, weight)
-    how = slots.place.block.job.kind, layer.adapter.channel_dim, layer.batch_dim
-    call = y, projected, weight, documents, activations, how
+        return Misfit.apply(y, slots.place.anchor, slots.misfit)
+    summed = slots.leaves.activations is not None
+    activations = _sum_inputs(layer, slots, x, projected, documents, weight) if summed else None
     if compiling:
-        return Tap.apply(*call, None, *slots.leaves, *slots.held)
+        how = slots.place.block.job.kind, layer.adapter.channel_dim, layer.batch_dim
+        return CompiledTap.apply(y, projected, weight, documents, activations, how, *slots.leaves, *slots.held)
     layer.fired, layer.computes_in, slots.early = True, y.dtype, None
     slots.run(graph=True)
-    return Tap.apply(*call, slots, *slots.leaves)
+    return Tap.apply(y, slots.place.anchor, slots, projected, weight, documents, activations)
+
+
+def _require_tensors(layer: Layer, x: Any, *others: Any) -> None:
+    """Raise where a layer takes or returns no tensors, or such as ranks share, whatever their mesh is called.
+
+    FSDP gathers weights only.
+    """
+    for t in (x, *others):
+        if not isinstance(t, Tensor):
+            kind = type(t).__name__
+            raise UnsupportedError(f"layer {layer.name!r} takes or returns a {kind}, no tensor: exclude it.")
+        if type(t).__name__ == "DTensor":
+            raise UnsupportedError(
+                f"layer {layer.name!r} takes or returns a DTensor, as under tensor or sequence parallelism, and a "
+                "rank's rows would be partial: use data parallelism (DDP or FSDP) for the logging pass."
+            )
 
 
 def _projected(layer: Layer, slots: Slots, module: nn.Module, x: Tensor) -> Tensor:
     """The layer's input in projected space, (B, S, k_in) or, in groups, (B, S, G, k_in)."""
-    if slots.early is not None and slots.early[0] is x and slots.early[1] == x._version:
-        return slots.early[2]
-    shares = slots.place.device.type != "cpu" and not torch.compiler.is_compiling() and _may_share(layer, slots, x)
+    if slots.place.device.type != "cpu" and not torch.compiler.is_compiling() and _may_share(layer, slots, x):
+        return _regrouped(layer, slots, _project_once(layer, slots, module, x))
     with torch.no_grad():  # an adapter may read the module's parameters
-        if shares:
-            projected = _project_once(layer, slots, module, x)
-        else:
-            projected = layer.adapter.project(module, _batch_first(layer, slots, x), slots.input_side, layer.spec.bias)
+        projected = layer.adapter.project(module, _batch_first(layer, slots, x), slots.input_side, layer.spec.bias)
     projected = _regrouped(layer, slots, projected)
     if slots.input_side.matrix is None and not x.requires_grad and _is_part_of(projected, x):
         return projected.clone()  # autograd keeps it not: the program may write its next batch there
@@ -105,11 +118,12 @@ def _projected(layer: Layer, slots: Slots, module: nn.Module, x: Tensor) -> Tens
 
 def _tokens(layer: Layer, slots: Slots, projected: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Which tokens make a row, and how much each counts; as in ``Call``."""
-    seen = slots.place.block.tokens
-    if isinstance(layer.module, ExpertProjection):
-        return slots.tokens.routed(layer.name, layer.module.token_N, layer.module.total, seen.get(layer.part, ()))
-    if not torch.compiler.is_compiling():
-        seen.setdefault(layer.part, set()).add(projected.shape[:2].numel())
+    seen = slots.place.block.seen
+    if seen is not None:
+        if isinstance(layer.module, ExpertProjection):
+            return slots.tokens.routed(layer.name, layer.module.token_N, layer.module.total, seen.get(layer.part, ()))
+        if not torch.compiler.is_compiling():
+            seen.setdefault(layer.part, set()).add(projected.shape[:2].numel())
     return slots.tokens.places(layer.name, projected), slots.tokens.weight(projected)
 
 
@@ -141,8 +155,9 @@ def _project_early(layer: Layer, module: nn.Module, args: tuple[Any, ...]) -> No
         return
     _require_backward(layer)
     x = args[0]
-    _require_whole(layer, x)
-    if isinstance(x, Tensor) and _may_share(layer, slots, x):
+    if type(x) is not Tensor:
+        _require_tensors(layer, x)
+    if _may_share(layer, slots, x):
         with suppress(BatchError):  # which the other hook raises
             slots.early = x, x._version, _regrouped(layer, slots, _project_once(layer, slots, module, x))
 
@@ -165,13 +180,15 @@ def _may_share(layer: Layer, slots: Slots, x: Tensor) -> bool:
 
 
 def _project_once(layer: Layer, slots: Slots, module: nn.Module, x: Tensor) -> Tensor:
-    """Project an input, or take what another layer made of it, which is kept alive, so that its address is its own."""
-    place, side, x = slots.place, slots.input_side, _batch_first(layer, slots, x)
-    precision = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-    key = (x.data_ptr(), x._version, x.shape, x.stride(), x.dtype, x.is_neg(), precision, layer.adapter, side)
-    if place.shared is None or place.shared[0] != key:
-        place.shared = key, x, layer.adapter.project(module, x, side, layer.spec.bias)
-    return place.shared[2]
+    """Project an input, or take what another layer made of it."""
+    place, side, adapter = slots.place, slots.input_side, layer.adapter
+    device = place.device.type
+    precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+    x = _batch_first(layer, slots, x)
+    if place.shared is None or not place.shared.serves(x, precision, adapter, side):
+        projected = adapter.project(module, x, side, layer.spec.bias)
+        place.shared = Shared(x, x._version, precision, adapter, side, projected)
+    return place.shared.projected
 
 
 def _is_part_of(t: Tensor, other: Tensor) -> bool:
@@ -180,18 +197,9 @@ def _is_part_of(t: Tensor, other: Tensor) -> bool:
 
 def _require_backward(layer: Layer) -> None:
     """Raise inside torch.func's transforms: they have no backward pass that a tap could be in."""
-    if not torch.compiler.is_compiling() and torch._C._functorch.peek_interpreter_stack() is not None:
+    if torch._C._functorch.peek_interpreter_stack() is not None:
         raise UnsupportedError(
             f"layer {layer.name!r} ran inside a transform of torch.func (grad, vmap): log a plain loss.backward()."
-        )
-
-
-def _require_whole(layer: Layer, *tensors: Any) -> None:
-    """Raise where ranks share a layer's input or output, whatever their mesh is called; FSDP gathers weights only."""
-    if any(type(t).__name__ == "DTensor" for t in tensors):
-        raise UnsupportedError(
-            f"layer {layer.name!r} takes or returns a DTensor, as under tensor or sequence parallelism, and a rank's "
-            "rows would be partial: use data parallelism (DDP or FSDP) for the logging pass."
         )
 
 
@@ -201,19 +209,22 @@ def _batch_first(layer: Layer, slots: Slots, x: Tensor) -> Tensor:
         raise UnsupportedError(
             f"layer {layer.name!r} got a nested tensor: give nn.TransformerEncoder enable_nested_tensor=False."
         )
-    least, shape = (2 if layer.spec.channels else 1), tuple(x.shape)  # indices need no axis for channels
+    least = 2 if layer.spec.channels else 1  # indices need no axis for channels
     if x.dim() < least:
-        raise BatchError(f"layer {layer.name!r} got an input of shape {shape}, without a batch: make it (1, ...).")
+        raise BatchError(
+            f"layer {layer.name!r} got an input of shape {tuple(x.shape)}, without a batch: make it (1, ...)."
+        )
     x = x.detach().to(slots.place.device)  # accelerate's hooks move inputs after this hook was given them
     if layer.spec.flattened:
         return x
     moved = layer.batch_dim and x.dim() > least  # (B, features) has no axis of tokens
     if moved:
         x = x.movedim(layer.batch_dim, 0)
-    tokens = slots.tokens
-    if tokens.documents is None and not isinstance(layer.module, ExpertProjection) and len(x) != tokens.size:
+    ids, documents = slots.tokens.samples, slots.tokens.documents
+    if documents is None and x.shape[0] != ids.shape[0] and not isinstance(layer.module, ExpertProjection):
+        shape = tuple(x.movedim(0, layer.batch_dim).shape if moved else x.shape)
         raise BatchError(
-            f"{len(x)} samples, {tokens.size} ids: layer {layer.name!r} got an input of shape {shape}, and its "
+            f"{len(x)} samples, {len(ids)} ids: layer {layer.name!r} got an input of shape {shape}, and its "
             f"{'second axis (batch_dim=1)' if moved else 'first axis'} must be the batch. Pass one id for each sample, "
             "segments= where a sample is several rows, segments={pattern: ...} where layers see other entries, watch("
             "..., batch_dim=1 or flattened=) for other axes; or exclude the layer if all samples share its input."

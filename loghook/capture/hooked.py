@@ -156,9 +156,10 @@ class Hooked:
         if job.projects:
             self._require_projection()
         kept = None if keep is None or keep.all() else torch.from_numpy(keep)
-        opened = prepare(self._layers, size, Block(job, factor, kept), masks, documents)
-        self._open = True
         experts = [layer.module.owner for layer in self._layers if isinstance(layer.module, ExpertProjection)]
+        common = Block(job, factor, kept, seen={} if experts else None)
+        opened = prepare(self._layers, size, common, masks, documents)
+        self._open = True
         try:
             with block(opened, masks) as captured, watched(experts), _kept_apart(self._mixing):
                 yield captured

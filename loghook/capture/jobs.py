@@ -14,13 +14,15 @@ Shape suffixes as in ``loghook.project.outer``; n layers.
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
-from loghook.capture.layers import Layer, Leaves, Slots
-from loghook.capture.work import Call, Held, wide_context
+from loghook.capture.adapters import Adapter
+from loghook.capture.layers import Layer, Leaves, Slots, deliver
+from loghook.capture.work import Call, Held, sum_tokens, wide_context
 from loghook.project.linear import UNITS
 from loghook.project.projection import Side
 
@@ -40,8 +42,34 @@ class Block:
     passes: set[int] = field(default_factory=set)  # autograd's numbers of outermost backward passes that delivered
     outermost: dict[int, int] = field(default_factory=dict)  # {a backward pass in which layers ran: the one around it}
     restarted: bool = False  # whether a layer ran forward after a delivery, outside of backward passes
-    # {part of the model, such as "layers.3": how many tokens of the batch its layers have seen, experts left out}
-    tokens: dict[str, set[int]] = field(default_factory=dict)
+    # {part of the model, such as "layers.3": how many tokens of the batch its layers have seen, experts left out}, or
+    # None where no experts are watched
+    seen: dict[str, set[int]] | None = None
+
+
+class Shared(NamedTuple):
+    """An input, with what tells it from others and by what it was projected, and the result."""
+
+    x: Tensor  # kept alive, so that its address is its own
+    version: int
+    precision: torch.dtype | None  # autocast's
+    adapter: Adapter
+    side: Side
+    projected: Tensor
+
+    def serves(self, x: Tensor, precision: torch.dtype | None, adapter: Adapter, side: Side) -> bool:
+        """Whether this is the same tensor, as it was then, projected in the same way."""
+        if self.side is not side or self.adapter is not adapter or self.precision != precision:
+            return False
+        mine = self.x
+        if self.version != x._version or mine.data_ptr() != x.data_ptr():
+            return False
+        return mine is x or (
+            mine.shape == x.shape
+            and mine.stride() == x.stride()
+            and mine.dtype == x.dtype
+            and mine.is_neg() == x.is_neg()
+        )
 
 
 @dataclass(eq=False)
@@ -54,12 +82,13 @@ class Place:
     _moved: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _waiting: dict[Hashable, list[tuple[Slots, Call]]] = field(default_factory=dict)
     _bytes: int = 0  # how many wait
-    _samples: Tensor | None = None
-    # The last input that layers may share: which tensor it was and by what it was projected, it itself, and the result.
-    shared: tuple[tuple[Any, ...], Tensor, Tensor] | None = None
+    shared: Shared | None = None  # the last input that layers may share
 
     def __post_init__(self) -> None:
         self.zero = torch.zeros((), device=self.device, dtype=self.dtype)
+        with torch.inference_mode(False):  # where a graph has no nodes
+            self.anchor = torch.zeros((), device=self.device, dtype=self.dtype, requires_grad=True)
+            self.anchored = get_gradient_edge(self.anchor).node
         if self.device.type == "cuda":
             UNITS.ask()
 
@@ -74,12 +103,6 @@ class Place:
             self._moved[key] = t, source.to(self.device, dtype, non_blocking=source is not t)
         return self._moved[key][1]
 
-    def samples(self, size: int) -> Tensor:
-        """A tensor of as many values as there are rows, (size,)."""
-        if self._samples is None or len(self._samples) != size:
-            self._samples = self.zero.expand(size)
-        return self._samples
-
     def leaf(self, *shape: int) -> Tensor:
         """A leaf. Nobody reads it, so that one stored value serves for all of them."""
         return self.zero.expand(shape).requires_grad_()
@@ -92,13 +115,26 @@ class Place:
             return torch.full((), scale, device=self.device, dtype=self.dtype)
         return (scale[:, None, None] if scale.dim() else scale).to(self.device, self.dtype)
 
-    def keep(self, slots: Slots, alike: Hashable, call: Call) -> None:
-        """Let a layer's call wait, with those that have an equal key, in the backward pass that is under way."""
+    def take(self, slots: Slots, call: Call, activations: Tensor | None) -> None:
+        """Deliver what the job makes of a layer's call, or let it wait for those that have an equal key."""
+        job, leaves = self.block.job, slots.leaves
         slots.count()
+        waits = job.defer(slots, call)
+        if waits is None:
+            made = job.work(call, slots.held, self.dtype, leaves.moments is not None)
+            outputs = None
+            if leaves.outputs is not None:
+                outputs = sum_tokens(call.g_BSO.to(self.dtype), call.weight_BS, call.documents_DL)
+            for leaf, value in zip(leaves[:4], (*made, activations, outputs), strict=True):
+                if leaf is not None and value is not None:
+                    deliver(leaf, value)
+            slots.delivered_calls += 1
+            return
+        alike, call = waits
         slots.waited += 1
         self._waiting.setdefault(alike, []).append((slots, call))
         self._bytes += call.x.nbytes + call.g_BSO.nbytes
-        if self._bytes >= self.block.job.limit * (1 if self.device.type == "cpu" else LARGER):
+        if self._bytes >= job.limit * (1 if self.device.type == "cpu" else LARGER):
             self.form()
 
     def close(self) -> None:

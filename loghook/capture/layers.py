@@ -34,6 +34,10 @@ class Layer:
     fired: bool = False  # its forward ran in this block
     computes_in: torch.dtype | None = None  # dtype of its last output
 
+    def __post_init__(self) -> None:
+        # The axis of samples: in a sequence-first model too it is the first of convolutions and flattened layers.
+        self.batch_dim = 0 if self.spec.flattened or self.adapter.channel_dim == 1 else self.spec.batch_dim
+
     @property
     def name(self) -> str:
         return self.spec.name
@@ -43,11 +47,6 @@ class Layer:
         """The part of the model that it is in, such as "layers.3"; of one without numbered parts its own name."""
         numbered = re.search(r"\.\d+(?=\.)", self.name)
         return self.name[: numbered.end()] if numbered else self.name
-
-    @property
-    def batch_dim(self) -> int:
-        """The axis of samples: in a sequence-first model too it is the first of convolutions and flattened layers."""
-        return 0 if self.spec.flattened or self.adapter.channel_dim == 1 else self.spec.batch_dim
 
     @property
     def sides(self) -> tuple[Side, Side]:
@@ -156,8 +155,8 @@ class Slots:
         elif self.quiet:  # else it is a loss of its own that the program computes in a hook
             self.ran_in = block.outermost[backward]
 
-    def count(self) -> None:
-        """Note that the backward pass that is under way delivers."""
+    def count(self, leaf: Tensor | None = None) -> None:
+        """Note that the backward pass that is under way delivers, to a leaf where it is compiled."""
         if self.closed and self.layer.slots is not None:
             self.layer.slots.stale = True
         backward = torch._C._current_graph_task_id()

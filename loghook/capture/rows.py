@@ -47,10 +47,11 @@ class Rows(Job[Captured]):
         self._moments = self.sums = moments
 
     def open(self, layer: Layer, place: Place) -> tuple[Side, Held]:
-        inputs, outputs = (side.to(place.device, _narrow(layer)) for side in layer.sides)
+        dtype = _narrow(layer)
+        inputs = layer.input_side.to(place.device, dtype)
         if layer.spec.bias:
             inputs.part()
-        return inputs, (outputs.matrix,)
+        return inputs, (layer.output_side.to(place.device, dtype).matrix,)
 
     def leaves(self, layer: Layer, size: int, leaf: Callable[..., Tensor]) -> Leaves:
         spec = layer.spec

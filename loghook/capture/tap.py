@@ -1,4 +1,4 @@
-"""The tap: an identity in the graph whose backward delivers a sample's row as the gradient of a leaf.
+"""The tap: an identity in the graph whose backward makes a sample's row of the output gradient that passes it.
 
 The life of a row, in a block:
 
@@ -8,12 +8,12 @@ The life of a row, in a block:
 3. Backward reaches the tap with the output's gradient, which goes on unchanged.
 4. The block's ``Job`` projects that gradient too, (B, S, O) to (B, S, k_out), and sums outer products over tokens: the
    row of a sample is (k_out, k_in), and its whole gradient is never formed.
-5. The tap returns the rows as the gradient of the layer's leaf. Or the call waits in a ``Place``, where rows of several
-   layers are formed at once, in larger products; they are then put where autograd would have.
+5. The rows are added to the ``.grad`` of the layer's leaf. Or the call waits in a ``Place``, where rows of several
+   layers are formed at once, in larger products. Compiled, the tap returns them as the leaf's gradient.
 6. The block ends, checks that every layer delivered once, and the job collects the leaves into one matrix of rows.
 
-A leaf is a tensor that nobody reads. Because rows arrive as *its gradient*, autograd itself does the bookkeeping: a
-layer called twice accumulates, a recomputed forward counts once, frozen parameters still build a graph from the first
+A leaf is a tensor that nobody reads. Taps are nodes of autograd's own graph, so that it does the bookkeeping: each call
+that reaches the loss delivers, a recomputed forward counts once, frozen parameters still build a graph from the first
 tap on, and ``torch.compile`` traces it without a break.
 """
 
@@ -24,67 +24,87 @@ from torch import Tensor
 
 from loghook.capture.adapters import as_tokens
 from loghook.capture.jobs import KINDS
-from loghook.capture.layers import Leaves, Slots
+from loghook.capture.layers import Slots
 from loghook.capture.work import Call, sum_tokens, wide_context
 from loghook.errors import UnsupportedError
 
-_PASSED = (None,) * 6  # gradients of all that is passed between output and leaves
-_FIRST, _END = 7, 12  # places of the leaves in what is passed
-_NOTHING: tuple[Tensor | None, ...] = (None,) * len(Leaves._fields)
-
 
 class Tap(torch.autograd.Function):
-    """Identity on a layer's output whose backward does a job's work on the call."""
+    """Identity on a layer's output whose backward does a job's work on the call, or lets the call wait for others.
+
+    Where nothing is compiled: what it delivers goes to the leaves directly, and ``anchor`` is a leaf that all layers of
+    a place share, for a graph also where the model is frozen.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         y: Tensor,  # the layer's output
-        x: Tensor,  # like the next three as in ``Call``
+        anchor: Tensor,
+        slots: Slots,
+        x: Tensor,  # like the next two as in ``Call``
         weight_BS: Tensor | None,
         documents_DL: Tensor | None,
         activations: Tensor | None,  # inputs summed over tokens, if they are logged
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight_BS, documents_DL, activations)
+        ctx.slots, ctx.ran_in = slots, slots.ran_in
+        return y.data  # see ``alias``, which takes ten times as long
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        (g,), slots = grads, ctx.slots
+        passed = (g, None, None, None, None, None, None)
+        if slots.closed:  # nobody will collect what is made of it
+            slots.count()
+            return passed
+        place, layer = slots.place, slots.layer
+        x, weight_BS, documents_DL, activations = ctx.saved_tensors
+        if ctx.ran_in != -1:
+            place.block.outermost[torch._C._current_graph_task_id()] = ctx.ran_in
+        # Sums over tokens run in float32 or wider, also where the user calls backward() under autocast.
+        with wide_context(g.device.type):
+            g_BSO = output_gradient(layer.adapter.channel_dim, layer.batch_dim, g, x)
+            # Not in autograd.grad, nor in backward(inputs=...).
+            if torch._C._will_engine_execute_node(place.anchored):
+                place.take(slots, Call(g_BSO, x, weight_BS, documents_DL), activations)
+        return passed
+
+
+class CompiledTap(torch.autograd.Function):
+    """The same for the compiler to trace: a pure function, whose results autograd adds up as gradients of leaves."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        y: Tensor,  # like the next four as a ``Tap`` takes them
+        x: Tensor,
+        weight_BS: Tensor | None,
+        documents_DL: Tensor | None,
+        activations: Tensor | None,
         how: tuple[str, int, int],  # kind of job; axes of features and of samples in `y`
-        slots: Slots | None,  # to let the call wait, or None where it is compiled
         main: Tensor,  # like the next four a leaf, see ``Leaves``
         moments: Tensor | None,
         activation_sums: Tensor | None,
         output_sums: Tensor | None,
         calls: Tensor | None,
-        *held: Tensor | None,  # what the job takes besides, where the call is compiled
+        *held: Tensor | None,  # what the job takes besides
     ) -> Tensor:
         ctx.save_for_backward(x, weight_BS, documents_DL, activations, *held)
-        ctx.how, ctx.slots, ctx.wide = how, slots, main.dtype
-        if slots is not None:
-            ctx.ran_in = slots.ran_in
+        ctx.how, ctx.wide = how, main.dtype
         return alias(y)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
-        (g,), slots = grads, ctx.slots
+        (g,), (kind, channel_dim, batch_dim) = grads, ctx.how
         x, weight_BS, documents_DL, activations, *held = ctx.saved_tensors
-        if slots is not None and slots.closed:  # nobody will collect what is made of it
-            slots.count()
-            return (g, *(None,) * (len(ctx.needs_input_grad) - 1))
-        if slots is not None and ctx.ran_in != -1:
-            slots.place.block.outermost[torch._C._current_graph_task_id()] = ctx.ran_in
-        # Sums over tokens run in float32 or wider, also where the user calls backward() under autocast.
         with wide_context(g.device.type):
-            kind, channel_dim, batch_dim = ctx.how
             call = Call(output_gradient(channel_dim, batch_dim, g, x), x, weight_BS, documents_DL)
-            delivered, waiting = _NOTHING, None if slots is None else slots.place.block.job.defer(slots, call)
-            if waiting is None:
-                _, need_moments, _, need_outputs, need_calls = ctx.needs_input_grad[_FIRST:_END]
-                held = held if slots is None else slots.held
-                main, moments = KINDS[kind].work(call, held, ctx.wide, need_moments)
-                outputs = sum_tokens(call.g_BSO.to(ctx.wide), weight_BS, documents_DL) if need_outputs else None
-                delivered = main, moments, activations, outputs, x.new_ones(1) if need_calls and slots is None else None
-                if need_calls and slots is not None and torch._C._will_engine_execute_node(ctx.next_functions[-1][0]):
-                    slots.delivered_calls += 1  # here, so that nobody waits for a device to know
-            # Not in autograd.grad, nor in backward(inputs=...); the last tensor that forward got is a leaf.
-            elif torch._C._will_engine_execute_node(ctx.next_functions[-1][0]):
-                slots.place.keep(slots, *waiting)
-        return g, *_PASSED, *delivered, *(None,) * (len(ctx.needs_input_grad) - _END)
+            _, need_moments, _, need_outputs, need_calls = ctx.needs_input_grad[6:11]
+            main, moments = KINDS[kind].work(call, held, ctx.wide, need_moments)
+            outputs = sum_tokens(call.g_BSO.to(ctx.wide), weight_BS, documents_DL) if need_outputs else None
+            calls = x.new_ones(1) if need_calls else None
+        return g, *(None,) * 5, main, moments, activations, outputs, calls, *(None,) * len(held)
 
 
 class Misfit(torch.autograd.Function):

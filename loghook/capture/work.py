@@ -15,6 +15,7 @@ from torch import Tensor
 from loghook.project.outer import gather_tokens, second_moment_grouped, sum_of_squares
 
 Held = Sequence[Tensor | None]  # what a job takes of a layer besides its calls
+_AS_IT_IS = contextlib.nullcontext()
 
 
 class Call(NamedTuple):
@@ -76,4 +77,4 @@ def wide_context(device: str) -> contextlib.AbstractContextManager[None]:
     """Switch autocast off; entering the context costs more than asking whether it is on."""
     if torch.compiler.is_compiling() or torch.is_autocast_enabled(device):
         return torch.autocast(device, enabled=False)
-    return contextlib.nullcontext()
+    return _AS_IT_IS

@@ -75,9 +75,10 @@ def products(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _is_ours(x: Tensor, weight: Tensor) -> bool:
-    if not x.is_cpu or torch.compiler.is_compiling() or x.numel() * len(weight) < LEAST:
+    columns = weight.shape[0]
+    if not x.is_cpu or torch.compiler.is_compiling() or x.numel() * columns < LEAST:
         return False
-    rows, columns = x.numel() // x.shape[-1], len(weight)
+    rows = x.numel() // x.shape[-1]
     return (
         min(rows, columns) > 1  # a product with a vector is as quick as the memory
         and (x.stride(-1) == 1 or columns >= WORTH_MOVING)
