@@ -45,9 +45,6 @@ class Solver(Protocol):
 class Identity:
     """No curvature: plain inner products."""
 
-    def to(self, like: Tensor) -> "Identity":
-        return self
-
     def apply(self, rows: Tensor) -> Tensor:
         return rows
 

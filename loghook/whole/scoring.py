@@ -15,7 +15,7 @@ from loghook.errors import CheckpointWarning, ConfigError, NotFiniteError, State
 from loghook.factors import Eigenbasis
 from loghook.influence.precondition import Metric
 from loghook.influence.scores import Scores
-from loghook.influence.solvers import Diagonal, Identity, nonzero
+from loghook.influence.solvers import Diagonal, nonzero
 from loghook.log.format import differ
 from loghook.log.query import Query, require_one_query
 from loghook.processes import all_gather
@@ -70,9 +70,7 @@ class Scoring(Blocks):
         self._parameters = of_factors if query is None else query.parameters
         self._ids: list[int | str] = []
         self._batches: list[Tensor] = []  # (layers or 1, samples, questions), each sample's own last where it is wanted
-        solvers = fit.solvers(metric)
-        self._job, self.lost = _job(fit, query, solvers, rank, own=query is None or self._normalize is not None)
-        self._norms = None if query is None or self._normalize != "unit" else _norms(fit, query, solvers)
+        self._job, self.lost, self._norms = _prepare(fit, query, metric, rank, self._normalize)
 
     @contextmanager
     def _block(self, data_id: Ids, given: Given) -> Iterator[None]:
@@ -136,18 +134,27 @@ class Scoring(Blocks):
         )
 
 
-def _job(
-    fit: "Fit", query: Query | None, solvers: Mapping[str, Diagonal | Identity], rank: int | None, *, own: bool
-) -> tuple[Products, float | None]:
-    """What the taps compute, and what low-rank questions lost; ``own`` asks for <G, H^-1 G> of each sample."""
+def _prepare(
+    fit: "Fit", query: Query | None, metric: Metric, rank: int | None, normalize: str | None
+) -> tuple[Products, float | None, Tensor | None]:
+    """What the taps compute, what low-rank questions lost, and for "unit" the roots of <q, H^-1 q>, (Q,) float32."""
+    own = query is None or normalize is not None  # <G, H^-1 G> of each sample is wanted too
+    count = 0 if query is None else len(query)
+    solvers, columns = fit.solvers(metric), fit._layout.columns
     questions: dict[str, tuple[Tensor, Tensor | None]] = {}
     inverse: dict[str, Tensor] = {}
     lost: list[float] = []
-    columns = fit._layout.columns
+    squares = torch.zeros(count, dtype=torch.float64, device="cpu")
     for layer in fit._layers:
         shape, (device, dtype) = (layer.spec.k_out, layer.spec.k_in), layer.device_and_dtype()
         rows = torch.empty(0, layer.spec.width, device="cpu") if query is None else query.matrix[:, columns[layer.name]]
-        solver, rows = _on(device, solvers[layer.name], rows)
+        solver = solvers[layer.name]
+        if device.type != "cpu" and isinstance(solver, Diagonal):
+            # To rotate wide questions takes longer than a pass on a processor: they go where the layer computes.
+            rows = rows.to(device)
+            solver = solver.to(rows)
+        if normalize == "unit":
+            squares += solver.quadratic(rows).cpu()
         if own and isinstance(solver, Diagonal):  # gradients are squared in the eigenbasis: questions go there too
             matrices, inverse[layer.name] = solver.rotated(rows), solver.inverse.to(device, dtype)
         else:
@@ -158,17 +165,9 @@ def _job(
         questions[layer.name] = left.to(device, dtype), None if right is None else right.to(device, dtype)
         lost.append(error)
     bases = {name: solver.basis for name, solver in solvers.items() if isinstance(solver, Diagonal)}
-    count = 0 if query is None else len(query)
     job = Products(questions, count, inverse, rotations(bases) or None) if own else Products(questions, count)
-    return job, None if rank is None else max(lost)
-
-
-def _on(device: torch.device, solver: Diagonal | Identity, rows: Tensor) -> tuple[Diagonal | Identity, Tensor]:
-    """A solver and questions where a layer computes: to rotate wide ones takes longer than a pass on a processor."""
-    if device.type == "cpu" or isinstance(solver, Identity):  # which has nothing to rotate
-        return solver, rows
-    rows = rows.to(device)
-    return solver.to(rows), rows
+    norms = squares.clamp(min=0).sqrt().float() if normalize == "unit" else None
+    return job, None if rank is None else max(lost), norms
 
 
 def rotations(bases: Mapping[str, Eigenbasis]) -> dict[str, Rotation]:
@@ -186,16 +185,6 @@ def rotations(bases: Mapping[str, Eigenbasis]) -> dict[str, Rotation]:
         recent = [*recent[-2:], own]
         found[name] = Rotation(own, outputs)
     return found
-
-
-def _norms(fit: "Fit", query: Query, solvers: Mapping[str, Diagonal | Identity]) -> Tensor:
-    """Roots of <q, H^-1 q>: (Q,) float32."""
-    columns = query.layout.columns
-    squares = query.matrix.new_zeros(len(query), dtype=torch.float64)
-    for layer in fit._layers:
-        solver, rows = _on(layer.device_and_dtype()[0], solvers[layer.name], query.matrix[:, columns[layer.name]])
-        squares += solver.quadratic(rows).cpu()
-    return squares.clamp(min=0).sqrt().float()
 
 
 def low_rank(matrices_QOI: Tensor, rank: int) -> tuple[Tensor, Tensor, float]:
