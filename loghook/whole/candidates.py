@@ -1,8 +1,7 @@
 """What ``tune`` tries: projections, ranks, dtypes and groups of layers that fit a budget, and ways to score them."""
 
 import itertools
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -57,34 +56,32 @@ def plans(
     dtypes: Sequence[str],
     limit: float,
     subsets: bool,
-) -> Iterator[tuple[dict[str, Any], list[str]]]:
+) -> list[tuple[dict[str, Any], list[str]]]:
     """Arguments of ``loghook.init`` and the dtypes in which such rows, or those of some layers, fit the budget."""
     widest = max(max(spec.widths) for spec in specs)
     names = [spec.name for spec in specs]
     smallest_sets = list(grouped(names).values()) if subsets else [names]
-    smallest: float = math.inf  # bytes of any row
+    fitting: list[tuple[dict[str, Any], list[str]]] = []
+    sizes: list[int] = []  # bytes of the smallest row of each kind, whether it fits or not
     for projection, rank in itertools.product(projections, ranks):
         if rank > widest:
             continue
-        most = widest if projection["projection"] == "none" else int(rank)
+        most = widest if projection["projection"] == "none" else rank
         projected = [replace(s, k_in=min(most, s.k_in), k_out=min(most, s.k_out)) for s in specs]
-        fits = []
-        for dtype in dtypes:
-            if dtype == "int1" and projection["projection"] != "whitened":
-                continue
-            layouts = [Layout(s for s in projected if s.name in group) for group in smallest_sets]
-            least = min(layout.codec(dtype).row_bytes for layout in layouts)
-            smallest = min(smallest, least)
-            fits += [dtype] * (least <= limit)
-        if fits:
-            yield projection | {"rank": rank}, fits
-    if smallest is math.inf:
+        layouts = [Layout(s for s in projected if s.name in group) for group in smallest_sets]
+        tried = [dtype for dtype in dtypes if dtype != "int1" or projection["projection"] == "whitened"]
+        smallest = {dtype: min(layout.codec(dtype).row_bytes for layout in layouts) for dtype in tried}
+        sizes += smallest.values()
+        if fits := [dtype for dtype, size in smallest.items() if size <= limit]:
+            fitting.append((projection | {"rank": rank}, fits))
+    if not sizes:
         raise ConfigError(
             f"nothing to try: ranks={list(ranks)} must not be above the widest layer's {widest:,}, and 'int1' takes a "
             f"whitened projection (dtypes={list(dtypes)}, projections={[p['projection'] for p in projections]})."
         )
-    if smallest > limit:
+    if not fitting:
         raise ConfigError(
-            f"bytes_per_sample={limit:,} is less than the smallest row to be tried takes ({smallest:,}): allow more, "
+            f"bytes_per_sample={limit:,} is less than the smallest row to be tried takes ({min(sizes):,}): allow more, "
             "or try lower ranks or fewer bits."
         )
+    return fitting

@@ -160,7 +160,7 @@ def tune(
     ranks = [whole("ranks", rank) for rank in np.atleast_1d(np.asarray(ranks, dtype=object))]
     for dtype in dtypes:
         choose("dtypes", dtype, DTYPES)
-    tried = list(plans(fit.specs, projections, ranks, dtypes, limit, subsets))
+    tried = plans(fit.specs, projections, ranks, dtypes, limit, subsets)
     damped: dict[str, Any] = {} if damping is None else {"damping": damping}
     refining = None if outputs is None or output_loss is None else (outputs, output_loss)
     if (outputs is None) != (output_loss is None):
