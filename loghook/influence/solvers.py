@@ -4,7 +4,6 @@ Each solver takes rows ``(n, k_out * k_in)``, flat, and offers ``apply`` (H^-1 G
 """
 
 import copy
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -30,16 +29,6 @@ def gram_basis(gram: Tensor, rounding: float = 1e-12) -> tuple[Tensor, Tensor]:
     values, vectors = torch.linalg.eigh(gram)
     real = values > rounding * values[-1]
     return values[real], vectors[:, real] / values[real].sqrt()
-
-
-class Solver(Protocol):
-    """The inverse of a layer's damped curvature."""
-
-    def apply(self, rows: Tensor) -> Tensor:
-        """H^-1 G for each row: (n, w)."""
-
-    def quadratic(self, rows: Tensor) -> Tensor:
-        """<G, H^-1 G> for each row: (n,)."""
 
 
 class Identity:
@@ -79,7 +68,7 @@ class Diagonal:
         self.basis = basis
         damped = eigenvalues + damping
         # A layer that never got a gradient has no curvature and no gradients either: it contributes nothing.
-        self.inverse = torch.where(damped > 0, 1 / damped, torch.zeros_like(damped))
+        self.inverse = torch.where(damped > 0, 1 / damped, 0)
         self._inverse_seen = self.inverse if unseen is None else self.inverse.masked_fill(unseen, 0)
 
     def to(self, like: Tensor) -> "Diagonal":
@@ -153,3 +142,6 @@ class LowRank:
     def _coordinates(self, rows: Tensor) -> Tensor:
         """In the basis: (n, w) -> (n, r)."""
         return rows @ self._rows.T @ self._mix
+
+
+Solver = Identity | Diagonal | Dense | LowRank

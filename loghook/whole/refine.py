@@ -362,7 +362,7 @@ def unrolled(rows: Tensor, store: FactorStore, columns: Mapping[str, slice], tim
         basis, values = store.bases[name], eigenvalues.double()
         rotated = basis.rotate(rows[:, columns[name]].unflatten(1, values.shape))
         left = torch.exp(-time * values)
-        moved = torch.where(values > 0, -torch.expm1(-time * values) / values, torch.full_like(values, time))
+        moved = torch.where(values > 0, -torch.expm1(-time * values) / values, time)
         directions[:, columns[name]] = basis.rotate_back(rotated * moved.to(rotated.dtype)).flatten(1)
         remaining[:, columns[name]] = basis.rotate_back(rotated * left.to(rotated.dtype)).flatten(1)
     return directions, remaining

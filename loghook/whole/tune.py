@@ -178,7 +178,7 @@ def tune(
     questions = _questions([fit], queries, loss)[0]
     if refining:
         questions = _refined(fit, questions, samples, *refining, **{"damping": DAMPING} | damped)
-    scoring = fit.score(questions, per_layer=judge is not None, **({} if refining else damped))
+    scoring = fit.score(questions, per_layer=judge is not None, **damped)
     scorings = [{"method": one} if isinstance(one, str) else one for one in methods]
     candidates: list[Candidate] = []
     with tempfile.TemporaryDirectory(prefix="loghook-tune-") as folder:
