@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from loghook.capture.batch import Blocks, Given, Ids, check_ids
-from loghook.capture.session import Repeats
 from loghook.capture.whole import Products, Rotation
 from loghook.errors import CheckpointWarning, ConfigError, NotFiniteError, StateError, warn
 from loghook.factors import Eigenbasis
@@ -64,7 +63,6 @@ class Scoring(Blocks):
         """Without a query each sample is scored against itself."""
         self._fit, self._query, self._metric, self._per_layer = fit, query, metric, per_layer
         self._normalize = None if query is None else metric.normalize
-        self._repeats = Repeats()
         # What the samples should be scored at; None for directions of SOURCE, which belong to other checkpoints.
         of_factors = None if metric.plain else fit._require_store().parameters
         self._parameters = of_factors if query is None else query.parameters
@@ -74,7 +72,7 @@ class Scoring(Blocks):
 
     @contextmanager
     def _block(self, data_id: Ids, given: Given) -> Iterator[None]:
-        """Score the samples of one batch; an id that comes again is scored once."""
+        """Score the samples of one batch; of an id that comes again the first scores count."""
         ids = check_ids(data_id)
         if not self._batches and self._parameters and differ(self._fit.digest(), self._parameters):
             warn(
@@ -82,7 +80,6 @@ class Scoring(Blocks):
                 "that checkpoint first.",
                 CheckpointWarning,
             )
-        keep, _ = self._repeats.keep(ids, "first")
         with self._fit._capture(len(ids), given, self._job) as captured:
             yield
         results = captured[0]
@@ -99,9 +96,8 @@ class Scoring(Blocks):
                 "kept: look at the loss of these samples; take a larger damping where there is next to no curvature.",
                 odd,
             )
-        self._ids += self._repeats.pending(ids, "first")
-        self._repeats.met(ids)
-        self._batches.append(scores[:, torch.from_numpy(keep)])
+        self._ids += ids
+        self._batches.append(scores)
 
     def scores(self) -> Scores:
         """The scores of all samples so far, of all processes: the same on each of them."""
@@ -113,7 +109,7 @@ class Scoring(Blocks):
             raise StateError("nothing was scored: run the loop with `with scoring(data_id=...):` first.")
         places: dict[Any, int] = {}
         for place, data_id in enumerate(data_id for ids, _ in processes for data_id in ids):
-            places.setdefault(data_id, place)  # what several processes scored counts once
+            places.setdefault(data_id, place)
         by_layer = torch.cat(batches, 1)[:, list(places.values())].transpose(1, 2)
         if self._normalize is not None:  # without questions there is nothing but each sample's own
             by_layer, squares = by_layer[:, :-1], by_layer[:, -1:].sum(0)
