@@ -138,13 +138,13 @@ def sweep(
     return Sweep(tuple(settings), f"LDS on {len(choose)} queries")
 
 
-def held_out_likelihood(log: Reader, dampings: Sequence[float], seed: int = 0) -> Iterator[tuple[float, float]]:
+def held_out_likelihood(log: Reader, dampings: Sequence[float], seed: int = 0) -> list[tuple[float, float]]:
     """Score dampings of the Fisher by a proper scoring rule, without any ground truth.
 
     With H = mean of vec(G) vec(G)^T over a random half of the rows, the mean over the other half of
     ``log N(vec(G); 0, H + d I)``, summed over layers.
 
-    Yields:
+    Returns:
         Each damping with its log-likelihood, in nats a value of a row.
     """
     if len(log) < 4:
@@ -157,7 +157,7 @@ def held_out_likelihood(log: Reader, dampings: Sequence[float], seed: int = 0) -
             for width, (held_out, fitted), outside in _second_moments(log, group, torch.from_numpy(fit)):
                 totals += _log_likelihood(width, held_out, fitted, outside, dampings)
                 progress.update()
-    yield from zip(dampings, (totals / log.layout.gradient_width).tolist(), strict=True)
+    return list(zip(dampings, (totals / log.layout.gradient_width).tolist(), strict=True))
 
 
 def _second_moments(log: Reader, group: Sequence[LayerSpec], fit: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
