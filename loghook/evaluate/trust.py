@@ -19,7 +19,7 @@ from loghook.influence import engine
 from loghook.influence.fidelity import correlations, shared_top
 from loghook.influence.precondition import Metric, progress
 from loghook.influence.scores import Scores, strongest
-from loghook.log.format import LayerSpec, Layout, Made
+from loghook.log.format import LayerSpec, Layout
 from loghook.log.query import Query, require_query
 from loghook.log.reader import Reader
 from loghook.log.source import Source
@@ -264,7 +264,7 @@ class Part(Source):
     def __init__(self, whole: Reader, part: int, parts: int, seed: int = 0) -> None:
         """Take the ``part``-th of ``parts`` equal shares of every projected side; ``seed`` deals them out."""
         super().__init__()
-        self.path, self.manifest, self.data_ids = whole.path, whole.manifest, whole.data_ids
+        self.path, self.data_ids = whole.path, whole.data_ids
         self.warned = True  # the whole log has said that it is not finished
         self._whole = whole
         specs, columns, scale, moments = [], [], [], []
@@ -283,21 +283,14 @@ class Part(Source):
             moments.append((outputs.start + out[:, None] * spec.k_out + out).reshape(-1))
             moments.append(np.array([count]))
         self.layout = Layout(specs)
-        self._made = Made(self.layout.layers, "part", self.manifest.seed)  # only a query that was cut alike fits
+        # Only a query that was cut alike fits. Without a seal, what is computed from a part is not kept with the log.
+        self.manifest = replace(whole.manifest, layers=self.layout.layers, sealed=None)
         self.codec = self.layout.codec("float64" if whole.dtype == torch.float64 else "float32")  # blocks come decoded
         self._columns, self._scale = torch.from_numpy(np.concatenate(columns)), torch.from_numpy(np.concatenate(scale))
         self._moments = np.concatenate(moments)  # places of its own among those of the whole
 
-    @property
-    def made(self) -> Made:
-        return self._made
-
-    @property
-    def seal(self) -> None:
-        """No name: what is computed from a part is not kept with the log."""
-
     def query(self, query: Query) -> Query:
-        return Query(query.data_ids, self._cut(query.matrix), self._made)
+        return Query(query.data_ids, self._cut(query.matrix), self.made)
 
     def blocks(
         self, rows: int | None = None, share: tuple[int, int] = (0, 1), *, stored: bool = False
