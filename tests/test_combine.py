@@ -29,6 +29,14 @@ def test_pairs_are_matched_by_their_ids_and_weighted():
     np.testing.assert_allclose(Scores.combine([one, other]).values, [[5.5, 11, 16.5], [22, 27.5, 33]])
 
 
+def test_candidates_are_one_list_for_each_question_all_equally_long():
+    scores = made([[1, 2, 3], [4, 5, 6]])
+    np.testing.assert_array_equal(scores.among([[1, 3], [3, 2]]).values, [[3, 1], [6, 5]])
+    for wrong in ([[1, 2]], [[1, 2], [3]]):
+        with pytest.raises(ConfigError, match="pass one for each, all equally long"):
+            scores.among(wrong)
+
+
 def test_standardized_scores_speak_equally_loud_for_each_question():
     rng = np.random.default_rng(0)
     one, other = rng.normal(size=(2, 3)), rng.normal(size=(2, 3)) * [[1e4], [1e-4]]

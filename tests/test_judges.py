@@ -165,6 +165,9 @@ ONES = np.ones((2, 5))
         (lambda: recall_at(ONES, [[1, 1], [2]], 2), "each once"),
         (lambda: recall_at(ONES, [[0.5], [2]], 2), "whole numbers"),
         (lambda: mrr(ONES, np.ones((2, 4), bool)), "one set for each query"),
+        (lambda: mrr(ONES, {0: [1], 1: [2]}), "a dict, which has no order"),
+        (lambda: controls.bm25("the cat", ["a"]), "queries is a single text"),
+        (lambda: controls.bm25(["the cat"], []), "documents is empty"),
         (lambda: controls.cosine(ONES, np.ones((3, 4))), "do not fit"),
     ],
 )

@@ -114,6 +114,7 @@ def test_layers_that_fit_in_memory_share_a_scan(tmp_path, monkeypatch):
 
 def test_what_cannot_be_swept_is_refused(tmp_path):
     log, query, _ = make_log(tmp_path)
+    six = twice(query)
     for arguments, says in (
         ({"methods": ("ekfac",)}, "cannot be tuned without retraining"),
         ({"members": np.ones((2, 40), bool)}, "the two, or neither"),
@@ -121,6 +122,8 @@ def test_what_cannot_be_swept_is_refused(tmp_path):
         ({"dampings": ()}, "none to try"),
         ({"dampings": (0.1, -1)}, "damping=.*positive"),
         ({"methods": "ekfac"}, "cannot be tuned without retraining"),
+        ({"methods": []}, "methods=.. has none"),
+        ({"query": six, "members": 5, "losses": np.zeros((2, 6))}, r"must be .*\(1, 6\)"),
     ):
         with pytest.raises(ConfigError, match=says):
             sweep(log, **arguments)

@@ -253,6 +253,13 @@ def test_rows_that_cannot_fit_the_budget_are_not_tried():
     assert other.reference == "ekfac (whole gradients), damping 0.5"
 
 
+def test_whole_gradients_are_tried_once_whatever_the_ranks():
+    model, _, fit, samples, queries = setting()
+    options = {"projections": [{"projection": "none"}], "dtypes": ("float32",), "methods": ["dot"], "subsets": False}
+    tuned = loghook.tune(fit, samples, queries, lambda b: loss(model, b), ranks=(8, 2, 4), **options)
+    assert len(tuned.candidates) == 1
+
+
 def test_groups_that_fit_the_budget_are_found_where_the_best_one_does_not():
     model, _, fit, samples, queries = setting()
     options = {"ranks": (8,), "dtypes": ("float32",), "projections": [{"projection": "random"}]}

@@ -52,7 +52,15 @@ def bm25(queries: Sequence[str], documents: Sequence[str], *, k1: float = 1.5, b
 
     Returns:
         float64 (queries, documents).
+
+    Raises:
+        ConfigError: a single text in place of a list, or no documents.
     """
+    for name, texts in (("queries", queries), ("documents", documents)):
+        if isinstance(texts, str):
+            raise ConfigError(f"{name} is a single text: pass a list of them.")
+    if not len(documents):
+        raise ConfigError("documents is empty, so that words have no frequencies: pass some.")
     counts = [Counter(_words(document)) for document in documents]
     lengths = np.array([sum(count.values()) for count in counts], dtype=np.float64)
     norm = k1 * (1 - b + b * lengths / max(lengths.mean(), 1.0))

@@ -6,7 +6,7 @@ queries; for others, pass an estimate's ``per_query`` to ``loghook.evaluate.lds.
 values that are not finite and numbers out of range raise ConfigError.
 """
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -185,6 +185,8 @@ def _chance_within(scores_QN: NDArray[np.float64], k: int) -> NDArray[np.float64
 
 
 def _relevant(relevant: Relevant, shape: tuple[int, ...]) -> NDArray[np.bool_]:
+    if isinstance(relevant, Mapping):
+        raise ConfigError("relevant is a dict, which has no order: pass a list with one set of places for each query.")
     sets = [np.asarray(list(samples)) for samples in relevant]  # for each query bools or places
     # Places repeat none, so that a 0 or 1 for each of three or more samples can only mean what bools mean.
     if len({samples.shape for samples in sets}) == 1 and all(

@@ -103,8 +103,9 @@ def sweep(
     """
     tried = [positive("damping", damping) for damping in np.atleast_1d(dampings)]
     methods = [methods] if isinstance(methods, str) else None if methods is None else list(methods)
-    if not tried:
-        raise ConfigError("dampings=[] has none to try: pass some positive numbers.")
+    if not tried or methods == []:
+        empty, remedy = ("methods", "name some") if tried else ("dampings", "pass some positive numbers")
+        raise ConfigError(f"{empty}=[] has none to try: {remedy}.")
     if (members is None) != (losses is None):
         raise ConfigError("ground truth is both members= and losses=: pass the two, or neither.")
     if members is None or losses is None:
@@ -117,7 +118,7 @@ def sweep(
         return Sweep(tuple(settings), "log-likelihood of held-out rows, nats a value")
     if query is None or len(query) < 4:
         raise ConfigError("sweep against ground truth needs a query of at least 4 questions: half of them choose.")
-    losses, expected = floats("losses", losses, 2), (len(np.asarray(members)), len(query))
+    losses, expected = floats("losses", losses, 2), (len(np.atleast_1d(members)), len(query))
     if losses.shape != expected:
         raise ConfigError(
             f"losses {losses.shape} must be (retrainings, queries), here {expected}: a row for each row of "

@@ -136,9 +136,10 @@ class Scores:
         Raises:
             ConfigError: if one of them was not scored.
         """
-        if len(candidates) != len(self.query_ids):
+        if len(candidates) != len(self.query_ids) or len({len(ids) for ids in candidates}) > 1:
             raise ConfigError(
-                f"{len(candidates)} lists of candidates for {len(self.query_ids)} questions: pass one each."
+                f"{len(candidates)} lists of {sorted({len(ids) for ids in candidates})} candidates for "
+                f"{len(self.query_ids)} questions: pass one for each, all equally long."
             )
         row_of = {data_id: row for row, data_id in enumerate(self.data_ids)}
         if missing := [i for ids in candidates for i in ids if i not in row_of]:

@@ -64,9 +64,10 @@ def plans(
     fitting: list[tuple[dict[str, Any], list[str]]] = []
     sizes: list[int] = []  # bytes of the smallest row of each kind, whether it fits or not
     for projection, rank in itertools.product(projections, ranks):
-        if rank > widest:
+        whole = projection["projection"] == "none"  # of which a rank makes nothing else
+        if rank > widest or (whole and rank > min(ranks)):
             continue
-        most = widest if projection["projection"] == "none" else rank
+        most = widest if whole else rank
         projected = [replace(s, k_in=min(most, s.k_in), k_out=min(most, s.k_out)) for s in specs]
         layouts = [Layout(s for s in projected if s.name in group) for group in smallest_sets]
         tried = [dtype for dtype in dtypes if dtype != "int1" or projection["projection"] == "whitened"]
