@@ -5,6 +5,7 @@ import contextlib
 import importlib
 import io
 import json
+import math
 import operator
 import os
 import platform
@@ -155,11 +156,19 @@ def setting(arguments: argparse.Namespace, *names: str) -> dict[str, Any]:
 
 
 def write(name: str, result: dict[str, Any]) -> None:
-    """Write a benchmark's result as JSON, with the machine that gave it."""
+    """Write a benchmark's result as JSON, with the machine that gave it; what is no number, as null."""
     RESULTS.mkdir(exist_ok=True)
-    result = {"benchmark": name, "machine": machine()} | result
-    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+    result = _numbers({"benchmark": name, "machine": machine()} | result)
+    (RESULTS / f"{name}.json").write_text(json.dumps(result, indent=1, allow_nan=False) + "\n")
     print(f"  written to {RESULTS.name}/{name}.json")
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _numbers(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_numbers(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def written(name: str) -> dict[str, Any]:

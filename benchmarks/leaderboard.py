@@ -363,9 +363,15 @@ def show(task: Any, table: list[dict[str, Any]]) -> None:
             continue
         print(
             f"{row['method']:<46}{row['lds']:>7.3f}  {row['low']:>6.3f} to {row['high']:<7.3f}"
-            f"{row.get('pearson', math.nan):>6.3f}{row.get('recall', math.nan):>6.2f}"
-            f"{row['seconds']:>9.1f}{row['bytes']:>10,.0f}{row['peak_mb']:>9,.0f}"
+            f"{_number(row, 'pearson'):>6.3f}{_number(row, 'recall'):>6.2f}{_number(row, 'seconds'):>9.1f}"
+            f"{_number(row, 'bytes'):>10,.0f}{_number(row, 'peak_mb'):>9,.0f}"
         )
+
+
+def _number(row: dict[str, Any], key: str) -> float:
+    """A value of a row, or nan where there is none, which is null in the file."""
+    value = row.get(key)
+    return math.nan if value is None else value
 
 
 def markdown(task: Any, rows: list[dict[str, Any]]) -> str:
@@ -383,7 +389,7 @@ def markdown(task: Any, rows: list[dict[str, Any]]) -> str:
         cells = [row["method"], f"{row['lds']:.3f}", f"{row['low']:.3f} to {row['high']:.3f}"]
         forms = {"pearson": ".3f", "recall": ".2f", "seconds": ".1f", "bytes": ",.0f", "peak_mb": ",.0f"}
         for key, form in forms.items():
-            value = row.get(key, math.nan)
+            value = _number(row, key)
             cells.append(
                 "" if math.isnan(value) or (key in ("seconds", "bytes") and not value) else format(value, form)
             )

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from _common import write
+from _common import Parser, write
 from digits import Recipe, digits, load, logged, models
 from tqdm import tqdm
 
@@ -41,6 +41,7 @@ def ekfac_likelihood(log: loghook.Log) -> np.ndarray:
 
 
 def main() -> None:
+    a = Parser(__doc__).start()
     data, truth = digits(), load()
     trained = models(data, Recipe(), 3)
     dampings: list[dict[str, Any]] = []
@@ -103,9 +104,9 @@ def main() -> None:
             f"rank {row['rank']:<4}{row['method']:<8}{row['damping']:<6g}{row['correlation']:.3f} ({r})  "
             f"{row['top_10']:.1f} ({ten})"
         )
-    write("reliability", {"dampings": dampings, "seeds": seeds})
+    if a.save:
+        write("reliability", {"dampings": dampings, "seeds": seeds})
 
 
 if __name__ == "__main__":
-    torch.set_num_threads(1)
     main()
