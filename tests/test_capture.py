@@ -475,8 +475,9 @@ def assumed():
 
 
 def test_the_compiler_is_left_as_it_was(tmp_path):
-    """By blocks of two runs that overlap, and by one that fails."""
+    """By blocks of two runs that overlap, and by one that fails; that modules have no hooks, when both are closed."""
     before, runs = assumed(), []
+    *others, hooks = before
     for i in range(2):
         model = nn.Linear(4, 3)
         runs.append((loghook.init(tmp_path / str(i), rank=2), model))
@@ -489,10 +490,29 @@ def test_the_compiler_is_left_as_it_was(tmp_path):
         assert not any(assumed())
         model(torch.randn(1, 4)).sum().backward()
         block.__exit__(None, None, None)
-    assert assumed() == before
+    assert assumed() == [*others, False]
     with pytest.raises(DeliveryError), runs[0][0](data_id=[1]):
         pass
-    assert assumed() == before
+    assert assumed() == [*others, False]
+    for (run, _), left in zip(runs, (False, hooks), strict=True):
+        run.close()
+        assert assumed() == [*others, left]
+
+
+def test_code_of_an_equal_model_does_not_serve_for_a_watched_one(tmp_path):
+    """As where a program compares a step with logging with one of another model without."""
+    x = torch.randn(2, 3, 4)
+    logged, plain = (nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3)) for _ in range(2))
+    compiled = [torch.compile(model, backend="aot_eager") for model in (logged, plain)]
+    run = loghook.init(tmp_path, rank=2)
+    run.watch(logged)
+    for step in range(3):
+        compiled[1](x).sum().backward()
+        with run(data_id=[2 * step, 2 * step + 1]):
+            compiled[0](x).sum().backward()
+    run.finalize()
+    rows = torch.cat([block for _, block in loghook.load(tmp_path).blocks()]).view(3, -1)
+    assert rows.any() and torch.equal(rows[0], rows[1]) and torch.equal(rows[0], rows[2])
 
 
 def test_the_compiler_is_left_as_it_was_in_each_thread():

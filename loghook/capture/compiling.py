@@ -15,21 +15,23 @@ from torch import nn
 
 from loghook.capture.layers import Layer
 
+# A module without hooks has none: the code of such a layer would serve for an equal one that is watched.
+_NO_HOOKS = "skip_nnmodule_hook_guards"
 _ASSUMPTIONS = (
     # Tensors there are of fixed size: it would compile anew for each size of a batch.
     "force_nn_module_property_static_shapes",
     # What hooks hold does not change: versions before torch 2.13 do not look at it again.
     "use_recursive_dict_tags_for_guards",
-    # A module without hooks has none: the code of such a layer would serve for an equal one that is watched.
-    "skip_nnmodule_hook_guards",
+    _NO_HOOKS,
 )
 
 
 class OpenBlocks:
     """How many blocks are open; in the threads that opened them the compiler assumes nothing of what layers hold.
 
-    From torch 2.13 on its settings are each thread's own. In autograd's threads, which recompute what a reentrant
-    checkpoint on a GPU ran, they stay as they are.
+    That modules have no hooks it does not assume while a model is watched: code of an equal model, compiled between two
+    blocks, would serve in the second. From torch 2.13 on its settings are each thread's own. In autograd's
+    threads, which recompute what a reentrant checkpoint on a GPU ran, they stay as they are.
 
     Attributes:
         any: whether any is: in a global, at which compiled code always looks, also if it was compiled without a block.
@@ -37,29 +39,59 @@ class OpenBlocks:
 
     def __init__(self) -> None:
         self.any = False
-        self._count, self._lock, self._here = 0, threading.Lock(), _Here()
+        self._count, self._watched, self._lock, self._here = 0, 0, threading.Lock(), _Here()
         self._assumed: dict[str, bool] = {}  # before the first was opened
+
+    def watch(self) -> "Watched":
+        """Note that a model is watched, until what is returned is removed."""
+        with self._lock:
+            self._watched += 1
+            self._doubt(_NO_HOOKS)
+        return Watched(self)
+
+    def unwatch(self) -> None:
+        with self._lock:
+            self._watched -= 1
+            self._assume_again()
 
     def open(self) -> None:
         with self._lock:
             self._count, self._here.count = self._count + 1, self._here.count + 1
             self.any = True
-            config: Any = sys.modules.get("torch._dynamo.config")  # there once something is compiled; it takes seconds
-            for name in _ASSUMPTIONS:
-                if name not in self._here.before and hasattr(config, name):
-                    self._here.before[name] = self._assumed.setdefault(name, getattr(config, name))
-                    setattr(config, name, False)
+            self._doubt(*_ASSUMPTIONS)
 
     def close(self) -> None:
         with self._lock:
             self._count, self._here.count = self._count - 1, self._here.count - 1
             self.any = self._count > 0
-            if not self._here.count:
-                for name, value in self._here.before.items():
-                    setattr(sys.modules["torch._dynamo.config"], name, value)
-                self._here.before.clear()
-            if not self.any:
-                self._assumed.clear()
+            self._assume_again()
+
+    def _doubt(self, *assumptions: str) -> None:
+        config: Any = sys.modules.get("torch._dynamo.config")  # there once something is compiled; it takes seconds
+        for name in assumptions:
+            if name not in self._here.before and hasattr(config, name):
+                self._here.before[name] = self._assumed.setdefault(name, getattr(config, name))
+                setattr(config, name, False)
+
+    def _assume_again(self) -> None:
+        """Let the compiler assume in this thread, and forget of all of them, what it may now."""
+        still = {_NO_HOOKS} if self._watched else set()
+        for name in self._here.before.keys() - still if not self._here.count else ():
+            setattr(sys.modules["torch._dynamo.config"], name, self._here.before.pop(name))
+        for name in self._assumed.keys() - still if not self.any else ():
+            del self._assumed[name]
+
+
+class Watched:
+    """That a model is watched, for as long as its hooks are there."""
+
+    def __init__(self, blocks: OpenBlocks) -> None:
+        self._blocks: OpenBlocks | None = blocks
+
+    def remove(self) -> None:
+        if self._blocks is not None:
+            self._blocks.unwatch()
+        self._blocks = None
 
 
 class _Here(threading.local):

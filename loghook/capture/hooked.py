@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from loghook.capture.batch import Given, Ids, Mask, Segments, check_ids, check_masks, check_segments, unscaled
 from loghook.capture.block import block, nothing_delivered, prepare
-from loghook.capture.compiling import unwatched_twins
+from loghook.capture.compiling import BLOCKS, Watched, unwatched_twins
 from loghook.capture.config import Recipe
 from loghook.capture.experts import ExpertProjection, watched
 from loghook.capture.hook import Hook, do_nothing, make_early_hook, make_hook
@@ -52,7 +52,7 @@ class Hooked:
         # Held until ``close``: of a container that was made for watch() alone nobody else would know the BatchNorms.
         self._model: nn.Module | None = None
         self._mixing: list[tuple[str, nn.Module]] | None = None  # looked for when a block opens, and in each pass anew
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle | Watched] = []
         self._names: tuple[str, ...] = ()
         self._open = False
         self._segmented = False  # whether a block had segments
@@ -94,6 +94,7 @@ class Hooked:
                 self._handles.append(layer.module.register_forward_pre_hook(make_early_hook(layer)))
         for module in unwatched_twins(model, layers):
             self._handles.append(module.register_forward_hook(Hook(do_nothing)))
+        self._handles.append(BLOCKS.watch())
         self._model, self._layers = unwrap(model), layers
         self._names = tuple(layer.name for layer in layers)
         self._layout = Layout(self.specs)
@@ -272,6 +273,6 @@ def require_apart(mixing: Iterable[tuple[str, nn.Module]]) -> None:
             )
 
 
-def _remove(handles: list[torch.utils.hooks.RemovableHandle]) -> None:
+def _remove(handles: Sequence[torch.utils.hooks.RemovableHandle | Watched]) -> None:
     for handle in handles:
         handle.remove()

@@ -1,0 +1,155 @@
+"""The host's time for a watched layer: what logging adds where products cost nothing, in microseconds.
+
+Small batches on a GPU, and small models, wait for Python. A stack of narrow linear layers, one sample of a few tokens,
+one thread: passes that log less passes outside of a block, over the number of layers, in eager mode by stage and
+compiled. The floor is a bare tap of the same kind: a hook that projects the input, an autograd function that projects
+the output gradient, and one batched product for all layers; it checks nothing and writes nothing.
+"""
+
+import itertools
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common import Parser, alternate, setting, silent, write
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import loghook
+
+WIDTH, RANK, SAMPLES, TOKENS = 64, 8, 2, 8
+STAGES = ("entering the block", "forward", "backward", "leaving the block")
+
+
+class Part(nn.Module):
+    """Four layers, three of which read the same input, as those of attention do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v, self.o = (nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.o(self.q(x) + self.k(x) + self.v(x))
+
+
+class BareTap(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, y: Tensor, x: Tensor, matrix: Tensor, kept: list[tuple[Tensor, Tensor]]) -> Tensor:
+        ctx.save_for_backward(x, matrix)
+        ctx.kept = kept
+        return y.view_as(y)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        x, matrix = ctx.saved_tensors
+        ctx.kept.append((F.linear(grads[0], matrix), x))
+        return grads[0], None, None, None
+
+
+def stack(layers: int) -> tuple[nn.Module, Tensor]:
+    torch.manual_seed(0)
+    return nn.Sequential(*(Part() for _ in range(layers // 4))), torch.randn(SAMPLES, TOKENS, WIDTH, requires_grad=True)
+
+
+def bare(layers: int) -> Callable[[], None]:
+    (model, x), matrix = stack(layers), torch.randn(RANK, WIDTH)
+    kept: list[tuple[Tensor, Tensor]] = []
+
+    def hook(module: nn.Module, args: tuple[Tensor], y: Tensor) -> Any:
+        with torch.no_grad():
+            projected = F.linear(args[0], matrix)
+        return BareTap.apply(y, projected, matrix, kept)
+
+    for module in model.modules():
+        if isinstance(module, nn.Linear):
+            module.register_forward_hook(hook)
+
+    def step() -> None:
+        model(x).sum().backward()
+        g, inputs = (torch.stack(sides) for sides in zip(*kept, strict=True))
+        torch.matmul(g.mT, inputs)
+        kept.clear()
+
+    return step
+
+
+def logged(layers: int, folder: Path, backend: str | None = None) -> tuple[Callable[[], list[float]], loghook.Run]:
+    """A step that logs, and returns the seconds of its stages."""
+    model, x = stack(layers)
+    run = loghook.init(tempfile.mkdtemp(dir=folder), overwrite=True, rank=RANK, on_repeat="all")
+    with silent():
+        run.watch(model)
+    called = torch.compile(model, backend=backend) if backend else model
+
+    def step() -> list[float]:
+        times = [time.perf_counter()]
+        with run(data_id=list(range(SAMPLES))):
+            times.append(time.perf_counter())
+            loss = called(x).sum()
+            times.append(time.perf_counter())
+            loss.backward()
+            times.append(time.perf_counter())
+        times.append(time.perf_counter())
+        return [b - a for a, b in itertools.pairwise(times)]
+
+    return step, run
+
+
+def plain(layers: int, backend: str | None = None) -> Callable[[], list[float]]:
+    model, x = stack(layers)
+    called = torch.compile(model, backend=backend) if backend else model
+
+    def step() -> list[float]:
+        times = [time.perf_counter()]
+        loss = called(x).sum()
+        times.append(time.perf_counter())
+        loss.backward()
+        return [0.0, times[1] - times[0], time.perf_counter() - times[1], 0.0]
+
+    return step
+
+
+def main() -> None:
+    made = Parser(__doc__, timed=True)
+    made.add_argument("--layers", type=int, default=128)
+    made.add_argument("--compile", default="inductor", help="backend of torch.compile, or none")
+    made.set_defaults(repeats=200)
+    a = made.start()
+    stages: dict[str, list[list[float]]] = {"plain": [], "logged": []}
+    with tempfile.TemporaryDirectory() as folder:
+        (log, run), passing = logged(a.layers, Path(folder)), plain(a.layers)
+        runs = [run]
+        cases: dict[str, Callable[[], Any]] = {
+            "plain": lambda: stages["plain"].append(passing()),
+            "logged": lambda: stages["logged"].append(log()),
+            "bare tap": bare(a.layers),
+        }
+        if a.compile != "none":
+            cases["logged, compiled"], run = logged(a.layers, Path(folder), a.compile)
+            cases["plain, compiled"] = plain(a.layers, a.compile)
+            runs.append(run)
+        times = alternate(cases, a.repeats)
+        for run in runs:
+            run.finalize()
+
+    def added(over: list[float], under: list[float]) -> float:
+        return 1e6 * statistics.median(x - y for x, y in zip(over, under, strict=True)) / a.layers
+
+    found = {name: added(times[name], times["plain"]) for name in ("logged", "bare tap")}
+    if a.compile != "none":
+        found["logged, compiled"] = added(times["logged, compiled"], times["plain, compiled"])
+    by_stage = [[step[i] for step in stages[kind]] for i in range(len(STAGES)) for kind in ("logged", "plain")]
+    found |= {stage: added(*by_stage[2 * i : 2 * i + 2]) for i, stage in enumerate(STAGES)}
+    print("microseconds for a watched layer")
+    for name, value in found.items():
+        print(f"  {name:<20} {value:6.1f}")
+    if a.save:
+        write("host", {"setting": setting(a, "layers", "compile", "repeats"), "microseconds": found})
+
+
+if __name__ == "__main__":
+    main()
