@@ -6,11 +6,12 @@ compiled. The floor is a bare tap of the same kind: a hook that projects the inp
 the output gradient, and one batched product for all layers; it checks nothing and writes nothing.
 """
 
+import contextlib
 import itertools
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,34 +120,29 @@ def main() -> None:
     made.add_argument("--compile", default="inductor", help="backend of torch.compile, or none")
     made.set_defaults(repeats=200)
     a = made.start()
-    stages: dict[str, list[list[float]]] = {"plain": [], "logged": []}
-    with tempfile.TemporaryDirectory() as folder:
-        (log, run), passing = logged(a.layers, Path(folder)), plain(a.layers)
-        runs = [run]
-        cases: dict[str, Callable[[], Any]] = {
-            "plain": lambda: stages["plain"].append(passing()),
-            "logged": lambda: stages["logged"].append(log()),
-            "bare tap": bare(a.layers),
-        }
-        if a.compile != "none":
-            cases["logged, compiled"], run = logged(a.layers, Path(folder), a.compile)
-            cases["plain, compiled"] = plain(a.layers, a.compile)
-            runs.append(run)
+    backends = {"eager": None} | ({} if a.compile == "none" else {"compiled": a.compile})
+    stages: dict[str, list[list[float]]] = {}
+    cases: dict[str, Callable[[], Any]] = {"bare tap": bare(a.layers)}
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        for how, backend in backends.items():
+            log, run = logged(a.layers, Path(folder), backend)
+            stack.callback(run.finalize)
+            for name, step in ((how, log), (f"plain, {how}", plain(a.layers, backend))):
+                stages[name] = []
+                cases[name] = lambda step=step, times=stages[name]: times.append(step())
         times = alternate(cases, a.repeats)
-        for run in runs:
-            run.finalize()
 
-    def added(over: list[float], under: list[float]) -> float:
+    def added(over: Sequence[float], under: Sequence[float]) -> float:
         return 1e6 * statistics.median(x - y for x, y in zip(over, under, strict=True)) / a.layers
 
-    found = {name: added(times[name], times["plain"]) for name in ("logged", "bare tap")}
-    if a.compile != "none":
-        found["logged, compiled"] = added(times["logged, compiled"], times["plain, compiled"])
-    by_stage = [[step[i] for step in stages[kind]] for i in range(len(STAGES)) for kind in ("logged", "plain")]
-    found |= {stage: added(*by_stage[2 * i : 2 * i + 2]) for i, stage in enumerate(STAGES)}
+    found = {"bare tap": {"in all": added(times["bare tap"], times["plain, eager"])}}
+    for how in backends:
+        by_stage = zip(STAGES, zip(*stages[how], strict=True), zip(*stages[f"plain, {how}"], strict=True), strict=True)
+        found[how] = {"in all": added(times[how], times[f"plain, {how}"])}
+        found[how] |= {stage: added(over, under) for stage, over, under in by_stage}
     print("microseconds for a watched layer")
-    for name, value in found.items():
-        print(f"  {name:<20} {value:6.1f}")
+    for how, parts in found.items():
+        print(f"  {how:<9}" + "".join(f"  {name} {value:.1f}" for name, value in parts.items()))
     if a.save:
         write("host", {"setting": setting(a, "layers", "compile", "repeats"), "microseconds": found})
 

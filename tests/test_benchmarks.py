@@ -157,6 +157,12 @@ def test_source_carries_queries_from_the_last_segment_to_the_first(load: Load, t
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), models[2].parameters(), strict=True))
 
 
+def test_host_benchmark_times_every_stage(load: Load, run: Run) -> None:
+    found = run("host", "--layers", "4", "--repeats", "2", "--compile", "eager")["microseconds"]
+    assert set(found) == {"bare tap", "eager", "compiled"}
+    assert set(found["eager"]) == set(found["compiled"]) == {"in all", *load("host").STAGES}
+
+
 def test_index_benchmark_compares_searches_with_scans(run: Run) -> None:
     arguments = "--repeats 2 --rows 60 90 --layers 2 --side 4 --topics 9 --dimensions 8 --candidates 12"
     result = run("index", *arguments.split())

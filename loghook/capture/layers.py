@@ -88,7 +88,7 @@ def _execution_device(module: nn.Module) -> torch.device:
 class Leaves(NamedTuple):
     """Where arrives what is made of a layer's calls: the ``.grad`` of each; None where nobody asks for it."""
 
-    main: Tensor  # rows (B, k_out, k_in), or what the job makes instead
+    main: Tensor  # rows (B, k_out * k_in), or what the job makes instead
     moments: Tensor | None = None  # see ``sum_moments``
     activations: Tensor | None = None  # inputs summed over tokens, (B, channels + 1): the last value counts tokens
     outputs: Tensor | None = None  # the same of output gradients, (B, O + 1)
@@ -102,12 +102,14 @@ class Leaves(NamedTuple):
 
 def deliver(leaf: Tensor, value: Tensor) -> None:
     """Do what autograd does with a leaf's gradient."""
-    leaf.grad = value if leaf.grad is None else leaf.grad + value
+    before = leaf.grad
+    leaf.grad = value if before is None else before + value
 
 
 def arrived(leaf: Tensor) -> Tensor:
     """What a leaf received: zeros if nothing."""
-    return torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device) if leaf.grad is None else leaf.grad
+    value = leaf.grad
+    return torch.zeros(leaf.shape, dtype=leaf.dtype, device=leaf.device) if value is None else value
 
 
 @dataclass(eq=False)

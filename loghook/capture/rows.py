@@ -41,7 +41,7 @@ class Rows(Job[Captured]):
             g, x = call.g_BSO.to(wide), x.to(wide)
             g_DLO, x_DLGk = by_document(call.documents_DL, g, x)
             rows = outer_grouped(g_DLO, x_DLGk, p_out_kO)
-        return rows, sum_moments(g, x, call.weight_BS, p_out_kO, wide) if moments else None
+        return rows.flatten(1), sum_moments(g, x, call.weight_BS, p_out_kO, wide) if moments else None
 
     def __init__(self, *, moments: bool) -> None:
         self._moments = self.sums = moments
@@ -56,7 +56,7 @@ class Rows(Job[Captured]):
     def leaves(self, layer: Layer, size: int, leaf: Callable[..., Tensor]) -> Leaves:
         spec = layer.spec
         return Leaves(
-            leaf(size, spec.k_out, spec.k_in),
+            leaf(size, spec.width),
             leaf(spec.k_in**2 + spec.k_out**2 + 1) if self._moments else None,
             leaf(size, spec.channels + 1) if spec.activations else None,
             leaf(size, spec.out_features + 1) if spec.output_gradients else None,
@@ -90,14 +90,15 @@ class Rows(Job[Captured]):
             inputs, outputs = (sum_of_squares(z, weight_nBS).flatten(1) for z in counted)
             tokens = inputs.new_full((n, 1), B * S) if weight_nBS is None else weight_nBS.sum((1, 2))[:, None]
             sums = torch.cat([inputs, outputs, tokens], 1).unbind()
-        for (slots, _), rows, summed in zip(group, outer(g_nBSk, x_nBSk), sums, strict=True):
+        rows_nBw = outer(g_nBSk, x_nBSk).flatten(2)
+        for (slots, _), rows, summed in zip(group, rows_nBw.unbind(), sums, strict=True):
             deliver(slots.leaves.main, rows)
             if summed is not None and slots.leaves.moments is not None:
                 deliver(slots.leaves.moments, summed)
 
     def collect(self, opened: Sequence[Slots], scale: float | Tensor) -> Captured:
         layers, device = [s.layer for s in opened], opened[0].leaves.main.device
-        rows = torch.cat([arrived(s.leaves.main).flatten(1).to(device) for s in opened], 1)
+        rows = torch.cat([arrived(s.leaves.main).to(device) for s in opened], 1)
         rows = _scaled(rows, [layer.gain for layer in layers], [layer.spec.width for layer in layers])
         rows = self._scale_rows(rows, scale)
         inputs = [(s.leaves.activations, s.layer.spec.activations) for s in opened]
@@ -129,7 +130,7 @@ class Updates(Rows):
     @staticmethod
     def work(call: Call, held: Held, wide: torch.dtype, moments: bool) -> tuple[Tensor, None]:
         """Rows of an update; held is what ``update_rows`` takes besides output gradients and whole inputs."""
-        return update_rows(*by_row(call, wide), *held), None
+        return update_rows(*by_row(call, wide), *held).flatten(1), None
 
     def __init__(self, *, linear: bool) -> None:
         super().__init__(moments=False)
