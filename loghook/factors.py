@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from loghook.errors import CorruptLogError, MismatchError, StateError, VersionError
-from loghook.log.disk import checksum_of, replacing, write_atomically
+from loghook.log.disk import checksum_of, parse_object, replacing, write_atomically
 from loghook.log.files import FACTORS
-from loghook.log.format import LayerSpec, Layout, parse_object
+from loghook.log.format import LayerSpec, Layout
 from loghook.project.blocks import Factor, cut, each_block
 
 FACTORS_VERSION = 1

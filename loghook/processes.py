@@ -59,9 +59,7 @@ def all_gather(value: Any, *, together: bool = False) -> list[Any]:
     """
     values = [value] * rank_and_size()[1]
     if together and world_size() > len(values):
-        warn(
-            "several processes without torch.distributed: initialise it before the first block.",
-        )
+        warn("several processes without torch.distributed: initialise it before the first block.")
     if len(values) == 1:
         return values
     torch.distributed.all_gather_object(values, _Said(value))

@@ -20,6 +20,7 @@ from loghook.errors import (
     LogLockedError,
     MismatchError,
     StateError,
+    some,
     warn,
 )
 from loghook.log.disk import lock, lock_name, sync_folder, writing
@@ -124,7 +125,7 @@ def _require_once(path: Path, manifest: Manifest, logs: Sequence[Commits]) -> No
     counts = Counter(ids_of(logs))
     if twice := [i for i, count in counts.items() if count > 1]:
         raise BatchError(
-            f"several ranks logged data_id {str(twice[:5])[1:-1]} ({len(twice):,} in all) and on_repeat='error': each "
+            f"several ranks logged data_id {some(twice, 5)} ({len(twice):,} in all) and on_repeat='error': each "
             f"sample belongs to one rank. Take these out with `loghook delete {path}`, and finalise with resume=True."
         )
 

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from loghook.arguments import choose
-from loghook.errors import ConfigError, CorruptLogError, LogExistsError, LoghookError, MismatchError, StateError
+from loghook.errors import ConfigError, CorruptLogError, LogExistsError, LoghookError, MismatchError, StateError, some
 from loghook.log.codec import DTYPES, Codec
 from loghook.log.disk import absolute, checksum, lock, lock_name, sync_folder, write_atomically, write_flushed, writing
 from loghook.log.files import KEPT, PROJECTION, load_moments, load_sides, save_moments
@@ -118,8 +118,7 @@ def delete(path: str | Path, ids: Sequence[int | str], *, keep_statistics: bool 
         logs = all_commits(path, manifest)
         unknown = withdrawn - {i for log in logs for r in log.records for i in (*r.get("ids", ()), *r["flagged"])}
         if unknown or not withdrawn:
-            some = str(sorted(unknown, key=str)[:5])[1:-1]
-            raise ConfigError(f"the log {path} holds no rows of {some}: check the ids.")
+            raise ConfigError(f"the log {path} holds no rows of {some(sorted(unknown, key=str), 5)}: check the ids.")
         _clean(path, logs)  # what a killed `delete` or `repair` may have left
         reason = manifest.no_statistics if keep_statistics else "rows were deleted, and the statistics with them"
         for log in logs:

@@ -23,7 +23,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from loghook.errors import NotFiniteError, StateError, WriteError
+from loghook.errors import NotFiniteError, StateError, WriteError, some
 from loghook.log.disk import lock, lock_name, sync_folder, write_all, writing
 from loghook.log.files import load_moments, save_moments
 from loghook.log.folder import recover, require_current
@@ -71,8 +71,7 @@ def finite_rows(rows: Tensor) -> Tensor:
 
 def not_finite(ids: Sequence[int | str], rows: Tensor, *, late: bool = False) -> NotFiniteError:
     """Return the error for rows (B, width) that must not be written; ``late``: found after their block had ended."""
-    names = [repr(i) for i, good in zip(ids, torch.isfinite(rows).all(1).tolist(), strict=True) if not good]
-    shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+    odd = [i for i, good in zip(ids, torch.isfinite(rows).all(1).tolist(), strict=True) if not good]
     consequence = "nothing of this batch was written"
     if late:
         consequence = (
@@ -80,7 +79,7 @@ def not_finite(ids: Sequence[int | str], rows: Tensor, *, late: bool = False) ->
             "the error's ids again, and the batch of the block that raises it now, which was not written either"
         )
     return NotFiniteError(
-        f"the rows of {len(names)} samples are not finite (data_id {shown}), so {consequence}. Look at the loss "
+        f"the rows of {len(odd)} samples are not finite (data_id {some(odd, 5)}), so {consequence}. Look at the loss "
         "of these samples; if the storage dtype is too narrow for them choose bfloat16 or float32; under a GradScaler "
         "pass run(..., scaler=scaler), which flags such rows and leaves them out.",
         ids,
