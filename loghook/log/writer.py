@@ -141,14 +141,7 @@ class Writer:
     def put(self, batch: Batch) -> None:
         """Queue a block's rows; raise what went wrong before."""
         if QUEUE * batch.rows.nbytes > WAITING:
-            tickets = 0
-            try:
-                for _ in range(QUEUE):
-                    self._room.get()
-                    tickets += 1
-            finally:
-                for _ in range(tickets):
-                    self._room.put(None)
+            self._wait_for(lambda: None)  # and so for all blocks before
         self._queue(partial(self._take, batch))
 
     def record(self, facts: dict[str, Any]) -> None:
@@ -162,8 +155,12 @@ class Writer:
 
     def commit_now(self, seconds: float = GRACE) -> None:
         """Commit what was put, and wait for it at most so long; may be called from a signal handler."""
+        self._wait_for(self._commit, seconds)
+
+    def _wait_for(self, call: Callable[[], None], seconds: float = math.inf) -> None:
+        """Let the thread do something behind all that is queued, and wait for it at most so long."""
         done: queue.SimpleQueue[None] = queue.SimpleQueue()
-        self._inbox.put((self._commit, done))
+        self._inbox.put((call, done))
         deadline = time.monotonic() + seconds
         while self._thread.is_alive() and time.monotonic() < deadline:
             with contextlib.suppress(queue.Empty):
