@@ -518,6 +518,18 @@ def test_a_growing_log_may_outrun_its_reader(path, monkeypatch):
     np.testing.assert_array_equal(loghook.load(path).moments(), expected)
 
 
+@pytest.mark.parametrize("statistics", ["x", [1], {"file": 3, "checksum": "a"}, {"file": "a"}])
+def test_a_growing_log_believes_no_record_before_it_is_checked(path, statistics):
+    maintain.reopen(path)
+    commits = path / "commits-00000.jsonl"
+    *lines, rest = commits.read_bytes().split(b"\n")
+    last = next(i for i, line in reversed(list(enumerate(lines))) if b"statistics" in line)
+    lines[last] = records.encode_record(records.decode_record(lines[last]) | {"statistics": statistics})[:-1]
+    commits.write_bytes(b"\n".join([*lines, rest]))
+    with pytest.raises(CorruptLogError, match="has statistics"):
+        loghook.load(path)
+
+
 def test_blocks_of_repeats_alone_are_passed_over(tmp_path, path):
     """As in a merged run of the same ids, and where two ranks log the same samples."""
     shutil.copytree(path, tmp_path / "again")

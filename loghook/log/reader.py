@@ -17,7 +17,7 @@ from loghook.errors import CorruptLogError, LogLockedError, StateError
 from loghook.log.disk import absolute, lock, lock_name
 from loghook.log.files import load_moments, load_sides
 from loghook.log.format import Layout, Manifest, commits_name, run_files
-from loghook.log.records import all_commits
+from loghook.log.records import all_commits, last_snapshot, read_bytes
 from loghook.log.shard import BLOCK_BYTES, CHANGED, MAP_BYTES, Shard
 from loghook.log.source import Source
 from loghook.progress import bar
@@ -68,16 +68,13 @@ class Reader(Source):
         self.repeats = 0
         self.unmeasured = 0
         self.asleep: Counter[str] = Counter()
-        growing = self.manifest.sealed is None and self.manifest.no_statistics is None
-        # The writer of a growing run replaces its snapshots, so that an open log takes what it finds, and at once.
-        found: list[np.ndarray] = []
-
-        def take(entry: dict[str, str]) -> None:
-            with suppress(CorruptLogError):  # which is raised again below
-                found.append(load_moments(self.path, entry, self.layout.moments_width))
-
-        self._read_records(take if growing else None)
-        self._moments = self._read_moments(found) if growing else None
+        data = [read_bytes(self.path, self.manifest, rank) for rank in range(self.manifest.world_size)]
+        self._moments: np.ndarray | None = None
+        if self.manifest.sealed is None and self.manifest.no_statistics is None:
+            # The writer of a growing run replaces its snapshots, so that an open log takes what it finds, and at once.
+            last = [snapshot for rank, d in enumerate(data) if (snapshot := last_snapshot(d, rank))]
+            self._moments = self._read_moments(last)
+        self._read_records(data)
 
     def __repr__(self) -> str:
         m = self.manifest
@@ -111,13 +108,12 @@ class Reader(Source):
                 "method='shampoo', 'fisher', 'dot' or 'cosine'"
                 + (", or log the data again." if self.manifest.gradient == "plain" else ".")
             )
-        return self._read_moments() if self._moments is None else self._moments.copy()
+        return self._read_moments(self._snapshots) if self._moments is None else self._moments.copy()
 
-    def _read_moments(self, found: Sequence[np.ndarray] = ()) -> np.ndarray:
+    def _read_moments(self, snapshots: Sequence[dict[str, str]]) -> np.ndarray:
         width = self.layout.moments_width
         try:
-            if len(found) < len(self._snapshots):
-                found = [load_moments(self.path, entry, width) for entry in self._snapshots]
+            found = [load_moments(self.path, entry, width) for entry in snapshots]
         except CorruptLogError as error:
             if isinstance(error.__cause__, FileNotFoundError) and self.manifest.superseded(self.path):
                 raise StateError(CHANGED.format(self.path)) from error
@@ -225,11 +221,11 @@ class Reader(Source):
             return []
         return strays
 
-    def _read_records(self, on_snapshot: Callable[[dict[str, str]], None] | None) -> None:
+    def _read_records(self, data: Sequence[bytes]) -> None:
         ids: list[Any] = []
         steps: list[tuple[int, int, int]] = []  # (pass, step, rank) of each block
         counts: list[int] = []  # its rows
-        for log in all_commits(self.path, self.manifest, on_snapshot):
+        for log in all_commits(self.path, self.manifest, data):
             if log.rest:
                 self.torn.append(f"{log.file}: {len(log.rest)} bytes of an unfinished record, ignored")
             for record in log.records:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -70,27 +70,35 @@ class Commits:
                 start += rows
 
 
-def read_commits(
-    path: Path,
-    manifest: Manifest,
-    rank: int,
-    *,
-    damage: list[str] | None = None,
-    on_snapshot: Callable[[dict[str, str]], None] | None = None,
-) -> Commits:
-    """Read and check the commit log of one of a run's writers; one that does not exist is empty.
-
-    Damage is an error, or is noted in ``damage``, and then the other records count, in their order. ``on_snapshot``
-    gets the last record's statistics at once: a growing run may have deleted them by the time that all is parsed.
-    """
+def read_bytes(path: Path, manifest: Manifest, rank: int) -> bytes:
+    """Read the commit log of one of a run's writers as it is; one that does not exist is empty."""
     file = path / commits_name(rank, manifest.generation)
     try:
-        data = file.read_bytes() if file.exists() else b""
+        return file.read_bytes() if file.exists() else b""
     except OSError as error:
         raise CorruptLogError(f"{file} cannot be read ({error}): {REPAIR}.") from error
+
+
+def last_snapshot(data: bytes, rank: int) -> dict[str, str] | None:
+    """What the last record of rows in a commit log says of its statistics, if nothing is wrong with it."""
+    *lines, _ = data.split(b"\n")
+    with suppress(ValueError):  # of a damaged record, which ``read_commits`` reports
+        snapshots = (record["statistics"] for record in map(decode_record, reversed(lines)) if "statistics" in record)
+        if _is_snapshot(last := next(snapshots, None), rank):
+            return last
+    return None
+
+
+def read_commits(
+    path: Path, manifest: Manifest, rank: int, *, data: bytes | None = None, damage: list[str] | None = None
+) -> Commits:
+    """Check the commit log of one of a run's writers, of which ``data`` was read if it is given.
+
+    Damage is an error, or is noted in ``damage``, and then the other records count, in their order.
+    """
+    file = path / commits_name(rank, manifest.generation)
+    data = read_bytes(path, manifest, rank) if data is None else data
     *lines, rest = data.split(b"\n")
-    if on_snapshot is not None:
-        _find_snapshot(lines, on_snapshot)
     records: list[dict[str, Any]] = []
     ends: dict[int, int] = {}
     damaged = False
@@ -134,19 +142,10 @@ def _gap(record: dict[str, Any], before: Sequence[dict[str, Any]], ends: Mapping
     return "is missing" if record["n"] > expected else None
 
 
-def _find_snapshot(lines: Sequence[bytes], found: Callable[[dict[str, str]], None]) -> None:
-    """Hand over what the last good record of rows says of its statistics."""
-    for line in reversed(lines):
-        with suppress(ValueError):
-            if snapshot := decode_record(line).get("statistics"):
-                return found(snapshot)
-
-
-def all_commits(
-    path: Path, manifest: Manifest, on_snapshot: Callable[[dict[str, str]], None] | None = None
-) -> list[Commits]:
-    """Read the commit logs of all of a run's writers, in the order of ranks; they must match its seal."""
-    logs = [read_commits(path, manifest, rank, on_snapshot=on_snapshot) for rank in range(manifest.world_size)]
+def all_commits(path: Path, manifest: Manifest, data: Sequence[bytes | None] | None = None) -> list[Commits]:
+    """Check the commit logs of all of a run's writers, in the order of ranks; they must match its seal."""
+    data = data or [None] * manifest.world_size
+    logs = [read_commits(path, manifest, rank, data=data[rank]) for rank in range(manifest.world_size)]
     if manifest.sealed is not None and manifest.sealed != (total := sum_up(logs)):
         raise CorruptLogError(
             f"{path}: the commit logs hold {total['rows']:,} rows where {manifest.sealed['rows']:,} were sealed, or "
@@ -189,19 +188,14 @@ def check_record(record: dict[str, Any], manifest: Manifest, rank: int) -> None:
     good["asleep"] = isinstance(record["asleep"], dict) and all(map(_is_count, record["asleep"].values()))
     good["end"] = isinstance(record.get("end", ""), str)
     if "shard" in record:
-        steps, snapshot = record["steps"], record["statistics"]
+        steps = record["steps"]
         good["checksum"] = isinstance(record["checksum"], str)
         good["ids"] = _are_ids(record["ids"], manifest.id_type)
         good["steps"] = isinstance(steps, list) and all(
             isinstance(s, list) and len(s) == 3 and _is_count(s[0], -1) and _is_count(s[1]) and _is_count(s[2])
             for s in steps
         )
-        good["statistics"] = (
-            isinstance(snapshot, dict)
-            and {key: type(value) for key, value in snapshot.items()} == {"file": str, "checksum": str}
-            # a name of this writer's alone, since old snapshots are deleted
-            and bool(re.fullmatch(rf"statistics-{rank:05d}-\d{{8,18}}\.safetensors", snapshot["file"], re.ASCII))
-        )
+        good["statistics"] = _is_snapshot(record["statistics"], rank)
     for key, is_good in good.items():
         if not is_good:
             raise ValueError(f"has {key} {record[key]!r:.100}")
@@ -215,3 +209,10 @@ def _is_count(value: Any, least: int = 0) -> bool:
 
 def _are_ids(value: Any, id_type: str) -> bool:
     return isinstance(value, list) and set(map(type, value)) <= {{"int": int, "str": str}[id_type]}
+
+
+def _is_snapshot(value: Any, rank: int) -> bool:
+    """Whether it names a snapshot, of this writer's alone, since old ones are deleted."""
+    if not isinstance(value, dict) or {k: type(v) for k, v in value.items()} != {"file": str, "checksum": str}:
+        return False
+    return re.fullmatch(rf"statistics-{rank:05d}-\d{{8,18}}\.safetensors", value["file"], re.ASCII) is not None
