@@ -164,21 +164,21 @@ def _has_only_terms_of_labels(loss: _Loss, shift: int) -> bool:
     They are the same for all parts of the labels. They do not add up over parts of the samples that have unlike numbers
     of labels.
     """
-    tried, adds_up, cause = False, True, None
+    adds_up, cause = None, None
     try:
         if (trial := _sample_trial(loss)) is not None:
-            tried, adds_up = True, _adds_up(loss, trial, shift, _roughness(loss.trainer))
+            adds_up = _adds_up(loss, trial, shift, _roughness(loss.trainer))
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # of whatever the model says to a batch that is cut like this
         cause = error
-    if not tried:
+    if adds_up is None:
         warn(
             "whether the loss has terms without labels (distillation, an auxiliary loss) could not be tried, since the "
             f"first micro-batch cannot be cut into samples{f' ({type(cause).__name__}: {cause})' if cause else ''}. If "
-            "it has none, pass log_training(..., scale=lambda batch, num_items: the batch's number of labels).",
+            "it has none, pass log_training(..., scale=lambda batch, num_items: the batch's number of labels)."
         )
-    return all(all_gather(adds_up))
+    return all(all_gather(adds_up is not False))
 
 
 def _sample_trial(loss: _Loss) -> Trial | None:

@@ -208,7 +208,7 @@ def read_back(path: Path, manifest: Manifest, *, outside_too: bool) -> Committed
 def ranks_on_disk(path: Path, manifest: Manifest) -> range:
     """Ranks that have written, also if the run was killed before its manifest counted them."""
     stems = [file.stem.split("-") for file in path.glob("commits-*.jsonl")]
-    ranks = [int(stem[1]) for stem in stems if len(stem) > 1 and stem[1].isdecimal() and len(stem[1]) < 8]
+    ranks = [int(stem[1]) for stem in stems if stem[1].isdecimal() and len(stem[1]) < 8]
     return range(max([manifest.world_size, *(rank + 1 for rank in ranks)]))
 
 

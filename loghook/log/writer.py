@@ -188,7 +188,7 @@ class Writer:
         """Commit, close the shard and, unless ``keep_lock``, let others write."""
         try:
             if self._thread.is_alive():
-                self._inbox.put((self._finish, queue.SimpleQueue()))
+                self._wait_for(self._finish)
                 self._thread.join()
             release(self)
             self.check()
