@@ -253,6 +253,24 @@ def test_delete_takes_rows_out_and_is_honest_about_statistics(path, whole, keep)
     assert log.manifest.history[-1]["what"] == "delete" and log.manifest.history[-1]["dropped"] == 2
 
 
+def test_samples_that_were_flagged_stay_so_when_all_beside_them_go(tmp_path):
+    model, x = make_model(), data(8)
+    x[3] = float("inf")
+    scaler = torch.amp.GradScaler("cpu", init_scale=1.0)
+    run = loghook.init(tmp_path / "run", rank=4, commit_seconds=1e-9)
+    run.watch(model)
+    for start in (0, 4):
+        with run(data_id=range(start, start + 4), scaler=scaler):
+            scaler.scale(loss_fn(model, x[start : start + 4])).backward()
+    run.finalize()
+    run.close()
+    assert loghook.load(run.path).flagged == [3]
+    for ids, left in (([0, 1, 2], [4, 5, 6, 7]), ([4, 5, 6, 7], [])):
+        maintain.delete(run.path, ids)
+        log = loghook.load(run.path)
+        assert (log.data_ids, log.flagged, log.verify()) == (left, [3], [])
+
+
 def test_ekfac_refuses_after_a_deletion(tmp_path):
     log, query, _ = make_log(tmp_path / "run")
     layers = [{"G": np.delete(log.rows(name)[:], 3, axis=0)} for name in log.layers]
@@ -516,6 +534,15 @@ def test_a_growing_log_may_outrun_its_reader(path, monkeypatch):
 
     monkeypatch.setattr(records, "check_record", meanwhile)
     np.testing.assert_array_equal(loghook.load(path).moments(), expected)
+
+
+def test_a_file_system_without_locks_is_named(path, monkeypatch):
+    def none(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("fcntl.flock", none)
+    with pytest.raises(WriteError, match=r"cannot be locked.*write to a file system that has locks"):
+        maintain.delete(path, [1])
 
 
 @pytest.mark.parametrize("statistics", ["x", [1], {"file": 3, "checksum": "a"}, {"file": "a"}])

@@ -1,5 +1,6 @@
 """What a log needs of the operating system, write all or say so, flush, replace, lock; and how files are checked."""
 
+import errno
 import fcntl
 import json
 import os
@@ -152,6 +153,11 @@ def lock(file: Path, wait: float = 0.5) -> Any:
             fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             break
         except OSError as error:
+            if error.errno not in (errno.EWOULDBLOCK, errno.EACCES):
+                handle.close()
+                raise WriteError(
+                    f"{file} cannot be locked ({error}): write to a file system that has locks."
+                ) from error
             if time.monotonic() >= until:
                 raise _locked(handle) from error
             time.sleep(0.02)

@@ -14,6 +14,7 @@ import itertools
 import os
 import shutil
 import uuid
+from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -114,10 +115,12 @@ def delete(path: str | Path, ids: Sequence[int | str], *, keep_statistics: bool 
             go they go in any case, and those of the others are then as if it had never been there.
     """
     path, withdrawn = absolute(path), set(ids)
+    if not withdrawn:
+        raise ConfigError("ids=[] names no rows to delete: pass some.")
     with _locked(path) as manifest:
         logs = all_commits(path, manifest)
         unknown = withdrawn - {i for log in logs for r in log.records for i in (*r.get("ids", ()), *r["flagged"])}
-        if unknown or not withdrawn:
+        if unknown:
             raise ConfigError(f"the log {path} holds no rows of {some(sorted(unknown, key=str), 5)}: check the ids.")
         _clean(path, logs)  # what a killed `delete` or `repair` may have left
         reason = manifest.no_statistics if keep_statistics else "rows were deleted, and the statistics with them"
@@ -293,6 +296,7 @@ def _copy_log(
     shard, number = None, -1
     lines: list[bytes] = []
     dropped: list[int | str] = []
+    passed_over: list[dict[str, Any]] = []  # records without rows now, of which the next one tells what else they told
     for record in log.records:
         new_record = record | {"n": len(lines), "run": new.run_id}
         if "shard" in record:
@@ -301,6 +305,7 @@ def _copy_log(
             kept = np.array([not lost and i not in withdrawn for i in record["ids"]])
             dropped += itertools.compress(record["ids"], ~kept)
             if not kept.any():
+                passed_over.append(record)
                 continue
             if data is None:
                 raise CorruptLogError(
@@ -314,6 +319,14 @@ def _copy_log(
                 shard = ShardFile(out / shard_name(rank, number), codec, new.run_id)
             start = shard.append(stored, facts["rows"])
             new_record |= facts | {"shard": number, "start": start, "statistics": statistics}
+        told = [*passed_over, record]
+        new_record |= {
+            "flagged": [i for one in told for i in one["flagged"]],
+            "dropped": sum(one["dropped"] for one in told),
+            "unmeasured": sum(one["unmeasured"] for one in told),
+            "asleep": dict(sum((Counter(one["asleep"]) for one in told), Counter[str]())),
+        }
+        passed_over = []
         lines.append(encode_record(new_record))
     if shard is not None:
         shard.close()

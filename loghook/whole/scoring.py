@@ -10,7 +10,7 @@ from torch import Tensor
 
 from loghook.capture.batch import Blocks, Given, Ids, check_ids
 from loghook.capture.whole import Products, Rotation
-from loghook.errors import CheckpointWarning, ConfigError, NotFiniteError, StateError, warn
+from loghook.errors import CheckpointWarning, ConfigError, NotFiniteError, StateError, some, warn
 from loghook.factors import Eigenbasis
 from loghook.influence.precondition import Metric
 from loghook.influence.scores import Scores
@@ -92,7 +92,7 @@ class Scoring(Blocks):
         if not bool(torch.isfinite(scores).all()):
             odd = [ids[i] for i in (~torch.isfinite(scores.sum((0, 2)))).nonzero().flatten().tolist()]
             raise NotFiniteError(
-                f"scores of {len(odd)} samples are not finite (data_id {str(odd[:5])[1:-1]}), and this batch was not "
+                f"scores of {len(odd)} samples are not finite (data_id {some(odd, 5)}), and this batch was not "
                 "kept: look at the loss of these samples; take a larger damping where there is next to no curvature.",
                 odd,
             )
