@@ -22,6 +22,7 @@ from loghook.cli import app
 from loghook.errors import CheckpointWarning, CorruptLogError, LogLockedError, MismatchError, StateError, WriteError
 from loghook.evaluate.retrain import retrain
 from loghook.log import maintain, reader
+from loghook.log.records import read_commits
 from loghook.log.writer import QUEUE, Writer
 from tests.harness import fitted, log_and_ask, squares
 from tests.test_influence import data, loss_fn, make_log, make_model
@@ -270,7 +271,7 @@ def test_opening_a_log_that_commits_meanwhile_reads_it_again(tmp_path, monkeypat
     log = loghook.load(tmp_path)
     monkeypatch.setattr(reader, "load_moments", real)
     assert log.data_ids == [0, 1, 2, 3, 4] and len(slow.done) == 6
-    by_hand = real(tmp_path, run._session.writer.records[4]["statistics"], log.layout.moments_width)
+    by_hand = real(tmp_path, read_commits(tmp_path, log.manifest, 0).rows[4]["statistics"], log.layout.moments_width)
     np.testing.assert_array_equal(log.moments(), by_hand)  # those of its five rows
     for file in tmp_path.glob("statistics-*"):
         file.unlink()

@@ -163,7 +163,7 @@ class Session:
             try:
                 # Under the lock: whoever comes second must not put a manifest of its own in place of the first one's.
                 read = self.repeats.committed.records.get(process_rank(), 0)
-                if self.manifest is not None and len(writer.records) != read:
+                if self.manifest is not None and writer.written != read:
                     raise StateError(
                         f"another process went on with {self.path} meanwhile: start again with resume=True."
                     )
@@ -196,7 +196,7 @@ class Session:
 
     def _know(self, writer: Writer) -> None:
         """Remember how far this process itself has come, to tell whether another went on from there."""
-        self.repeats.committed.records[process_rank()] = len(writer.records)
+        self.repeats.committed.records[process_rank()] = writer.written
 
     def end(self, digest: Callable[[], str | None] | None) -> None:
         """Commit, and return when rank 0 has sealed the run; ``digest`` gives that of the last parameter values."""

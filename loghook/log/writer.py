@@ -6,7 +6,6 @@ queue blocks the loop, it never drops.
 """
 
 import contextlib
-import itertools
 import math
 import os
 import queue
@@ -107,7 +106,9 @@ class Writer:
         except BaseException:
             self._lock.close()
             raise
-        self.records = log.records
+        self.written = len(log.records)  # records in the commit log
+        named = (record["statistics"]["file"] for record in log.rows[-2:])  # maintenance has one for all
+        self._snapshots = list(dict.fromkeys(named))  # names of those that are there
         self._shard: ShardFile | None = None  # the open one
         self._shard_index = max(log.shard_ends, default=-1)
         self._start_record()
@@ -309,7 +310,7 @@ class Writer:
         if self._shard is None or not self._ids:
             return
         self._shard.sync()
-        snapshot = self._path / statistics_name(self._rank, len(self.records))
+        snapshot = self._path / statistics_name(self._rank, self.written)
         # One snapshot for each record: a resumed run starts from statistics that match its rows exactly.
         record = {
             "shard": self._shard_index, "start": self._shard.rows - len(self._ids), "rows": len(self._ids),
@@ -317,7 +318,8 @@ class Writer:
             "statistics": save_moments(snapshot, self.moments, self._run_id),
         }  # fmt: skip
         self._append(record)
-        self._forget_statistics()
+        self._snapshots.append(snapshot.name)
+        self._forget_statistics(keep=2)  # a reader that has just read the previous record still finds its own
 
     def _start_record(self) -> None:
         self._ids: list[int | str] = []
@@ -327,7 +329,7 @@ class Writer:
         self._hash = xxhash.xxh3_128()
 
     def _append(self, record: dict[str, Any]) -> None:
-        record = {"n": len(self.records), "run": self._run_id} | record | self._counts
+        record = {"n": self.written, "run": self._run_id} | record | self._counts
         position = self._commits.seek(0, os.SEEK_END)
         try:
             write_all(self._commits.fileno(), memoryview(encode_record(record)), position)
@@ -335,15 +337,13 @@ class Writer:
         except OSError:
             os.ftruncate(self._commits.fileno(), position)
             raise
-        self.records.append({key: value for key, value in record.items() if key != "ids"})
+        self.written += 1
         self._start_record()
 
-    def _forget_statistics(self, keep: int = 2) -> None:
-        """Delete old snapshots; a reader that has just read the previous record still finds its own."""
-        latest_first = (record["statistics"]["file"] for record in reversed(self.records) if "statistics" in record)
-        named = list(itertools.islice(latest_first, keep + 3))
-        for name in set(named[keep:]) - set(named[:keep]):  # those of maintenance have one for all
-            (self._path / name).unlink(missing_ok=True)
+    def _forget_statistics(self, keep: int) -> None:
+        while len(self._snapshots) > keep:
+            (self._path / self._snapshots[0]).unlink(missing_ok=True)
+            del self._snapshots[0]
 
     def _open_shard(self) -> ShardFile:
         self._close_shard()
