@@ -56,15 +56,23 @@ def silent() -> Iterator[None]:
 
 
 def alternate(
-    cases: dict[str, Callable[[], Any]], repeats: int, clock: Callable[[], float] = time.perf_counter
+    cases: dict[str, Callable[[], Any]],
+    repeats: int,
+    clock: Callable[[], float] = time.perf_counter,
+    rest: float = 0.0,
 ) -> dict[str, list[float]]:
-    """Time the cases in turn, so that a busy moment of the machine hits all of them; seconds for each call."""
+    """Time the cases in turn, so that a busy moment of the machine hits all of them; seconds for each call.
+
+    ``rest``: seconds before each. A rented disk gives more for a while than it keeps up, and a case would pay for what
+    the one before it read.
+    """
     times: dict[str, list[float]] = {name: [] for name in cases}
     for case in cases.values():  # warm-up
         case()
     for turn in range(repeats):
         order = list(cases) if turn % 2 == 0 else list(reversed(cases))
         for name in order:
+            time.sleep(rest)
             start = clock()
             cases[name]()
             times[name].append(clock() - start)

@@ -39,6 +39,7 @@ def main() -> None:
     made = Parser(__doc__, timed=True, threads=2)
     made.add_argument("--rows", type=int, default=16384, help="of the logs in memory")
     made.add_argument("--disk-rows", type=int, default=131072, help="of the logs on the disk")
+    made.add_argument("--rest", type=float, default=10.0, help="seconds before each turn that reads from the disk")
     made.add_argument("--layers", type=int, default=28)
     made.add_argument("--width", type=int, default=1024, help="values of a row in one layer: rank 32 has 1,024")
     made.add_argument("--many", type=int, default=64, help="questions of the scan in memory")
@@ -47,8 +48,8 @@ def main() -> None:
     rows: dict[str, int] = {}
     ratios = {}
 
-    def measure(cases: dict[str, Callable[[], Any]], pairs: list[tuple[str, str]], n: int) -> None:
-        times = alternate(cases, a.repeats)
+    def measure(cases: dict[str, Callable[[], Any]], pairs: list[tuple[str, str]], n: int, rest: float = 0.0) -> None:
+        times = alternate(cases, a.repeats, rest=rest)
         seconds.update(medians(times))
         rows.update(dict.fromkeys(cases, n))
         ratios.update({f"{over} / {under}": ratio(times, over, under) for over, under in pairs})
@@ -62,7 +63,7 @@ def main() -> None:
             wide, signs = f"bfloat16, {n} from disk", f"int1, 1-bit questions, {n} from disk"
             cases[signs] = partial(scan, folder / "int1", query, n, query_dtype="int1")
             cases["read"] = partial(read, folder / "bfloat16")
-            measure(cases, [(wide, f"int1, {n} from disk"), (wide, signs), ("read", wide)], a.disk_rows)
+            measure(cases, [(wide, f"int1, {n} from disk"), (wide, signs), ("read", wide)], a.disk_rows, a.rest)
         rate = sum(f.stat().st_size for f in (folder / "bfloat16").iterdir()) / seconds.pop("read")
     with tempfile.TemporaryDirectory(dir=os.environ.get("LOGHOOK_BENCH_DIR")) as name:
         logs, query = write_logs(Path(name), "float32", a.rows, a)
@@ -87,7 +88,7 @@ def main() -> None:
     report(
         "lowbit",
         {
-            "setting": setting(a, "rows", "disk_rows", "layers", "width", "many"),
+            "setting": setting(a, "rows", "disk_rows", "layers", "width", "many", "rest"),
             "bytes_a_row": size, "seconds": seconds, "ratios": ratios,
             "floors": {"read_bytes_a_second": rate, "integer_products_seconds": floors},
         },

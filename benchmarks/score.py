@@ -74,12 +74,14 @@ def scan(folder: Path, query: loghook.Query, n: int, **options: Any) -> None:
     loghook.load(folder).influence(first(query, n), "dot", top=10, **options)
 
 
-def timed(folder: Path, question_file: Path, threads: int, repeats: int) -> tuple[dict[str, list[float]], int]:
+def timed(
+    folder: Path, question_file: Path, threads: int, repeats: int, rest: float
+) -> tuple[dict[str, list[float]], int]:
     """Seconds of reading and of scoring, turn by turn, and this process's peak of resident memory in bytes."""
     torch.set_num_threads(threads)
     query = loghook.Query.load(question_file)
     cases = {"read": partial(read, folder)} | {f"{n} questions": partial(scan, folder, query, n) for n in FEW}
-    return alternate(cases, repeats), Peak.bytes()
+    return alternate(cases, repeats, rest=rest), Peak.bytes()
 
 
 def from_disk(a: Any) -> None:
@@ -89,14 +91,14 @@ def from_disk(a: Any) -> None:
         write_log(folder, rows, a.layers, a.width, "bfloat16", max(FEW)).save(question_file)
         size = sum(file.stat().st_size for file in folder.iterdir())
         with multiprocessing.get_context("spawn").Pool(1) as pool:
-            times, peak = pool.apply(timed, (folder, question_file, a.threads, a.repeats))
+            times, peak = pool.apply(timed, (folder, question_file, a.threads, a.repeats, a.rest))
     ratios = {f"read / scan, {n} questions": ratio(times, "read", f"{n} questions") for n in FEW}
     rates = {case: size / seconds for case, seconds in medians(times).items()}
     print("\n" + ", ".join(f"{case} {rate / 1e9:.2f} GB/s" for case, rate in rates.items()))
     print(f"{size / 1e9:.2f} GB, {rows:,} rows; peak of resident memory {peak / 1e9:.3f} GB")
     targets: dict[str, tuple[float, str]] = dict.fromkeys(ratios, (0.8, ">="))
     ratios["peak of resident memory in GB"] = dict.fromkeys(("median", "low", "high"), peak / 1e9)
-    about = {"rows": rows, "dtype": "bfloat16", "top": 10, "layers": a.layers, "width": a.width}
+    about = {"rows": rows, "dtype": "bfloat16", "top": 10} | setting(a, "layers", "width", "rest")
     report(
         "score_disk",
         {"setting": about, "log_bytes": size, "bytes_per_second": rates, "seconds": times, "ratios": ratios},
@@ -108,6 +110,7 @@ def from_disk(a: Any) -> None:
 def main() -> None:
     made = Parser(__doc__, timed=True, threads=2)
     made.add_argument("--disk-bytes", type=float, help="score a log of so many bytes from the disk instead")
+    made.add_argument("--rest", type=float, default=10.0, help="seconds before each turn that reads from the disk")
     made.add_argument("--rows", type=int, default=8192)
     made.add_argument("--layers", type=int, default=28)
     made.add_argument("--width", type=int, default=1024, help="values of a row in one layer: rank 32 has 1,024")

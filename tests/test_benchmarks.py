@@ -199,8 +199,8 @@ def test_replay_benchmark_answers_both_questions(
 @pytest.mark.parametrize(
     "script, options, name, ratio",
     [
-        ("score", "--disk-bytes 6e4", "score_disk", "read / scan, 1 questions"),
-        ("lowbit", "--rows 40 --disk-rows 300", "lowbit", "bfloat16, 4 from disk / int1, 4 from disk"),
+        ("score", "--disk-bytes 6e4 --rest 0", "score_disk", "read / scan, 1 questions"),
+        ("lowbit", "--rows 40 --disk-rows 300 --rest 0", "lowbit", "bfloat16, 4 from disk / int1, 4 from disk"),
     ],
 )
 def test_scan_benchmarks_state_their_ratios(
