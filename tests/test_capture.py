@@ -34,6 +34,7 @@ from loghook.capture import adapters, compiling
 from loghook.capture.compiling import OpenBlocks
 from loghook.capture.rows import Rows
 from loghook.errors import BatchError, ConfigError, DeliveryError, StateError, UnsupportedError
+from loghook.project.outer import project_output
 from loghook.project.projection import Side
 from tests.harness import (
     TOLERANCE,
@@ -858,6 +859,88 @@ def test_a_model_is_compiled_between_blocks(tmp_path, options):
     run.finalize()
     rows = torch.cat([block for _, block in loghook.load(tmp_path).blocks()])
     assert rows.any() and torch.allclose(rows[:2], rows[2:4]) and torch.equal(rows[:2], rows[4:])
+
+
+@pytest.mark.parametrize("options", [{"rank": 2}, {"projection": "none"}])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_layer_whose_rows_fail_has_not_delivered(tmp_path, options, last, monkeypatch):
+    """Programs go on where memory runs out: the block must not end with rows that are zero."""
+    model, ran = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)), []
+
+    def failing(g, matrix):
+        ran.append(g)
+        if len(ran) == 1 + last:
+            raise torch.OutOfMemoryError("out of memory")
+        return project_output(g, matrix)
+
+    run = loghook.init(tmp_path, **options)
+    run.watch(model)
+    monkeypatch.setattr("loghook.capture.rows.project_output", failing)
+    with pytest.raises(DeliveryError, match=f"{2 - last} of 2 watched"), run(data_id=[0, 1]):
+        with contextlib.suppress(torch.OutOfMemoryError):
+            model(torch.randn(2, 8)).square().sum().backward()
+
+
+def test_rows_that_fail_to_be_formed_are_formed_at_the_end(tmp_path, monkeypatch):
+    model, x, formed = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8)), torch.randn(2, 8), []
+    form = Rows.form
+
+    def failing(self, group):
+        formed.append(len(group))
+        if len(formed) == 1:
+            raise torch.OutOfMemoryError("out of memory")
+        form(self, group)
+
+    run = loghook.init(tmp_path, rank=2, on_repeat="all")
+    run.watch(model)
+    with run(data_id=[0, 1]):
+        model(x).square().sum().backward()
+    monkeypatch.setattr(Rows, "limit", 2 * 2 * (2 + 2) * 4)  # both layers', so that the last call fills it
+    monkeypatch.setattr(Rows, "form", failing)
+    with run(data_id=[0, 1]), contextlib.suppress(torch.OutOfMemoryError):
+        model(x).square().sum().backward()
+    run.finalize()
+    rows = torch.cat([block for _, block in loghook.load(tmp_path).blocks()])
+    assert formed == [2, 2] and rows.any() and torch.equal(rows[:2], rows[2:])
+
+
+def test_a_mask_that_fits_only_a_layer_that_sleeps_is_refused(tmp_path):
+    model, x = nn.ModuleDict({"a": nn.Linear(5, 5), "b": nn.Linear(5, 5)}), torch.randn(3, 4, 5)
+    run = loghook.init(tmp_path, rank=3)
+    run.watch(model, may_sleep="a")
+    with pytest.raises(BatchError, match="fits no layer"), run(data_id=[0, 1, 2], mask=torch.ones(3, 4)):
+        model["a"](x).detach()
+        model["b"](x[:, :3]).square().sum().backward()
+
+
+def test_inputs_that_a_later_hook_makes_tensors_of(tmp_path):
+    model, x = nn.Sequential(nn.Linear(8, 3)), np.ones((2, 8), np.float32)
+    run = loghook.init(tmp_path, rank=2)
+    run.watch(model)
+    with pytest.raises(TypeError, match="must be Tensor"), run(data_id=[0, 1]):  # as torch says it
+        model(x)
+    model[0].register_forward_pre_hook(lambda module, args: (torch.as_tensor(args[0]),))
+    with run(data_id=[0, 1]):
+        model(x).square().sum().backward()
+    run.finalize()
+    assert len(loghook.load(tmp_path)) == 2
+
+
+@pytest.mark.parametrize("options", [{"rank": 2}, {"projection": "none"}])
+@pytest.mark.parametrize("frozen", [False, True])
+def test_an_eager_model_under_compiled_autograd(tmp_path, options, frozen):
+    model, x = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 3)), torch.randn(2, 8)
+    run = loghook.init(tmp_path, on_repeat="all", **options)
+    run.watch(model)
+    compiled = torch._dynamo.compiled_autograd._enable(lambda graph: torch.compile(graph, backend="eager"))
+    for context in (contextlib.nullcontext(), compiled):
+        with loghook.frozen(model) if frozen else contextlib.nullcontext(), run(data_id=[0, 1]):
+            loss = model(x).square().sum()
+            with context:
+                loss.backward()
+    run.finalize()
+    rows = torch.cat([block for _, block in loghook.load(tmp_path).blocks()])
+    assert rows.any() and torch.equal(rows[:2], rows[2:])
 
 
 def test_gradients_of_inputs_asked_for_in_a_block_are_no_rows(tmp_path):

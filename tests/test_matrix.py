@@ -253,6 +253,25 @@ def test_compiled_by_inductor_in_bfloat16(fresh_compiler):
     assert np.linalg.norm(log.moments() - expected.moments()) <= 5e-2 * np.linalg.norm(expected.moments())
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("options", [{}, {"projection": "none"}], ids=str)
+def test_a_forward_pass_in_another_stream(frozen, options):
+    """Autograd runs its backward there too, and in a frozen model nobody waits for that."""
+    model, data, side = Net().to("cuda"), make_data("cuda"), torch.cuda.Stream()
+
+    def call(x):
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            y = model(x)
+        torch.cuda.current_stream().wait_stream(side)
+        y.register_hook(lambda _: torch.cuda._sleep(10**8))
+        return y
+
+    log = logged(model, loss_of, data, call=call, frozen=frozen, **options)
+    assert_same(log, logged(model, loss_of, data, **options))
+
+
 def test_regions_compiled_one_by_one(device, fresh_compiler):
     model = Net().to(device)
     for block in model.blocks:

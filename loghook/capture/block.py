@@ -28,7 +28,7 @@ def prepare(
     job, keep = common.job, common.kept
     weights: dict[tuple[int, int], Tensor | None] = {}
     places: dict[tuple[torch.device, torch.dtype], Place] = {}
-    tokens: dict[tuple[int, int, Place], Tokens] = {}
+    tokens: dict[tuple[int, int, Place], tuple[Any, ...]] = {}
     prepared: list[Slots] = []
     for layer in layers:
         where = layer.device_and_dtype()
@@ -41,15 +41,15 @@ def prepare(
             weights[given] = count(mask, keep, mine)
         weight = weights[given]
         key = *given, place
-        if key not in tokens:  # most layers share theirs
-            tokens[key] = Tokens(
-                samples=place.zero.expand(size),
-                documents=None if mine is None else Documents(*(place.to(t) for t in mine)),
-                mask=None if weight is None else place.to(weight, place.dtype),
-                keep=None if keep is None or mine is not None else place.to(keep, place.dtype),
+        if key not in tokens:  # most layers share them
+            tokens[key] = (
+                place.zero.expand(size),
+                None if mine is None else Documents(*(place.to(t) for t in mine)),
+                None if weight is None else place.to(weight, place.dtype),
+                None if keep is None or mine is not None else place.to(keep, place.dtype),
             )
         inputs, held = job.open(layer, place)
-        slots = Slots(layer, place, job.leaves(layer, size, place.leaf), inputs, held, tokens[key])
+        slots = Slots(layer, place, job.leaves(layer, size, place.leaf), inputs, held, Tokens(*tokens[key]))
         # What register_post_accumulate_grad_hook does, whose handle takes longer than all else of a leaf.
         slots.leaves.main._post_accumulate_grad_hooks = {0: slots.count}
         layer.fired = False

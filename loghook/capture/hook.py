@@ -155,6 +155,8 @@ def _project_early(layer: Layer, module: nn.Module, args: tuple[Any, ...]) -> No
         return
     _require_backward(layer)
     x = args[0]
+    if not isinstance(x, Tensor):  # the program's own hooks may come after this one
+        return
     if type(x) is not Tensor:
         _require_tensors(layer, x)
     if _may_share(layer, slots, x):

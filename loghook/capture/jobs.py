@@ -82,6 +82,7 @@ class Place:
     _moved: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _waiting: dict[Hashable, list[tuple[Slots, Call]]] = field(default_factory=dict)
     _bytes: int = 0  # how many wait
+    _streams: set[torch.cuda.Stream] = field(default_factory=set)  # of a GPU, in which calls were taken
     shared: Shared | None = None  # the last input that layers may share
 
     def __post_init__(self) -> None:
@@ -118,7 +119,8 @@ class Place:
     def take(self, slots: Slots, call: Call, activations: Tensor | None) -> None:
         """Deliver what the job makes of a layer's call, or let it wait for those that have an equal key."""
         job, leaves = self.block.job, slots.leaves
-        slots.count()
+        if self.device.type == "cuda":
+            self._streams.add(torch.cuda.current_stream(self.device))
         waits = job.defer(slots, call)
         if waits is None:
             made = job.work(call, slots.held, self.dtype, leaves.moments is not None)
@@ -129,25 +131,41 @@ class Place:
                 if leaf is not None and value is not None:
                     deliver(leaf, value)
             slots.delivered_calls += 1
+            slots.count()  # only now: the program may go on after an error
             return
         alike, call = waits
         slots.waited += 1
+        slots.count()
         self._waiting.setdefault(alike, []).append((slots, call))
         self._bytes += call.x.nbytes + call.g_BSO.nbytes
         if self._bytes >= job.limit * (1 if self.device.type == "cpu" else LARGER):
             self.form()
 
+    def _meet(self) -> None:
+        """Let a GPU's current stream and those in which calls were taken wait for one another.
+
+        Autograd lets it wait only for those of the parameters that are trained.
+        """
+        if self._streams:
+            current = torch.cuda.current_stream(self.device)
+            for stream in self._streams - {current}:
+                current.wait_stream(stream)
+                stream.wait_stream(current)
+
     def close(self) -> None:
         """Let go of tensors, as ``Slots.close`` does."""
+        self._meet()  # others must not write to what it still reads
         self._moved, self._waiting = {}, {}
         self.shared = None
 
     def form(self) -> None:
-        """Make what is to be made of all calls that wait."""
-        waiting, self._waiting, self._bytes = self._waiting, {}, 0
-        for group in waiting.values():
+        """Make what is to be made of all calls that wait; of those where that fails it can be tried again."""
+        self._meet()
+        self._bytes = 0
+        for alike in list(self._waiting):
             with torch.no_grad(), wide_context(self.device.type):
-                self.block.job.form(group)
+                self.block.job.form(self._waiting[alike])
+            del self._waiting[alike]
 
 
 KINDS: "dict[str, type[Job[Any]]]" = {}  # by name, since a compiled backward can hold names and tensors only

@@ -54,7 +54,9 @@ class Tap(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Any:
         (g,), slots = grads, ctx.slots
-        passed = (g, None, None, None, None, None, None)
+        # Compiled autograd cannot add up what is None.
+        nothing = slots.place.anchor.detach() if torch.compiler.is_compiling() else None
+        passed = (g, nothing, None, None, None, None, None)
         if slots.closed:  # nobody will collect what is made of it
             slots.count()
             return passed
