@@ -63,8 +63,7 @@ def alternate(
 ) -> dict[str, list[float]]:
     """Time the cases in turn, so that a busy moment of the machine hits all of them; seconds for each call.
 
-    ``rest``: seconds before each. A rented disk gives more for a while than it keeps up, and a case would pay for what
-    the one before it read.
+    ``rest``: seconds before each, since the rate of a rented disk depends on what was read just before.
     """
     times: dict[str, list[float]] = {name: [] for name in cases}
     for case in cases.values():  # warm-up

@@ -1,6 +1,6 @@
 """The host's time for a watched layer: what logging adds where products cost nothing, in microseconds.
 
-Small batches on a GPU, and small models, wait for Python. A stack of narrow linear layers, one sample of a few tokens,
+Small batches on a GPU, and small models, wait for Python. A stack of narrow linear layers, two samples of a few tokens,
 one thread: passes that log less passes outside of a block, over the number of layers, in eager mode by stage and
 compiled. The floor is a bare tap of the same kind: a hook that projects the input, an autograd function that projects
 the output gradient, and one batched product for all layers; it checks nothing and writes nothing.
@@ -115,18 +115,18 @@ def plain(layers: int, backend: str | None = None) -> Callable[[], list[float]]:
 
 
 def main() -> None:
-    made = Parser(__doc__, timed=True)
+    made = Parser(__doc__)
+    made.add_argument("--repeats", type=int, default=200, help="turns, of which medians are reported")
     made.add_argument("--layers", type=int, default=128)
     made.add_argument("--compile", default="inductor", help="backend of torch.compile, or none")
-    made.set_defaults(repeats=200)
     a = made.start()
     backends = {"eager": None} | ({} if a.compile == "none" else {"compiled": a.compile})
     stages: dict[str, list[list[float]]] = {}
     cases: dict[str, Callable[[], Any]] = {"bare tap": bare(a.layers)}
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as runs:
         for how, backend in backends.items():
             log, run = logged(a.layers, Path(folder), backend)
-            stack.callback(run.finalize)
+            runs.callback(run.finalize)
             for name, step in ((how, log), (f"plain, {how}", plain(a.layers, backend))):
                 stages[name] = []
                 cases[name] = lambda step=step, times=stages[name]: times.append(step())

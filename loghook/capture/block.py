@@ -143,8 +143,8 @@ def nothing_delivered(layers: Sequence[Layer]) -> str:
         return (
             "no watched layer ran in this block, or its hooks never fired. Run forward and backward inside the block, "
             "of the very model that watch() was given (not one made again since), with gradients enabled (no "
-            "torch.no_grad, torch.inference_mode, merged or disabled adapter); if it, or another of its kind, was "
-            "compiled before watch(), call torch._dynamo.reset()."
+            "torch.no_grad, torch.inference_mode, merged or disabled adapter); if it was compiled before watch(), or "
+            "another of its kind before the first block, call torch._dynamo.reset()."
         )
     return (
         "no backward pass reached a watched layer in this block: call loss.backward() inside it, without inputs= (and "

@@ -30,8 +30,8 @@ class OpenBlocks:
     """How many blocks are open; in the threads that opened them the compiler assumes nothing of what layers hold.
 
     That modules have no hooks it does not assume while a model is watched: code of an equal model, compiled between two
-    blocks, would serve in the second. From torch 2.13 on its settings are each thread's own. In autograd's
-    threads, which recompute what a reentrant checkpoint on a GPU ran, they stay as they are.
+    blocks, would serve in the second. From torch 2.13 on its settings are each thread's own. In autograd's threads,
+    which recompute what a reentrant checkpoint on a GPU ran, they stay as they are.
 
     Attributes:
         any: whether any is: in a global, at which compiled code always looks, also if it was compiled without a block.
@@ -108,8 +108,9 @@ BLOCKS = OpenBlocks()
 def unwatched_twins(model: nn.Module, layers: Sequence[Layer]) -> Iterator[nn.Module]:
     """Modules that may have the place in one part of the model which a watched layer has in an equal part.
 
-    Outside of blocks the compiler does not look whether a module without hooks has got some: what it made of a part
-    that is not watched would serve for one that is, unless the unwatched layers have hooks too, which do nothing.
+    Before the first block the compiler may not look yet whether a module without hooks has got some, if it was loaded
+    after ``watch``: what it made of a part that is not watched would serve for one that is, unless the unwatched layers
+    have hooks too, which do nothing.
     """
 
     def kind(name: str, module: nn.Module) -> tuple[type, str]:

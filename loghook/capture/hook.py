@@ -88,12 +88,12 @@ def _put_tap(
     return Tap.apply(y, slots.place.anchor, slots, projected, weight, documents, activations)
 
 
-def _require_tensors(layer: Layer, x: Any, *others: Any) -> None:
+def _require_tensors(layer: Layer, *tensors: Any) -> None:
     """Raise where a layer takes or returns no tensors, or such as ranks share, whatever their mesh is called.
 
     FSDP gathers weights only.
     """
-    for t in (x, *others):
+    for t in tensors:
         if not isinstance(t, Tensor):
             kind = type(t).__name__
             raise UnsupportedError(f"layer {layer.name!r} takes or returns a {kind}, no tensor: exclude it.")
