@@ -182,15 +182,16 @@ def test_rows_are_read_as_from_an_array(exact, low, dtype):
 
 
 @pytest.mark.parametrize(
-    ("dtype", "integers"),
-    [(dtype, integers) for dtype in CODED for integers in (True, False) if dtype in DTYPES or not integers],
+    ("dtype", "way"),
+    [*((dtype, "integers") for dtype in DTYPES), *((dtype, "floats") for dtype in CODED), ("int1", "tables")],
 )
-def test_scores_are_those_of_the_decoded_rows(tmp_path, monkeypatch, low, exact, dtype, integers):
+def test_scores_are_those_of_the_decoded_rows(tmp_path, monkeypatch, low, exact, dtype, way):
     """A float64 log of the decoded rows is the reference: every method, option and layer."""
-    if not integers:
-        monkeypatch.setattr(products, "has_integer_products", lambda: False)
-    elif not products.has_integer_products():
+    if way == "integers" and not products.exact_integers():
         pytest.skip("this processor has no exact integer products")
+    monkeypatch.setattr(products, "has_integer_products", lambda: way == "integers")
+    if way == "floats":
+        monkeypatch.setattr(products, "TABLES", 0)
     query = exact[1]
     maintain.compress(low[dtype].path, tmp_path / "decoded", "float64")
     decoded, log = loghook.load(tmp_path / "decoded"), loghook.load(low[dtype].path)
@@ -208,10 +209,11 @@ def test_scores_are_those_of_the_decoded_rows(tmp_path, monkeypatch, low, exact,
         np.testing.assert_allclose(log.self_influence(method), decoded.self_influence(method), rtol=1e-4)
 
 
-def test_integer_products_are_of_the_questions_themselves(low, exact):
+def test_integer_products_are_of_the_questions_themselves(monkeypatch, low, exact):
     """Against float64 products with the decoded rows, also for questions of zeros and of very different sizes."""
-    if not products.has_integer_products():
+    if not products.exact_integers():
         pytest.skip("this processor has no exact integer products")
+    monkeypatch.setattr(products, "has_integer_products", lambda: True)
     generator = torch.Generator().manual_seed(0)
     for log in (low[dtype] for dtype in DTYPES):
         matrix = torch.randn(5, log.layout.gradient_width, generator=generator)
@@ -258,6 +260,26 @@ def test_one_bit_questions_are_the_formula(widths, rest, queries, seed, data):
     assert (np.abs(found.numpy() - expected) <= 1e-6 * size).all()
 
 
+@settings(deadline=None)
+@given(
+    widths=st.lists(st.sampled_from([1, 7, 8, 9, 64, 130, 520]), min_size=1, max_size=5),
+    queries=st.integers(1, 10),
+    seed=st.integers(0, 9),
+    data=st.data(),
+)
+def test_sums_that_are_looked_up_are_products_with_the_decoded_rows(widths, queries, seed, data):
+    codec, generator = make_codec("int1", [(1, width) for width in widths], 0), torch.Generator().manual_seed(seed)
+    stored = codec.encode(torch.randn(7, codec.width, generator=generator))
+    matrix = torch.randn(queries, codec.width, generator=generator)
+    chosen = data.draw(st.lists(st.sampled_from(range(len(widths))), min_size=1, unique=True).map(sorted))
+    ends = np.cumsum(widths).tolist()
+    columns = np.concatenate([np.arange(ends[i] - widths[i], ends[i]) for i in chosen])
+    rows, asked = codec.decode(stored).double()[:, columns], matrix.double()[:, columns]
+    found = products._tables(codec, matrix, chosen)(stored)
+    bound = asked.norm(dim=1)[:, None] * rows.norm(dim=1)[None]
+    assert found.shape == (queries, 7) and ((found - asked @ rows.T).abs() <= 1e-6 * bound).all()
+
+
 @pytest.mark.parametrize("many", [False, True])
 def test_one_bit_questions_of_a_log(monkeypatch, low, exact, many):
     """All options; the last step of each method, at full precision, is what is cut to signs."""
@@ -299,6 +321,14 @@ def test_integer_products_lose_next_to_nothing(low, dtype, queries, error):
     found = asked(stored(log) if as_stored else rows.float())
     bound = matrix.double().norm(dim=1)[:, None] * rows.norm(dim=1)[None]
     assert ((found - matrix.double() @ rows.T).abs() <= error * bound).all()
+
+
+@pytest.mark.parametrize("quick", [True, False])
+def test_integer_products_are_taken_where_they_are_quicker(monkeypatch, quick):
+    """Processors without dot products of bytes have plain loops for them, several times as slow as floats."""
+    times = iter([1.0, 2.0] if quick else [2.0, 1.0])
+    monkeypatch.setattr(products, "_seconds", lambda work: work() is not None and next(times))
+    assert products.has_integer_products.__wrapped__() is (quick and products.exact_integers())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

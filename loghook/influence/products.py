@@ -3,8 +3,11 @@
 For low-bit rows the question is written as ``t (d0 + d1 / 254 + ...)`` with whole numbers of 8 bits and a t for each
 layer. These digits meet the rows' whole numbers in integer products, which are exact. With two digits the error is at
 most 1/64,516 of the layer's largest value. Where three cost no more they are taken: for two to five questions.
+Where integer products are not quick, 1-bit rows are looked up, a byte at a time, among the questions' sums of eight
+values for each of the 256 choices of signs; and rows of more bits are multiplied as floats.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from functools import cache, reduce
 
@@ -18,7 +21,7 @@ from loghook.log.codec.lowbit import AFFINE, LowBitCodec, unpack
 from loghook.log.codec.lowrank import LowRankCodec
 from loghook.log.format import LayerSpec
 from loghook.log.source import Source
-from loghook.project.linear import linear
+from loghook.project.linear import inner
 
 UNPACKED = 2**20  # values of a layer that are unpacked at a time: one byte each, they stay in the cache
 LEAST_ROWS = 256  # fewer would not be worth a product
@@ -26,6 +29,9 @@ WIDEST = 2**17  # more products of two bytes may not fit in a sum of 32 bits
 BASE = 254  # of the digits, which are -127 to 127
 COLUMNS = 16  # an integer product with fewer costs as much or more, but for a single one
 TERMS = 64  # questions times terms of low-rank rows; with more it is quicker to decode a block and multiply once
+TABLES = 2**28  # bytes that sums to be looked up may take: 32 times those of the questions
+LOOKED_UP = 2**19  # bytes of a layer's signs at a time; their places, four bytes each, stay in the cache
+LANES = 8  # of a processor's vectors: lookups of fewer questions, but for a single one, cost more
 FEW = 8  # 1-bit questions; for more, integer products are quicker than counts
 COMPARED = 2**21  # bytes of 1-bit rows that are compared at a time: what is made of them stays in the cache
 
@@ -48,6 +54,8 @@ def products(
                 return _signs(codec, signs, numbers), True
             matrix = codec.decode(signs)
         exact = max(spec.width for spec in chosen) <= WIDEST and has_integer_products()
+        if codec.bits == 1 and not exact and 32 * 4 * matrix.numel() <= TABLES:
+            return _tables(codec, matrix, numbers), True
         return _codes(codec, matrix, numbers, len(reader.layers), exact=exact), True
     if isinstance(codec, LowRankCodec) and len(matrix) * codec.terms <= TERMS:
         return _bilinear(codec, matrix, numbers), True
@@ -72,7 +80,7 @@ def _floats(reader: Source, matrix: Tensor, chosen: Sequence[LayerSpec]) -> Prod
     def multiply(block: Tensor) -> Tensor:
         if block.dtype != matrix.dtype and len(block) > step:
             return torch.cat([multiply(rows) for rows in block.split(step)], 1)
-        return reduce(torch.add, [linear(matrix[:, run], widened(block[:, run])) for run in runs])
+        return reduce(torch.add, [inner(matrix[:, run], widened(block[:, run])) for run in runs])
 
     return multiply
 
@@ -80,8 +88,7 @@ def _floats(reader: Source, matrix: Tensor, chosen: Sequence[LayerSpec]) -> Prod
 def _codes(codec: LowBitCodec, matrix: Tensor, numbers: Sequence[int], layers: int, *, exact: bool) -> Product:
     """Products with whole numbers, layer by layer: of integers where they are ``exact``, or else in float32.
 
-    Float32 is for processors without quick and exact integer products, and for layers too wide for them. Rows are not
-    decoded, which for one bit would be to rotate them back: the questions are rotated instead.
+    Rows are not decoded, which for one bit would be to rotate them back: the questions are rotated instead.
     """
     slope, shift = AFFINE[codec.bits]
     queries, single = len(matrix), len(matrix) == 1
@@ -97,7 +104,7 @@ def _codes(codec: LowBitCodec, matrix: Tensor, numbers: Sequence[int], layers: i
             digits, sizes = _in_digits(q, count) if exact else (q, torch.ones(queries))
             digits = F.pad(digits, (0, spare, 0, group.size * 8 // codec.bits - group.width))
             sizes = F.pad(sizes, (0, spare))
-            columns = digits.to(dtype).split(1 if single else digits.shape[1], 1)
+            columns = digits.to(dtype).split(1 if single else digits.shape[1], 1) if exact else (digits.T,)
             fitted.append(([c.contiguous() for c in columns], sizes * slope))
             shifts[i] = digits.sum(0) * sizes * shift
         groups.append((group, fitted))
@@ -115,10 +122,38 @@ def _codes(codec: LowBitCodec, matrix: Tensor, numbers: Sequence[int], layers: i
                     if exact:
                         dots = torch.cat([torch._int_mm(codes, columns) for columns in digits], 1)
                     else:
-                        dots = codes.float() @ digits[0]
+                        dots = inner(digits[0], codes.float()).T
                     sums.addcmul_(dots * sizes, scale[:, None])
             sums.addmm_(scales, shifts)
         return out[:, : count * queries].unflatten(1, (count, -1)).sum(1).T
+
+    return multiply
+
+
+def _tables(codec: LowBitCodec, matrix: Tensor, numbers: Sequence[int]) -> Product:
+    """1-bit rows: for each byte of a layer, what the eight values of each question sum to with its signs."""
+    queries = len(matrix)
+    spare = -queries % LANES if queries > 1 else 0
+    choices = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+    signs_cj = 2 * torch.from_numpy(choices).float() - 1
+    groups = []
+    for group in codec.alike(numbers):
+        tables = []
+        for values in matrix[:, group.columns].float().split(group.width, 1):
+            q = F.pad(codec.turned(values), (0, 8 * group.size - group.width, 0, spare))
+            tables.append((signs_cj @ q.unflatten(1, (-1, 8)).permute(1, 2, 0)).flatten(0, 1))  # (size 256, Q)
+        groups.append((group, tables, 256 * torch.arange(group.size, dtype=torch.int32)))
+    step = max(LEAST_ROWS, LOOKED_UP // max(group.size for group, *_ in groups))
+
+    def multiply(block: Tensor) -> Tensor:
+        out = torch.zeros(len(block), queries + spare)
+        for rows, sums in zip(block.split(step), out.split(step), strict=True):
+            scales = codec.scales(rows)
+            for group, tables, starts in groups:
+                by_layer = codec.packed(rows, group).transpose(0, 1).contiguous()
+                for scale, packed, table in zip(scales[:, group.layers].T, by_layer, tables, strict=True):
+                    sums.addcmul_(F.embedding_bag(packed + starts, table, mode="sum"), scale[:, None])
+        return out[:, :queries].T
 
     return multiply
 
@@ -135,12 +170,21 @@ def _in_digits(q: Tensor, count: int) -> tuple[Tensor, Tensor]:
 
 @cache
 def has_integer_products() -> bool:
-    """Whether ``torch._int_mm`` is quick and exact here.
+    """Whether ``torch._int_mm`` is quick here, and exact.
 
-    Without AVX, as on ARM, PyTorch has plain loops for it; on processors without integer dot products it may saturate.
+    That it is quick is measured: what oneDNN has no kernel for takes plain loops, as on ARM, and on x86 without
+    dot products of bytes (VNNI), where they were 16 times as slow as products of floats.
     """
-    if not torch.backends.cpu.get_cpu_capability().startswith("AVX"):
-        return False
+    codes = torch.ones(LEAST_ROWS, UNPACKED // 4 // LEAST_ROWS, dtype=torch.int8)
+    columns = torch.ones(codes.shape[1], COLUMNS, dtype=torch.int8)
+    floats = columns.float()
+    return exact_integers() and _seconds(lambda: torch._int_mm(codes, columns)) <= _seconds(
+        lambda: codes.float() @ floats
+    )
+
+
+def exact_integers() -> bool:
+    """Whether ``torch._int_mm`` gives what the formula says; some processors saturate sums of two products."""
     a = torch.tensor([127, -127], dtype=torch.int8).repeat_interleave(64).repeat(64, 1)
     try:
         return all(
@@ -149,6 +193,17 @@ def has_integer_products() -> bool:
         )
     except RuntimeError:
         return False
+
+
+def _seconds(work: Callable[[], object], tries: int = 5) -> float:
+    """Of the quickest of a few tries, after one that does not count."""
+    work()
+    taken = []
+    for _ in range(tries):
+        start = time.perf_counter()
+        work()
+        taken.append(time.perf_counter() - start)
+    return min(taken)
 
 
 def _bilinear(codec: LowRankCodec, matrix: Tensor, numbers: Sequence[int]) -> Product:

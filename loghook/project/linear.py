@@ -28,6 +28,14 @@ def linear(x: Tensor, weight_kI: Tensor, bias_k: Tensor | None = None) -> Tensor
     return onednn(x, weight_kI, None if bias_k is None else bias_k.contiguous(), "none", [], "")
 
 
+def inner(few_QI: Tensor, rows_nI: Tensor) -> Tensor:
+    """``few rows^T`` of few vectors and many rows: (Q, n).
+
+    Without AVX-512 it is up to twice as quick with the few as the weight.
+    """
+    return F.linear(rows_nI, few_QI).T if _onednn() is None else linear(few_QI, rows_nI)
+
+
 def gram(x_Nk: Tensor, y_Nm: Tensor) -> Tensor:
     """``x^T y``: (k, m)."""
     return linear(x_Nk.T, y_Nm.T)
