@@ -124,7 +124,8 @@ def machine() -> dict[str, Any]:
     if info.exists():
         cpu = next((line.split(":")[1].strip() for line in info.read_text().splitlines() if "model name" in line), cpu)
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    return {"cpu": cpu, "threads": torch.get_num_threads(), "gpu": gpu, "torch": torch.__version__}
+    vectors = torch.backends.cpu.get_cpu_capability()
+    return {"cpu": cpu, "vectors": vectors, "threads": torch.get_num_threads(), "gpu": gpu, "torch": torch.__version__}
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
@@ -188,7 +189,8 @@ def report(
     name: str, result: dict[str, Any], arguments: argparse.Namespace, targets: dict[str, tuple[float, str]]
 ) -> None:
     """Print a table of ratios beside their targets; write JSON; end with status 1 if --require was missed."""
-    print(f"\n{name} on {machine()['cpu']}, {torch.get_num_threads()} threads, torch {torch.__version__}")
+    here = machine()
+    print(f"\n{name} on {here['cpu']} ({here['vectors']}), {here['threads']} threads, torch {here['torch']}")
     for key, value in result["ratios"].items():
         shown = f"{value['median']:.3f} ({value['low']:.3f} to {value['high']:.3f})"
         if "fastest" in value:

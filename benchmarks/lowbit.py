@@ -5,9 +5,10 @@ files' pages are dropped from the page cache (``posix_fadvise(POSIX_FADV_DONTNEE
 pages) and the log is opened anew, so that the scan waits for the disk and verifies checksums; with so many rows that
 what is done once does not decide. "In memory": the log is open, checked and in the page cache.
 
-Floors: bytes over the sequential read rate, measured beside; and for arithmetic a bare ``torch._int_mm`` on codes that
-are unpacked already. Fidelity is no matter of this script: random rows have none (``loghook compress`` prints it, and
-``signs.py`` what 1-bit questions cost).
+Floors: bytes over the sequential read rate, measured beside; and for arithmetic a bare product with codes that are
+unpacked already: ``torch._int_mm``, or one of floats on processors where that is quicker, whose results have a file of
+their own. Fidelity is no matter of this script: random rows have none (``loghook compress`` prints it, and ``signs.py``
+what 1-bit questions cost).
 """
 
 import os
@@ -22,7 +23,9 @@ from _common import Parser, alternate, medians, ratio, report, setting
 from score import FEW, first, read, scan, write_log
 
 import loghook
+from loghook.influence.products import has_integer_products
 from loghook.log.maintain import compress
+from loghook.project.linear import inner
 
 LOW = ("int8", "int4", "int1")
 
@@ -75,8 +78,14 @@ def main() -> None:
             measure(cases, [(f"{d}, {n}", f"float32, {n}") for d in LOW], a.rows)
         size = {d: logs[d].codec.row_bytes for d in logs} | {"bfloat16": 2 * a.layers * a.width}
     codes = torch.randint(-1, 2, (1024, a.width), dtype=torch.int8)
-    halves = {n: torch.randint(-127, 128, (a.width, 2 * n), dtype=torch.int8) for n in (*FEW, a.many)}
-    times = alternate({str(n): lambda n=n: torch._int_mm(codes, halves[n]) for n in halves}, 50)
+    halves = {n: torch.randint(-127, 128, (2 * n, a.width), dtype=torch.int8) for n in (*FEW, a.many)}
+    bare: dict[str, Callable[[], Any]] = {}
+    for n, half in halves.items():
+        if has_integer_products():
+            bare[str(n)] = partial(torch._int_mm, codes, half.T.contiguous())
+        else:
+            bare[str(n)] = partial(inner, half[:n].float(), codes.float())
+    times = alternate(bare, 50)
     floors = {n: a.rows / 1024 * a.layers * sorted(times[n])[25] for n in times}
     print(f"\n{'':<34}{'rows/s':>12}{'values/s':>12}{'bytes/s':>12}")
     for case, value in seconds.items():
@@ -84,13 +93,13 @@ def main() -> None:
         each = size[case.split(",")[0].split(" ")[0]]
         print(f"{case:<34}{speed:>12,.0f}{speed * a.layers * a.width:>12.2e}{speed * each:>12.2e}")
     print(f"sequential read {rate:.2e} bytes/s; bytes a row {size}")
-    print("bare integer products, seconds: " + ", ".join(f"{n} questions {s:.3f}" for n, s in floors.items()))
+    print("bare products, seconds: " + ", ".join(f"{n} questions {s:.3f}" for n, s in floors.items()))
     report(
-        "lowbit",
+        "lowbit" if has_integer_products() else "lowbit_floats",
         {
             "setting": setting(a, "rows", "disk_rows", "layers", "width", "many", "rest"),
             "bytes_a_row": size, "seconds": seconds, "ratios": ratios,
-            "floors": {"read_bytes_a_second": rate, "integer_products_seconds": floors},
+            "floors": {"read_bytes_a_second": rate, "products_seconds": floors},
         },
         a,
         {

@@ -49,6 +49,7 @@ from loghook.errors import (
     VersionError,
     WriteError,
 )
+from loghook.log import disk
 from loghook.log.writer import Batch
 from tests.oracle import one_sample_gradients
 
@@ -1741,6 +1742,23 @@ def test_full_disk_is_an_error_that_loses_nothing_committed(
                 log(resumed, model, batch)
         resumed.finalize()
     assert_log(path, model, range(40))
+
+
+@pytest.mark.parametrize("known", [True, False])
+def test_macos_is_asked_to_empty_the_disks_cache(path: Path, monkeypatch: pytest.MonkeyPatch, known: bool) -> None:
+    """There fsync leaves it full; network file systems, which do not know the call, get an fsync."""
+    asked, synced = [], []
+
+    def control(descriptor: int, command: int) -> None:
+        asked.append(command)
+        if not known:
+            raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
+
+    monkeypatch.setattr(disk.fcntl, "F_FULLFSYNC", 51, raising=False)
+    monkeypatch.setattr(disk.fcntl, "fcntl", control)
+    monkeypatch.setattr(os, "fsync", synced.append)
+    disk.write_atomically(path.with_name("file"), b"data")  # the file, and its folder
+    assert asked == [51, 51] and len(synced) == (0 if known else 2)
 
 
 def test_full_disk_at_the_first_block_is_a_write_error(

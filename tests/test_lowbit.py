@@ -477,10 +477,11 @@ def test_repeats_and_many_shards_become_few(tmp_path, exact, dtype):
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_narrow_floats_are_widened_a_few_rows_at_a_time(tmp_path, monkeypatch, dtype):
+def test_narrow_floats_are_widened_a_piece_at_a_time(tmp_path, monkeypatch, dtype):
     log, query, _ = make_log(tmp_path / "run", n=80, dtype=dtype)
-    monkeypatch.setattr(products, "UNPACKED", 1)
-    monkeypatch.setattr(products, "LEAST_ROWS", 28)  # seven rows
+    assert any(spec.width > 10 for spec in log.layout.layers)
+    monkeypatch.setattr(products, "WIDENED", 10)
+    monkeypatch.setattr(products, "UNPACKED", 140)  # seven rows of ten columns
     rows = log.gather(np.arange(80)).double().numpy()
     found = log.influence(query, "dot", per_layer=True)
     np.testing.assert_allclose(found.values, query.matrix.double().numpy() @ rows.T, rtol=1e-5, atol=1e-6)
@@ -489,10 +490,8 @@ def test_narrow_floats_are_widened_a_few_rows_at_a_time(tmp_path, monkeypatch, d
 
 def test_products_by_layer_widen_their_own_columns_alone(tmp_path, monkeypatch):
     log, query, _ = make_log(tmp_path / "run", n=80, dtype="bfloat16")
-    monkeypatch.setattr(products, "UNPACKED", 1)
-    monkeypatch.setattr(products, "LEAST_ROWS", 28)  # seven rows
-    made, empty = [], torch.empty
-    monkeypatch.setattr(torch, "empty", lambda *size, **options: made.append(empty(*size, **options)) or made[-1])
+    widened, inner = [], products.inner
+    monkeypatch.setattr(products, "inner", lambda few, rows: widened.append(rows.numel()) or inner(few, rows))
     log.influence(query, "dot", per_layer=True)
     # Once for all layers together, and once for each by itself.
-    assert sum(memory.numel() for memory in made) == 2 * 7 * log.layout.gradient_width
+    assert sum(widened) == 2 * 80 * log.layout.gradient_width

@@ -24,6 +24,7 @@ from loghook.log.source import Source
 from loghook.project.linear import inner
 
 UNPACKED = 2**20  # values of a layer that are unpacked at a time: one byte each, they stay in the cache
+WIDENED = 2**12  # columns that are widened at a time, so that there are rows enough for a product
 LEAST_ROWS = 256  # fewer would not be worth a product
 WIDEST = 2**17  # more products of two bytes may not fit in a sum of 32 bits
 BASE = 254  # of the digits, which are -127 to 127
@@ -69,20 +70,30 @@ def _floats(reader: Source, matrix: Tensor, chosen: Sequence[LayerSpec]) -> Prod
         columns = reader.layout.columns[spec.name]
         start = runs.pop().start if runs and runs[-1].stop == columns.start else columns.start
         runs.append(slice(start, columns.stop))
-    # Narrow floats are widened here, always into the same memory: new memory for every block costs more. There is a
+    # Narrow floats are widened a piece at a time, always into the same memory, which stays in the cache. There is a
     # product for each layer where scores are asked for by layer: of its own columns alone.
-    step = max(LEAST_ROWS // 4, UNPACKED // reader.codec.width)
-    wide = torch.empty(step * max(run.stop - run.start for run in runs), dtype=matrix.dtype)
-
-    def widened(rows: Tensor) -> Tensor:
-        return rows if rows.dtype == matrix.dtype else wide[: rows.numel()].view(rows.shape).copy_(rows)
+    pieces = [slice(at, min(at + WIDENED, run.stop)) for run in runs for at in range(run.start, run.stop, WIDENED)]
+    questions = [matrix[:, piece].contiguous() for piece in pieces]
+    most = max(question.shape[1] for question in questions)
+    step = UNPACKED // 2 // most
+    wide = torch.empty(step * most, dtype=matrix.dtype)
 
     def multiply(block: Tensor) -> Tensor:
-        if block.dtype != matrix.dtype and len(block) > step:
-            return torch.cat([multiply(rows) for rows in block.split(step)], 1)
-        return reduce(torch.add, [inner(matrix[:, run], widened(block[:, run])) for run in runs])
+        if block.dtype == matrix.dtype:
+            return reduce(torch.add, [inner(matrix[:, run], block[:, run]) for run in runs])
+        out = matrix.new_zeros(len(matrix), len(block))
+        for rows, sums in zip(block.split(step), out.split(step, 1), strict=True):
+            for piece, question in zip(pieces, questions, strict=True):
+                part = rows[:, piece]
+                sums += inner(question, _widened(part, wide))
+        return out
 
     return multiply
+
+
+def _widened(part: Tensor, wide: Tensor) -> Tensor:
+    """Copy into the beginning of a buffer of another dtype, which is quicker than to ask for memory each time."""
+    return wide[: part.numel()].view(part.shape).copy_(part)
 
 
 def _codes(codec: LowBitCodec, matrix: Tensor, numbers: Sequence[int], layers: int, *, exact: bool) -> Product:
@@ -109,6 +120,7 @@ def _codes(codec: LowBitCodec, matrix: Tensor, numbers: Sequence[int], layers: i
             shifts[i] = digits.sum(0) * sizes * shift
         groups.append((group, fitted))
     step = max(LEAST_ROWS, UNPACKED // dtype.itemsize // max(group.width for group, _ in groups))
+    wide = torch.empty(0 if exact else step * max(group.size * 8 // codec.bits for group, _ in groups))
 
     def multiply(block: Tensor) -> Tensor:
         out = torch.zeros(len(block), shifts.shape[1])
@@ -122,7 +134,7 @@ def _codes(codec: LowBitCodec, matrix: Tensor, numbers: Sequence[int], layers: i
                     if exact:
                         dots = torch.cat([torch._int_mm(codes, columns) for columns in digits], 1)
                     else:
-                        dots = inner(digits[0], codes.float()).T
+                        dots = inner(digits[0], _widened(codes, wide)).T
                     sums.addcmul_(dots * sizes, scale[:, None])
             sums.addmm_(scales, shifts)
         return out[:, : count * queries].unflatten(1, (count, -1)).sum(1).T

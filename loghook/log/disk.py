@@ -83,7 +83,7 @@ def replacing(file: Path) -> Iterator[Path]:
             with suppress(OSError):  # some network file systems know no modes
                 temporary.chmod(mode)
         with open(temporary, "rb") as handle:
-            os.fsync(handle.fileno())
+            sync(handle.fileno())
         os.replace(temporary, file)
     except BaseException:
         temporary.unlink(missing_ok=True)  # it would keep a full disk full
@@ -100,13 +100,23 @@ def write_flushed(file: Path, data: bytes) -> None:
     with open(file, "wb") as handle:
         handle.write(data)
         handle.flush()
-        os.fsync(handle.fileno())
+        sync(handle.fileno())
+
+
+def sync(descriptor: int) -> None:
+    """Return once what was written is on the disk. On macOS fsync leaves it in the disk's own cache."""
+    full = getattr(fcntl, "F_FULLFSYNC", None)
+    if full is not None:
+        with suppress(OSError):  # network file systems do not know it
+            fcntl.fcntl(descriptor, full)
+            return
+    os.fsync(descriptor)
 
 
 def sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
-        os.fsync(descriptor)
+        sync(descriptor)
     finally:
         os.close(descriptor)
 

@@ -3,7 +3,6 @@
 A kill may come at any point, also while a folder is being recovered.
 """
 
-import os
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from loghook.errors import (
     some,
     warn,
 )
-from loghook.log.disk import lock, lock_name, sync_folder, writing
+from loghook.log.disk import lock, lock_name, sync, sync_folder, writing
 from loghook.log.files import KEPT, PROJECTION, holds_factors
 from loghook.log.format import MANIFEST, WRITTEN, Manifest
 from loghook.log.records import REPAIR, Commits, all_commits, ids_of, read_commits, sum_up, unnamed
@@ -226,7 +225,7 @@ def recover(path: Path, manifest: Manifest, rank: int, *, snapshots: int = 2) ->
     if log.rest:
         with open(log.file, "r+b") as handle:
             handle.truncate(len(log.data))
-            os.fsync(handle.fileno())
+            sync(handle.fileno())
     for shard, rows in ends.items():
         close_shard(shard, rows, codec, manifest.run_id)
     for file in unnamed(path, [log], snapshots):

@@ -3,7 +3,6 @@
 import errno
 import json
 import mmap
-import os
 import warnings
 import weakref
 from collections.abc import Callable, Iterator
@@ -17,7 +16,7 @@ from torch import Tensor
 
 from loghook.errors import CorruptLogError, StateError
 from loghook.log.codec import Codec
-from loghook.log.disk import checksum_next, write_all
+from loghook.log.disk import checksum_next, sync, write_all
 from loghook.log.format import Manifest
 
 SHARD_HEADER = 512  # bytes before the first row, length prefix included: constant, so that a shard can grow
@@ -58,7 +57,7 @@ class ShardFile:
         return self.rows - rows
 
     def sync(self) -> None:
-        os.fsync(self._file.fileno())
+        sync(self._file.fileno())
 
     def close(self) -> None:
         """Let the file end after its rows and its header state them, on the disk."""

@@ -23,7 +23,7 @@ import xxhash
 from torch import Tensor
 
 from loghook.errors import NotFiniteError, StateError, WriteError, some
-from loghook.log.disk import lock, lock_name, sync_folder, write_all, writing
+from loghook.log.disk import lock, lock_name, sync, sync_folder, write_all, writing
 from loghook.log.files import load_moments, save_moments
 from loghook.log.folder import recover, require_current
 from loghook.log.format import Layout, Manifest, shard_name, statistics_name
@@ -333,7 +333,7 @@ class Writer:
         position = self._commits.seek(0, os.SEEK_END)
         try:
             write_all(self._commits.fileno(), memoryview(encode_record(record)), position)
-            os.fsync(self._commits.fileno())
+            sync(self._commits.fileno())
         except OSError:
             os.ftruncate(self._commits.fileno(), position)
             raise
