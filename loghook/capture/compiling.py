@@ -42,12 +42,11 @@ class OpenBlocks:
         self._count, self._watched, self._lock, self._here = 0, 0, threading.Lock(), _Here()
         self._assumed: dict[str, bool] = {}  # before the first was opened
 
-    def watch(self) -> "Watched":
-        """Note that a model is watched, until what is returned is removed."""
+    def watch(self) -> None:
+        """Note that a model is watched, until ``unwatch``."""
         with self._lock:
             self._watched += 1
             self._doubt(_NO_HOOKS)
-        return Watched(self)
 
     def unwatch(self) -> None:
         with self._lock:
@@ -80,18 +79,6 @@ class OpenBlocks:
             setattr(sys.modules["torch._dynamo.config"], name, self._here.before.pop(name))
         for name in self._assumed.keys() - still if not self.any else ():
             del self._assumed[name]
-
-
-class Watched:
-    """That a model is watched, for as long as its hooks are there."""
-
-    def __init__(self, blocks: OpenBlocks) -> None:
-        self._blocks: OpenBlocks | None = blocks
-
-    def remove(self) -> None:
-        if self._blocks is not None:
-            self._blocks.unwatch()
-        self._blocks = None
 
 
 class _Here(threading.local):

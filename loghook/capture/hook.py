@@ -134,15 +134,11 @@ def _sum_inputs(
     return sum_tokens(tokens, weight, documents)
 
 
-def make_early_hook(layer: Layer) -> Hook:
-    """Return the forward pre-hook of a layer: on a processor it projects an input that the cache still holds.
+def project_early(layer: Layer, module: nn.Module, args: tuple[Any, ...]) -> None:
+    """The forward pre-hook of a layer: on a processor it projects an input that the cache still holds.
 
     The hook after the layer's forward shares the product, if its input is still the same.
     """
-    return Hook(_project_early, layer)
-
-
-def _project_early(layer: Layer, module: nn.Module, args: tuple[Any, ...]) -> None:
     slots = None if torch.compiler.is_compiling() else layer.slots
     if slots is None or slots.place.device.type != "cpu":
         return

@@ -5,9 +5,9 @@
 
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from loghook.capture.batch import Given, Ids, Mask, Segments, check_ids, check_masks, check_segments, unscaled
 from loghook.capture.block import block, nothing_delivered, prepare
-from loghook.capture.compiling import BLOCKS, Watched, unwatched_twins
+from loghook.capture.compiling import BLOCKS, unwatched_twins
 from loghook.capture.config import Recipe
 from loghook.capture.experts import ExpertProjection, watched
-from loghook.capture.hook import Hook, do_nothing, make_early_hook, make_hook
+from loghook.capture.hook import Hook, do_nothing, make_hook, project_early
 from loghook.capture.jobs import Block, Job, Result
 from loghook.capture.layers import Layer
 from loghook.capture.models import (
@@ -40,6 +40,8 @@ from loghook.log.query import Query
 from loghook.log.writer import finite_rows, not_finite
 from loghook.project.projection import FITTED
 
+Self = TypeVar("Self", bound="Hooked")
+
 
 class Hooked:
     """Layers of a model under inert hooks, and queries through them."""
@@ -52,7 +54,7 @@ class Hooked:
         # Held until ``close``: of a container that was made for watch() alone nobody else would know the BatchNorms.
         self._model: nn.Module | None = None
         self._mixing: list[tuple[str, nn.Module]] | None = None  # looked for when a block opens, and in each pass anew
-        self._handles: list[torch.utils.hooks.RemovableHandle | Watched] = []
+        self._hooks = ExitStack()  # what ``close`` undoes
         self._names: tuple[str, ...] = ()
         self._open = False
         self._segmented = False  # whether a block had segments
@@ -89,12 +91,14 @@ class Hooked:
             # torch 2.11's compiler takes hooks that changed places for one another.
             others = any(not isinstance(hook, Hook) for hook in layer.module._forward_hooks.values())
             handle = layer.module.register_forward_hook(make_hook(layer), prepend=others, with_kwargs=True)
-            self._handles.append(handle)
+            self._hooks.callback(handle.remove)
             if layer.adapter.shares_input:
-                self._handles.append(layer.module.register_forward_pre_hook(make_early_hook(layer)))
+                handle = layer.module.register_forward_pre_hook(Hook(project_early, layer))
+                self._hooks.callback(handle.remove)
         for module in unwatched_twins(model, layers):
-            self._handles.append(module.register_forward_hook(Hook(do_nothing)))
-        self._handles.append(BLOCKS.watch())
+            self._hooks.callback(module.register_forward_hook(Hook(do_nothing)).remove)
+        BLOCKS.watch()
+        self._hooks.callback(BLOCKS.unwatch)
         self._model, self._layers = unwrap(model), layers
         self._names = tuple(layer.name for layer in layers)
         self._layout = Layout(self.specs)
@@ -110,8 +114,14 @@ class Hooked:
     def close(self) -> None:
         """Remove the hooks. The model is then as it was before ``watch``."""
         self._require_outside()
-        _remove(self._handles)
-        self._handles, self._layers, self._mixing, self._model = [], [], None, None
+        self._hooks.close()
+        self._layers, self._mixing, self._model = [], None, None
+
+    def __enter__(self: Self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def digest(self) -> str | None:
         """Digest of sampled parameter values of the watched model, or None where there is none, or they are sharded.
@@ -129,7 +139,7 @@ class Hooked:
     ) -> Iterator[list[Result]]:
         """Open the layers for one batch; the list holds the job's result once the context ends without an error."""
         self._require_outside()
-        if self._names and not self._handles:
+        if self._names and not self._layers:
             raise StateError(
                 "this run was closed: go on with loghook.init(path, resume=True), or ask with log.attach(model)."
             )
@@ -233,15 +243,9 @@ class Asker(Hooked):
             if manifest.fitted is not None:
                 self._project_with(load_sides(origin, manifest.fitted), manifest.fitted, layers)
             self._hook(model, layers, optimizer, self._asked)
-            weakref.finalize(self, _remove, self._handles)
+            weakref.finalize(self, self._hooks.close)
         except ConfigError as error:
             raise MismatchError(f"{origin} cannot be asked with these arguments: {error}") from error
-
-    def __enter__(self) -> "Asker":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 @contextmanager
@@ -254,12 +258,11 @@ def _kept_apart(mixing: Sequence[tuple[str, nn.Module]]) -> Iterator[None]:
             require_apart([(names[module], module)])
 
     names = {module: name for name, module in mixing}
-    handles = [module.register_forward_pre_hook(Hook(look)) for module in names]
-    try:
+    with ExitStack() as hooks:
+        for module in names:
+            hooks.callback(module.register_forward_pre_hook(Hook(look)).remove)
         yield
         require_apart(mixing)
-    finally:
-        _remove(handles)
 
 
 def require_apart(mixing: Iterable[tuple[str, nn.Module]]) -> None:
@@ -271,8 +274,3 @@ def require_apart(mixing: Iterable[tuple[str, nn.Module]]) -> None:
                 f"{type(module).__name__} {name!r} {state} and mixes the samples of a batch: call eval() on it, with "
                 "running statistics, for the logging pass, or use GroupNorm or LayerNorm."
             )
-
-
-def _remove(handles: Sequence[torch.utils.hooks.RemovableHandle | Watched]) -> None:
-    for handle in handles:
-        handle.remove()

@@ -3,7 +3,6 @@
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
 from typing import Any
 
 from torch import nn
@@ -296,17 +295,12 @@ class Run(Blocks, Hooked):
         state = "finished" if self._session.sealed else "closed" if self._closed else "open"
         return f"Run({str(self.path)!r}, {len(self.layers)} layers, {self._step} blocks, {state})"
 
-    def __enter__(self) -> "Run":
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *raised: object) -> None:
         """Close; an error on the way out never hides the one that is being raised."""
         try:
             self.close()
         except LoghookError:
-            if error is None:
+            if raised[0] is None:
                 raise
 
     @property
