@@ -167,12 +167,11 @@ class FactorStore:
 
 
 def pack_factors(factors: Mapping[str, tuple[Factor, Factor]]) -> dict[str, Tensor]:
-    """Lay out factors for ``commit``: values in float64, vectors in float32, shared ones once."""
+    """Lay out factors for ``commit``, values and vectors as they are."""
     tensors = {}
-    float32: dict[int, Tensor] = {}  # by the id of the vectors
     for name, pair in factors.items():
         for side, factor in zip(("in", "out"), pair, strict=True):
             tensors[f"{name}/{side}"] = factor.values
             for i, vectors in enumerate(factor.vectors):
-                tensors[f"{name}/{side}/{i}"] = float32.setdefault(id(vectors), vectors.float())
+                tensors[f"{name}/{side}/{i}"] = vectors
     return tensors
