@@ -1,7 +1,7 @@
 """``loghook.check``: proves the rows on a user's own model against one-sample-at-a-time autograd."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -113,23 +113,23 @@ def check(  # noqa: D417 - five arguments share a line
     """
     if scale is not None and not callable(scale):
         raise ConfigError(f"scale={scale!r} must be a function here, batch -> number of items, for samples alone.")
-    watch = Watch(include, exclude, may_sleep="*", flattened=flattened, batch_dim=batch_dim, activations="sum")
+    watch = Watch(include, exclude, may_sleep, flattened=flattened, batch_dim=batch_dim, activations="sum")
     if segments is not None and not callable(segments) and (alone is not None or isinstance(segments, Mapping)):
         raise ConfigError(
             "segments by layer, or beside alone=, must be a function here, batch -> segments, for samples alone."
         )
-    probe = Probe(model, watch, rank, loss_fn, batch, segments, alone, scale)
+    probe = Probe(model, replace(watch, may_sleep="*"), rank, loss_fn, batch, segments, alone, scale)
     report = CheckReport(tolerance=TOLERANCE[torch.float32], coverage=probe.coverage, watched=len(probe.layers))
     try:
         with left_alone(model):
-            report.problems += _examine(probe, report, may_sleep)
+            report.problems += _examine(probe, report, watch.may_sleep)
     finally:
         probe.close()
     print(report)
     return report
 
 
-def _examine(probe: Probe, report: CheckReport, may_sleep: str | Sequence[str]) -> Iterator[str]:
+def _examine(probe: Probe, report: CheckReport, may_sleep: Sequence[str]) -> Iterator[str]:
     """Yield what is wrong, until it leaves nothing to compare."""
     try:
         batch = probe.together()
@@ -141,8 +141,7 @@ def _examine(probe: Probe, report: CheckReport, may_sleep: str | Sequence[str]) 
     if len(batch.silent) == len(probe.watched):
         yield nothing_delivered(probe.watched)
         return
-    patterns = (may_sleep,) if isinstance(may_sleep, str) else may_sleep
-    if missing := [x for x in probe.watched if x.name in batch.silent and not matches(x.name, patterns)]:
+    if missing := [x for x in probe.watched if x.name in batch.silent and not matches(x.name, may_sleep)]:
         yield partly_delivered(missing, probe.layers)
     together = {name: rows for name, rows in batch.rows.items() if name not in batch.silent}
     finite = finite_samples(together)

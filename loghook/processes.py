@@ -97,16 +97,20 @@ def on_first(call: Callable[[], object]) -> None:
 
 
 def on_cpu(function: Callable[P, R]) -> Callable[P, R]:
-    """Let what a function makes lie on the CPU, where logs are, in float32, whatever the user's defaults are."""
+    """Let what a function makes lie on the CPU, where logs are, in float32, whatever the user's defaults are.
+
+    Nor does autocast, which would round scores, and what is kept of them with the log.
+    """
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> R:
         default = torch.get_default_dtype()
-        if torch.get_default_device().type == "cpu" and default == torch.float32:
+        as_it_is = torch.get_default_device().type == "cpu" and default == torch.float32
+        if as_it_is and not torch.is_autocast_enabled("cpu"):
             return function(*args, **kwargs)
         torch.set_default_dtype(torch.float32)
         try:
-            with torch.device("cpu"):
+            with torch.device("cpu"), torch.autocast("cpu", enabled=False):
                 return function(*args, **kwargs)
         finally:
             torch.set_default_dtype(default)

@@ -1587,6 +1587,35 @@ def test_patches_of_a_depthwise_convolution_are_laid_out_once(tmp_path):
         )  # weighted ones are made for the statistics
 
 
+def test_an_input_that_changes_in_place_after_a_whole_side_kept_it_is_named(tmp_path):
+    """A frozen layer does not keep its input, so that this trains without logging."""
+
+    class Residual(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4, bias=False).requires_grad_(False)
+
+        def forward(self, x):
+            x = self.first(x) * 1.0
+            h = self.second(x)
+            x += h
+            return x
+
+    model, x = Residual(), torch.randn(3, 4)
+    model(x).sum().backward()
+    with loghook.init(tmp_path / "whole", projection="none") as run:
+        run.watch(model)
+        with (
+            pytest.raises(UnsupportedError, match=r"input of second was changed in place.*x = x \+ y"),
+            run(data_id=[0, 1, 2]),
+        ):
+            model(x).sum().backward()
+    with loghook.init(tmp_path / "projected", rank=2) as run:
+        run.watch(model)
+        with run(data_id=[0, 1, 2]):
+            model(x).sum().backward()
+
+
 def test_watch_says_how_much_of_what_is_trained_is_covered(tmp_path, capsys):
     """As of adapters that are no layers (IA3): everything is covered but what is trained."""
 

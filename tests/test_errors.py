@@ -303,6 +303,19 @@ def test_ranks_by_pattern_that_leave_a_layer_out_are_refused(path: Path, model: 
     assert not model.first._forward_hooks and run.layers == ()
 
 
+@pytest.mark.parametrize(
+    "rank, says",
+    [({"frist": 4, "*": 2}, "'frist'.* fits no module"), ({"*": 2, "first": 4}, "'first'.* serves no layer")],
+)
+def test_ranks_by_pattern_of_which_one_is_never_used_are_refused(path: Path, model: Net, rank: Any, says: str) -> None:
+    """They used to be passed over; one for modules that are not watched may stay."""
+    with pytest.raises(ConfigError, match=says):
+        loghook.init(path, rank=rank).watch(model)
+    with loghook.init(path, rank={"first": 4, "*": 2}) as run:
+        run.watch(model, exclude=["first"])
+        assert {layer.k_in for layer in run._layout.layers} == {2}
+
+
 def test_rank_above_every_width_is_refused_and_the_path_stays_free(path: Path, model: Net) -> None:
     run = loghook.init(path, rank=64)
     with refused(ConfigError, "rank=64", "largest: 7", "smaller rank", "projection='none'"):

@@ -481,7 +481,7 @@ def test_narrow_floats_are_widened_a_piece_at_a_time(tmp_path, monkeypatch, dtyp
     log, query, _ = make_log(tmp_path / "run", n=80, dtype=dtype)
     assert any(spec.width > 10 for spec in log.layout.layers)
     monkeypatch.setattr(products, "WIDENED", 10)
-    monkeypatch.setattr(products, "UNPACKED", 140)  # seven rows of ten columns
+    monkeypatch.setattr(products, "UNPACKED", 140)  # seven rows of ten columns, or more for more threads
     rows = log.gather(np.arange(80)).double().numpy()
     found = log.influence(query, "dot", per_layer=True)
     np.testing.assert_allclose(found.values, query.matrix.double().numpy() @ rows.T, rtol=1e-5, atol=1e-6)
@@ -495,3 +495,41 @@ def test_products_by_layer_widen_their_own_columns_alone(tmp_path, monkeypatch):
     log.influence(query, "dot", per_layer=True)
     # Once for all layers together, and once for each by itself.
     assert sum(widened) == 2 * 80 * log.layout.gradient_width
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4", "bfloat16"])
+def test_memory_to_widen_rows_in_is_that_of_a_block(monkeypatch, tmp_path, low, dtype):
+    """Also for layers whose least number of rows would not fit in memory, and for many products at once, by layer."""
+    monkeypatch.setattr(products, "has_integer_products", lambda: False)
+    log = low[dtype] if dtype in low else make_log(tmp_path / "run", dtype=dtype)[0]
+    made, empty = [], torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *size, **options: made.append(size) or empty(*size, **options))
+    asked = [products.products(log, torch.randn(3, log.layout.gradient_width), [spec])[0] for spec in log.layout.layers]
+    assert not made  # before there is a block
+    block = next(log.blocks(rows=2, stored=True))[1]
+    assert torch.isfinite(sum(product(block) for product in asked)).all()
+    assert all(size <= 2 * (log.layout.gradient_width + 7) for (size,) in made)
+
+
+def test_tables_stay_within_their_limit(monkeypatch, low):
+    """With the questions of zeros that fill a vector, and the bits that fill a byte."""
+    monkeypatch.setattr(products, "has_integer_products", lambda: False)
+    monkeypatch.setattr(products, "_tables", lambda *_: "looked up")
+    log = low["int1"]
+    sums = 256 * sum(-(-spec.width // 8) for spec in log.layout.layers)
+    for queries, lanes in ((1, 1), (2, 8), (8, 8), (9, 16)):
+        for limit, fits in ((4 * sums * lanes, True), (4 * sums * lanes - 1, False)):
+            monkeypatch.setattr(products, "TABLES", limit)
+            product, _ = products.products(log, torch.randn(queries, log.layout.gradient_width), log.layout.layers)
+            assert (product == "looked up") is fits
+
+
+def test_scores_and_what_is_kept_of_them_are_not_rounded_by_autocast(tmp_path):
+    log, query, _ = make_log(tmp_path / "run")
+    expected = log.influence(query, "ekfac").values
+    with torch.autocast("cpu", torch.bfloat16):
+        again = loghook.load(log.path)
+        np.testing.assert_array_equal(again.influence(query, "ekfac").values, expected)
+        rounded = again.self_influence("ekfac")
+    np.testing.assert_array_equal(rounded, make_log(tmp_path / "other")[0].self_influence("ekfac"))
+    np.testing.assert_array_equal(rounded, loghook.load(log.path).self_influence("ekfac"))

@@ -223,6 +223,8 @@ def test_what_cannot_work_is_refused_before_anything_is_computed():
     refused("mask, scale and segments", lambda b: loss(model, b), walk=lambda: [([0], 1, {"ids": 1})], ranks=(4,))
     refused("choose one of 'float64'", ranks=(4,), dtypes=("int3",))
     refused("ranks=0", ranks=0)
+    refused("projections='sketch' is unknown", ranks=(4,), projections=["random", "sketch"])
+    refused("projections=None is unknown", ranks=(4,), projections=[{"whitening": 0.1}])
     refused("bytes_per_sample='50 Kilo'", ranks=(4,), bytes_per_sample="50 Kilo")
     by_loss = {"loss_of": lambda b: loss(model, b), "ranks": 4, "dtypes": ("float32",), "methods": ("dot",)}
     refused("yields 3 samples", walk=queries, **by_loss)
@@ -255,7 +257,7 @@ def test_rows_that_cannot_fit_the_budget_are_not_tried():
 
 def test_whole_gradients_are_tried_once_whatever_the_ranks():
     model, _, fit, samples, queries = setting()
-    options = {"projections": [{"projection": "none"}], "dtypes": ("float32",), "methods": ["dot"], "subsets": False}
+    options = {"projections": ["none"], "dtypes": ("float32",), "methods": ["dot"], "subsets": False}
     tuned = loghook.tune(fit, samples, queries, lambda b: loss(model, b), ranks=(8, 2, 4), **options)
     assert len(tuned.candidates) == 1
 

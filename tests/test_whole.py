@@ -578,3 +578,14 @@ def test_samples_of_a_single_token(count, rank):
     query, everything = (ask(fit, model, x, lambda m, b: m(b).logsumexp(-1).sum(), count=n) for n in (count, 20))
     scores = scored(fit, query, model, x, lambda m, b: m(b).logsumexp(-1).sum(), size=5, method="dot", rank=rank)
     assert close(scores.values, (query.matrix @ everything.matrix.T).numpy())
+
+
+def test_factors_are_let_go_by_a_with_statement(tmp_path):
+    model = nn.Sequential(nn.Linear(3, 2))
+    with loghook.fit(tmp_path) as fit:
+        fit.watch(model)
+        assert model[0]._forward_hooks
+    assert not model[0]._forward_hooks
+    with pytest.raises(StateError, match="closed: watch the model again"), fit.query(data_id=[0]):
+        pass
+    fit.watch(model)

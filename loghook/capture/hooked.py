@@ -46,6 +46,8 @@ Self = TypeVar("Self", bound="Hooked")
 class Hooked:
     """Layers of a model under inert hooks, and queries through them."""
 
+    _again = "go on with loghook.init(path, resume=True), or ask with log.attach(model)"  # once it was closed
+
     def __init__(self, recipe: Recipe) -> None:
         self._config = recipe
         self._asked = "plain" if recipe.gradient == "adam" else recipe.gradient  # what the rows of questions are of
@@ -140,9 +142,7 @@ class Hooked:
         """Open the layers for one batch; the list holds the job's result once the context ends without an error."""
         self._require_outside()
         if self._names and not self._layers:
-            raise StateError(
-                "this run was closed: go on with loghook.init(path, resume=True), or ask with log.attach(model)."
-            )
+            raise StateError(f"this run was closed: {self._again}.")
         self._require_watched()
         if self._mixing is None:
             if self._model is not None:

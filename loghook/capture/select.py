@@ -9,7 +9,7 @@ from torch import nn
 
 from loghook.arguments import choose
 from loghook.capture.adapters import Adapter, Geometry, find_adapter, registered_type
-from loghook.capture.config import Recipe, rank_of
+from loghook.capture.config import Rank, Recipe, rank_of
 from loghook.capture.experts import ExpertProjection, projections
 from loghook.capture.layers import Layer
 from loghook.capture.models import coverage, named_modules
@@ -58,6 +58,7 @@ def select(model: nn.Module, watch: Watch, recipe: Recipe) -> tuple[list[Layer],
     """Choose the layers to watch, in module order, and draw their projections; returns the coverage record as well."""
     modules = dict(named_modules(model))
     _require_found(modules, watch)
+    _require_used(modules, recipe.rank)
     # PEFT's modules_to_save: the adapter trains a copy, which runs in the original's place.
     originals = tuple(
         f"{name}.original_module.".lstrip(".") for name, module in modules.items() if hasattr(module, "modules_to_save")
@@ -115,6 +116,21 @@ def _require_found(modules: Mapping[str, nn.Module], watch: Watch) -> None:
             raise ConfigError(
                 f"pattern {pattern!r} matches no module: it must fit a whole name (fnmatch), such as {likely}."
             )
+
+
+def _require_used(modules: Mapping[str, nn.Module], rank: Rank) -> None:
+    """Raise for ranks by pattern of which one is never used; it may be for modules that are not watched."""
+    patterns = list(rank) if isinstance(rank, Mapping) else []
+    used = {next((p for p in patterns if fits(name, p)), None) for name in modules}
+    for pattern in patterns:
+        if pattern not in used:
+            named = any(fits(name, pattern) for name in modules)
+            why = (
+                "serves no layer: the first that fits a name is used"
+                if named
+                else "fits no module: look at the pattern"
+            )
+            raise ConfigError(f"rank={{{pattern!r}: ...}} {why}.")
 
 
 def _why_not(name: str, module: nn.Module, adapter: Adapter | None, watch: Watch) -> str | None:

@@ -61,7 +61,15 @@ class Tap(torch.autograd.Function):
             slots.count()
             return passed
         place, layer = slots.place, slots.layer
-        x, weight_BS, documents_DL, activations = ctx.saved_tensors
+        try:
+            x, weight_BS, documents_DL, activations = ctx.saved_tensors
+        except RuntimeError as error:
+            if "inplace" not in str(error):
+                raise
+            raise UnsupportedError(
+                f"the input of {layer.name} was changed in place after the layer ran, and its row needs it as it "
+                "was: write x = x + y for x += y, or log projected rows (rank=)."
+            ) from error
         if ctx.ran_in != -1:
             place.block.outermost[torch._C._current_graph_task_id()] = ctx.ran_in
         # Sums over tokens run in float32 or wider, also where the user calls backward() under autocast.

@@ -124,7 +124,7 @@ def self_influence(reader: Source, metric: Metric, layers: Sequence[str] | None)
     """<H^-1 G, G> for each row of a log, summed over layers: (rows,) float32; kept with the log."""
     require_one_log(reader.path, len(reader))
     require_rows(reader)
-    of_rows = _prepare(reader, metric, choose_layers(reader, layers), with_rows=True)[2]
+    of_rows = _prepare(reader, metric, choose_layers(reader, layers), None, with_rows=True)[2]
     assert of_rows is not None
     values = of_rows.float().numpy()
     if not np.isfinite(values).all():
@@ -164,8 +164,9 @@ def _prepare(
     reader: Source,
     metric: Metric,
     chosen: Sequence[LayerSpec],
-    query: Query | None = None,
-    with_rows: bool = False,
+    query: Query | None,
+    *,
+    with_rows: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Fit the curvature once for all that is made of it.
 

@@ -7,7 +7,8 @@ Where integer products are not quick, 1-bit rows are looked up, a byte at a time
 values for each of the 256 choices of signs; and rows of more bits are multiplied as floats.
 """
 
-import time
+import itertools
+import timeit
 from collections.abc import Callable, Sequence
 from functools import cache, reduce
 
@@ -30,7 +31,7 @@ WIDEST = 2**17  # more products of two bytes may not fit in a sum of 32 bits
 BASE = 254  # of the digits, which are -127 to 127
 COLUMNS = 16  # an integer product with fewer costs as much or more, but for a single one
 TERMS = 64  # questions times terms of low-rank rows; with more it is quicker to decode a block and multiply once
-TABLES = 2**28  # bytes that sums to be looked up may take: 32 times those of the questions
+TABLES = 2**28  # bytes that sums to be looked up may take
 LOOKED_UP = 2**19  # bytes of a layer's signs at a time; their places, four bytes each, stay in the cache
 LANES = 8  # of a processor's vectors: lookups of fewer questions, but for a single one, cost more
 FEW = 8  # 1-bit questions; for more, integer products are quicker than counts
@@ -55,8 +56,10 @@ def products(
                 return _signs(codec, signs, numbers), True
             matrix = codec.decode(signs)
         exact = max(spec.width for spec in chosen) <= WIDEST and has_integer_products()
-        if codec.bits == 1 and not exact and 32 * 4 * matrix.numel() <= TABLES:
-            return _tables(codec, matrix, numbers), True
+        if codec.bits == 1 and not exact:
+            sums = 256 * sum(group.size * (group.layers.stop - group.layers.start) for group in codec.alike(numbers))
+            if 4 * sums * (len(matrix) + _spare(len(matrix))) <= TABLES:
+                return _tables(codec, matrix, numbers), True
         return _codes(codec, matrix, numbers, len(reader.layers), exact=exact), True
     if isinstance(codec, LowRankCodec) and len(matrix) * codec.terms <= TERMS:
         return _bilinear(codec, matrix, numbers), True
@@ -70,17 +73,17 @@ def _floats(reader: Source, matrix: Tensor, chosen: Sequence[LayerSpec]) -> Prod
         columns = reader.layout.columns[spec.name]
         start = runs.pop().start if runs and runs[-1].stop == columns.start else columns.start
         runs.append(slice(start, columns.stop))
-    # Narrow floats are widened a piece at a time, always into the same memory, which stays in the cache. There is a
-    # product for each layer where scores are asked for by layer: of its own columns alone.
+    # There is a product for each layer where scores are asked for by layer: of its own columns alone.
+    if reader.dtype == matrix.dtype:
+        return lambda block: reduce(torch.add, [inner(matrix[:, run], block[:, run]) for run in runs])
+    # Narrow floats are widened a piece at a time, always into the same memory, which stays in the cache.
     pieces = [slice(at, min(at + WIDENED, run.stop)) for run in runs for at in range(run.start, run.stop, WIDENED)]
     questions = [matrix[:, piece].contiguous() for piece in pieces]
     most = max(question.shape[1] for question in questions)
-    step = UNPACKED // 2 // most
-    wide = torch.empty(step * most, dtype=matrix.dtype)
+    step = UNPACKED // 2 // most * max(1, torch.get_num_threads() // 2)  # a share of a cache for each thread
 
     def multiply(block: Tensor) -> Tensor:
-        if block.dtype == matrix.dtype:
-            return reduce(torch.add, [inner(matrix[:, run], block[:, run]) for run in runs])
+        wide = matrix.new_empty(min(step, len(block)) * most)  # for one block: a log of many layers has many products
         out = matrix.new_zeros(len(matrix), len(block))
         for rows, sums in zip(block.split(step), out.split(step, 1), strict=True):
             for piece, question in zip(pieces, questions, strict=True):
@@ -105,7 +108,6 @@ def _codes(codec: LowBitCodec, matrix: Tensor, numbers: Sequence[int], layers: i
     queries, single = len(matrix), len(matrix) == 1
     count = 1 if not exact else 3 if 1 < queries <= COLUMNS // 3 else 2  # digits of a question
     spare = -count * queries % COLUMNS if exact and not single else 0
-    dtype = torch.int8 if exact else torch.float32
     groups: list[tuple[Alike, list[tuple[list[Tensor], Tensor]]]] = []
     shifts = torch.zeros(layers, count * queries + spare)
     for group in codec.alike(numbers):
@@ -115,14 +117,15 @@ def _codes(codec: LowBitCodec, matrix: Tensor, numbers: Sequence[int], layers: i
             digits, sizes = _in_digits(q, count) if exact else (q, torch.ones(queries))
             digits = F.pad(digits, (0, spare, 0, group.size * 8 // codec.bits - group.width))
             sizes = F.pad(sizes, (0, spare))
-            columns = digits.to(dtype).split(1 if single else digits.shape[1], 1) if exact else (digits.T,)
+            columns = digits.to(torch.int8).split(1 if single else digits.shape[1], 1) if exact else (digits.T,)
             fitted.append(([c.contiguous() for c in columns], sizes * slope))
             shifts[i] = digits.sum(0) * sizes * shift
         groups.append((group, fitted))
-    step = max(LEAST_ROWS, UNPACKED // dtype.itemsize // max(group.width for group, _ in groups))
-    wide = torch.empty(0 if exact else step * max(group.size * 8 // codec.bits for group, _ in groups))
+    step = max(LEAST_ROWS, UNPACKED // (1 if exact else 4) // max(group.width for group, _ in groups))
+    most = 0 if exact else max(group.size * 8 // codec.bits for group, _ in groups)
 
     def multiply(block: Tensor) -> Tensor:
+        wide = torch.empty(min(step, len(block)) * most)
         out = torch.zeros(len(block), shifts.shape[1])
         for rows, sums in zip(block.split(step), out.split(step), strict=True):
             scales = codec.scales(rows)
@@ -145,15 +148,15 @@ def _codes(codec: LowBitCodec, matrix: Tensor, numbers: Sequence[int], layers: i
 def _tables(codec: LowBitCodec, matrix: Tensor, numbers: Sequence[int]) -> Product:
     """1-bit rows: for each byte of a layer, what the eight values of each question sum to with its signs."""
     queries = len(matrix)
-    spare = -queries % LANES if queries > 1 else 0
-    choices = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
-    signs_cj = 2 * torch.from_numpy(choices).float() - 1
+    spare = _spare(queries)
+    signs_cj = torch.tensor(list(itertools.product((-1.0, 1.0), repeat=4))).flip(1)  # of half a byte, the lowest first
     groups = []
     for group in codec.alike(numbers):
         tables = []
         for values in matrix[:, group.columns].float().split(group.width, 1):
             q = F.pad(codec.turned(values), (0, 8 * group.size - group.width, 0, spare))
-            tables.append((signs_cj @ q.unflatten(1, (-1, 8)).permute(1, 2, 0)).flatten(0, 1))  # (size 256, Q)
+            low, high = signs_cj @ q.unflatten(1, (-1, 2, 4)).permute(2, 1, 3, 0)  # (size, 16, Q)
+            tables.append((high[:, :, None] + low[:, None]).flatten(0, 2))  # (size 256, Q)
         groups.append((group, tables, 256 * torch.arange(group.size, dtype=torch.int32)))
     step = max(LEAST_ROWS, LOOKED_UP // max(group.size for group, *_ in groups))
 
@@ -168,6 +171,11 @@ def _tables(codec: LowBitCodec, matrix: Tensor, numbers: Sequence[int]) -> Produ
         return out[:, :queries].T
 
     return multiply
+
+
+def _spare(queries: int) -> int:
+    """Questions of zeros that lookups take besides, so that they fill vectors."""
+    return -queries % LANES if queries > 1 else 0
 
 
 def _in_digits(q: Tensor, count: int) -> tuple[Tensor, Tensor]:
@@ -207,15 +215,9 @@ def exact_integers() -> bool:
         return False
 
 
-def _seconds(work: Callable[[], object], tries: int = 5) -> float:
-    """Of the quickest of a few tries, after one that does not count."""
-    work()
-    taken = []
-    for _ in range(tries):
-        start = time.perf_counter()
-        work()
-        taken.append(time.perf_counter() - start)
-    return min(taken)
+def _seconds(work: Callable[[], object]) -> float:
+    """Of the quickest of a few tries: the first pays for what is made once."""
+    return min(timeit.repeat(work, number=1, repeat=6))
 
 
 def _bilinear(codec: LowRankCodec, matrix: Tensor, numbers: Sequence[int]) -> Product:

@@ -340,7 +340,7 @@ def shard_name(rank: int, index: int) -> str:
     return f"rows-{rank:05d}-{index:05d}.safetensors"
 
 
-def commits_name(rank: int, generation: int = 0) -> str:
+def commits_name(rank: int, generation: int) -> str:
     """Of a writer; maintenance writes a new generation beside the old one."""
     return f"commits-{rank:05d}.jsonl" if generation == 0 else f"commits-{rank:05d}-{generation:05d}.jsonl"
 

@@ -39,6 +39,8 @@ WHOLE_METHODS = ("ekfac", "kfac", *PLAIN)
 class Fit(Blocks, Hooked):
     """EK-FAC factors of whole gradients, and what can be asked of them; made by ``loghook.fit``."""
 
+    _again = "watch the model again"
+
     def __init__(self, path: Path, *, fisher: str, resume: bool, overwrite: bool) -> None:
         """See ``loghook.fit``."""
         super().__init__(Recipe(projection="none"))

@@ -115,7 +115,7 @@ def tune(
     judge: Judge | None = None,
     bytes_per_sample: float | str | None = None,
     subsets: bool = True,
-    projections: Sequence[dict[str, Any]] = PROJECTIONS,
+    projections: Sequence[dict[str, Any] | str] = PROJECTIONS,
     ranks: Sequence[int] = (16, 32, 64),
     dtypes: Sequence[str] = ("float32", "int8", "int1"),
     methods: Sequence[dict[str, Any] | str] = SCORINGS,
@@ -140,7 +140,7 @@ def tune(
         bytes_per_sample: the most that a stored row may take, a number or as "50 kB"; None for no limit.
         subsets: whether groups of layers may be left out. A group is what differs in numbers only, such as
             ``model.layers.*.mlp.down_proj``; they are added one by one, the one that helps most first.
-        projections: arguments of ``loghook.init`` to try.
+        projections: arguments of ``loghook.init``, or names of projections, to try.
         ranks: ranks to try with each.
         dtypes: dtypes to try with each; "int1" is tried on whitened rows only.
         methods: arguments of ``Log.influence``, or names of methods, to try with each.
@@ -160,7 +160,10 @@ def tune(
     ranks = [whole("ranks", rank) for rank in np.atleast_1d(np.asarray(ranks, dtype=object))]
     for dtype in dtypes:
         choose("dtypes", dtype, DTYPES)
-    tried = plans(fit.specs, projections, ranks, dtypes, limit, subsets)
+    projected = [{"projection": p} if isinstance(p, str) else p for p in projections]
+    for projection in projected:
+        choose("projections", projection.get("projection"), ("random", *FITTED, "none"))
+    tried = plans(fit.specs, projected, ranks, dtypes, limit, subsets)
     damped: dict[str, Any] = {} if damping is None else {"damping": damping}
     refining = None if outputs is None or output_loss is None else (outputs, output_loss)
     if (outputs is None) != (output_loss is None):
