@@ -64,8 +64,12 @@ def _put_tap(
     x: Any = args[0] if args else kwargs.get(first)
     if type(x) is not Tensor or type(y) is not Tensor:
         _require_tensors(layer, x, y)
+    early = None if compiling else slots.early
     try:
-        projected = _regrouped(layer, slots, _projected(layer, slots, module, x))
+        if early is not None and early[0] is x and early[1] == x._version:
+            projected = early[2]
+        else:
+            projected = _projected(layer, slots, module, x)
         documents, weight = _tokens(layer, slots, projected)
     except BatchError as error:
         if compiling:
@@ -79,7 +83,7 @@ def _put_tap(
     if compiling:
         how = slots.place.block.job.kind, layer.adapter.channel_dim, layer.batch_dim
         return CompiledTap.apply(y, projected, weight, documents, activations, how, *slots.leaves, *slots.held)
-    layer.fired, layer.computes_in = True, y.dtype
+    layer.fired, layer.computes_in, slots.early = True, y.dtype, None
     slots.run(graph=True)
     return Tap.apply(y, slots.place.anchor, slots, projected, weight, documents, activations)
 
@@ -102,10 +106,11 @@ def _require_tensors(layer: Layer, *tensors: Any) -> None:
 
 def _projected(layer: Layer, slots: Slots, module: nn.Module, x: Tensor) -> Tensor:
     """The layer's input in projected space, (B, S, k_in) or, in groups, (B, S, G, k_in)."""
-    if not torch.compiler.is_compiling() and _may_share(layer, slots, x):
-        return _project_once(layer, slots, module, x)
+    if slots.place.device.type != "cpu" and not torch.compiler.is_compiling() and _may_share(layer, slots, x):
+        return _regrouped(layer, slots, _project_once(layer, slots, module, x))
     with torch.no_grad():  # an adapter may read the module's parameters
         projected = layer.adapter.project(module, _batch_first(layer, slots, x), slots.input_side, layer.spec.bias)
+    projected = _regrouped(layer, slots, projected)
     if slots.input_side.matrix is None and not x.requires_grad and _is_part_of(projected, x):
         return projected.clone()  # autograd keeps it not: the program may write its next batch there
     return projected
@@ -137,7 +142,7 @@ def _sum_inputs(
 def project_early(layer: Layer, module: nn.Module, args: tuple[Any, ...]) -> None:
     """The forward pre-hook of a layer: on a processor it projects an input that the cache still holds.
 
-    The hook after the layer's forward shares the product, if its input is still the same.
+    The hook after the layer's forward takes the product if its input is still the same.
     """
     slots = None if torch.compiler.is_compiling() else layer.slots
     if slots is None or slots.place.device.type != "cpu":
@@ -152,7 +157,7 @@ def project_early(layer: Layer, module: nn.Module, args: tuple[Any, ...]) -> Non
         _require_tensors(layer, x)
     if _may_share(layer, slots, x):
         with suppress(BatchError):  # which the other hook raises
-            _project_once(layer, slots, module, x)
+            slots.early = x, x._version, _regrouped(layer, slots, _project_once(layer, slots, module, x))
 
 
 def _may_share(layer: Layer, slots: Slots, x: Tensor) -> bool:

@@ -128,6 +128,8 @@ class Slots:
     input_side: Side  # the projection of the layer's inputs in this block
     held: Held  # what the job takes besides
     tokens: Tokens
+    # an input that was projected before the layer's forward, its version, and the result
+    early: tuple[Tensor, int, Tensor] | None = None
     misfit: Exception | None = None  # what is wrong with a call that has no rows
     ran: int = 0  # forward, with a graph, outside of backward passes
     quiet: int = 0  # forward, without a graph, as it does first in a reentrant checkpoint
@@ -176,6 +178,7 @@ class Slots:
 
     def close(self) -> None:
         """Let go of tensors: the user may keep the loss, and with it the graph and what its nodes hold."""
-        self.closed, self.held, self.misfit = True, (), None
+        self.closed, self.held = True, ()
+        self.early = self.misfit = None
         self.leaves.clear()
         del self.leaves  # a hook of one of them holds these slots
