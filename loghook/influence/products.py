@@ -3,8 +3,9 @@
 For low-bit rows the question is written as ``t (d0 + d1 / 254 + ...)`` with whole numbers of 8 bits and a t for each
 layer. These digits meet the rows' whole numbers in integer products, which are exact. With two digits the error is at
 most 1/64,516 of the layer's largest value. Where three cost no more they are taken: for two to five questions.
-Where integer products are not quick, 1-bit rows are looked up, a byte at a time, among the questions' sums of eight
-values for each of the 256 choices of signs; and rows of more bits are multiplied as floats.
+Where integer products are not quick, and for layers too wide for them, 1-bit rows are looked up, a byte at a time,
+among the questions' sums of eight values for each of the 256 choices of signs. Rows of more bits, or where such sums
+would take too much memory, are multiplied as floats.
 """
 
 import itertools
@@ -24,7 +25,7 @@ from loghook.log.format import LayerSpec
 from loghook.log.source import Source
 from loghook.project.linear import inner
 
-UNPACKED = 2**20  # values of a layer that are unpacked at a time: one byte each, they stay in the cache
+UNPACKED = 2**20  # values of a layer that are unpacked at a time, one byte each: they stay in the cache
 WIDENED = 2**12  # columns that are widened at a time, so that there are rows enough for a product
 LEAST_ROWS = 256  # fewer would not be worth a product
 WIDEST = 2**17  # more products of two bytes may not fit in a sum of 32 bits
