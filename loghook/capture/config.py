@@ -12,7 +12,7 @@ from loghook.errors import ConfigError
 from loghook.log.codec import DTYPES
 from loghook.log.format import ON_REPEAT, fits
 from loghook.project.outer import GRADIENTS
-from loghook.project.projection import FITTED
+from loghook.project.projection import FITTED, KINDS
 
 Rank = int | Mapping[str, int]  # of all layers, or by fnmatch pattern: the first that fits a layer is its own
 
@@ -27,7 +27,7 @@ class Recipe:
     gradient: str = "plain"  # what rows are of
 
     def __post_init__(self) -> None:
-        choose("projection", self.projection, ("random", *FITTED, "none"))
+        choose("projection", self.projection, KINDS)
         choose("gradient", self.gradient, GRADIENTS)
         _settle(self, rank=_ranks(self.rank), seed=whole("seed", self.seed, -math.inf))
         if self.gradient != "plain" and self.projection in FITTED:

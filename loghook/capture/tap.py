@@ -67,8 +67,8 @@ class Tap(torch.autograd.Function):
             if "inplace" not in str(error):
                 raise
             raise UnsupportedError(
-                f"the input of {layer.name} was changed in place after the layer ran, and its row needs it as it "
-                "was: write x = x + y for x += y, or log projected rows (rank=)."
+                f"the input of {layer.name}, or the block's mask, was changed in place after the layer ran, and its "
+                "row needs it as it was: write x = x + y for x += y, or log projected rows, which keep no input."
             ) from error
         if ctx.ran_in != -1:
             place.block.outermost[torch._C._current_graph_task_id()] = ctx.ran_in

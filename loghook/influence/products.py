@@ -84,7 +84,8 @@ def _floats(reader: Source, matrix: Tensor, chosen: Sequence[LayerSpec]) -> Prod
     step = UNPACKED // 2 // most * max(1, torch.get_num_threads() // 2)  # a share of a cache for each thread
 
     def multiply(block: Tensor) -> Tensor:
-        wide = matrix.new_empty(min(step, len(block)) * most)  # for one block: a log of many layers has many products
+        # For one block alone: there may be as many products as layers.
+        wide = torch.empty(min(step, len(block)) * most, dtype=matrix.dtype)
         out = matrix.new_zeros(len(matrix), len(block))
         for rows, sums in zip(block.split(step), out.split(step, 1), strict=True):
             for piece, question in zip(pieces, questions, strict=True):
@@ -194,7 +195,7 @@ def has_integer_products() -> bool:
     """Whether ``torch._int_mm`` is quick here, and exact.
 
     That it is quick is measured: what oneDNN has no kernel for takes plain loops, as on ARM, and on x86 without
-    dot products of bytes (VNNI), where they were 16 times as slow as products of floats.
+    dot products of bytes (VNNI), where products of floats are many times as quick.
     """
     codes = torch.ones(LEAST_ROWS, UNPACKED // 4 // LEAST_ROWS, dtype=torch.int8)
     columns = torch.ones(codes.shape[1], COLUMNS, dtype=torch.int8)

@@ -31,7 +31,7 @@ def linear(x: Tensor, weight_kI: Tensor, bias_k: Tensor | None = None) -> Tensor
 def inner(few_QI: Tensor, rows_nI: Tensor) -> Tensor:
     """``few rows^T`` of few vectors and many rows: (Q, n).
 
-    Without AVX-512 it is up to twice as quick with the few as the weight.
+    Without AVX-512 it is quicker with the few as the weight (``benchmarks/score.py --queries 4``).
     """
     return F.linear(rows_nI, few_QI).T if _onednn() is None else linear(few_QI, rows_nI)
 

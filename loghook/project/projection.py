@@ -21,6 +21,7 @@ from loghook.project.linear import linear
 from loghook.project.outer import project_input
 
 FITTED = ("pca", "whitened")  # kinds that depend on the data
+KINDS = ("random", *FITTED, "none")
 
 
 def describe_projection(kind: str, rank: int | Mapping[str, int]) -> str:

@@ -36,7 +36,7 @@ from loghook.log.query import Query
 from loghook.log.reader import Reader
 from loghook.processes import all_gather, broadcast, on_first
 from loghook.progress import bar
-from loghook.project.projection import FITTED
+from loghook.project.projection import FITTED, KINDS
 from loghook.whole.candidates import PROJECTIONS, ROW, SCORINGS, Candidate, plans
 from loghook.whole.fit import Fit
 from loghook.whole.refine import OutputLoss, Outputs
@@ -162,7 +162,7 @@ def tune(
         choose("dtypes", dtype, DTYPES)
     projected = [{"projection": p} if isinstance(p, str) else p for p in projections]
     for projection in projected:
-        choose("projections", projection.get("projection"), ("random", *FITTED, "none"))
+        choose("projections", projection.get("projection"), KINDS)
     tried = plans(fit.specs, projected, ranks, dtypes, limit, subsets)
     damped: dict[str, Any] = {} if damping is None else {"damping": damping}
     refining = None if outputs is None or output_loss is None else (outputs, output_loss)
