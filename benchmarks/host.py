@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import Parser, alternate, setting, silent, write
+from _common import Parser, alternate, finish, setting, silent, write
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -51,13 +51,15 @@ class BareTap(torch.autograd.Function):
         return grads[0], None, None, None
 
 
-def stack(layers: int) -> tuple[nn.Module, Tensor]:
+def stack(layers: int, device: str) -> tuple[nn.Module, Tensor]:
     torch.manual_seed(0)
-    return nn.Sequential(*(Part() for _ in range(layers // 4))), torch.randn(SAMPLES, TOKENS, WIDTH, requires_grad=True)
+    with torch.device(device):
+        x = torch.randn(SAMPLES, TOKENS, WIDTH, requires_grad=True)
+        return nn.Sequential(*(Part() for _ in range(layers // 4))), x
 
 
-def bare(layers: int) -> Callable[[], None]:
-    (model, x), matrix = stack(layers), torch.randn(RANK, WIDTH)
+def bare(layers: int, device: str) -> Callable[[], None]:
+    (model, x), matrix = stack(layers, device), torch.randn(RANK, WIDTH, device=device)
     kept: list[tuple[Tensor, Tensor]] = []
 
     def hook(module: nn.Module, args: tuple[Tensor], y: Tensor) -> Any:
@@ -74,13 +76,16 @@ def bare(layers: int) -> Callable[[], None]:
         g, inputs = (torch.stack(sides) for sides in zip(*kept, strict=True))
         torch.matmul(g.mT, inputs)
         kept.clear()
+        finish()
 
     return step
 
 
-def logged(layers: int, folder: Path, backend: str | None = None) -> tuple[Callable[[], list[float]], loghook.Run]:
+def logged(
+    layers: int, device: str, folder: Path, backend: str | None = None
+) -> tuple[Callable[[], list[float]], loghook.Run]:
     """A step that logs, and returns the seconds of its stages."""
-    model, x = stack(layers)
+    model, x = stack(layers, device)
     run = loghook.init(tempfile.mkdtemp(dir=folder), overwrite=True, rank=RANK, on_repeat="all")
     with silent():
         run.watch(model)
@@ -95,13 +100,14 @@ def logged(layers: int, folder: Path, backend: str | None = None) -> tuple[Calla
             loss.backward()
             times.append(time.perf_counter())
         times.append(time.perf_counter())
+        finish()
         return [b - a for a, b in itertools.pairwise(times)]
 
     return step, run
 
 
-def plain(layers: int, backend: str | None = None) -> Callable[[], list[float]]:
-    model, x = stack(layers)
+def plain(layers: int, device: str, backend: str | None = None) -> Callable[[], list[float]]:
+    model, x = stack(layers, device)
     called = torch.compile(model, backend=backend) if backend else model
 
     def step() -> list[float]:
@@ -109,7 +115,9 @@ def plain(layers: int, backend: str | None = None) -> Callable[[], list[float]]:
         loss = called(x).sum()
         times.append(time.perf_counter())
         loss.backward()
-        return [0.0, times[1] - times[0], time.perf_counter() - times[1], 0.0]
+        times.append(time.perf_counter())
+        finish()
+        return [0.0, times[1] - times[0], times[2] - times[1], 0.0]
 
     return step
 
@@ -118,16 +126,17 @@ def main() -> None:
     made = Parser(__doc__)
     made.add_argument("--repeats", type=int, default=200, help="turns, of which medians are reported")
     made.add_argument("--layers", type=int, default=128)
+    made.add_argument("--device", default="cpu")
     made.add_argument("--compile", default="inductor", help="backend of torch.compile, or none")
     a = made.start()
     backends = {"eager": None} | ({} if a.compile == "none" else {"compiled": a.compile})
     stages: dict[str, list[list[float]]] = {}
-    cases: dict[str, Callable[[], Any]] = {"bare tap": bare(a.layers)}
+    cases: dict[str, Callable[[], Any]] = {"bare tap": bare(a.layers, a.device)}
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as runs:
         for how, backend in backends.items():
-            log, run = logged(a.layers, Path(folder), backend)
+            log, run = logged(a.layers, a.device, Path(folder), backend)
             runs.callback(run.finalize)
-            for name, step in ((how, log), (f"plain, {how}", plain(a.layers, backend))):
+            for name, step in ((how, log), (f"plain, {how}", plain(a.layers, a.device, backend))):
                 stages[name] = []
                 cases[name] = lambda step=step, times=stages[name]: times.append(step())
         times = alternate(cases, a.repeats)
@@ -144,7 +153,8 @@ def main() -> None:
     for how, parts in found.items():
         print(f"  {how:<9}" + "".join(f"  {name} {value:.1f}" for name, value in parts.items()))
     if a.save:
-        write("host", {"setting": setting(a, "layers", "compile", "repeats"), "microseconds": found})
+        about = setting(a, "layers", "device", "compile", "repeats")
+        write("host" if a.device == "cpu" else f"host_{a.device}", {"setting": about, "microseconds": found})
 
 
 if __name__ == "__main__":

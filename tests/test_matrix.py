@@ -245,11 +245,16 @@ def test_compiled_by_inductor(device, fresh_compiler):
 
 
 @pytest.mark.gpu
-def test_compiled_by_inductor_in_bfloat16(fresh_compiler):
-    """The compiler is handed the sums in float32 of half-precision operands."""
+def test_compiled_by_inductor_in_bfloat16(fresh_compiler, monkeypatch):
+    """The compiler is handed the sums in float32 of half-precision operands.
+
+    It rounds elsewhere than eager mode does, which turns a ReLU near zero on or off, and with it a part of a row.
+    """
+    monkeypatch.setattr(Block, "relu", staticmethod(torch.tanh))
+    expected = logged(Net().to("cuda"), loss_of, make_data("cuda"))
     model, data = Net().to("cuda", torch.bfloat16), make_data("cuda").bfloat16()
-    log, expected = logged(model, loss_of, data, call=torch.compile(model, dynamic=True)), reference(device="cuda")
-    assert_same(log, expected, 5e-2)
+    log = logged(model, loss_of, data, call=torch.compile(model, dynamic=True))
+    assert_same(log, expected, 3e-2)
     assert np.linalg.norm(log.moments() - expected.moments()) <= 5e-2 * np.linalg.norm(expected.moments())
 
 

@@ -82,7 +82,9 @@ class Place:
     _moved: dict[tuple[int, torch.dtype], tuple[Tensor, Tensor]] = field(default_factory=dict)
     _waiting: dict[Hashable, list[tuple[Slots, Call]]] = field(default_factory=dict)
     _bytes: int = 0  # how many wait
-    _streams: set[torch.cuda.Stream] = field(default_factory=set)  # of a GPU, in which calls were taken
+    # {address: stream} of a GPU in which calls were taken; the address alone is had quickly
+    _streams: dict[int, torch.cuda.Stream] = field(default_factory=dict)
+    _zeros: dict[tuple[int, ...], Tensor] = field(default_factory=dict)  # by shape
     shared: Shared | None = None  # the last input that layers may share
 
     def __post_init__(self) -> None:
@@ -106,7 +108,9 @@ class Place:
 
     def leaf(self, *shape: int) -> Tensor:
         """A leaf. Nobody reads it, so that one stored value serves for all of them."""
-        return self.zero.expand(shape).requires_grad_()
+        if shape not in self._zeros:
+            self._zeros[shape] = self.zero.expand(shape)
+        return self._zeros[shape].detach().requires_grad_()
 
     @cached_property
     def scale_here(self) -> Tensor:
@@ -120,7 +124,9 @@ class Place:
         """Deliver what the job makes of a layer's call, or let it wait for those that have an equal key."""
         job, leaves = self.block.job, slots.leaves
         if self.device.type == "cuda":
-            self._streams.add(torch.cuda.current_stream(self.device))
+            address = torch._C._cuda_getCurrentRawStream(self.zero.get_device())
+            if address not in self._streams:
+                self._streams[address] = torch.cuda.current_stream(self.device)
         waits = job.defer(slots, call)
         if waits is None:
             made = job.work(call, slots.held, self.dtype, leaves.moments is not None)
@@ -148,9 +154,10 @@ class Place:
         """
         if self._streams:
             current = torch.cuda.current_stream(self.device)
-            for stream in self._streams - {current}:
-                current.wait_stream(stream)
-                stream.wait_stream(current)
+            for stream in self._streams.values():
+                if stream != current:
+                    current.wait_stream(stream)
+                    stream.wait_stream(current)
 
     def close(self) -> None:
         """Let go of tensors, as ``Slots.close`` does."""

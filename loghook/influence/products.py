@@ -22,11 +22,12 @@ from loghook.log.codec.base import Alike
 from loghook.log.codec.lowbit import AFFINE, LowBitCodec, unpack
 from loghook.log.codec.lowrank import LowRankCodec
 from loghook.log.format import LayerSpec
+from loghook.log.shard import BLOCK_BYTES
 from loghook.log.source import Source
 from loghook.project.linear import inner
 
 UNPACKED = 2**20  # values of a layer that are unpacked at a time, one byte each: they stay in the cache
-WIDENED = 2**12  # columns that are widened at a time, so that there are rows enough for a product
+WIDENED = 2**12  # columns at least that are widened at a time; with few there are rows enough for a product
 LEAST_ROWS = 256  # fewer would not be worth a product
 WIDEST = 2**17  # more products of two bytes may not fit in a sum of 32 bits
 BASE = 254  # of the digits, which are -127 to 127
@@ -77,11 +78,14 @@ def _floats(reader: Source, matrix: Tensor, chosen: Sequence[LayerSpec]) -> Prod
     # There is a product for each layer where scores are asked for by layer: of its own columns alone.
     if reader.dtype == matrix.dtype:
         return lambda block: reduce(torch.add, [inner(matrix[:, run], block[:, run]) for run in runs])
-    # Narrow floats are widened a piece at a time, always into the same memory, which stays in the cache.
-    pieces = [slice(at, min(at + WIDENED, run.stop)) for run in runs for at in range(run.start, run.stop, WIDENED)]
+    # Narrow floats are widened a piece at a time, always into the same memory, which stays in the cache: of WIDENED
+    # columns, or of more where rows are so long that a block has few of them.
+    share = UNPACKED // 2 * max(1, torch.get_num_threads() // 2)  # of a cache, for all threads
+    length = max(WIDENED, share // max(1, BLOCK_BYTES // (reader.dtype.itemsize * reader.codec.width)))
+    pieces = [slice(at, min(at + length, run.stop)) for run in runs for at in range(run.start, run.stop, length)]
     questions = [matrix[:, piece].contiguous() for piece in pieces]
     most = max(question.shape[1] for question in questions)
-    step = UNPACKED // 2 // most * max(1, torch.get_num_threads() // 2)  # a share of a cache for each thread
+    step = share // most
 
     def multiply(block: Tensor) -> Tensor:
         # For one block alone: there may be as many products as layers.

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from loghook.project.linear import gram, linear, products
+from loghook.project.linear import cast, gram, linear, products
 
 GRADIENTS = ("plain", "normalized", "adam")  # what rows can be of
 CHUNK_BYTES = 64 * 2**20  # what the gradients of some samples of one layer may take at a time
@@ -22,13 +22,13 @@ def project_input(x: Tensor, matrix_kI: Tensor | None, bias: bool) -> Tensor:
     """Project inputs (..., I) to (..., k_in); with ``bias`` a 1 is appended first, and the bias is the last column."""
     if matrix_kI is None:
         return torch.cat([x, x.new_ones(*x.shape[:-1], 1)], -1) if bias else x
-    matrix_kI = matrix_kI.to(x.dtype)
+    matrix_kI = cast(matrix_kI, x.dtype)
     return linear(x, matrix_kI[:, :-1], matrix_kI[:, -1]) if bias else linear(x, matrix_kI)
 
 
 def project_output(g_BSO: Tensor, matrix_kO: Tensor | None) -> Tensor:
     """Project output gradients to k_out values a token: (B, S, k_out); None keeps every output."""
-    return g_BSO if matrix_kO is None else linear(g_BSO, matrix_kO.to(g_BSO.dtype))
+    return g_BSO if matrix_kO is None else linear(g_BSO, cast(matrix_kO, g_BSO.dtype))
 
 
 def gather_tokens(t: Tensor, index_DL: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from loghook.project.blocks import Factor
-from loghook.project.linear import linear
+from loghook.project.linear import cast, linear
 from loghook.project.outer import project_input
 
 FITTED = ("pca", "whitened")  # kinds that depend on the data
@@ -60,7 +60,7 @@ class Side:
         """Project inputs (..., I) to (..., k), as ``project_input``."""
         if not bias or self._parts is None:
             return project_input(x, self.matrix, bias)
-        return linear(x, *(part.to(x.dtype) for part in self._parts))
+        return linear(x, *(cast(part, x.dtype) for part in self._parts))
 
     @property
     def k(self) -> int:  # values a token after the projection
