@@ -136,10 +136,11 @@ def _codes(codec: LowBitCodec, matrix: Tensor, numbers: Sequence[int], layers: i
         for rows, sums in zip(block.split(step), out.split(step), strict=True):
             scales = codec.scales(rows)
             for group, fitted in groups:
-                # Rows are read once, one after the other, and put in order of layers.
-                by_layer = codec.packed(rows, group).transpose(0, 1).contiguous().numpy()
+                by_layer = codec.packed(rows, group).transpose(0, 1)
+                if exact or codec.bits < 8:  # rows are read once, one after the other, and put in order of layers
+                    by_layer = by_layer.contiguous()
                 for scale, packed, (digits, sizes) in zip(scales[:, group.layers].T, by_layer, fitted, strict=True):
-                    codes = unpack(packed, codec.bits)
+                    codes = unpack(packed.numpy(), codec.bits)
                     if exact:
                         dots = torch.cat([torch._int_mm(codes, columns) for columns in digits], 1)
                     else:
