@@ -118,7 +118,9 @@ def check(  # noqa: D417 - five arguments share a line
         raise ConfigError(
             "segments by layer, or beside alone=, must be a function here, batch -> segments, for samples alone."
         )
-    probe = Probe(model, replace(watch, may_sleep="*"), rank, loss_fn, batch, segments, alone, scale)
+    probe = Probe(
+        model, replace(watch, may_sleep=(*watch.may_sleep, "*")), rank, loss_fn, batch, segments, alone, scale
+    )
     report = CheckReport(tolerance=TOLERANCE[torch.float32], coverage=probe.coverage, watched=len(probe.layers))
     try:
         with left_alone(model):

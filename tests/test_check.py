@@ -578,6 +578,8 @@ def test_layers_may_sleep_here_as_in_watch(batch):
 
     assert "may_sleep" in only_problem(loghook.check(Heads(), classes, batch))
     assert loghook.check(Heads(), classes, batch, may_sleep="aux")
+    with pytest.raises(ConfigError, match="pattern 'auxiliary' matches no module"):
+        loghook.check(Heads(), classes, batch, may_sleep="auxiliary")
 
 
 @pytest.mark.parametrize("kind", [list, np.array, torch.tensor])

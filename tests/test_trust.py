@@ -198,6 +198,8 @@ def test_without_projection_and_with_arguments_that_cannot_work(tmp_path, seeds)
     assert found.how == "no random projection" and (found.stays == 1).all() and (found.overlap == 10).all()
     small_whole = log.compress(tmp_path / "bits", "int1") and loghook.load(tmp_path / "bits")
     assert "int1" in trust(small_whole, query, nulls=0).how
+    with pytest.raises(ConfigError, match="holds one row"):
+        trust(*logged(tmp_path / "one", n=1))
     small = logged(tmp_path / "small", rank=4)
     with pytest.raises(ConfigError, match="rank 8 or more"):
         trust(*small)

@@ -7,6 +7,7 @@ from torch import nn
 
 import loghook
 from loghook.errors import ConfigError
+from loghook.whole.candidates import shortened
 from tests.harness import fitted
 
 
@@ -324,3 +325,9 @@ def test_packed_batches_are_tried_as_their_documents_alone_are():
     for mine, theirs in zip(other.candidates, one.candidates, strict=True):
         assert (mine.layers, mine.scoring) == (theirs.layers, theirs.scoring)
         assert mine.fidelity == pytest.approx(theirs.fidelity, abs=1e-5)
+
+
+def test_layers_are_told_apart_by_as_much_of_their_names_as_it_takes():
+    names = ["h.*.attn.c_proj", "h.*.mlp.c_proj", "h.*.mlp.c_fc", "head", "lm.head"]
+    short = ["attn.c_proj", "mlp.c_proj", "c_fc", "head", "lm.head"]
+    assert shortened(names) == dict(zip(names, short, strict=True))

@@ -119,6 +119,8 @@ def trust(
         MismatchError: ids of the two logs that do not match.
     """
     engine.require_rows(log)
+    if len(log) < 2:
+        raise ConfigError(f"{log.path} holds one row, which is first whatever the seed: log more.")
     k, nulls = whole("k", k, 1, len(log) - 1, hint=", below the number of rows"), whole("nulls", nulls, 0)
     require_query(query)
     if nulls and query.direction is not None:

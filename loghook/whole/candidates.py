@@ -1,7 +1,8 @@
 """What ``tune`` tries: projections, ranks, dtypes and groups of layers that fit a budget, and ways to score them."""
 
 import itertools
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,13 +41,20 @@ class Candidate:
     bytes: int
     fidelity: float
 
-    def __str__(self) -> str:
-        """A line of ``Tuned``'s table."""
+    def line(self, short: Mapping[str, str]) -> str:
+        """A line of ``Tuned``'s table; ``short`` are the layers' names there, by pattern."""
         kind = self.init["projection"] + (f" {self.init['whitening']:g}" if "whitening" in self.init else "")
         scoring = " ".join(str(value) for value in self.scoring.values())
-        kinds = ", ".join(pattern.rpartition(".")[2] for pattern in grouped(self.layers))
+        kinds = ", ".join(short[pattern] for pattern in grouped(self.layers))
         size, fidelity = f"{self.bytes:,}", f"{self.fidelity:.3f}"
         return ROW.format(kind, self.init["rank"], self.init["dtype"], size, fidelity, scoring, kinds)
+
+
+def shortened(patterns: Collection[str]) -> dict[str, str]:
+    """Of each pattern the shortest end, of whole parts, that no other has."""
+    ends = {p: [".".join(p.split(".")[at:]) for at in reversed(range(p.count(".") + 1))] for p in patterns}
+    often = Counter(itertools.chain(*ends.values()))
+    return {p: next((end for end in ends[p] if often[end] == 1), p) for p in patterns}
 
 
 def plans(

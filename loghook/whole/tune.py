@@ -37,7 +37,7 @@ from loghook.log.reader import Reader
 from loghook.processes import all_gather, broadcast, on_first
 from loghook.progress import bar
 from loghook.project.projection import FITTED, KINDS
-from loghook.whole.candidates import PROJECTIONS, ROW, SCORINGS, Candidate, plans
+from loghook.whole.candidates import PROJECTIONS, ROW, SCORINGS, Candidate, plans, shortened
 from loghook.whole.fit import Fit
 from loghook.whole.refine import OutputLoss, Outputs
 from loghook.whole.scoring import Scoring, Walk, walked
@@ -96,10 +96,10 @@ class Tuned:
             f"fidelity to {self.reference}: {self.samples} samples, {self.queries} queries",
             ROW.format("projection", "rank", "dtype", "bytes", "fidelity", "scored by", "layers"),
         ]
-        top = -np.inf
+        short, top = shortened(grouped(name for c in self.candidates for name in c.layers)), -np.inf
         for candidate in self.candidates:
             if candidate.fidelity > top or candidate is self.best:
-                lines.append(f"{candidate}{'  <-- chosen' if candidate is self.best else ''}")
+                lines.append(candidate.line(short) + "  <-- chosen" * (candidate is self.best))
             top = max(top, candidate.fidelity)
         return "\n".join(lines)
 
