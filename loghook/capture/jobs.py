@@ -123,7 +123,7 @@ class Place:
     def take(self, slots: Slots, call: Call, activations: Tensor | None) -> None:
         """Deliver what the job makes of a layer's call, or let it wait for those that have an equal key."""
         job, leaves = self.block.job, slots.leaves
-        if self.device.type == "cuda":
+        if self.device.type == "cuda" and not torch.compiler.is_compiling():  # compiled, backward has one stream
             address = torch._C._cuda_getCurrentRawStream(self.zero.get_device())
             if address not in self._streams:
                 self._streams[address] = torch.cuda.current_stream(self.device)
