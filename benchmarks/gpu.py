@@ -417,13 +417,16 @@ def bench_model(work: Work, name: str, config: Any, a: argparse.Namespace, folde
             with work.part(place, f"profile, batch {batch}") as go:
                 if go:
                     place[f"profile, batch {batch}"] = top_operators(bench.floor(batch), bench.log(batch))
-        for batch in a.batches if name in a.compile else ():
+        how = [("compiled", "default")] * (name in a.compile) + [("in CUDA graphs", "reduce-overhead")] * (
+            name in a.graphs
+        )
+        for (kind, mode), batch in itertools.product(how, a.batches):
             for layer in decoder_layers(model):
-                layer.compile()
-            with work.part(place, f"log compiled, batch {batch}") as go:
+                layer.compile(mode=mode)
+            with work.part(place, f"log {kind}, batch {batch}") as go:
                 if go:
                     cases = {"frozen": bench.floor(batch), "log": bench.log(batch)}
-                    place[f"log compiled, batch {batch}"] = compare(cases, "log", "frozen", batch * a.tokens, repeats)
+                    place[f"log {kind}, batch {batch}"] = compare(cases, "log", "frozen", batch * a.tokens, repeats)
             for layer in decoder_layers(model):
                 layer._compiled_call_impl = None
             torch._dynamo.reset()  # else the next size would be compiled for all sizes
@@ -493,7 +496,7 @@ def show(result: dict[str, Any], tokens: int) -> None:
                         spread = f"{over['median']:.3f} ({over['low']:.3f} to {over['high']:.3f})" if logs else ""
                         arithmetic = f"{found['arithmetic']:.3f}" if logs and found["arithmetic"] else ""
                         gb = "" if one["peak_gb"] is None else f"{one['peak_gb']:.1f}"
-                        how = " compiled" * ("compiled" in part)
+                        how = part.partition(",")[0].removeprefix("log").removeprefix("train")
                         label = f"  {name}, {case}{how}, {found['tokens'] // tokens}"
                         print(
                             f"{label:<34}{one['tokens/s']:>12,.0f}{spread:>24}{arithmetic:>12}{gb:>9}"
@@ -530,6 +533,7 @@ def main(argv: list[str] | None = None) -> None:
     made.add_argument(
         "--compile", nargs="*", default=["llama-3-8b", "gpt2"], help="models whose layers are compiled too"
     )
+    made.add_argument("--graphs", nargs="*", default=[], help="models whose layers are recorded in CUDA graphs too")
     made.add_argument("--whole", nargs="*", default=["gpt2"], help="models also run with whole-gradient EK-FAC")
     made.add_argument("--tokens", type=int, default=512)
     made.add_argument("--rank", type=int, default=64)

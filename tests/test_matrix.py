@@ -245,6 +245,16 @@ def test_compiled_by_inductor(device, fresh_compiler):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("regions", [False, True], ids=["whole", "regions"])
+def test_recorded_in_cuda_graphs(fresh_compiler, regions):
+    """Rows leave a graph's own memory before it is played again; it is played from the third batch of a size on."""
+    model, data = Net().to("cuda"), make_data("cuda")
+    for module in model.blocks if regions else [model]:
+        module.compile(mode="reduce-overhead")
+    assert_same(logged(model, loss_of, data, sizes=(2,) * (SAMPLES // 2)), reference(device="cuda"))
+
+
+@pytest.mark.gpu
 def test_compiled_by_inductor_in_bfloat16(fresh_compiler, monkeypatch):
     """The compiler is handed the sums in float32 of half-precision operands.
 
