@@ -66,20 +66,25 @@ class Tokens:
         (a pooled head) counts samples that have any, and one with its own positions (patches) counts all of them. A
         mask of samples holds for all their tokens.
         """
+        mask, keep = self.mask, self.keep
+        if mask is None and keep is None:
+            return None
         B, S = tokens.shape[:2]
-        if self.mask is not None and self.mask.shape[1] == S:
+        if mask is not None and mask.shape[1] == S:
             self._fit()
-            return self.mask
-        if self.mask is not None and self.mask.shape[1] == 1:
-            return self.mask.expand(B, S) if self.mask.shape[0] == B else self.mask.view(B, S)
-        if self.mask is not None and S == 1:
-            return self.mask.amax(1, keepdim=True)
-        return None if self.keep is None else self.keep[:, None].expand(B, S)
+            return mask
+        if mask is not None and mask.shape[1] == 1:
+            return mask.expand(B, S) if mask.shape[0] == B else mask.view(B, S)
+        if mask is not None and S == 1:
+            return mask.amax(1, keepdim=True)
+        return None if keep is None else keep[:, None].expand(B, S)
 
     def places(self, layer: str, tokens: Tensor) -> Tensor | None:
         """Which tokens of a layer, (B, S, ...), make a row, see ``Documents.places``; None: those of a sample."""
+        if self.documents is None:
+            return None
         B, S = tokens.shape[:2]
-        return None if self.documents is None else self.documents.places(layer, (B, S))
+        return self.documents.places(layer, (B, S))
 
     def routed(self, layer: str, token_N: Tensor, total: int, seen: Collection[int]) -> tuple[Tensor, Tensor | None]:
         """Both for a layer that gets, as an expert, some of the batch's ``total`` tokens: the weights are (1, N).
