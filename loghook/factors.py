@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from loghook.errors import CorruptLogError, MismatchError, StateError, VersionError
+from loghook.errors import ConfigError, CorruptLogError, MismatchError, StateError, VersionError
 from loghook.log.disk import checksum_of, parse_object, replacing, write_atomically
 from loghook.log.files import FACTORS
 from loghook.log.format import LayerSpec, Layout
@@ -81,6 +81,7 @@ class FactorStore:
     # digest of sampled parameter values in the last pass, or None: they are sharded, or it saw several checkpoints
     parameters: str | None = None
     files: dict[str, str] = field(default_factory=dict)  # {file name: checksum}, for the passes that are done
+    segmented: bool = False  # whether blocks had segments, so that a batch does not show how many samples it has
 
     def save(self) -> None:
         body = {
@@ -88,7 +89,7 @@ class FactorStore:
             "version": FACTORS_VERSION,
             "layers": [dataclasses.asdict(s) for s in self.layers],
         }
-        body |= {key: getattr(self, key) for key in _KEYS}
+        body |= {key: getattr(self, key) for key in (*_KEYS, "segmented")}
         write_atomically(self.path / FACTORS, json.dumps(body, indent=1).encode())
 
     @classmethod
@@ -105,7 +106,8 @@ class FactorStore:
                     f"{file} has version {body['version']!r:.20}, not {FACTORS_VERSION}: upgrade loghook."
                 )
             layers = tuple(LayerSpec(**layer) for layer in body["layers"])
-            return cls(path=path, layers=layers, **{key: body[key] for key in _KEYS})
+            segmented = body.get("segmented", False)  # which earlier ones did not say
+            return cls(path=path, layers=layers, segmented=segmented, **{key: body[key] for key in _KEYS})
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptLogError(f"{file} is no description of factors ({error}): fit again.") from error
 
@@ -175,3 +177,14 @@ def pack_factors(factors: Mapping[str, tuple[Factor, Factor]]) -> dict[str, Tens
             for i, vectors in enumerate(factor.vectors):
                 tensors[f"{name}/{side}/{i}"] = vectors
     return tensors
+
+
+def in_float32(name: str, eigenvalues: Tensor) -> Tensor:
+    """Eigenvalues as they are kept; raise where gradients are so large, or small, that none is left of them."""
+    kept = eigenvalues.float()
+    if not bool(torch.isfinite(kept).all()) or 0 < float(eigenvalues.max()) < 1e-35:
+        raise ConfigError(
+            f"the eigenvalues of layer {name!r}, up to {float(eigenvalues.max()):.1e}, do not fit in float32: open "
+            "blocks with a scale= that brings gradients nearer to 1."
+        )
+    return kept

@@ -10,6 +10,7 @@ import textwrap
 import threading
 import time
 import warnings
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -441,6 +442,31 @@ def test_the_rule_for_repeats_is_that_of_the_run(tmp_path):
     assert log.data_ids == [0, 1, 2] and log.moments()[-1] == begun_tokens(log)
 
 
+@pytest.mark.parametrize("rule", ["first", "all", "error"])
+def test_a_run_takes_a_rule_for_repeats_late_while_there_are_none(tmp_path, rule):
+    begun(tmp_path, make_model()).close()
+    run = begun(tmp_path, make_model(), ids=(2, 3), resume=True, on_repeat=rule)
+    for _ in run.passes():
+        for ids in ([4, 5], [4, 5]) if rule != "error" else ([4, 5],):
+            with run(data_id=ids):
+                loss_fn(run._model, data(2)).backward()
+    run.finalize()
+    log = loghook.load(tmp_path)
+    assert log.manifest.on_repeat == rule and log.moments()[-1] == begun_tokens(log)
+    assert log.data_ids == [0, 1, 2, 3, 4, 5] + [4, 5] * (rule == "all")
+
+
+def test_a_run_with_repeats_takes_no_rule_for_them(tmp_path):
+    run = begun(tmp_path, make_model())
+    with run(data_id=[1, 2]):
+        loss_fn(run._model, data(2)).backward()
+    run.close()
+    with pytest.raises(MismatchError, match="ids have several rows by now"):
+        loghook.init(tmp_path, rank=4, dtype="float64", resume=True, on_repeat="first")
+    begun(tmp_path, make_model(), resume=True).finalize()
+    assert loghook.load(tmp_path).data_ids == [0, 1, 1, 2, 0, 1]
+
+
 def begun_tokens(log):
     return len(log.data_ids) * data(1).shape[1]
 
@@ -621,3 +647,36 @@ def test_of_large_blocks_none_waits_for_another(tmp_path, monkeypatch, waiting):
     log, _ = log_and_ask(tmp_path, model, loss_fn, x, size=2, rank=4)
     most = max(behind[:-1])  # behind the last block comes the end of the pass
     assert log.data_ids == list(range(24)) and (most == 0 if waiting == 1 else 2 < most < QUEUE), behind
+
+
+def test_commits_may_be_as_rare_as_one_likes(tmp_path):
+    begun(tmp_path, make_model(), commit_seconds=1e300).finalize()
+    assert loghook.load(tmp_path).data_ids == [0, 1]
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_a_run_that_was_killed_while_it_was_overwritten_begins_anew(tmp_path, monkeypatch, finished):
+    unlink, killed = Path.unlink, 0
+    while True:
+        path, left = tmp_path / str(killed), killed
+        run = begun(path, make_model())
+        (run.finalize if finished else run.close)()
+        run.close()
+
+        def until_killed(file, **options):
+            nonlocal left
+            left -= 1
+            if left < 0:
+                raise KeyboardInterrupt
+            unlink(file, **options)
+
+        with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
+            patch.setattr(Path, "unlink", until_killed)
+            loghook.init(path, rank=4, dtype="float64", overwrite=True)
+        begun(path, make_model(), ids=(5, 6), resume=True).finalize()
+        log = loghook.load(path)
+        assert log.data_ids == [5, 6] and not log.verify()
+        if left >= 0:
+            break
+        killed += 1
+    assert killed > 3

@@ -591,3 +591,43 @@ def test_a_log_that_was_emptied_says_so(path):
     for method in ("dot", "fisher", "shampoo"):
         with pytest.raises(ConfigError, match="holds no rows yet"):
             log.self_influence(method)
+
+
+@pytest.mark.parametrize("rule", [None, "all"])
+def test_what_is_withdrawn_from_a_pass_that_was_completed_after_append_stays_away(tmp_path, rule):
+    path, model, x = tmp_path / "run", make_model(), data(40)
+
+    def go(count, *, finish):
+        run = loghook.init(path, rank=4, resume=True, on_repeat=rule)
+        run.watch(model)
+        for _ in run.passes():
+            for start in range(0, count, 4):
+                with run(data_id=list(range(start, start + 4))):
+                    loss_fn(model, x[start : start + 4]).backward()
+                run._session.writer.settle()  # a commit for each block
+        if finish:
+            run.finalize()
+        run.close()
+
+    go(12, finish=True)
+    maintain.reopen(path)
+    go(16, finish=False)  # the pass comes to its end
+    maintain.delete(path, list(range(12)))
+    go(16, finish=True)
+    assert loghook.load(path).data_ids == [12, 13, 14, 15]
+
+
+def test_rows_that_are_gone_are_asleep_no_more(tmp_path):
+    model = torch.nn.ModuleDict({"a": torch.nn.Linear(3, 2), "b": torch.nn.Linear(2, 2)})
+    run = loghook.init(tmp_path / "run", rank=2)
+    run.watch(model, may_sleep="b")
+    for start, awake in ((0, True), (4, False), (8, False)):
+        with run(data_id=list(range(start, start + 4))):
+            y = model["a"](torch.randn(4, 3))
+            (model["b"](y) if awake else y).pow(2).sum().backward()
+        run._session.writer.settle()
+    run.finalize()
+    run.close()
+    assert loghook.load(run.path).asleep == {"b": 8}
+    maintain.delete(run.path, [4, 5, 6, 7, 8])
+    assert loghook.load(run.path).asleep == {"b": 3}

@@ -1,5 +1,6 @@
 """What the ranks of one job owe each other: they begin, agree and end together, or all are told."""
 
+import dataclasses
 import datetime
 import json
 import os
@@ -15,7 +16,10 @@ import torch.multiprocessing as mp
 from torch import nn
 
 import loghook
+from loghook.errors import LogLockedError
 from loghook.log import maintain
+from loghook.log.disk import lock, lock_name
+from loghook.log.format import Manifest
 
 DATA = torch.randn(16, 3, 5, generator=torch.Generator().manual_seed(1))
 
@@ -308,3 +312,21 @@ def test_ranks_that_log_parts_of_the_same_samples_are_told(tmp_path, passes):
 @pytest.mark.parametrize("passes", [True, False])
 def test_ranks_that_only_fill_up_their_last_batch_are_not(tmp_path, passes):
     assert on_ranks(half_of_the_tokens, tmp_path, passes, False) == ["[]", "[]"]
+
+
+def closes(rank, folder):
+    run = watched(folder)
+    log_pass(run, mine(rank))
+    run.close()
+
+
+def test_maintenance_minds_ranks_that_the_manifest_does_not_count_yet(tmp_path):
+    on_ranks(closes, tmp_path)
+    path = tmp_path / "run"
+    # As where a run of one rank is resumed with two, and rank 0 has not come to its first block.
+    dataclasses.replace(Manifest.load(path), world_size=1).save(path)
+    with lock(path / lock_name(1)), pytest.raises(LogLockedError):
+        maintain.repair(path)
+    assert maintain.repair(path).rows == 4 and (path / "commits-00001.jsonl").exists()
+    maintain.delete(path, [0])
+    assert sorted(loghook.load(path).data_ids) == [1, 2, 3]

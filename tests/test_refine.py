@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import loghook
-from loghook.errors import ConfigError, MismatchError, UnsupportedError
+from loghook.errors import CheckpointWarning, ConfigError, MismatchError, UnsupportedError
 from loghook.whole import refine
 from loghook.whole.refine import GaussNewton, conjugate_gradients
 from tests.harness import log_and_ask, log_batch
@@ -278,6 +278,8 @@ def test_reranking_gives_the_order_of_whole_gradients():
 
     with pytest.raises(ConfigError, match="is a function here"):
         fit.rerank(rough, query, [([0], None)], lambda b: loss_of(model(b[0]), b))
+    with pytest.raises(ConfigError, match="per_layer=True has no place"):
+        fit.rerank(rough, query, batches, lambda b: loss_of(model(b[0]), b), per_layer=True)
     better = fit.rerank(rough, query, batches, lambda b: loss_of(model(b[0]), b), top=30)
     assert len(asked) == len(set(asked)) <= 60
     again = fit.rerank(rough, query, packed, lambda b: loss_of(model(b[0]), b), top=30)
@@ -434,6 +436,32 @@ def test_samples_are_counted_by_hand_where_tensors_do_not_say():
         fit.refine(query, [packed], outputs_of(model), loss_of)
     again = fit.refine(query, [packed], outputs_of(model), loss_of, samples=lambda batch: 2 * len(batch[0])).matrix
     assert torch.allclose(again, expected, rtol=1e-6, atol=1e-9)
+
+
+def test_a_fit_that_is_taken_up_again_still_wants_samples_counted_by_hand():
+    model, (x, y) = make(), data(8)
+    fit = loghook.fit(tempfile.mkdtemp())
+    fit.watch(model)
+    for _ in fit.passes():
+        with fit(data_id=list(range(16)), segments=torch.arange(16).view(8, 2)):
+            loss_of(model(x), (x, y)).backward()
+    again = loghook.fit(fit.path, resume=True)
+    again.watch(model)
+    with again.query(data_id=["a"]) as query:
+        loss_of(model(x[:1]), (x[:1], y[:1])).backward()
+    with pytest.raises(ConfigError, match=r"samples=.*segments="):
+        again.refine(query, [(x, y)], outputs_of(model), loss_of)
+    with pytest.raises(ConfigError, match="0 samples in all"):
+        again.refine(query, [(x, y)], outputs_of(model), loss_of, samples=lambda batch: 0)
+
+
+def test_curvature_of_another_checkpoint_warns():
+    model, (x, y) = make(), data()
+    fit, query = fitted(model, x, y)
+    with torch.no_grad():
+        model[0].weight.mul_(2)
+    with pytest.warns(CheckpointWarning, match="curvature is taken at other parameter values"):
+        fit.refine(query, [(x, y)], outputs_of(model), loss_of, iterations=1)
 
 
 def test_compiled_models_are_refined_as_they_are():

@@ -260,3 +260,31 @@ def test_the_handler_goes_with_the_run(tmp_path):
     before = signal.getsignal(signal.SIGTERM)
     make_unfinished(tmp_path)
     assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_process_of_multiprocessing_commits_however_it_ends(tmp_path):
+    """One that is forked ends without what atexit knows."""
+    program = """
+        import multiprocessing, sys
+        def work(path, how):
+            import torch, loghook
+            from tests.test_influence import data, loss_fn, make_model
+            torch.set_num_threads(1)
+            run = loghook.init(path, rank=4)
+            run.watch(model := make_model())
+            with run(data_id=[0, 1]):
+                loss_fn(model, data(2)).backward()
+            if how == "exit":
+                sys.exit(1)
+            if how == "raise":
+                raise RuntimeError("out of memory")
+        for how in ("exit", "raise", "return"):
+            process = multiprocessing.get_context("fork").Process(target=work, args=(f"{sys.argv[1]}/{how}", how))
+            process.start()
+            process.join()
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path)]
+    done = subprocess.run(command, cwd=Path(__file__).parent.parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    for how in ("exit", "raise", "return"):
+        assert loghook.load(tmp_path / how).data_ids == [0, 1], how

@@ -224,6 +224,7 @@ def test_what_cannot_work_is_refused_before_anything_is_computed():
     refused("mask, scale and segments", lambda b: loss(model, b), walk=lambda: [([0], 1, {"ids": 1})], ranks=(4,))
     refused("choose one of 'float64'", ranks=(4,), dtypes=("int3",))
     refused("ranks=0", ranks=0)
+    refused("argument='dtype' is unknown", ranks=(4,), projections=[{"projection": "random", "dtype": "int8"}])
     refused("projections='sketch' is unknown", ranks=(4,), projections=["random", "sketch"])
     refused("projections=None is unknown", ranks=(4,), projections=[{"whitening": 0.1}])
     refused("bytes_per_sample='50 Kilo'", ranks=(4,), bytes_per_sample="50 Kilo")

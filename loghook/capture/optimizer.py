@@ -81,7 +81,10 @@ def bind(model: nn.Module, layers: Sequence[Layer], optimizer: Any, gradient: st
     """Tell layers where ``optimizer`` keeps their moments; raise where rows of its update could not be exact."""
     if gradient == "plain":
         if optimizer is not None:
-            raise ConfigError("optimizer= goes with gradient='normalized' or 'adam' only: leave it out.")
+            raise ConfigError(
+                "optimizer= goes with gradient='normalized' or 'adam' only (questions to a log of 'adam' are plain "
+                "gradients): leave it out."
+            )
         return
     groups = {id(p): group for group in getattr(optimizer, "param_groups", ()) for p in group["params"]}
     uses = Counter(id(p) for module in unwrap(model).modules() for p in module.parameters(recurse=False))

@@ -93,6 +93,11 @@ class Session:
                     f"cannot resume: on_repeat is {self.rule!r} there and {config.on_repeat!r} now: leave it out."
                 )
             self.repeats.committed = read_back(self.path, self.manifest, outside_too=self.rule is not None)
+            if self.rule != self.manifest.on_repeat and not self.sealed and self.repeats.committed.repeated:
+                raise MismatchError(
+                    "cannot resume: ids have several rows by now, and the run was begun without a rule for them. Leave "
+                    f"out on_repeat={self.rule!r}, or log anew with it."
+                )
 
     def require_id_type(self, id_type: str) -> None:
         """Raise unless ids are of the type that the run has."""
@@ -176,14 +181,14 @@ class Session:
 
     def _settle(self, fresh: Manifest) -> Manifest:
         """Return the run's manifest, written by rank 0 if it is new or more ranks write now than before."""
-        old = self.manifest
+        old = dataclasses.replace(self.manifest or fresh, on_repeat=self.rule)
         if process_rank() != 0:
-            return old or fresh
-        writers = max(fresh.world_size, len(ranks_on_disk(self.path, fresh)))
-        if old is None or old.world_size < writers:
-            old = dataclasses.replace(old or fresh, world_size=writers)
-            old.save(self.path)
-        return old
+            return old
+        writers = max(old.world_size, fresh.world_size, len(ranks_on_disk(self.path, fresh)))
+        new = dataclasses.replace(old, world_size=writers)
+        if new != self.manifest:
+            new.save(self.path)
+        return new
 
     def close(self) -> None:
         """Commit what was handed over, and let others write."""

@@ -5,9 +5,9 @@ A kill may come at any point, also while a folder is being recovered.
 
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import suppress
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,8 @@ SAME = (*ARGUMENTS, "id_type", "layers", "fitted")  # of all who write to one ru
 SEAL_TIMEOUT = 600.0  # seconds that rank 0 waits for the others
 TELLING = 10.0  # after which it says so
 FIRST_ROWS = 1000  # of each rank, whose ids are compared
-_OURS = (*WRITTEN, "lock-*", MANIFEST, PROJECTION, KEPT)
+OVERWRITTEN = f"{MANIFEST}.old"  # the manifest of a run that is being deleted
+_OURS = (*WRITTEN, "lock-*", MANIFEST, OVERWRITTEN, PROJECTION, KEPT)
 
 
 def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
@@ -54,17 +55,21 @@ def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
     # Rank 0 commits nothing before it has written the manifest; other ranks may.
     committed = any(file.match("commits-00000*.jsonl") and file.stat().st_size for file in present)
     begun = (path / MANIFEST).exists()
-    if committed and not overwrite and not begun:
+    if committed and not overwrite and not begun and not (path / OVERWRITTEN).exists():
         raise CorruptLogError(f"{path} holds committed rows, but {MANIFEST} is gone: restore it from a copy.")
     # Other files without a manifest are of a run that was killed before its first block was done.
     if overwrite or not begun:
         # Nobody may be writing what goes away.
         locks = [lock(file) for file in present if file.name.startswith("lock-")]
-        # A kill on the way leaves no commits without a manifest, which would have to be told from lost ones.
+        # After a kill on the way nothing is taken for a run, and commits without a manifest not for lost ones.
         with writing(path, "Nothing was overwritten that is still there: mend the folder, or choose another path."):
-            for file in sorted(present, key=lambda file: (file.name == MANIFEST, not file.name.startswith("commits-"))):
-                if not file.name.startswith("lock-"):
+            if begun:
+                (path / MANIFEST).replace(path / OVERWRITTEN)
+                sync_folder(path)
+            for file in present:
+                if not file.name.startswith("lock-") and file.name not in (MANIFEST, OVERWRITTEN):
                     file.unlink()
+            (path / OVERWRITTEN).unlink(missing_ok=True)
         for handle in locks:
             handle.close()
     with writing(path):
@@ -125,7 +130,8 @@ def _require_once(path: Path, manifest: Manifest, logs: Sequence[Commits]) -> No
     if twice := [i for i, count in counts.items() if count > 1]:
         raise BatchError(
             f"several ranks logged data_id {some(twice, 5)} ({len(twice):,} in all) and on_repeat='error': each "
-            f"sample belongs to one rank. Take these out with `loghook delete {path}`, and finalise with resume=True."
+            f"sample belongs to one rank. Finalise with resume=True after `loghook delete {path}`, which takes out all "
+            "of their rows; or log anew with on_repeat='first', which keeps one of each."
         )
 
 
@@ -179,6 +185,7 @@ class Committed:
     steps: dict[int, int] = field(default_factory=dict)  # {rank: number of the first step that is not committed}
     starts: dict[int, int] = field(default_factory=dict)  # {pass: its first step}
     done: set[int] = field(default_factory=set)  # passes that every writer has completed
+    repeated: bool = False  # whether an id has several rows
     records: dict[int, int] = field(default_factory=dict)  # {rank: how many}
 
 
@@ -186,22 +193,33 @@ def read_back(path: Path, manifest: Manifest, *, outside_too: bool) -> Committed
     """Read back an interrupted run; ``outside_too``: ids logged outside ``passes()`` are not logged again either."""
     committed = Committed()
     ended: list[set[int]] = []  # passes that each writer has completed
-    reopened: list[int] = next((e["records"] for e in reversed(manifest.history) if e["what"] == "append"), [])
+    met: list[int | str] = []
     for rank in ranks_on_disk(path, manifest):
         log = read_commits(path, manifest, rank)
         committed.records[rank] = len(log.records)
-        # What ended before the log was opened for more data has to be gone through again.
-        oldest = reopened[rank] if rank < len(reopened) else 0
+        oldest = reopened_at(manifest, rank)
         ended.append({r["pass_end"] for r in log.records if "pass_end" in r and r["n"] >= oldest})
         for record in log.records:
             committed.ids.update(record["flagged"])
         for pass_index, step, ids in log.blocks():
+            met += ids
             if outside_too or pass_index >= 0:
                 committed.ids.update(ids)
             committed.steps[rank] = max(committed.steps.get(rank, 0), step + 1)
             committed.starts[pass_index] = min(committed.starts.get(pass_index, step), step)
     committed.done = set.intersection(*ended)
+    committed.repeated = len(set(met)) < len(met)
     return committed
+
+
+def reopened_at(manifest: Manifest, rank: int) -> int:
+    """Number of a writer's first record after the log was opened for more data, whose passes begin anew; or 0.
+
+    Maintenance that writes new records leaves out the ends of passes that do not count any more.
+    """
+    last = next((e for e in reversed(manifest.history) if e["what"] in ("append", "delete", "repair")), None)
+    records: list[int] = [] if last is None else last.get("records", [])
+    return records[rank] if rank < len(records) else 0
 
 
 def ranks_on_disk(path: Path, manifest: Manifest) -> range:
@@ -209,6 +227,26 @@ def ranks_on_disk(path: Path, manifest: Manifest) -> range:
     stems = [file.stem.split("-") for file in path.glob("commits-*.jsonl")]
     ranks = [int(stem[1]) for stem in stems if stem[1].isdecimal() and len(stem[1]) < 8]
     return range(max([manifest.world_size, *(rank + 1 for rank in ranks)]))
+
+
+@contextmanager
+def locked(path: Path, remedy: str) -> Iterator[Manifest]:
+    """Let nobody else write to a run; yields its manifest as it then is, with all ranks that have written.
+
+    Errors of the operating system then say ``remedy``.
+    """
+    held = 0
+    with writing(path, remedy), ExitStack() as locks:
+        while True:
+            manifest = Manifest.load(path)
+            if manifest.sealed is None:  # more ranks may have written than it counts yet
+                manifest = replace(manifest, world_size=len(ranks_on_disk(path, manifest)))
+            if held == manifest.world_size:
+                break
+            for rank in range(held, manifest.world_size):
+                locks.enter_context(lock(path / lock_name(rank)))
+            held = manifest.world_size
+        yield manifest
 
 
 def recover(path: Path, manifest: Manifest, rank: int, *, snapshots: int = 2) -> Commits:

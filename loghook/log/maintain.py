@@ -11,12 +11,13 @@ dtype cannot hold.
 """
 
 import itertools
+import math
 import os
 import shutil
 import uuid
 from collections import Counter
-from collections.abc import Collection, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Collection, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,8 +28,9 @@ import torch
 from loghook.arguments import choose
 from loghook.errors import ConfigError, CorruptLogError, LogExistsError, LoghookError, MismatchError, StateError, some
 from loghook.log.codec import DTYPES, Codec
-from loghook.log.disk import absolute, checksum, lock, lock_name, sync_folder, write_atomically, write_flushed, writing
+from loghook.log.disk import absolute, checksum, sync_folder, write_atomically, write_flushed, writing
 from loghook.log.files import KEPT, PROJECTION, load_moments, load_sides, save_moments
+from loghook.log.folder import locked, reopened_at
 from loghook.log.format import SEVERAL, Layout, Manifest, commits_name, run_files, shard_name, statistics_name
 from loghook.log.reader import Reader
 from loghook.log.records import Commits, all_commits, encode_record, ids_of, read_commits, sum_up, unnamed
@@ -60,7 +62,7 @@ def repair(path: str | Path) -> Changed:
     then refuse. A finished run that lacks a whole commit log is refused: nothing else says whose its rows are.
     """
     path, notes = absolute(path), list[str]()
-    with _locked(path) as manifest:
+    with locked(path, AS_IT_WAS) as manifest:
         codec, width = manifest.codec, Layout(manifest.layers).moments_width
         logs = [read_commits(path, manifest, rank, damage=notes) for rank in range(manifest.world_size)]
         if manifest.sealed is not None and (missing := [log.file for log in logs if not log.file.exists()]):
@@ -80,12 +82,10 @@ def repair(path: str | Path) -> Changed:
             except CorruptLogError as error:
                 notes.append(str(error))
         if notes:
-            # Without ends of passes, so that a resumed run goes through its data again.
-            open_logs = [replace(log, records=[r for r in log.records if "pass_end" not in r]) for log in logs]
             if nameless := _nameless(manifest, logs):
                 notes.append(f"{path}: the ids of {nameless:,} rows are not known, which damaged records alone named")
             reason = "the log was damaged and repaired"
-            done = _rewrite(path, manifest, open_logs, "repair", reason, notes, drop_damaged=True)
+            done = _rewrite(path, manifest, logs, "repair", reason, notes, drop_damaged=True)
             return replace(done, dropped=done.dropped + nameless)
         _clean(path, logs)  # what a killed `delete` or `repair` may have left
         for log in logs:
@@ -117,7 +117,7 @@ def delete(path: str | Path, ids: Sequence[int | str], *, keep_statistics: bool 
     path, withdrawn = absolute(path), set(ids)
     if not withdrawn:
         raise ConfigError("ids=[] names no rows to delete: pass some.")
-    with _locked(path) as manifest:
+    with locked(path, AS_IT_WAS) as manifest:
         logs = all_commits(path, manifest)
         unknown = withdrawn - {i for log in logs for r in log.records for i in (*r.get("ids", ()), *r["flagged"])}
         if unknown:
@@ -133,7 +133,7 @@ def delete(path: str | Path, ids: Sequence[int | str], *, keep_statistics: bool 
 def reopen(path: str | Path) -> None:
     """Open a finished run for more rows: ``init(path, resume=True)`` then logs the ids that are not there yet."""
     path = absolute(path)
-    with _locked(path) as manifest:
+    with locked(path, AS_IT_WAS) as manifest:
         if manifest.sealed is None:
             raise StateError(f"{path} is not finished: go on with loghook.init({str(path)!r}, resume=True).")
         records = [len(log.records) for log in all_commits(path, manifest)]
@@ -237,16 +237,6 @@ def _build(out: Path, runs: Sequence[tuple[Path, Manifest]], entry: dict[str, An
     return Changed(target.sealed["rows"], 0, [], [])
 
 
-@contextmanager
-def _locked(path: Path) -> Iterator[Manifest]:
-    """Let nobody else write to a run; yields its manifest as it then is."""
-    writers = range(Manifest.load(path).world_size)
-    with writing(path, AS_IT_WAS), ExitStack() as locks:
-        for rank in writers:
-            locks.enter_context(lock(path / lock_name(rank)))
-        yield Manifest.load(path)
-
-
 def _rewrite(
     path: Path, manifest: Manifest, logs: Sequence[Commits], what: str, reason: str | None, notes: Sequence[str] = (),
     **left_out: Any,
@@ -297,15 +287,20 @@ def _copy_log(
     lines: list[bytes] = []
     dropped: list[int | str] = []
     passed_over: list[dict[str, Any]] = []  # records without rows now, of which the next one tells what else they told
+    # A run that was damaged goes through all of its data again when it is resumed.
+    oldest = math.inf if drop_damaged else reopened_at(old, log.rank)
     for record in log.records:
         new_record = record | {"n": len(lines), "run": new.run_id}
+        if "pass_end" in record and record["n"] < oldest:
+            passed_over.append(record)
+            continue
         if "shard" in record:
             data = _read_rows(log, record, old_codec)
             lost = drop_damaged and data is None
             kept = np.array([not lost and i not in withdrawn for i in record["ids"]])
             dropped += itertools.compress(record["ids"], ~kept)
             if not kept.any():
-                passed_over.append(record)
+                passed_over.append(record | {"unmeasured": 0, "asleep": {}})  # which are of its rows
                 continue
             if data is None:
                 raise CorruptLogError(
@@ -317,7 +312,10 @@ def _copy_log(
                     shard.close()
                 number = new_numbers[record["shard"]]
                 shard = ShardFile(out / shard_name(rank, number), codec, new.run_id)
-            start = shard.append(stored, facts["rows"])
+            start, n = shard.append(stored, facts["rows"]), facts["rows"]
+            # Which of its rows slept is not known: all that are left, at most.
+            record = record | {"asleep": {k: min(v, n) for k, v in record["asleep"].items()}}
+            record["unmeasured"] = min(record["unmeasured"], n)
             new_record |= facts | {"shard": number, "start": start, "statistics": statistics}
         told = [*passed_over, record]
         new_record |= {

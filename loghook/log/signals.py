@@ -6,6 +6,7 @@ takes no lock: writers are asked through ``queue.SimpleQueue``, whose ``put`` ma
 
 import atexit
 import contextlib
+import multiprocessing.util
 import os
 import signal
 import threading
@@ -25,6 +26,8 @@ def guard(writer: "Writer") -> None:
     _writers.append(writer)
     atexit.unregister(_leave)  # here and not on import: a process of multiprocessing forgets what its parent registered
     atexit.register(_leave)
+    if multiprocessing.parent_process() is not None:  # one that is forked ends without what atexit knows
+        multiprocessing.util.Finalize(None, _leave, exitpriority=0)
     if threading.current_thread() is not threading.main_thread():
         return  # only the main thread may install handlers; leaving the interpreter still commits
     for number in _SIGNALS:

@@ -33,6 +33,7 @@ from loghook.log.signals import guard, release
 
 QUEUE = 8  # blocks under way between the loop and the disk
 WAITING = 2**30  # bytes that they may have; of larger blocks none waits for another
+LONGEST = 1e6  # seconds; a queue cannot be waited for much longer
 GRACE = 30.0  # seconds that a process which was told to end waits for the commit
 # OpenMP keeps a team of threads for each that asks, and once teams have more threads than there are cores, none waits
 # for work awake any more: every operation of a training loop would first have to wake its own. Writers ask for none.
@@ -221,7 +222,7 @@ class Writer:
         while True:
             call, done = self._commit, None  # where nothing comes for so long
             with contextlib.suppress(queue.Empty):
-                call, done = self._inbox.get(timeout=self._commit_seconds)
+                call, done = self._inbox.get(timeout=min(self._commit_seconds, LONGEST))
             try:
                 if self._broken is None:
                     with writing(self._path):

@@ -18,13 +18,13 @@ from loghook.capture.passes import Gathering, Pass, decompose
 from loghook.capture.select import HEAD, Watch
 from loghook.capture.whole import Covariance, Eigenvalues
 from loghook.errors import CheckpointWarning, ConfigError, LogExistsError, MismatchError, StateError, warn
-from loghook.factors import Eigenbasis, FactorStore, pack_factors
+from loghook.factors import Eigenbasis, FactorStore, in_float32, pack_factors
 from loghook.influence.precondition import PLAIN, Metric
 from loghook.influence.scores import Scores
 from loghook.influence.solvers import Diagonal, Identity
 from loghook.log.disk import lock, lock_name, writing
 from loghook.log.files import FACTORS
-from loghook.log.format import MANIFEST
+from loghook.log.format import MANIFEST, differ
 from loghook.log.query import Query, require_match, require_one_query, require_query
 from loghook.processes import broadcast, process_rank
 from loghook.whole.refine import Damped, GaussNewton, OutputLoss, Outputs, require_batches, require_sum, solve, unrolled
@@ -126,12 +126,13 @@ class Fit(Blocks, Hooked):
 
     def _commit(self, kind: str, store: FactorStore, gathering: Gathering) -> None:
         sums = gathering.reduce()
+        store.segmented |= self._segmented
         if kind == "covariance":
             tensors = pack_factors(decompose(self._layers, sums, torch.float32))
         else:
             tensors = {}
             for layer in self._layers:
-                tensors[layer.name] = _in_float32(layer.name, sums.take(layer) / sums.samples).cpu()
+                tensors[layer.name] = in_float32(layer.name, sums.take(layer) / sums.samples).cpu()
         parameters = self.digest()
         store.parameters = parameters if parameters == self._began_with else None
         if process_rank() == 0:
@@ -264,8 +265,14 @@ class Fit(Blocks, Hooked):
         require_one_query(query, "the curvature")
         if query.direction is not None:
             raise ConfigError(f"these questions are refined already ({query.direction}): pass those that were asked.")
-        if samples is None and (self._segmented or self.watched["batch_dim"]):
+        if samples is None and (self._segmented or self._require_store().segmented or self.watched["batch_dim"]):
             raise ConfigError("pass samples=, batch -> how many samples it has: segments= or batch_dim= hide it.")
+        if differ(self.digest(), query.parameters):
+            warn(
+                "the curvature is taken at other parameter values than the questions were asked at: load that "
+                "checkpoint first.",
+                CheckpointWarning,
+            )
         require_apart(mixing_modules(self.model))
         amount = Metric(method="ekfac", damping=damping, damping_abs=damping_abs).amount(self.mean_eigenvalue)
         g = query.matrix.to(self._layers[0].device_and_dtype()[0])
@@ -343,6 +350,8 @@ class Fit(Blocks, Hooked):
             raise ConfigError("batches= is a function here: of a list of ids it yields (ids, batch) of those samples.")
         if list(scores.query_ids) != list(query.data_ids):
             raise MismatchError("scores and query hold different questions: pass both in the same order.")
+        if options.get("per_layer"):
+            raise ConfigError("per_layer=True has no place here, where only the best rows are kept: leave it out.")
         candidates = scores.distinct(top)
         wanted = list(dict.fromkeys(i for ids in candidates for i in ids))
         scoring = self.score(query, **options)
@@ -382,14 +391,3 @@ class Fit(Blocks, Hooked):
         if self._store is None or not self._layers:
             raise StateError("nothing is watched yet: call watch(model) first.")
         return self._store
-
-
-def _in_float32(name: str, eigenvalues: Tensor) -> Tensor:
-    """Eigenvalues as they are kept; raise where gradients are so large, or small, that none is left of them."""
-    kept = eigenvalues.float()
-    if not bool(torch.isfinite(kept).all()) or 0 < float(eigenvalues.max()) < 1e-35:
-        raise ConfigError(
-            f"the eigenvalues of layer {name!r}, up to {float(eigenvalues.max()):.1e}, do not fit in float32: open "
-            "blocks with a scale= that brings gradients nearer to 1."
-        )
-    return kept

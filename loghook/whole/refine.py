@@ -64,7 +64,10 @@ class GaussNewton:
     @functools.cached_property
     def samples(self) -> float:
         """How many samples the batches of all processes have."""
-        return float(all_reduce(torch.tensor(sum(map(self.size, self.batches)), dtype=torch.float64, device="cpu")))
+        found = all_reduce(torch.tensor(sum(map(self.size, self.batches)), dtype=torch.float64, device="cpu"))
+        if found <= 0:
+            raise ConfigError(f"batches have {float(found):g} samples in all: let samples= count those of each batch.")
+        return float(found)
 
     def times(self, vectors: Tensor) -> Tensor:
         """Multiply (Q, width) vectors with the matrix: (Q, width), where they are, float32 or float64."""

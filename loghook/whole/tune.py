@@ -140,7 +140,7 @@ def tune(
         bytes_per_sample: the most that a stored row may take, a number or as "50 kB"; None for no limit.
         subsets: whether groups of layers may be left out. A group is what differs in numbers only, such as
             ``model.layers.*.mlp.down_proj``; they are added one by one, the one that helps most first.
-        projections: arguments of ``loghook.init``, or names of projections, to try.
+        projections: names of projections to try, or arguments of ``loghook.init``: projection, whitening and seed.
         ranks: ranks to try with each.
         dtypes: dtypes to try with each; "int1" is tried on whitened rows only.
         methods: arguments of ``Log.influence``, or names of methods, to try with each.
@@ -163,6 +163,8 @@ def tune(
     projected = [{"projection": p} if isinstance(p, str) else p for p in projections]
     for projection in projected:
         choose("projections", projection.get("projection"), KINDS)
+        for name in projection:
+            choose("projections, argument", name, ("projection", "whitening", "seed"))
     tried = plans(fit.specs, projected, ranks, dtypes, limit, subsets)
     damped: dict[str, Any] = {} if damping is None else {"damping": damping}
     refining = None if outputs is None or output_loss is None else (outputs, output_loss)
