@@ -31,12 +31,13 @@ def logged(path, seed=0, rank=16, n=300, shuffle=False, projection="random", fin
         model[0].weight.copy_(torch.randn(WIDTH, WIDTH, generator=noise) / 8)
         model[0].bias.zero_()
     run = loghook.init(
-        path, **({"rank": rank} if projection == "random" else {"projection": "none"}), seed=seed, **options
+        path, projection=projection, **({} if projection == "none" else {"rank": rank}), seed=seed, **options
     )
     run.watch(model)
     order = torch.arange(n).flip(0) if shuffle else torch.arange(n)
-    with run(data_id=order):
-        model(x[order]).pow(2).sum().backward()
+    for _ in run.passes() if projection == "whitened" else (None,):
+        with run(data_id=order):
+            model(x[order]).pow(2).sum().backward()
     with run.query(data_id=range(8)) as query:
         model(x[n:]).pow(2).sum().backward()
     if finish:
@@ -119,6 +120,13 @@ def test_what_is_drawn_without_replacement_is_foretold(tmp_path, rank):
     seen = np.mean([trust(*one, "dot", nulls=0, other=other).correlation.mean() for one, other in pairs])
     foretold = np.mean([trust(*one, "dot", nulls=0).correlation.mean() for one in logs])
     assert foretold == pytest.approx(seen, abs=0.07), (foretold, seen)
+
+
+def test_of_whitened_rows_it_says_that_it_is_optimistic(tmp_path):
+    """Parts of whitened rows agree better than two seeds do."""
+    one, other = (logged(tmp_path / str(seed), seed, projection="whitened") for seed in (0, 1))
+    alone, seen = trust(*one, method="dot", nulls=0), trust(*one, method="dot", other=other, nulls=0)
+    assert "optimistic" in alone.how and "optimistic" not in seen.how
 
 
 def test_a_projection_without_a_seed_has_no_noise_of_one(tmp_path):

@@ -143,7 +143,9 @@ def trust(
         how, correlation, overlap = "a second log", correlations(*pair), shared_top(*pair, k)
     elif _rank_shares(log):
         how = "parts of the log's coordinates"
-        if not metric.plain:
+        if log.manifest.projection == "whitened":
+            how += " (optimistic for whitened rows: other= measures it)"
+        elif not metric.plain:
             how += " (optimistic at small ranks, as curvature is fitted anew with each seed: other= measures it)"
         correlation, pair = _estimated_agreement(log, query, metric, seed)
     else:
