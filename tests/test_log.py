@@ -673,6 +673,8 @@ def test_a_run_that_was_killed_while_it_was_overwritten_begins_anew(tmp_path, mo
         with monkeypatch.context() as patch, contextlib.suppress(KeyboardInterrupt):
             patch.setattr(Path, "unlink", until_killed)
             loghook.init(path, rank=4, dtype="float64", overwrite=True)
+        with pytest.raises(FileNotFoundError, match="was being overwritten" if left < 0 else None):
+            loghook.load(path)
         begun(path, make_model(), ids=(5, 6), resume=True).finalize()
         log = loghook.load(path)
         assert log.data_ids == [5, 6] and not log.verify()

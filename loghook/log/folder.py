@@ -24,7 +24,7 @@ from loghook.errors import (
 )
 from loghook.log.disk import lock, lock_name, sync, sync_folder, writing
 from loghook.log.files import KEPT, PROJECTION, holds_factors
-from loghook.log.format import MANIFEST, WRITTEN, Manifest
+from loghook.log.format import MANIFEST, OVERWRITTEN, WRITTEN, Manifest
 from loghook.log.records import REPAIR, Commits, all_commits, ids_of, read_commits, sum_up, unnamed
 from loghook.log.shard import SHARD_HEADER, close_shard
 
@@ -34,7 +34,6 @@ SAME = (*ARGUMENTS, "id_type", "layers", "fitted")  # of all who write to one ru
 SEAL_TIMEOUT = 600.0  # seconds that rank 0 waits for the others
 TELLING = 10.0  # after which it says so
 FIRST_ROWS = 1000  # of each rank, whose ids are compared
-OVERWRITTEN = f"{MANIFEST}.old"  # the manifest of a run that is being deleted
 _OURS = (*WRITTEN, "lock-*", MANIFEST, OVERWRITTEN, PROJECTION, KEPT)
 
 

@@ -23,6 +23,7 @@ from loghook.project.projection import Side, draw_side, shared_input_name
 VERSION = 3
 ON_REPEAT = (None, "error", "first", "all")  # what happens to a data_id that comes again
 MANIFEST = "loghook.json"
+OVERWRITTEN = f"{MANIFEST}.old"  # that of a run which is being deleted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +264,8 @@ class Manifest:
         """Read and check a run's manifest; FileNotFoundError if ``path`` holds no run."""
         file = path / MANIFEST
         if not file.exists():
+            if (path / OVERWRITTEN).exists():
+                raise FileNotFoundError(f"{path} holds no run: one was being overwritten, and none has begun since.")
             if any(path.glob("rows-*.safetensors")):
                 raise CorruptLogError(f"{file} is missing, though there are rows: restore it from a copy.")
             raise FileNotFoundError(no_log(path))
