@@ -210,3 +210,9 @@ def test_bm25_equals_its_formula() -> None:
     queries = ["the cat", "dog dog bird", "unseen", ""]
     expected = [slow_bm25(query, documents) for query in queries]
     np.testing.assert_allclose(controls.bm25(queries, documents), expected, rtol=1e-12)
+
+
+@pytest.mark.parametrize("kind", [list, np.array, torch.tensor])
+def test_a_query_with_one_relevant_sample_needs_no_list_of_one(kind):
+    scores = np.random.default_rng(0).standard_normal((3, 9))
+    assert mrr(scores, kind([4, 0, 1])).mean == mrr(scores, [[4], [0], [1]]).mean

@@ -300,7 +300,7 @@ def dying(real, left):
 def test_a_kill_at_any_point_leaves_the_old_log_or_the_new_one(tmp_path, whole, what, monkeypatch):
     """Every call that changes the disk, one after the other, is the last one."""
     expected = {40} if what in ("merge", "append") else {40, 38} if what == "delete" else {40 - 4}
-    seen = set()
+    seen, other = set(), write(tmp_path / "other", list(range(40))).path
     for die_at in range(1, 1000):
         path, out = tmp_path / f"run-{die_at}", tmp_path / f"out-{die_at}"
         shutil.copytree(whole.path, path)
@@ -313,7 +313,7 @@ def test_a_kill_at_any_point_leaves_the_old_log_or_the_new_one(tmp_path, whole, 
             try:
                 if what == "merge":
                     patch.setattr(shutil, "rmtree", lambda *a, **k: None)
-                    maintain.merge(out, [path, path])
+                    maintain.merge(out, [path, other])
                 elif what == "delete":
                     maintain.delete(path, [5, 17])
                 elif what == "append":
@@ -559,8 +559,7 @@ def test_a_growing_log_believes_no_record_before_it_is_checked(path, statistics)
 
 def test_blocks_of_repeats_alone_are_passed_over(tmp_path, path):
     """As in a merged run of the same ids, and where two ranks log the same samples."""
-    shutil.copytree(path, tmp_path / "again")
-    maintain.merge(tmp_path / "both", [path, tmp_path / "again"])
+    maintain.merge(tmp_path / "both", [path, write(tmp_path / "again", list(range(40))).path])
     both, alone = loghook.load(tmp_path / "both"), loghook.load(path)
     assert both.data_ids == alone.data_ids
     query = loghook.Query(["q"], torch.randn(1, alone.layout.gradient_width), alone.made)
@@ -631,3 +630,9 @@ def test_rows_that_are_gone_are_asleep_no_more(tmp_path):
     assert loghook.load(run.path).asleep == {"b": 8}
     maintain.delete(run.path, [4, 5, 6, 7, 8])
     assert loghook.load(run.path).asleep == {"b": 3}
+
+
+def test_a_run_is_not_merged_with_itself(tmp_path, path):
+    with pytest.raises(ConfigError, match="one run twice"):
+        maintain.merge(tmp_path / "out", [path, path])
+    assert not (tmp_path / "out").exists()

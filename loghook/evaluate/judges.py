@@ -8,6 +8,7 @@ values that are not finite and numbers out of range raise ConfigError.
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -16,7 +17,7 @@ from loghook.arguments import whole
 from loghook.errors import ConfigError
 from loghook.evaluate.lds import Estimate, estimate, floats
 
-Relevant = NDArray[np.bool_] | Sequence[Collection[int]]
+Relevant = NDArray[np.bool_] | Sequence[Collection[int] | int]
 
 
 @dataclass(frozen=True)
@@ -142,7 +143,7 @@ def recall_at(scores: ArrayLike, relevant: Relevant, k: int) -> Estimate:
 
     Args:
         scores: (Q, N).
-        relevant: (Q, N) bool, or for each query the places of its relevant samples.
+        relevant: (Q, N) bool, or for each query the places of its relevant samples, or the place of the only one.
         k: how many samples are looked at. Where a query has more than k relevant ones, it cannot reach 1.
     """
     scores_QN = floats("scores", scores, 2)
@@ -158,7 +159,7 @@ def mrr(scores: ArrayLike, relevant: Relevant) -> Estimate:
 
     Args:
         scores: (Q, N).
-        relevant: (Q, N) bool, or for each query the places of its relevant samples.
+        relevant: (Q, N) bool, or for each query the places of its relevant samples, or the place of the only one.
     """
     scores_QN = floats("scores", scores, 2)
     relevant_QN = _relevant(relevant, scores_QN.shape)
@@ -184,10 +185,17 @@ def _chance_within(scores_QN: NDArray[np.float64], k: int) -> NDArray[np.float64
     return above_QN + tied_QN * places_Q1 / tied_QN.sum(axis=1, keepdims=True)
 
 
+def _listed(samples: Any) -> NDArray[Any]:
+    try:
+        return np.asarray(list(samples))
+    except TypeError:  # a single place
+        return np.asarray([samples])
+
+
 def _relevant(relevant: Relevant, shape: tuple[int, ...]) -> NDArray[np.bool_]:
     if isinstance(relevant, Mapping):
         raise ConfigError("relevant is a dict, which has no order: pass a list with one set of places for each query.")
-    sets = [np.asarray(list(samples)) for samples in relevant]  # for each query bools or places
+    sets = [_listed(samples) for samples in relevant]  # for each query bools or places
     # Places repeat none, so that a 0 or 1 for each of three or more samples can only mean what bools mean.
     if len({samples.shape for samples in sets}) == 1 and all(
         samples.dtype == bool or (samples.shape == shape[1:] and samples.size > 2 and np.isin(samples, (0, 1)).all())

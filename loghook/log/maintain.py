@@ -156,6 +156,10 @@ def merge(out: str | Path, runs: Sequence[str | Path]) -> Changed:
     for path, manifest in zip(paths, manifests, strict=True):
         if difference := _difference(manifest, first):
             raise MismatchError(f"{path} and {paths[0]} {difference}")
+    if len({(m.run_id, str(m.sealed)) for m in manifests}) < len(manifests):
+        raise ConfigError(
+            f"merge got one run twice, whose rows would all be there twice: {', '.join(map(str, paths))}."
+        )
     values = {m.values for m in manifests} - {None}
     parameters: dict[str, str | None] = {"last": SEVERAL} if len(values) > 1 else first.parameters
     merged = _build(out, list(zip(paths, manifests, strict=True)), {"what": "merge"}, parameters=parameters)
