@@ -116,6 +116,18 @@ def test_one_fit_over_several_checkpoints_averages_them():
         fit.score(ask(fit, model, x))
 
 
+def test_samples_of_several_checkpoints_under_the_same_ids_are_noticed():
+    model, x = make(), data()
+    fit = loghook.fit(tempfile.mkdtemp())
+    fit.watch(model)
+    with pytest.warns(UserWarning, match="40 samples of this covariance pass had ids that came before"):
+        for _ in fit.passes():
+            for _ in range(2):
+                for ids in torch.arange(len(x)).split(10):
+                    with fit(data_id=ids):
+                        loss_fn(model, x[ids]).backward()
+
+
 @pytest.mark.parametrize("time", [0, -1.0, float("nan"), float("inf")])
 def test_time_must_be_positive(time):
     model, x = make(), data()

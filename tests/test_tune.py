@@ -178,7 +178,7 @@ def test_refined_questions_are_the_reference_where_outputs_are_given():
     def output_loss(outputs, batch):
         return outputs.logsumexp(-1).sum()
 
-    options = {"projections": [{"projection": "none", "rank": 1}], "ranks": (1,), "dtypes": ("float32",)}
+    options = {"projections": ["none"], "ranks": (1,), "dtypes": ("float32",)}
     tuned = loghook.tune(
         fit, samples, queries, lambda b: loss(model, b), outputs=model, output_loss=output_loss, subsets=False,
         methods=[{"method": "dot"}], **options,

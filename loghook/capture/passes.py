@@ -134,13 +134,21 @@ class Pass:
         self._largest = max(self._largest, size)
 
     def _warn_at_end(self) -> None:
-        """Notice ids that name the place in a batch and not the sample, and a true Fisher without drawn labels."""
+        """Notice ids that name the place in a batch and not the sample, or one sample at several checkpoints.
+
+        And a true Fisher without drawn labels.
+        """
         if self.fisher == "true" and self._largest and not self._drew:
             warn("fisher='true', and no labels were drawn: the loss of a pass takes this_pass.labels(logits, labels).")
         if self._repeated > self._kept and self._kept <= self._largest:  # no more than one batch: no second epoch
             warn(
                 f"{self._repeated:,} samples of this pass had ids that came before, and only {self._kept:,} were kept: "
                 "a data_id names a sample, not its place in the batch.",
+            )
+        elif self._gathering is not None and self._repeated >= self._kept > 0:
+            warn(
+                f"{self._repeated:,} samples of this {self.kind} pass had ids that came before and were left out, "
+                f"{self._kept:,} were kept: an id counts once. Samples at another checkpoint take ids of their own.",
             )
 
     def labels(self, logits: Tensor, labels: Tensor) -> Tensor:
