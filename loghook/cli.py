@@ -344,7 +344,11 @@ def report(
 def _read_texts(file: Path) -> dict[int | str, str]:
     records = _read_lines(file, _LINES)
     for record in records:
-        if not isinstance(record, dict) or not isinstance(record.get("text"), str) or "id" not in record:
+        if (
+            not isinstance(record, dict)
+            or type(record.get("id")) not in (int, str)
+            or type(record.get("text")) is not str
+        ):
             raise ConfigError(f"{file} has {json.dumps(record)[:100]}: it must hold {_LINES} on each line.")
     return {record["id"]: record["text"] for record in records}
 

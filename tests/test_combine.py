@@ -35,6 +35,16 @@ def test_candidates_are_one_list_for_each_question_all_equally_long():
     for wrong in ([[1, 2]], [[1, 2], [3]]):
         with pytest.raises(ConfigError, match="pass one for each, all equally long"):
             scores.among(wrong)
+    epochs = made([[1, 2, 3], [4, 5, 6]], rows=(1, 2, 1))
+    np.testing.assert_array_equal(epochs.among([[2], [2]]).values, [[2], [5]])
+    with pytest.raises(ConfigError, match="1 names several rows"):
+        epochs.among([[1], [2]])
+
+
+def test_sums_beyond_float32_are_refused():
+    scores = made([[1, 2, 3], [4, 5, 6]])
+    with pytest.raises(ConfigError, match="does not fit in float32"):
+        Scores.combine([scores, scores], [1e38, 1e38])
 
 
 def test_standardized_scores_speak_equally_loud_for_each_question():

@@ -386,8 +386,10 @@ def test_compress_refuses(tmp_path, exact):
     log = exact[0]
     with pytest.raises(ConfigError, match=r"int2.*choose one of"):
         log.compress(tmp_path / "out", "int2")
-    with pytest.raises(ConfigError, match="at least one question"):
-        log.compress(tmp_path / "out", queries=0)
+    for queries in (0, 2.5, "3"):
+        with pytest.raises(ConfigError, match=r"queries=.* must be a whole number"):
+            log.compress(tmp_path / "out", queries=queries)
+    assert not (tmp_path / "out").exists()
     with pytest.raises(LogExistsError):
         log.compress(log.path)
     shutil.copytree(log.path, tmp_path / "open")

@@ -88,6 +88,7 @@ def test_the_command_writes_the_same_page(logged, tmp_path):
     assert "3 questions" in shown
     loghook.load(log.path).influence(query, "ekfac").report(tmp_path / "b.html", texts=texts, top=3)
     assert (tmp_path / "a.html").read_text() == (tmp_path / "b.html").read_text()
-    (tmp_path / "texts.jsonl").write_text('{"name": 1}')
-    shown = call("report", log.path, folder / "q.safetensors", "--texts", tmp_path / "texts.jsonl", status=1)
-    assert shown.startswith("error: ") and 'a JSON object with "id" and "text" on each line' in shown
+    for wrong in ('{"name": 1}', '{"id": [1], "text": "x"}', '{"id": true, "text": "x"}'):
+        (tmp_path / "texts.jsonl").write_text(wrong)
+        shown = call("report", log.path, folder / "q.safetensors", "--texts", tmp_path / "texts.jsonl", status=1)
+        assert shown.startswith("error: ") and 'a JSON object with "id" and "text" on each line' in shown

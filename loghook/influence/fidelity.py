@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from loghook.arguments import whole
 from loghook.errors import ConfigError
 from loghook.influence.engine import influence
 from loghook.influence.precondition import Metric, working_dtype
@@ -55,10 +56,9 @@ class Fidelity:
 
 def check_sample(reader: Reader, queries: int) -> None:
     """Raise ConfigError unless so many rows can be asked."""
-    if queries < 1 or len(reader) < TOP + 2:
-        raise ConfigError(
-            f"queries={queries} of {len(reader)} rows: a comparison needs at least one question and {TOP + 2} rows."
-        )
+    whole("queries", queries)
+    if len(reader) < TOP + 2:
+        raise ConfigError(f"{reader.path} has {len(reader)} rows, and a comparison needs at least {TOP + 2}.")
 
 
 @on_cpu

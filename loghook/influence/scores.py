@@ -134,7 +134,7 @@ class Scores:
         """Only some rows of each question (as many for each), best first.
 
         Raises:
-            ConfigError: if one of them was not scored.
+            ConfigError: if one of them was not scored, or names several rows.
         """
         if len(candidates) != len(self.query_ids) or len({len(ids) for ids in candidates}) > 1:
             raise ConfigError(
@@ -144,6 +144,9 @@ class Scores:
         row_of = {data_id: row for row, data_id in enumerate(self.data_ids)}
         if missing := [i for ids in candidates for i in ids if i not in row_of]:
             raise ConfigError(f"{missing[0]!r} was not scored for every question: score all of them.")
+        counts = Counter(self.data_ids) if len(row_of) < len(self.data_ids) else {}
+        if several := [i for ids in candidates for i in ids if counts.get(i, 1) > 1]:
+            raise ConfigError(f"{several[0]!r} names several rows: log each id once, or take the rows by their places.")
         rows = np.array([[row_of[i] for i in ids] for ids in candidates], dtype=np.int64)
         values = np.take_along_axis(self._of_all_rows(), rows, axis=1)
         order = np.argsort(-values, axis=1, kind="stable")
@@ -210,7 +213,7 @@ class Scores:
             Scores, with the method "ensemble of n: ..." and ``weights``.
 
         Raises:
-            ConfigError: nothing to combine, scores of top rows only, or weights that do not fit.
+            ConfigError: nothing to combine, scores of top rows only, weights that do not fit, or sums beyond float32.
             MismatchError: ids that repeat, or that one has and another has not.
         """
         scores = [] if isinstance(scores, Scores) else list(scores)
@@ -232,6 +235,10 @@ class Scores:
             values += (terms * factor)[queries][:, rows]
             if by_layer is not None and each.by_layer is not None:
                 by_layer += (each.by_layer * factor)[:, queries][:, :, rows]
+        if not (np.abs(values) <= np.finfo(np.float32).max).all():
+            raise ConfigError(
+                f"the weighted sum of these scores does not fit in float32: weights={weights} are too large."
+            )
         return Scores(
             values=values.astype(np.float32),
             query_ids=first.query_ids,
