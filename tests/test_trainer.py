@@ -794,7 +794,29 @@ def test_data_parallel_is_refused(folder, monkeypatch):
 
 # Two processes: torchrun starts this file, which trains every scenario one after another.
 
+
+class OwnMean(Trainer):
+    """A loss of one's own, which nobody multiplies by the processes."""
+
+    def compute_loss(self, model, inputs, num_items_in_batch=None, **_):
+        logits = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+        return F.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
+
+
+class HandsNothingOn(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        return super().compute_loss(model, inputs, return_outputs)
+
+
+class HandsAllOn(Trainer):
+    def compute_loss(self, model, inputs, *args, **options):
+        return super().compute_loss(model, inputs, *args, **options)
+
+
 TWO = {
+    "own": ("num_items", {"gradient_accumulation_steps": 2, "subclass": OwnMean}),
+    "hands_nothing_on": ("num_items", {"subclass": HandsNothingOn}),
+    "hands_all_on": ("num_items", {"subclass": HandsAllOn}),
     "num_items": ("num_items", {"gradient_accumulation_steps": 2}),
     "num_items_local": ("num_items", {"average_tokens_across_devices": False}),
     "local_mean": ("local_mean", {"gradient_accumulation_steps": 2, CHECKPOINTING: True}),

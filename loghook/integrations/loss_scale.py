@@ -22,16 +22,28 @@ Entries = Mapping[str, Tensor]
 Trial = tuple[Entries, Entries, Entries]  # of a batch, and of two parts that have each of its labels once between them
 
 
-def trainer_divisor(trainer: Any, num_items: Any) -> float:
+def is_multiplied(trainer: Any, inputs: Mapping[str, Any], num_items: Any) -> bool:
+    """Whether the loss is times the processes. ``Trainer.compute_loss`` does that; one of the user's own need not."""
+    means_to = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
+    processes = trainer.accelerator.num_processes
+    if not (trainer.args.average_tokens_across_devices and means_to and num_items is not None) or processes == 1:
+        return False
+    with _without_trace(trainer, trainer.args.device):
+        loss = float(trainer.compute_loss(trainer.model, dict(inputs), num_items_in_batch=num_items))
+        with replaced(trainer.args, average_tokens_across_devices=False):
+            once = float(trainer.compute_loss(trainer.model, dict(inputs), num_items_in_batch=num_items))
+    ratios = [r for r in all_gather(loss / once if once else math.nan) if math.isfinite(r)]
+    return not ratios or abs(ratios[0] - processes) < abs(ratios[0] - 1)  # without any label there is nothing to see
+
+
+def trainer_divisor(trainer: Any, num_items: Any, *, multiplied: bool) -> float:
     """What Trainer divides the model's loss by: accumulation steps, unless it is scaled, over processes.
 
     transformers 5.2 to 5.5 tell accelerate of the steps too, which then divides once more.
     """
-    accepts, function = trainer.model_accepts_loss_kwargs, trainer.compute_loss_func is not None
     scaled = getattr(trainer, "loss_is_scaled_for_ga", None)
     if scaled is None:
-        scaled = (accepts and num_items is not None) or function
-    multiplied = trainer.args.average_tokens_across_devices and (accepts or function) and num_items is not None
+        scaled = (trainer.model_accepts_loss_kwargs and num_items is not None) or trainer.compute_loss_func is not None
     steps = 1 if scaled else trainer.current_gradient_accumulation_steps
     steps *= trainer.accelerator.gradient_accumulation_steps
     return steps / (trainer.accelerator.num_processes if multiplied else 1)

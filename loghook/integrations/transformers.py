@@ -9,7 +9,7 @@ from torch import Tensor
 
 from loghook.capture.run import Run
 from loghook.errors import BatchError, ConfigError, UnsupportedError
-from loghook.integrations.loss_scale import Count, find_count, replaced, trainer_divisor
+from loghook.integrations.loss_scale import Count, find_count, is_multiplied, replaced, trainer_divisor
 from loghook.segments import from_cu_seqlens, from_position_ids
 
 
@@ -55,6 +55,7 @@ def log_training(
             "log_training(..., scale=lambda batch, num_items: (B,) tensor), or log a checkpoint in a pass of its own."
         )
     load, step, count = trainer.get_train_dataloader, trainer.training_step, scale
+    multiplied: bool | None = None  # known from the first micro-batch on
 
     def get_train_dataloader() -> Any:
         trainer._set_signature_columns_if_needed()
@@ -73,7 +74,7 @@ def log_training(
         return loader
 
     def training_step(model: Any, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        nonlocal count
+        nonlocal count, multiplied
         if id_column not in inputs:
             raise BatchError(
                 f"the batch has no {id_column!r} (it has {', '.join(map(repr, inputs))}): a get_train_dataloader or "
@@ -81,10 +82,13 @@ def log_training(
             )
         data_id = inputs.pop(id_column)
         count = count or find_count(trainer, inputs, num_items_in_batch)
+        if multiplied is None:
+            multiplied = is_multiplied(trainer, inputs, num_items_in_batch)
         with run(
             data_id,
             mask=inputs.get(mask) if mask else None,
-            scale=count(inputs, num_items_in_batch) * trainer_divisor(trainer, num_items_in_batch),
+            scale=count(inputs, num_items_in_batch)
+            * trainer_divisor(trainer, num_items_in_batch, multiplied=multiplied),
             scaler=trainer.accelerator.scaler,
             segments=_documents(inputs, len(data_id)) if segments is None else segments(inputs),
         ):
