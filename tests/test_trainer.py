@@ -729,6 +729,17 @@ class Passes(Trainer):
         return [collate([{k: s[k] for k in ("input_ids", "labels")} for s in samples("num_items")[:2]])]
 
 
+def test_a_trainer_is_logged_once_at_a_time(folder):
+    trainer = make_trainer(folder)
+    one, two = (open_run(folder / name, trainer.model) for name in ("one", "two"))
+    with log_training(trainer, one), pytest.raises(ConfigError, match="logged already"), log_training(trainer, two):
+        pass
+    with log_training(trainer, two):
+        trainer.train()
+    two.finalize()
+    assert len(loghook.load(two.path)) == SAMPLES
+
+
 def test_errors_leave_the_trainer_as_it_was(folder):
     auxiliary, certain = Auxiliary(LlamaConfig(**CONFIG)), make_model("num_items")
     certain.lm_head.weight.data *= 30  # where all labels are equally likely, all means are equal

@@ -44,11 +44,13 @@ def log_training(
             pairs that go through it one after the other (DPO), packs without position ids.
 
     Raises:
-        ConfigError: the training set has no such column, its batches come through accelerate's dispatcher, or rows
-            are of ``gradient="adam"`` and there is no ``scale``.
+        ConfigError: the trainer is logged already, the training set has no such column, its batches come through
+            accelerate's dispatcher, or rows are of ``gradient="adam"`` and there is no ``scale``.
         UnsupportedError: a loss that no rule explains, or a way of parallel training without exact rows.
     """
     _refuse(trainer)
+    if getattr(trainer.training_step, "__module__", None) == __name__:  # the function below, of another call
+        raise ConfigError("this trainer is logged already: one log_training at a time.")
     if scale is None and run._config.gradient == "adam":
         raise ConfigError(
             "gradient='adam' is not linear, so each sample needs the scale of its loss as if it were the batch: pass "
