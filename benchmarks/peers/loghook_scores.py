@@ -31,7 +31,7 @@ def work(exchange: Exchange, options: Options, costs: Costs, scratch: Path) -> T
         return None
     if options.method == "log":
         with costs.stage("log"), loghook.frozen(model):
-            run = loghook.init(scratch / "log", rank=options.rank, seed=options.seed)
+            run = loghook.init(scratch / "log", rank=options.rank, seed=options.seed, dtype=options.dtype)
             run.watch(model, include=linears(model))
             for ids, batch in batches(exchange.train, options.batch):
                 with run(data_id=ids):
