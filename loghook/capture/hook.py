@@ -13,7 +13,7 @@ from loghook.capture.compiling import BLOCKS
 from loghook.capture.experts import ExpertProjection
 from loghook.capture.jobs import Shared
 from loghook.capture.layers import Layer, Slots
-from loghook.capture.tap import CompiledTap, Misfit, put
+from loghook.capture.tap import CompiledTap, Misfit, apply_tap
 from loghook.capture.work import sum_tokens
 from loghook.errors import BatchError, UnsupportedError
 
@@ -85,7 +85,7 @@ def _put_tap(
         return CompiledTap.apply(y, projected, weight, documents, activations, how, *slots.leaves, *slots.held)
     layer.fired, layer.computes_in, slots.early = True, y.dtype, None
     slots.run(graph=True)
-    return put(y, slots.place.anchor, slots, projected, weight, documents, activations)
+    return apply_tap(y, slots.place.anchor, slots, projected, weight, documents, activations)
 
 
 def _require_tensors(layer: Layer, *tensors: Any) -> None:

@@ -94,6 +94,7 @@ class Hooked:
             others = any(not isinstance(hook, Hook) for hook in layer.module._forward_hooks.values())
             handle = layer.module.register_forward_hook(make_hook(layer), prepend=others, with_kwargs=True)
             self._hooks.callback(handle.remove)
+            # On a GPU it would do nothing, and cost a call.
             if layer.adapter.shares_input and not any(p.is_cuda for p in layer.module.parameters()):
                 handle = layer.module.register_forward_pre_hook(Hook(project_early, layer))
                 self._hooks.callback(handle.remove)

@@ -82,7 +82,7 @@ class Tap(torch.autograd.Function):
 
 
 # Tap.apply without what it does for torch.func, where no hook of ours comes so far, and which takes longer than the tap
-put = super(torch.autograd.Function, Tap).apply
+apply_tap = super(torch.autograd.Function, Tap).apply
 
 
 class CompiledTap(torch.autograd.Function):
