@@ -17,10 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import loghook
+from tests.forked import forkserver
 
 SAMPLES, BATCH = 60, 4
 CALLS = ("pwrite", "fsync", "replace", "ftruncate", "unlink")
@@ -113,10 +113,9 @@ class Killer:
 
     seed: int
     kills: int = 0
-    context: Any = field(default_factory=lambda: mp.get_context("forkserver"))
+    context: Any = field(default_factory=forkserver)
 
     def __post_init__(self) -> None:
-        self.context.set_forkserver_preload(["tests.killing"])
         self.random = random.Random(self.seed)
 
     def start(self, plan: Plan) -> tuple[Any, Any]:

@@ -1,12 +1,7 @@
 """Fitted projections: their matrices against a slow reference, their rows against autograd, and what a run keeps."""
 
 import contextlib
-import os
-import subprocess
-import sys
 import tempfile
-import textwrap
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -21,6 +16,7 @@ from loghook.log.files import load_sides
 from loghook.project import blocks
 from loghook.project.blocks import Factor, cut, second_moment_blocks, take_blocks
 from loghook.project.projection import draw_side, shared_input_name
+from tests.forked import two_processes
 from tests.harness import fitted, log_and_ask, squares
 from tests.oracle import one_sample_gradients, project, relative_error
 
@@ -446,12 +442,7 @@ WORKER = """
 
 
 def test_two_processes_fit_what_one_does(tmp_path):
-    script = tmp_path / "worker.py"
-    script.write_text(textwrap.dedent(WORKER))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", str(script)]
-    root = str(Path(__file__).parents[1])
-    environment = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    subprocess.run([*command, str(tmp_path)], check=True, cwd=root, env=environment, timeout=300)
+    two_processes(WORKER, tmp_path)
     model, x = make(), data()
     for folder, kind in (("log", "whitened"), ("sharded", "pca")):
         one, _, _ = fit_and_log(model, x, projection=kind)

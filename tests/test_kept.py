@@ -11,8 +11,8 @@ import loghook
 from loghook.influence import engine
 from loghook.log import files, maintain
 from loghook.log.files import KEPT, MOST, load_kept
+from tests.forked import two_processes
 from tests.test_influence import make_log
-from tests.test_scale_out import torchrun
 
 
 @pytest.fixture
@@ -129,7 +129,6 @@ def test_two_processes_share_it(tmp_path):
     path = make_log(tmp_path / "run", shard_bytes=1)[0].path
     shutil.copytree(path, tmp_path / "copy")
     loghook.load(tmp_path / "copy").self_influence("ekfac")
-    (tmp_path / "script.py").write_text(SCRIPT)
-    torchrun(tmp_path / "script.py", path, tmp_path / "copy")
+    two_processes(SCRIPT, path, tmp_path / "copy")
     seal = loghook.load(path).seal
     assert len(load_kept(path, seal)) == 1

@@ -1,5 +1,6 @@
 """Low-bit rows: the codec against its formula; logs of coded rows of any kind against the float32 log of the run."""
 
+import functools
 import itertools
 import json
 import shutil
@@ -35,6 +36,7 @@ CODED = (*DTYPES, "lowrank1", "lowrank2")  # at rank 4 the last stores whole lay
 ANY_CODED = pytest.mark.parametrize("dtype", CODED)
 
 
+@functools.cache
 def rotation(width):
     """R, in float64, as the page says."""
     b = max(2**i for i in range(13) if 2**i <= width)

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import nn
 
 import loghook
@@ -20,6 +19,7 @@ from loghook.errors import LogLockedError
 from loghook.log import maintain
 from loghook.log.disk import lock, lock_name
 from loghook.log.format import Manifest
+from tests.forked import forkserver
 
 DATA = torch.randn(16, 3, 5, generator=torch.Generator().manual_seed(1))
 
@@ -65,8 +65,7 @@ def child(scenario, rank, world, folder, arguments):
 
 def on_ranks(scenario, folder, *arguments, world=2):
     """What a scenario returns, or raises, on each rank; None of a rank that died."""
-    context = mp.get_context("forkserver")
-    context.set_forkserver_preload(["tests.killing"])
+    context = forkserver()
     started = [
         context.Process(target=child, args=(scenario, rank, world, str(folder), arguments)) for rank in range(world)
     ]

@@ -175,7 +175,7 @@ def test_convolutions_too():
     assert torch.allclose(matrix.times(vector), vector @ J.T @ J / len(x), atol=1e-10)
 
 
-@pytest.mark.parametrize(("solver", "iterations"), [("cg", 200), ("astra", 4000)])
+@pytest.mark.parametrize(("solver", "iterations"), [("cg", 200), ("astra", 500)])
 def test_refined_questions_solve_the_damped_system(solver, iterations):
     model, (x, y) = make(), data()
     fit, query = fitted(model, x, y)
@@ -186,7 +186,7 @@ def test_refined_questions_solve_the_damped_system(solver, iterations):
     )  # fmt: skip
     matrix = dense_gauss_newton(model, x)
     expected = torch.linalg.solve(matrix + 0.05 * torch.eye(len(matrix)), query.matrix.T).T
-    assert (u.matrix - expected).norm() / expected.norm() < (1e-6 if solver == "cg" else 2e-2)
+    assert (u.matrix - expected).norm() / expected.norm() < (1e-6 if solver == "cg" else 1e-3)
     assert u.direction.startswith(solver)
     scoring = fit.score(u)
     with scoring(data_id=list(range(len(x)))):
@@ -218,7 +218,7 @@ def test_stochastic_steps_come_nearer_where_batches_differ():
         return float((u.matrix - expected).norm() / expected.norm())
 
     batches[-3:] = [tuple(torch.cat(parts) for parts in zip(*batches[-3:], strict=True))]  # a larger one, too
-    errors = [error(iterations) for iterations in (1, 300, 3000)]
+    errors = [error(iterations) for iterations in (1, 200, 1000)]
     assert errors[2] < errors[1] < errors[0] and errors[2] < 0.1, errors
 
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import loghook
+from tests.forked import two_processes
 from tests.test_influence import make_log
 
 
@@ -38,8 +39,7 @@ torch.distributed.destroy_process_group()
 """
 
 
-def torchrun(*arguments):
-    return call("torch.distributed.run", "--standalone", "--nproc_per_node", "2", *arguments)
+TWO = ("--standalone", "--nproc_per_node", "2")
 
 
 def call(*arguments):
@@ -52,8 +52,7 @@ def call(*arguments):
 
 def test_two_processes_score_like_one(logged):
     folder, log, query = logged
-    (folder / "script.py").write_text(SCRIPT)
-    torchrun(folder / "script.py", folder)
+    two_processes(SCRIPT, folder)
     for method in ("dot", "fisher", "kfac", "ekfac", "shampoo"):
         for name, options in (("all", {"per_layer": True}), ("unit", {"normalize": "unit"}), ("top", {"top": 5})):
             one, two = (
@@ -73,7 +72,9 @@ def test_two_processes_score_like_one(logged):
 
 def test_the_command_line_on_two_processes_prints_once(logged):
     folder, log, query = logged
-    shown = torchrun("-m", "loghook", "score", folder / "run", folder / "q.safetensors", "--top", 2)
+    shown = call(
+        "torch.distributed.run", *TWO, "-m", "loghook", "score", folder / "run", folder / "q.safetensors", "--top", 2
+    )
     lines = [line.split() for line in shown.splitlines() if line.strip()]
     assert [line[0] for line in lines if len(line) == 1] == ["a", "b", "c"]
     expected = [str(r.data_id) for q in log.influence(query, "ekfac").top(2) for r in q]
@@ -104,8 +105,7 @@ torch.distributed.destroy_process_group()
 
 def test_processes_that_ask_different_questions_are_told(logged):
     folder, _, _ = logged
-    (folder / "each.py").write_text(EACH_ITS_OWN)
-    assert torchrun(folder / "each.py", folder).count("REFUSED") == 2
+    assert two_processes(EACH_ITS_OWN, folder).count("REFUSED") == 2
 
 
 TOGETHER = """
@@ -202,8 +202,7 @@ torch.distributed.destroy_process_group()
 
 def test_what_all_processes_do_together(logged):
     folder, _, _ = logged
-    (folder / "together.py").write_text(TOGETHER)
-    torchrun(folder / "together.py", folder)
+    two_processes(TOGETHER, folder)
     one, two = (json.loads((folder / f"said-{rank}.json").read_text()) for rank in (0, 1))
     assert one.pop("refined") == two.pop("refined") > 0 and one.pop("tuned") == two.pop("tuned") > 0.5
     assert one == two == dict.fromkeys(one, True)
