@@ -139,18 +139,18 @@ def launch_seconds(count: int = 2000) -> float | None:
     return (time.perf_counter() - start) / count
 
 
-def disk_rate(folder: Path) -> float:
-    """MB a second that the folder's disk takes of 1 GB, synchronised at its end."""
-    data, file = os.urandom(2**26), folder / "rate"
+def disk_rate(folder: Path, size: int) -> float:
+    """MB a second that the folder's disk takes of so many, synchronised at their end."""
+    data, file = os.urandom(2**20), folder / "rate"
     start = time.perf_counter()
     with open(file, "wb") as f:
-        for _ in range(16):
+        for _ in range(size):
             f.write(data)
         f.flush()
         os.fsync(f.fileno())
     took = time.perf_counter() - start
     file.unlink()
-    return 2**10 / took
+    return size / took
 
 
 class Bench:
@@ -438,7 +438,7 @@ def bench_model(work: Work, name: str, config: Any, a: argparse.Namespace, folde
     with work.part(place, "to the disk") as go:
         if go:
             batch, count = a.batches[-1], 2 if a.tiny else 12
-            place["disk MB/s"] = disk_rate(folder)
+            place["disk MB/s"] = disk_rate(folder, 16 if a.tiny else 1024)
             with loghook.frozen(model):
                 case, start = bench.log(batch), time.perf_counter()
                 for _ in range(count):

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import textwrap
@@ -171,45 +170,6 @@ def test_a_reader_sees_only_committed_rows_while_a_writer_works(tmp_path):
         assert log.data_ids == list(range(2 * step + 2)) and not log.verify()
         assert np.isfinite(log.rows("0")[:]).all()
     run.finalize()
-
-
-KILLED = """
-    import os, sys, torch, loghook
-    sys.path.insert(0, os.getcwd())
-    from tests.test_influence import data, loss_fn, make_model
-    torch.set_num_threads(1)
-    model, x = make_model(), data(40)
-    run = loghook.init(sys.argv[1], rank=4, dtype="float64", resume=True, shard_bytes=4000, commit_seconds=1e-4)
-    run.watch(model)
-    for _ in run.passes():
-        for start in range(0, 40, 5):
-            with run(data_id=list(range(start, start + 5))):
-                loss_fn(model, x[start : start + 5]).backward()
-            print("block", flush=True)
-    run.finalize()
-    print("done", flush=True)
-"""
-
-
-def test_a_killed_run_resumes_to_the_same_log(tmp_path):
-    whole_log, _, _ = make_log(tmp_path / "whole", size=5)
-    command = [sys.executable, "-c", textwrap.dedent(KILLED), str(tmp_path / "killed")]
-    for blocks in (2, 5, None):
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": "."})
-        seen = 0
-        for line in process.stdout:
-            seen += line.startswith("block")
-            if blocks is not None and seen == blocks:
-                process.send_signal(signal.SIGKILL)
-                break
-        process.stdout.close()
-        process.wait()
-    assert process.returncode == 0
-    log = loghook.load(tmp_path / "killed")
-    assert log.data_ids == whole_log.data_ids and not log.verify()
-    for name in log.layers:
-        np.testing.assert_array_equal(log.rows(name)[:], whole_log.rows(name)[:])
-    np.testing.assert_allclose(log.moments(), whole_log.moments(), rtol=1e-12)
 
 
 def test_memory_of_scoring_is_flat_in_the_number_of_rows(tmp_path):

@@ -149,3 +149,5 @@ def test_sizes_and_refusals(tmp_path):
     shown = CliRunner().invoke(app, ["plan", str(tmp_path), "--samples", "1"])
     assert shown.exit_code == 1 and "no configuration" in shown.output
     assert "rank=0" in CliRunner().invoke(app, ["plan", str(tmp_path), "--samples", "1", "--rank", "0"]).output
+    missing = CliRunner().invoke(app, ["plan", str(tmp_path / "confg.json"), "--samples", "1"])
+    assert missing.exit_code == 1 and "is no file" in missing.output

@@ -198,6 +198,9 @@ def plan_config(
     import transformers
 
     config = Config(path=Path(), rank=rank, projection=projection, dtype=dtype)
+    size = None if disk is None else parse_size(disk)
+    if str(model).endswith(".json") and not Path(model).is_file():  # the hub would be asked for it
+        raise ConfigError(f"{str(model)!r} is no file: check the path.")
     try:
         described = transformers.AutoConfig.from_pretrained(model)
         kind = getattr(transformers, (described.architectures or ["AutoModelForCausalLM"])[0])
@@ -211,5 +214,5 @@ def plan_config(
     require_reduction(layers, config)
     return Plan(
         config=config, layers=layers, coverage=coverage, samples=samples, tokens=tokens, batch=batch,
-        disk=None if disk is None else parse_size(disk),
+        disk=size,
     )  # fmt: skip
