@@ -14,6 +14,7 @@ import loghook
 from loghook.capture import adapters
 from loghook.check import _computes_in_tf32
 from loghook.errors import BatchError, ConfigError
+from tests.forked import two_processes
 
 
 def mlp(*middle):
@@ -764,3 +765,22 @@ def test_samples_that_cannot_be_cut_are_to_be_given():
         with pytest.raises(ConfigError, match="must be a function here, batch -> segments"):
             loghook.check(model, captions, batch, **options)
     assert "first axis must be the batch" in only_problem(loghook.check(model, captions, batch, alone=alone))
+
+
+BIAS_ALONE_IS_SHARDED = """
+    import torch, loghook
+    from torch import nn
+    from torch.distributed.fsdp import fully_shard
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo")
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 4))
+    fully_shard(model, ignored_params={model[0].weight})
+    report = loghook.check(model, lambda m, x: m(x).square().sum(), torch.randn(3, 6))
+    print("FOUND", bool(report), report.not_compared)
+    torch.distributed.destroy_process_group()
+"""
+
+
+def test_a_layer_of_which_a_part_is_sharded_is_compared_with_itself():
+    assert two_processes(BIAS_ALONE_IS_SHARDED).count("FOUND True ('0', '2')") == 2

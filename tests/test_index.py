@@ -137,6 +137,7 @@ def test_refusals(monkeypatch, tmp_path, logged):
             ask(query, 5, candidates=4)
         with pytest.raises(ConfigError, match="top=None must be a whole number"):
             ask(query, top=None)
+    assert log.index(6, "Flat").search(query, top=300).places.shape == (len(query), len(log))  # more than by default
     with pytest.raises(ConfigError, match="at least 1"):
         log.index(0)
     with pytest.raises(ConfigError, match="'nothing' is none that faiss knows"):

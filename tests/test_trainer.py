@@ -814,6 +814,25 @@ class OwnMean(Trainer):
         return F.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten())
 
 
+class TimesProcesses(Trainer):
+    """The same as a sum over all items of the step, times the processes, which DDP divides by."""
+
+    def compute_loss(self, model, inputs, num_items_in_batch=None, **_):
+        if num_items_in_batch is None:  # no step of a training
+            return OwnMean.compute_loss(self, model, inputs)
+        logits = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits
+        loss = F.cross_entropy(logits[:, :-1].flatten(0, 1), inputs["labels"][:, 1:].flatten(), reduction="sum")
+        return loss / num_items_in_batch * self.processes()
+
+    def processes(self):
+        return self.accelerator.num_processes
+
+
+class WorldSize(TimesProcesses):
+    def processes(self):
+        return self.args.world_size
+
+
 class HandsNothingOn(Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         return super().compute_loss(model, inputs, return_outputs)
@@ -826,6 +845,8 @@ class HandsAllOn(Trainer):
 
 TWO = {
     "own": ("num_items", {"gradient_accumulation_steps": 2, "subclass": OwnMean}),
+    "own_times_processes": ("num_items", {"subclass": TimesProcesses}),
+    "own_world_size": ("num_items", {"subclass": WorldSize, "average_tokens_across_devices": False}),
     "hands_nothing_on": ("num_items", {"subclass": HandsNothingOn}),
     "hands_all_on": ("num_items", {"subclass": HandsAllOn}),
     "num_items": ("num_items", {"gradient_accumulation_steps": 2}),
@@ -867,11 +888,22 @@ def refused_together(folder):
             logits = model(**inputs).logits
             return F.cross_entropy(logits, labels, weight=torch.tensor([0.2, 1.0, 5.0]) if alone else None)
 
-    trainer = make_trainer(folder, "ignores", data=samples("ignores", names=True), subclass=Weighted)
-    run = open_run(f"{folder}/refused", trainer.model)
-    with pytest.raises(UnsupportedError, match="weighted mean"), log_training(trainer, run):
-        trainer.train()
-    run.close()
+    class OverAll(Trainer):
+        """A mean over the labels of all processes, which the first batch has equally many of."""
+
+        def compute_loss(self, model, inputs, num_items_in_batch=None, **_):
+            labels = inputs["labels"][:, 1:]
+            logits = model(**{k: v for k, v in inputs.items() if k != "labels"}).logits[:, :-1]
+            dist.all_reduce(n := (labels != -100).sum())
+            return 2 * F.cross_entropy(logits.flatten(0, 1), labels.flatten(), reduction="sum") / n
+
+    same = [{**sample, "input_ids": [1, 2, 3, 4, 5, 6], "labels": [1, 2, 3, 4, 5, 6]} for sample in samples("", True)]
+    for kind, data, subclass in (("ignores", samples("ignores", True), Weighted), ("local_mean", same, OverAll)):
+        trainer = make_trainer(folder, kind, data=data, subclass=subclass)
+        run = open_run(f"{folder}/refused-{kind}", trainer.model)
+        with pytest.raises(UnsupportedError, match="weighted mean"), log_training(trainer, run):
+            trainer.train()
+        run.close()
     counts = [0, 0]
     dist.all_gather_object(counts, len(forwards))
     assert counts[0] == counts[1], counts

@@ -116,9 +116,9 @@ class Pass:
         """Expected relative error of the second moments so far, from this rank's samples (Frobenius, worst layer).
 
         In a covariance pass, ``break`` out of the loop over batches once it is small enough: 0.1 is plenty.
-        In other passes it is 0: they need every sample.
+        In other passes it is infinite: they need every sample.
         """
-        return self._gathering.error() if self._gathering and self.kind == "covariance" else 0.0
+        return self._gathering.error() if self._gathering and self.kind == "covariance" else math.inf
 
     @contextmanager
     def _gather(self, ids: list[int] | list[str], given: Given) -> Iterator[None]:

@@ -159,7 +159,7 @@ def _from_parameters(layer: Layer, uses: Counter[int]) -> Tensor | None:
     weight = parameters[0]
     # FSDP1's flat one holds, on a process alone, all values in one dimension.
     flat = weight.dim() == 1 and spec.in_features > 1 and spec.out_features > 1
-    if flat or uses[id(weight)] > 1 or type(weight).__name__ == "DTensor":
+    if flat or uses[id(weight)] > 1 or any(type(p).__name__ == "DTensor" for p in parameters):
         return None
     if weight.numel() != spec.in_features * spec.out_features:  # quantised, or a shard
         return None

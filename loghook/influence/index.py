@@ -161,6 +161,7 @@ def load(reader: Reader, path: str | Path) -> Index:
 
 def _checked(top: int, candidates: int) -> tuple[int, int]:
     top = whole("top", top, hint=": log.influence(...) gives the scores of all rows")
+    candidates = max(candidates, top) if candidates == CANDIDATES else candidates  # which nobody asked for
     return top, whole("candidates", candidates, top, hint=f", as top={top}")
 
 

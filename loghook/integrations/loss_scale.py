@@ -8,10 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from torch import Tensor
 
 from loghook.errors import UnsupportedError, warn
-from loghook.processes import all_gather
+from loghook.processes import all_gather, process_rank
 
 IGNORED = -100  # the label that transformers' losses leave out
 TRIALS = 32  # of labels with other classes
@@ -23,17 +24,22 @@ Trial = tuple[Entries, Entries, Entries]  # of a batch, and of two parts that ha
 
 
 def is_multiplied(trainer: Any, inputs: Mapping[str, Any], num_items: Any) -> bool:
-    """Whether the loss is times the processes. ``Trainer.compute_loss`` does that; one of the user's own need not."""
-    means_to = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
+    """Whether the loss is times the processes. ``Trainer.compute_loss`` may do that, and one of the user's own too.
+
+    It is tried with states that count one process. Of labels there may be none on any process, so that nothing is seen.
+    """
     processes = trainer.accelerator.num_processes
-    if not (trainer.args.average_tokens_across_devices and means_to and num_items is not None) or processes == 1:
+    if processes == 1:
         return False
     with _without_trace(trainer, trainer.args.device):
         loss = float(trainer.compute_loss(trainer.model, dict(inputs), num_items_in_batch=num_items))
-        with replaced(trainer.args, average_tokens_across_devices=False):
+        with replaced(PartialState(), num_processes=1), replaced(trainer.accelerator.state, num_processes=1):
             once = float(trainer.compute_loss(trainer.model, dict(inputs), num_items_in_batch=num_items))
     ratios = [r for r in all_gather(loss / once if once else math.nan) if math.isfinite(r)]
-    return not ratios or abs(ratios[0] - processes) < abs(ratios[0] - 1)  # without any label there is nothing to see
+    if ratios:
+        return abs(ratios[0] - processes) < abs(ratios[0] - 1)
+    means_to = trainer.model_accepts_loss_kwargs or trainer.compute_loss_func is not None
+    return trainer.args.average_tokens_across_devices and means_to and num_items is not None
 
 
 def trainer_divisor(trainer: Any, num_items: Any, *, multiplied: bool) -> float:
@@ -160,7 +166,8 @@ def label_trials(labels: Tensor, classes: int) -> Iterator[Trial]:
     counted = labels != IGNORED
     place = (counted.flatten().cumsum(0) - 1).view(labels.shape)
     row = torch.arange(len(labels), device=labels.device).view(-1, *[1] * (labels.dim() - 1))
-    in_first = place % (3 + row) == 0  # a share that differs from sample to sample
+    # A share that differs from sample to sample, and from process to process: some losses count the labels of all.
+    in_first = place % ((3 + row) * (1 + process_rank() % 4)) == 0
     mixtures = [torch.where(place % 3 == 2, labels, place % 3)]
     # As often on all processes: a sharded model's forward passes are something that they do together.
     fewest = min(all_gather(int(counted.sum())))

@@ -25,7 +25,17 @@ from loghook.errors import (
 from loghook.log.disk import lock, lock_name, sync, sync_folder, writing
 from loghook.log.files import KEPT, PROJECTION, holds_factors
 from loghook.log.format import MANIFEST, OVERWRITTEN, WRITTEN, Manifest
-from loghook.log.records import REPAIR, Commits, all_commits, ids_of, read_commits, sum_up, unnamed
+from loghook.log.records import (
+    REPAIR,
+    Commits,
+    all_commits,
+    ids_of,
+    last_change,
+    read_commits,
+    sum_up,
+    told,
+    unnamed,
+)
 from loghook.log.shard import SHARD_HEADER, close_shard
 
 # Arguments of ``init`` that make rows what they are.
@@ -46,7 +56,7 @@ def claim(path: Path, *, resume: bool, overwrite: bool) -> None:
     if factors := holds_factors(path):
         raise LogExistsError(f"{factors}: choose another path for the run.")
     present = [file for file in path.glob("*") if any(file.match(k) or file.match(f"{k}.tmp") for k in _OURS)]
-    if present and not resume and not overwrite:
+    if any(not file.name.startswith("lock-") for file in present) and not resume and not overwrite:
         raise LogExistsError(
             f"{path} holds a run already: pass resume=True to go on with it (if it is finished, after loghook append; "
             "loghook.load asks it), overwrite=True or another path."
@@ -110,6 +120,8 @@ def seal(path: Path, manifest: Manifest, session: str, active: int) -> dict[str,
         if not missing:
             _require_once(path, manifest, logs)
             _warn_of_parts(logs)
+            if not manifest.history and not any(r.get("rows") or r["flagged"] for log in logs for r in log.records):
+                raise StateError("nothing was logged, so nothing is to finalise: no block came to its end.")
             return sum_up(logs)
         if time.monotonic() - begun > TELLING and not warned:
             warned = True
@@ -199,7 +211,8 @@ def read_back(path: Path, manifest: Manifest, *, outside_too: bool) -> Committed
         oldest = reopened_at(manifest, rank)
         ended.append({r["pass_end"] for r in log.records if "pass_end" in r and r["n"] >= oldest})
         for record in log.records:
-            committed.ids.update(record["flagged"])
+            inside = "pass_end" in record or any(pass_index >= 0 for pass_index, *_ in record.get("steps", ()))
+            committed.ids.update(record["flagged"] if outside_too or inside else ())
         for pass_index, step, ids in log.blocks():
             met += ids
             if outside_too or pass_index >= 0:
@@ -216,9 +229,20 @@ def reopened_at(manifest: Manifest, rank: int) -> int:
 
     Maintenance that writes new records leaves out the ends of passes that do not count any more.
     """
-    last = next((e for e in reversed(manifest.history) if e["what"] in ("append", "delete", "repair")), None)
-    records: list[int] = [] if last is None else last.get("records", [])
-    return records[rank] if rank < len(records) else 0
+    last = last_change(manifest)
+    return told(last, "records", rank) if last.get("what") == "append" else 0
+
+
+def reached(path: Path, manifest: Manifest, logs: Sequence[Commits]) -> dict[str, list[int]]:
+    """What a line of the history says of each writer: how many records it has, and the number of its next shard."""
+    shards = [next_shard(path, manifest, log.rank) for log in logs]
+    return {"records": [len(log.records) for log in logs], "shards": shards}
+
+
+def next_shard(path: Path, manifest: Manifest, rank: int) -> int:
+    """The first number that no shard of a writer ever had: a log that is still open knows shards by their names."""
+    taken = [int(file.stem.rpartition("-")[2]) + 1 for file in path.glob(f"rows-{rank:05d}-*.safetensors")]
+    return max([told(last_change(manifest), "shards", rank), *taken])
 
 
 def ranks_on_disk(path: Path, manifest: Manifest) -> range:
@@ -234,7 +258,7 @@ def locked(path: Path, remedy: str) -> Iterator[Manifest]:
 
     Errors of the operating system then say ``remedy``.
     """
-    held = 0
+    held, _ = 0, Manifest.load(path)  # where there is none, nothing failed to be written
     with writing(path, remedy), ExitStack() as locks:
         while True:
             manifest = Manifest.load(path)
@@ -266,7 +290,7 @@ def recover(path: Path, manifest: Manifest, rank: int, *, snapshots: int = 2) ->
     for shard, rows in ends.items():
         close_shard(shard, rows, codec, manifest.run_id)
     for file in unnamed(path, [log], snapshots):
-        if file.match(f"*-{rank:05d}-*.safetensors"):  # and not of another writer
+        if file.match(f"*-{rank:05d}-*"):  # and not of another writer; commit logs of a `delete` that was killed too
             file.unlink()
     sync_folder(path)
     return log

@@ -266,7 +266,7 @@ class Manifest:
         if not file.exists():
             if (path / OVERWRITTEN).exists():
                 raise FileNotFoundError(f"{path} holds no run: one was being overwritten, and none has begun since.")
-            if any(path.glob("rows-*.safetensors")):
+            if any(path.glob("rows-*.safetensors")) and not file.exists():  # nor was it written in between
                 raise CorruptLogError(f"{file} is missing, though there are rows: restore it from a copy.")
             raise FileNotFoundError(no_log(path))
         try:

@@ -30,10 +30,18 @@ from loghook.errors import ConfigError, CorruptLogError, LogExistsError, Loghook
 from loghook.log.codec import DTYPES, Codec
 from loghook.log.disk import absolute, checksum, sync_folder, write_atomically, write_flushed, writing
 from loghook.log.files import KEPT, PROJECTION, load_moments, load_sides, save_moments
-from loghook.log.folder import locked, reopened_at
+from loghook.log.folder import locked, next_shard, reached, reopened_at
 from loghook.log.format import SEVERAL, Layout, Manifest, commits_name, run_files, shard_name, statistics_name
 from loghook.log.reader import Reader
-from loghook.log.records import Commits, all_commits, encode_record, ids_of, read_commits, sum_up, unnamed
+from loghook.log.records import (
+    Commits,
+    all_commits,
+    encode_record,
+    ids_of,
+    read_commits,
+    sum_up,
+    unnamed,
+)
 from loghook.log.shard import SHARD_HEADER, ShardFile, close_shard
 from loghook.log.writer import finite_rows, not_finite
 from loghook.processes import on_cpu, time_of_now
@@ -65,11 +73,6 @@ def repair(path: str | Path) -> Changed:
     with locked(path, AS_IT_WAS) as manifest:
         codec, width = manifest.codec, Layout(manifest.layers).moments_width
         logs = [read_commits(path, manifest, rank, damage=notes) for rank in range(manifest.world_size)]
-        if manifest.sealed is not None and (missing := [log.file for log in logs if not log.file.exists()]):
-            raise CorruptLogError(
-                f"{missing[0]} is missing, and nothing else says whose its rows are: restore it from a copy. To give "
-                "its rows up, put an empty file in its place and repair again."
-            )
         if manifest.sealed is not None and not notes and sum_up(logs) != manifest.sealed:
             notes.append(f"{path}: the commit logs are not those that were sealed: rows may be missing")
         for log in logs:
@@ -123,7 +126,8 @@ def delete(path: str | Path, ids: Sequence[int | str], *, keep_statistics: bool 
         if unknown:
             raise ConfigError(f"the log {path} holds no rows of {some(sorted(unknown, key=str), 5)}: check the ids.")
         _clean(path, logs)  # what a killed `delete` or `repair` may have left
-        reason = manifest.no_statistics if keep_statistics else "rows were deleted, and the statistics with them"
+        counts = keep_statistics or withdrawn.isdisjoint(ids_of(logs))  # what was flagged is not in the statistics
+        reason = manifest.no_statistics if counts else "rows were deleted, and the statistics with them"
         for log in logs:
             for record in log.records:
                 record["flagged"] = [i for i in record["flagged"] if i not in withdrawn]
@@ -136,8 +140,9 @@ def reopen(path: str | Path) -> None:
     with locked(path, AS_IT_WAS) as manifest:
         if manifest.sealed is None:
             raise StateError(f"{path} is not finished: go on with loghook.init({str(path)!r}, resume=True).")
-        records = [len(log.records) for log in all_commits(path, manifest)]
-        manifest.history = [*manifest.history, _history_entry("append", rows=manifest.sealed["rows"], records=records)]
+        logs = all_commits(path, manifest)
+        entry = _history_entry("append", rows=manifest.sealed["rows"], **reached(path, manifest, logs))
+        manifest.history = [*manifest.history, entry]
         manifest.sealed = None
         manifest.save(path)
 
@@ -252,7 +257,8 @@ def _rewrite(
         written, dropped = _copy_all([(manifest, log) for log in logs], path, new, **left_out)
         seal = sum_up(written)
         new.sealed = seal if manifest.sealed is not None else None
-        entry = _history_entry(what, rows=seal["rows"], dropped=len(dropped), notes=list(notes))
+        facts = {"rows": seal["rows"], "dropped": len(dropped), "notes": list(notes)}
+        entry = _history_entry(what, **facts, **reached(path, manifest, written))
         new.history = [*manifest.history, entry]
         new.save(path)
     except BaseException:
@@ -273,7 +279,7 @@ def _copy_all(
     """Write the rows of some writers as new shards and new commit logs, of one rank each: these, and ids left out."""
     dropped = [i for rank, source in enumerate(sources) for i in _copy_log(*source, out, new, rank, **left_out)]
     sync_folder(out)
-    return all_commits(out, new), dropped
+    return all_commits(out, replace(new, history=[])), dropped
 
 
 def _copy_log(
@@ -283,8 +289,7 @@ def _copy_log(
     """Write one writer's rows as new shards and a new commit log; returns the ids of rows left out."""
     old_codec, codec = old.codec, new.codec
     statistics = _copy_statistics(log, out, new, rank) if log.rows else None
-    taken = [int(file.stem.rpartition("-")[2]) for file in out.glob(f"rows-{rank:05d}-*.safetensors")]
-    free = max(taken, default=-1) + 1
+    free = next_shard(out, new, rank)
     # {number of an old shard: that of the new one}. Where rows get smaller, several become one of about the same size.
     new_numbers = {n: free + i * codec.row_bytes // old_codec.row_bytes for i, n in enumerate(log.shard_ends)}
     shard, number = None, -1

@@ -198,7 +198,7 @@ class Reader(Source):
             problems += _problems(load_sides, self.path, self.manifest.fitted)
         if self.finished:
             problems += self._strays()
-            for entry in self._snapshots:
+            for entry in self._snapshots if self.manifest.no_statistics is None else ():
                 problems += _problems(load_moments, self.path, entry, self.layout.moments_width)
         return [CHANGED.format(self.path)] if self.manifest.superseded(self.path) else problems
 

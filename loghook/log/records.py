@@ -12,7 +12,7 @@ import xxhash
 
 from loghook.errors import CorruptLogError
 from loghook.log.disk import checksum, parse_object
-from loghook.log.format import Manifest, commits_name, run_files, shard_name
+from loghook.log.format import MANIFEST, Manifest, commits_name, run_files, shard_name
 
 REPAIR = "restore it from a copy, or run `loghook repair` on the run"
 _COMMON = {"n", "run", "flagged", "dropped", "unmeasured", "asleep"}
@@ -70,11 +70,31 @@ class Commits:
                 start += rows
 
 
+def last_change(manifest: Manifest) -> dict[str, Any]:
+    """The last line of a run's history that says how many records and shards each writer had, or nothing."""
+    return next((e for e in reversed(manifest.history) if e["what"] in ("append", "delete", "repair")), {})
+
+
+def told(change: dict[str, Any], key: str, rank: int) -> int:
+    """What such a line says of a writer: 0 of one that came later."""
+    numbers: list[int] = change.get(key, [])
+    return numbers[rank] if rank < len(numbers) else 0
+
+
 def read_bytes(path: Path, manifest: Manifest, rank: int) -> bytes:
-    """Read the commit log of one of a run's writers as it is; one that does not exist is empty."""
+    """Read the commit log of one of a run's writers as it is; one that has not begun may have none."""
     file = path / commits_name(rank, manifest.generation)
     try:
-        return file.read_bytes() if file.exists() else b""
+        return file.read_bytes()
+    except FileNotFoundError as error:
+        # The first writer's is there before the manifest, and maintenance writes one for each.
+        begun = max(int((path / MANIFEST).exists()), len(last_change(manifest).get("records", ())))
+        if rank >= begun and manifest.sealed is None:
+            return b""
+        raise CorruptLogError(
+            f"{file} is missing, and nothing else says whose its rows are: restore it from a copy. To give its rows "
+            "up, put an empty file in its place and run `loghook repair`."
+        ) from error
     except OSError as error:
         raise CorruptLogError(f"{file} cannot be read ({error}): {REPAIR}.") from error
 
@@ -123,6 +143,8 @@ def read_commits(
             damaged = True
     if rest and manifest.sealed is not None:
         note(len(lines), "is torn")
+    if not damaged and len(lines) < (least := told(last_change(manifest), "records", rank)):
+        note(len(lines), f"is missing: there were {least} records already")
     return Commits(rank, file, records, data[: len(data) - len(rest)], rest)
 
 

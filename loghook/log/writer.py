@@ -27,7 +27,7 @@ from loghook.log.disk import lock, lock_name, sync, sync_folder, write_all, writ
 from loghook.log.files import load_moments, save_moments
 from loghook.log.folder import recover, require_current
 from loghook.log.format import Layout, Manifest, shard_name, statistics_name
-from loghook.log.records import encode_record
+from loghook.log.records import encode_record, last_change, told
 from loghook.log.shard import ShardFile
 from loghook.log.signals import guard, release
 
@@ -100,7 +100,7 @@ class Writer:
         try:
             require_current(path, manifest)  # recovery deletes what the commit log of this generation does not name
             log = recover(path, manifest, rank)
-            if log.rows:
+            if log.rows and self._has_statistics:
                 self.moments = load_moments(path, log.rows[-1]["statistics"], len(self.moments))
             self._commits = open(log.file, "ab", buffering=0)  # noqa: SIM115
             sync_folder(path)
@@ -111,8 +111,9 @@ class Writer:
         named = (record["statistics"]["file"] for record in log.rows[-2:])  # maintenance has one for all
         self._snapshots = list(dict.fromkeys(named))  # names of those that are there
         self._shard: ShardFile | None = None  # the open one
-        self._shard_index = max(log.shard_ends, default=-1)
+        self._shard_index = max([told(last_change(manifest), "shards", rank) - 1, *log.shard_ends])
         self._start_record()
+        self._outside = False  # whether the last block was outside of passes
         self._committed_at = time.monotonic()
         # Two queues whose put and get are single operations: a signal handler in the loop's thread can always ask for
         # a commit. The inbox holds calls for the thread, each with a queue that is told when it is done. A block takes
@@ -254,6 +255,8 @@ class Writer:
         """Commit what is left; the thread's last call."""
         if self._ids or self._folder_is_ours():  # else nothing is lost
             self._commit()
+            if self._outside and (self._counts["flagged"] or self._counts["dropped"]):  # a pass is gone through again
+                self._append({"end": ""})
             self._close_files()
 
     def _close_files(self) -> None:
@@ -286,6 +289,7 @@ class Writer:
         if n and (shard is None or (shard.rows and shard.rows + n > self._capacity)):
             self._commit()
             shard = self._open_shard()
+        self._outside = batch.pass_index < 0
         self._counts["flagged"] += batch.flagged
         self._counts["dropped"] += batch.dropped
         if not n or shard is None:
