@@ -327,7 +327,7 @@ def test_the_stated_error_is_the_error_of_gaussian_inputs():
             seen = float((moment - torch.eye(20)).norm() / torch.eye(20).norm())
             assert current.error == pytest.approx(seen, rel=0.25)
         else:
-            assert current.error == 0
+            assert current.error == float("inf")  # it needs every sample: nobody may break out of it
             with run(data_id=list(range(400))):
                 model(x).square().sum().backward()
 
