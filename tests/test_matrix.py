@@ -514,10 +514,9 @@ def test_checkpointed(device, kind, frozen):
 def test_checkpointed_and_compiled(device, kind, frozen, fresh_compiler):
     model, data = Net(1, kind).to(device).train(), make_data(device)
     call = compiled_whole(model, dynamic=True)
-    if not frozen:  # one graph for a frozen model: each takes seconds to compile
-        log = logged(model, loss_of, data, call=call)
-        assert compiles() <= 2
-        assert_same(log, reference(1, device))
+    log = logged(model, loss_of, data, call=call, frozen=frozen)
+    assert compiles() <= 2
+    assert_same(log, reference(1, device))
     masked = new_run(model)
     with loghook.frozen(model) if frozen else contextlib.nullcontext():
         for ids in batches():

@@ -44,7 +44,7 @@ class Index:
         self._faiss.add(rows.numpy())
 
     def search(
-        self, query: Query, top: int = TOP, method: str = "ekfac", *, candidates: int = CANDIDATES, **options: Any
+        self, query: Query, top: int = TOP, method: str = "ekfac", *, candidates: int | None = None, **options: Any
     ) -> Scores:
         """Let the index propose rows for each question, and score those from the log.
 
@@ -52,7 +52,7 @@ class Index:
             query: the questions, as for ``Log.influence``.
             top: how many rows to keep for each.
             method: as in ``Log.influence``, without "cosine".
-            candidates: how many rows the index proposes for each question.
+            candidates: how many rows the index proposes for each question; 200 by default, or ``top`` if that is more.
             options: ``damping``, ``damping_abs`` and ``layers`` of ``Log.influence``.
 
         Returns:
@@ -74,7 +74,13 @@ class Index:
         return influence(self._reader, query, metric, top=top, scan=scan, **others)
 
     def recall(
-        self, query: Query | int, top: int = TOP, method: str = "ekfac", *, candidates: int = CANDIDATES, **options: Any
+        self,
+        query: Query | int,
+        top: int = TOP,
+        method: str = "ekfac",
+        *,
+        candidates: int | None = None,
+        **options: Any,
     ) -> float:
         """Share of the true best rows, from a scan of the log, that ``search`` finds: the mean over questions.
 
@@ -159,9 +165,9 @@ def load(reader: Reader, path: str | Path) -> Index:
     return Index(reader, basis, rows, factory)
 
 
-def _checked(top: int, candidates: int) -> tuple[int, int]:
+def _checked(top: int, candidates: int | None) -> tuple[int, int]:
     top = whole("top", top, hint=": log.influence(...) gives the scores of all rows")
-    candidates = max(candidates, top) if candidates == CANDIDATES else candidates  # which nobody asked for
+    candidates = max(CANDIDATES, top) if candidates is None else candidates
     return top, whole("candidates", candidates, top, hint=f", as top={top}")
 
 

@@ -25,17 +25,7 @@ from loghook.errors import (
 from loghook.log.disk import lock, lock_name, sync, sync_folder, writing
 from loghook.log.files import KEPT, PROJECTION, holds_factors
 from loghook.log.format import MANIFEST, OVERWRITTEN, WRITTEN, Manifest
-from loghook.log.records import (
-    REPAIR,
-    Commits,
-    all_commits,
-    ids_of,
-    last_change,
-    read_commits,
-    sum_up,
-    told,
-    unnamed,
-)
+from loghook.log.records import REPAIR, Commits, all_commits, ids_of, last_change, read_commits, sum_up, told, unnamed
 from loghook.log.shard import SHARD_HEADER, close_shard
 
 # Arguments of ``init`` that make rows what they are.
@@ -212,7 +202,8 @@ def read_back(path: Path, manifest: Manifest, *, outside_too: bool) -> Committed
         ended.append({r["pass_end"] for r in log.records if "pass_end" in r and r["n"] >= oldest})
         for record in log.records:
             inside = "pass_end" in record or any(pass_index >= 0 for pass_index, *_ in record.get("steps", ()))
-            committed.ids.update(record["flagged"] if outside_too or inside else ())
+            if outside_too or inside:
+                committed.ids.update(record["flagged"])
         for pass_index, step, ids in log.blocks():
             met += ids
             if outside_too or pass_index >= 0:
@@ -258,7 +249,8 @@ def locked(path: Path, remedy: str) -> Iterator[Manifest]:
 
     Errors of the operating system then say ``remedy``.
     """
-    held, _ = 0, Manifest.load(path)  # where there is none, nothing failed to be written
+    Manifest.load(path)  # where there is none, nothing failed to be written
+    held = 0
     with writing(path, remedy), ExitStack() as locks:
         while True:
             manifest = Manifest.load(path)
@@ -276,7 +268,7 @@ def recover(path: Path, manifest: Manifest, rank: int, *, snapshots: int = 2) ->
     """Bring one writer's files to the state of its last record, where they match it; its lock must be held.
 
     Cuts off an unfinished record and uncommitted rows, closes its shards, and deletes shards and snapshots that no
-    record names; of the snapshots it keeps the last so many.
+    record names, and commit logs that a killed `delete` or `repair` left; of the snapshots it keeps the last so many.
     """
     log, codec = read_commits(path, manifest, rank), manifest.codec
     ends = {log.shard(number): rows for number, rows in log.shard_ends.items()}
@@ -290,7 +282,7 @@ def recover(path: Path, manifest: Manifest, rank: int, *, snapshots: int = 2) ->
     for shard, rows in ends.items():
         close_shard(shard, rows, codec, manifest.run_id)
     for file in unnamed(path, [log], snapshots):
-        if file.match(f"*-{rank:05d}-*"):  # and not of another writer; commit logs of a `delete` that was killed too
+        if file.stem.split("-")[1] == f"{rank:05d}":  # and not of another writer
             file.unlink()
     sync_folder(path)
     return log

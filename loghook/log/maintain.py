@@ -33,15 +33,7 @@ from loghook.log.files import KEPT, PROJECTION, load_moments, load_sides, save_m
 from loghook.log.folder import locked, next_shard, reached, reopened_at
 from loghook.log.format import SEVERAL, Layout, Manifest, commits_name, run_files, shard_name, statistics_name
 from loghook.log.reader import Reader
-from loghook.log.records import (
-    Commits,
-    all_commits,
-    encode_record,
-    ids_of,
-    read_commits,
-    sum_up,
-    unnamed,
-)
+from loghook.log.records import Commits, all_commits, encode_record, ids_of, read_commits, sum_up, unnamed
 from loghook.log.shard import SHARD_HEADER, ShardFile, close_shard
 from loghook.log.writer import finite_rows, not_finite
 from loghook.processes import on_cpu, time_of_now
